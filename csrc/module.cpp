@@ -1,0 +1,65 @@
+// The Python face of the C++ backend (fused_contrastive/backends/cpp.py calls it).
+#include <torch/csrc/autograd/grad_mode.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <chrono>
+
+#include "stats.h"
+#include "tile.h"
+
+namespace py = pybind11;
+
+namespace {
+
+// Lets Ctrl-C through: at most every 50 ms, takes the GIL for a moment and raises what a signal handler raised.
+fc::Interrupt python_interrupt() {
+  using Clock = std::chrono::steady_clock;
+  return [last = Clock::now()]() mutable {
+    if (Clock::now() - last < std::chrono::milliseconds(50)) return;
+    last = Clock::now();
+    py::gil_scoped_acquire gil;
+    if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+  };
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> forward(
+    at::Tensor x, at::Tensor y, at::Tensor scale, fc::OptionalTensor targets, fc::OptionalTensor col_bias,
+    fc::OptionalTensor row_ids, fc::OptionalTensor col_ids, bool exclude_self, bool rows, bool cols,
+    int64_t kept_rows) {
+  const auto interrupt = python_interrupt();
+  py::gil_scoped_release release;
+  const at::NoGradGuard no_grad;
+  return fc::stats_forward({x, y, scale, targets, col_bias, row_ids, col_ids, exclude_self}, rows, cols, kept_rows,
+                           interrupt);
+}
+
+std::array<at::Tensor, 4> backward(at::Tensor x, at::Tensor y, at::Tensor scale, fc::OptionalTensor targets,
+                                   fc::OptionalTensor col_bias, fc::OptionalTensor row_ids, fc::OptionalTensor col_ids,
+                                   bool exclude_self, fc::OptionalTensor row, fc::OptionalTensor col, at::Tensor kept,
+                                   fc::OptionalTensor g_pos, fc::OptionalTensor g_row, fc::OptionalTensor g_col,
+                                   std::array<bool, 4> needs) {
+  const auto interrupt = python_interrupt();
+  py::gil_scoped_release release;
+  const at::NoGradGuard no_grad;
+  return fc::stats_backward({x, y, scale, targets, col_bias, row_ids, col_ids, exclude_self}, row, col, kept, g_pos,
+                            g_row, g_col, needs, interrupt);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  m.doc() = "C++ CPU backend of fused_contrastive";
+  m.def("stats_forward", &forward);
+  m.def("stats_backward", &backward);
+  m.def("vector_level", &fc::vector_level, "instruction set of the vector kernels on this CPU");
+#ifdef _OPENMP
+  m.attr("parallel") = true;
+#else
+  m.attr("parallel") = false;
+#endif
+}

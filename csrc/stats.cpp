@@ -1,0 +1,282 @@
+// Walks S in blocks of rows x columns: a vendor GEMM makes a block's raw products, the kernels of tile.h sweep it in
+// parallel tiles. Forward 1 product, backward 2 (kept rows) or 3.
+//
+// Blocks are large because GEMM speed needs it (1024 rows measured best; 512 cost 3%), and bounded in both directions
+// so that scratch memory is constant: kBlockElements whatever M and N.
+#include "stats.h"
+
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "tile.h"
+
+namespace fc {
+namespace {
+
+constexpr int64_t kBlockRows = 1024;
+constexpr int64_t kBlockElements = 16 << 20;  // 64 MB of fp32
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Cuts [begin, end) into equal parts of at most `size`, so that no small remainder is left for the GEMM.
+std::vector<int64_t> cuts(int64_t begin, int64_t end, int64_t size) {
+  const int64_t n = end - begin, parts = ceil_div(n, size);
+  std::vector<int64_t> at;
+  for (int64_t p = 0; p <= parts; ++p) at.push_back(begin + (parts ? n * p / parts : 0));
+  return at;
+}
+
+struct Block {
+  int64_t row0, row1, col0, col1;
+  bool kept;
+  int64_t rows() const { return row1 - row0; }
+  int64_t cols() const { return col1 - col0; }
+};
+
+// Row-major order over S: kept rows first, so that no block is half kept.
+std::vector<Block> blocks(int64_t m, int64_t n, int64_t kept_rows) {
+  const int64_t block_cols = std::max<int64_t>(kTileCols, kBlockElements / std::min(m, kBlockRows));
+  const auto col_cuts = cuts(0, n, block_cols);
+  std::vector<Block> all;
+  for (const bool kept : {true, false}) {
+    const auto row_cuts = cuts(kept ? 0 : kept_rows, kept ? kept_rows : m, kBlockRows);
+    for (size_t r = 0; r + 1 < row_cuts.size(); ++r)
+      for (size_t c = 0; c + 1 < col_cuts.size(); ++c)
+        if (row_cuts[r] < row_cuts[r + 1])
+          all.push_back({row_cuts[r], row_cuts[r + 1], col_cuts[c], col_cuts[c + 1], kept});
+  }
+  return all;
+}
+
+// Rows [begin, end) of t; t itself where that is all of it, which spares small problems a view.
+at::Tensor rows_of(const at::Tensor& t, int64_t begin, int64_t end) {
+  return end - begin == t.size(0) ? t : t.slice(0, begin, end);
+}
+
+// The scratch block, allocated when first needed.
+class Scratch {
+ public:
+  Scratch(const std::vector<Block>& all, const at::TensorOptions& options) : options_(options) {
+    for (const Block& b : all) size_ = std::max(size_, b.rows() * b.cols());
+  }
+  at::Tensor get(const Block& b) {
+    if (!memory_.defined()) memory_ = at::empty({size_}, options_);
+    return rows_of(memory_, 0, b.rows() * b.cols()).view({b.rows(), b.cols()});
+  }
+
+ private:
+  at::Tensor memory_;
+  int64_t size_ = 0;
+  at::TensorOptions options_;
+};
+
+// The block's part of the kept logits (kept_rows, N).
+at::Tensor kept_block(const at::Tensor& kept, const Block& b) {
+  const at::Tensor rows = rows_of(kept, b.row0, b.row1);
+  return b.cols() == rows.size(1) ? rows : rows.slice(1, b.col0, b.col1);
+}
+
+at::Tensor contiguous_as(const at::Tensor& t, at::ScalarType dtype) { return t.to(dtype).contiguous(); }
+
+template <class T>
+const T* data(const OptionalTensor& t) {
+  return t ? t->const_data_ptr<T>() : nullptr;
+}
+
+// A Problem in the dtype of its statistics, with ids as dense codes that fit a 32-bit lane.
+template <class T>
+struct Prepared {
+  at::Tensor x, y;
+  OptionalTensor targets, col_bias, row_codes, col_codes;
+  LogitRule<T> rule{};
+
+  explicit Prepared(const Problem& p) {
+    constexpr auto dtype = c10::CppTypeToScalarType<T>::value;
+    x = p.x.to(dtype);
+    y = p.y.to(dtype);
+    if (p.targets) targets = p.targets->contiguous();
+    if (p.col_bias) col_bias = contiguous_as(*p.col_bias, dtype);
+    if (p.row_ids) encode_ids(*p.row_ids, *p.col_ids);
+    rule = {p.scale.item<T>(),   data<T>(col_bias),      data<int64_t>(targets),
+            data<int32_t>(row_codes), data<int32_t>(col_codes), p.exclude_self};
+  }
+
+  int64_t rows() const { return x.size(0); }
+  int64_t cols() const { return y.size(0); }
+  at::TensorOptions options() const { return x.options(); }
+
+ private:
+  // A column's code is the rank of its id among the columns' ids; a row's is that of the equal column id, or -1.
+  void encode_ids(const at::Tensor& row_ids, const at::Tensor& col_ids) {
+    const at::Tensor sorted = std::get<0>(at::sort(col_ids));
+    col_codes = at::searchsorted(sorted, col_ids.contiguous(), /*out_int32=*/true);
+    const at::Tensor rank = at::searchsorted(sorted, row_ids.contiguous()).clamp_max(col_ids.size(0) - 1);
+    const at::Tensor found = sorted.index_select(0, rank) == row_ids;
+    row_codes = at::where(found, rank, at::scalar_tensor(-1, rank.options())).to(at::kInt);
+  }
+};
+
+// Calls `sweep(place, section, strip)` for every tile of a block, in parallel.
+template <class F>
+void for_each_tile(const Block& b, const F& sweep) {
+  const int64_t strips = ceil_div(b.cols(), kTileCols), sections = ceil_div(b.rows(), kTileRows);
+  at::parallel_for(0, strips * sections, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t section = task / strips, strip = task % strips;
+      const int64_t row = b.row0 + section * kTileRows, col = b.col0 + strip * kTileCols;
+      sweep(Place{row, col, std::min(kTileRows, b.row1 - row), std::min(kTileCols, b.col1 - col)}, section, strip);
+    }
+  });
+}
+
+// Running log-sum-exps of one direction over the whole of S, and the partials of one block's tiles: `parts` runs of
+// `length`. Tiles write partials in parallel; `merge` adds them in a fixed order, so the result does not depend on
+// the number of threads.
+template <class T>
+class LogSumExp {
+ public:
+  LogSumExp(bool asked, int64_t size)
+      : asked_(asked), max_(asked ? size : 0, -std::numeric_limits<T>::infinity()), sum_(asked ? size : 0, 0) {}
+
+  void start(int64_t parts, int64_t length) {
+    if (!asked_) return;
+    parts_ = parts, length_ = length;
+    part_max_.resize(parts * length);
+    part_sum_.resize(parts * length);
+  }
+  T* part_max(int64_t part, int64_t offset) { return asked_ ? part_max_.data() + part * length_ + offset : nullptr; }
+  T* part_sum(int64_t part, int64_t offset) { return asked_ ? part_sum_.data() + part * length_ + offset : nullptr; }
+
+  void merge(int64_t first) {
+    if (!asked_) return;
+    for (int64_t p = 0; p < parts_; ++p)
+      kernels<T>().merge(max_.data() + first, sum_.data() + first, part_max(p, 0), part_sum(p, 0), length_);
+  }
+  at::Tensor value(const at::TensorOptions& options) const {
+    at::Tensor out = at::empty({static_cast<int64_t>(sum_.size())}, options);
+    std::transform(max_.begin(), max_.end(), sum_.begin(), out.template mutable_data_ptr<T>(),
+                   [](T max, T sum) { return max + std::log(sum); });
+    return out;
+  }
+
+ private:
+  bool asked_;
+  int64_t parts_ = 0, length_ = 0;
+  std::vector<T> max_, sum_, part_max_, part_sum_;
+};
+
+template <class T>
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> forward(const Problem& problem, bool rows, bool cols,
+                                                                   int64_t kept_rows, const Interrupt& interrupt) {
+  const Prepared<T> p(problem);
+  const int64_t m = p.rows(), n = p.cols();
+  at::Tensor pos = at::empty({m}, p.options());
+  at::Tensor kept = at::empty({kept_rows, n}, p.options());
+  LogSumExp<T> row(rows, m), col(cols, n);
+  const auto all = blocks(m, n, kept_rows);
+  Scratch scratch(all, p.options());
+
+  for (const Block& b : all) {
+    at::Tensor s = b.kept ? kept_block(kept, b) : scratch.get(b);
+    at::mm_out(s, rows_of(p.x, b.row0, b.row1), rows_of(p.y, b.col0, b.col1).t());
+    row.start(ceil_div(b.cols(), kTileCols), b.rows());
+    col.start(ceil_div(b.rows(), kTileRows), b.cols());
+    T* products = s.mutable_data_ptr<T>();
+    const int64_t stride = s.stride(0);
+    for_each_tile(b, [&](const Place& at, int64_t section, int64_t strip) {
+      const int64_t r = at.row - b.row0, c = at.col - b.col0;
+      kernels<T>().forward(p.rule, {at, products + r * stride + c, stride, b.kept, pos.mutable_data_ptr<T>(),
+                                    row.part_max(strip, r), row.part_sum(strip, r), col.part_max(section, c),
+                                    col.part_sum(section, c)});
+    });
+    row.merge(b.row0);
+    col.merge(b.col0);
+    interrupt();
+  }
+  return {pos, row.value(p.options()), col.value(p.options()), kept};
+}
+
+template <class T>
+std::array<at::Tensor, 4> backward(const Problem& problem, const OptionalTensor& row, const OptionalTensor& col,
+                                   const at::Tensor& kept, const OptionalTensor& g_pos, const OptionalTensor& g_row,
+                                   const OptionalTensor& g_col, std::array<bool, 4> needs,
+                                   const Interrupt& interrupt) {
+  const auto [need_x, need_y, need_scale, need_bias] = needs;
+  const Prepared<T> p(problem);
+  const int64_t m = p.rows(), n = p.cols();
+  constexpr auto dtype = c10::CppTypeToScalarType<T>::value;
+  const at::Tensor pos_grad = g_pos ? contiguous_as(*g_pos, dtype) : at::zeros({m}, p.options());
+  OptionalTensor row_grad, col_grad, row_ref, col_ref;
+  if (g_row) row_grad = contiguous_as(*g_row, dtype), row_ref = *row;
+  if (g_col) col_grad = contiguous_as(*g_col, dtype), col_ref = *col;
+  const bool needs_logits = g_row || g_col;
+
+  // dscale = sum_i x_i . (G y)_i, or the same sum over columns when dx is not needed.
+  const bool scale_by_rows = need_x || (need_scale && !need_y);
+  const at::Tensor dx = scale_by_rows ? at::empty({m, p.x.size(1)}, p.options()) : at::Tensor();
+  const at::Tensor dy = need_y ? at::empty({n, p.y.size(1)}, p.options()) : at::Tensor();
+  const at::Tensor dbias = need_bias ? at::zeros({n}, p.options()) : at::Tensor();
+
+  const auto all = blocks(m, n, kept.size(0));
+  Scratch scratch(all, p.options());
+  for (const Block& b : all) {
+    const at::Tensor x = rows_of(p.x, b.row0, b.row1), y = rows_of(p.y, b.col0, b.col1);
+    at::Tensor g = scratch.get(b);
+    const at::Tensor source = b.kept ? kept_block(kept, b) : g;
+    if (!b.kept && needs_logits) at::mm_out(g, x, y.t());
+    if (!needs_logits) g.zero_();
+    const T* logits = source.const_data_ptr<T>();
+    T* grad = g.mutable_data_ptr<T>();
+    const int64_t stride = source.stride(0);
+    for_each_tile(b, [&](const Place& at, int64_t, int64_t) {
+      const int64_t r = at.row - b.row0, c = at.col - b.col0;
+      kernels<T>().backward(p.rule, {at, logits + r * stride + c, stride, b.kept, grad + r * b.cols() + c, b.cols(),
+                                     data<T>(row_ref), data<T>(row_grad), data<T>(col_ref), data<T>(col_grad),
+                                     pos_grad.const_data_ptr<T>()});
+    });
+    if (dx.defined()) {
+      at::Tensor out = rows_of(dx, b.row0, b.row1);
+      at::addmm_out(out, out, g, y, /*beta=*/b.col0 ? 1 : 0);  // beta 0 does not read `out`
+    }
+    if (dy.defined()) {
+      at::Tensor out = rows_of(dy, b.col0, b.col1);
+      at::addmm_out(out, out, g.t(), x, /*beta=*/b.row0 ? 1 : 0);
+    }
+    if (need_bias) dbias.slice(0, b.col0, b.col1).add_(g.sum(0));
+    interrupt();
+  }
+
+  const T scale = p.rule.scale;
+  const auto finish = [&](at::Tensor t, const at::Tensor& like) { return t.mul_(scale).to(like.scalar_type()); };
+  std::array<at::Tensor, 4> grads;
+  if (need_scale) grads[2] = scale_by_rows ? p.x.mul(dx).sum() : p.y.mul(dy).sum();
+  if (need_x) grads[0] = finish(dx, problem.x);
+  if (need_y) grads[1] = finish(dy, problem.y);
+  if (need_bias) grads[3] = dbias;
+  return grads;
+}
+
+}  // namespace
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> stats_forward(const Problem& problem, bool rows, bool cols,
+                                                                         int64_t kept_rows,
+                                                                         const Interrupt& interrupt) {
+  return problem.x.scalar_type() == at::kDouble ? forward<double>(problem, rows, cols, kept_rows, interrupt)
+                                                : forward<float>(problem, rows, cols, kept_rows, interrupt);
+}
+
+std::array<at::Tensor, 4> stats_backward(const Problem& problem, const OptionalTensor& row, const OptionalTensor& col,
+                                         const at::Tensor& kept, const OptionalTensor& g_pos,
+                                         const OptionalTensor& g_row, const OptionalTensor& g_col,
+                                         std::array<bool, 4> needs, const Interrupt& interrupt) {
+  return problem.x.scalar_type() == at::kDouble
+             ? backward<double>(problem, row, col, kept, g_pos, g_row, g_col, needs, interrupt)
+             : backward<float>(problem, row, col, kept, g_pos, g_row, g_col, needs, interrupt);
+}
+
+}  // namespace fc

@@ -1,0 +1,38 @@
+// The C++ CPU backend: the two functions every backend provides, on ATen tensors.
+#pragma once
+#include <ATen/core/Tensor.h>
+
+#include <array>
+#include <functional>
+#include <optional>
+#include <tuple>
+
+namespace fc {
+
+using OptionalTensor = std::optional<at::Tensor>;
+
+// What the logits are made of and which are excluded; the C++ view of core/spec.py. All tensors are on the CPU.
+struct Problem {
+  at::Tensor x, y;           // (M, D), (N, D), one floating dtype, any strides
+  at::Tensor scale;          // 0-d, in the dtype of the statistics
+  OptionalTensor targets;    // (M,) int64
+  OptionalTensor col_bias;   // (N,) in the dtype of the statistics
+  OptionalTensor row_ids;    // (M,) int64, equal to a column's id: excluded
+  OptionalTensor col_ids;    // (N,) int64
+  bool exclude_self;
+};
+
+using Interrupt = std::function<void()>;  // called between blocks; throws to stop
+
+// pos (M,), row (M,), col (N,) and the first `kept_rows` rows of the masked logits (kept_rows, N). A direction that is
+// not asked has 0 elements. Float32 (float64 for float64 features).
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> stats_forward(const Problem& problem, bool rows, bool cols,
+                                                                         int64_t kept_rows, const Interrupt& interrupt);
+
+// dx, dy, dscale, dcol_bias; undefined where `needs` says no. A gradient that is absent is zero.
+std::array<at::Tensor, 4> stats_backward(const Problem& problem, const OptionalTensor& row, const OptionalTensor& col,
+                                         const at::Tensor& kept, const OptionalTensor& g_pos,
+                                         const OptionalTensor& g_row, const OptionalTensor& g_col,
+                                         std::array<bool, 4> needs, const Interrupt& interrupt);
+
+}  // namespace fc

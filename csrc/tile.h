@@ -1,0 +1,73 @@
+// The contract between the ATen driver (stats.cpp) and the vector kernels (tile.inl): one tile of S at a time.
+//
+// A tile is at most kTileRows x kTileCols of the M x N matrix S. The driver fills it with raw products x @ y.T, a
+// kernel turns them into masked logits and reduces them, or into gradients. Kernels know no ATen and allocate nothing.
+#pragma once
+#include <cstdint>
+
+namespace fc {
+
+constexpr int64_t kTileRows = 256;  // rows one task sweeps; column partials are merged every kTileRows rows
+constexpr int64_t kTileCols = 256;  // columns one task sweeps; a group of kGroupRows rows of them fits in 16 KB
+constexpr int64_t kGroupRows = 16;  // rows held in L1 between the maximum and the exponentials
+
+// How a raw product becomes a logit, and which logits are excluded. Pointers are to whole (M,) or (N,) vectors.
+template <class T>
+struct LogitRule {
+  T scale;
+  const T* col_bias;        // (N,) added, or null
+  const int64_t* targets;   // (M,) column of the positive, or null for t(i) = i
+  const int32_t* row_ids;   // (M,) excluded where equal to col_ids, or null
+  const int32_t* col_ids;   // (N,)
+  bool exclude_self;        // exclude S[i, i]
+
+  int64_t target(int64_t i) const { return targets ? targets[i] : i; }
+};
+
+// Where a tile lies in S.
+struct Place {
+  int64_t row, col;    // of its first element
+  int64_t rows, cols;  // its size
+};
+
+// Forward: raw products -> statistics as (maximum, sum of exp(s - maximum)) partials of this tile.
+template <class T>
+struct ForwardTile {
+  Place at;
+  T* products;       // (rows, cols), row stride `stride`
+  int64_t stride;
+  bool keep_logits;  // write the masked logits back over the products
+  T* pos;            // (M,) positives' logits; the tile that holds a row's target writes it
+  T *row_max, *row_sum;  // (rows,) partials of this tile, or null: direction not asked
+  T *col_max, *col_sum;  // (cols,) partials of this tile, or null
+};
+
+// Backward: raw products or kept logits -> G = g_row exp(s - row) + g_col exp(s - col), G[i, t(i)] = g_pos.
+template <class T>
+struct BackwardTile {
+  Place at;
+  const T* source;  // (rows, cols), row stride `source_stride`
+  int64_t source_stride;
+  bool source_is_logits;  // kept by the forward: already scaled, biased and masked
+  T* grad;                // (rows, cols), row stride `grad_stride`; may be `source`
+  int64_t grad_stride;
+  const T *row, *g_row;  // (M,) log-normaliser and its gradient, or null: no gradient flows from rows
+  const T *col, *g_col;  // (N,) likewise for columns
+  const T* g_pos;        // (M,)
+};
+
+// The kernels of one instruction set.
+template <class T>
+struct Kernels {
+  void (*forward)(const LogitRule<T>&, const ForwardTile<T>&);
+  void (*backward)(const LogitRule<T>&, const BackwardTile<T>&);
+  // (max, sum) += (max2, sum2), elementwise over n partial log-sum-exps
+  void (*merge)(T* max, T* sum, const T* max2, const T* sum2, int64_t n);
+};
+
+// Chooses by what this CPU can run, or by FUSED_CONTRASTIVE_CPU_LEVEL (throws if that level cannot run here).
+template <class T>
+const Kernels<T>& kernels();
+const char* vector_level();
+
+}  // namespace fc

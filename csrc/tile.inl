@@ -1,0 +1,266 @@
+// The vector kernels, written once with the compiler's portable vector types and compiled once per instruction set:
+// levels.cpp includes this file inside a namespace and a target pragma, with FC_VECTOR_BYTES set. Only plain functions
+// and builtins here: an inline function of a standard header would be shared with code for older CPUs.
+//
+// Excluded logits are -inf, and every reference subtracted before exp() is finite (`finite_reference`), so an excluded
+// logit contributes exp(-inf) = 0 even in a row that has nothing left. NaN survives every step.
+
+template <class T>
+struct Lanes;
+template <>
+struct Lanes<float> {
+  typedef int32_t Int;
+  typedef float Vec __attribute__((vector_size(FC_VECTOR_BYTES)));
+  typedef int32_t IntVec __attribute__((vector_size(FC_VECTOR_BYTES)));
+  static constexpr float kRound = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer held in the low bits
+  static constexpr float kLn2Hi = 0.693359375f, kLn2Lo = -2.12194440e-4f;  // kLn2Hi * n is exact
+  static constexpr float kLowest = -87.f;  // below, exp is under the smallest normal number: 0
+  static constexpr int kTerms = 7, kMantissa = 23, kExponentBias = 127;
+};
+template <>
+struct Lanes<double> {
+  typedef int64_t Int;
+  typedef double Vec __attribute__((vector_size(FC_VECTOR_BYTES)));
+  typedef int64_t IntVec __attribute__((vector_size(FC_VECTOR_BYTES)));
+  static constexpr double kRound = 6755399441055744.;  // 1.5 * 2^52
+  static constexpr double kLn2Hi = 6.93145751953125e-1, kLn2Lo = 1.42860682030941723212e-6;
+  static constexpr double kLowest = -708.;
+  static constexpr int kTerms = 13, kMantissa = 52, kExponentBias = 1023;
+};
+
+template <class T>
+using Vec = typename Lanes<T>::Vec;
+template <class T>
+using IntVec = typename Lanes<T>::IntVec;
+template <class T>
+constexpr int kLanes = FC_VECTOR_BYTES / sizeof(T);
+template <class T>
+constexpr T kNegInf = -__builtin_huge_val();
+
+template <class T>
+static inline Vec<T> load(const T* p) {
+  Vec<T> v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+template <class T>
+static inline void store(T* p, Vec<T> v) {
+  __builtin_memcpy(p, &v, sizeof v);
+}
+template <class T>
+static inline Vec<T> fill(T value) {
+  return Vec<T>{} + value;
+}
+template <class T>
+static inline Vec<T> maximum(Vec<T> a, Vec<T> b) {  // ignores NaN in b: the sum of exponentials carries it
+  return b > a ? b : a;
+}
+template <class T>
+static inline Vec<T> finite_reference(Vec<T> m) {
+  return m == kNegInf<T> ? Vec<T>{} : m;
+}
+template <class T>
+static inline T finite_reference(T m) {
+  return m == kNegInf<T> ? T(0) : m;
+}
+
+// exp(x) for x <= 0 (up to rounding), -inf or NaN: x = n ln2 + r, |r| <= ln2 / 2, Taylor in r, times 2^n.
+template <class T>
+static inline Vec<T> exp_nonpositive(Vec<T> x) {
+  using L = Lanes<T>;
+  constexpr T kLog2E = T(1.44269504088896340736);
+  const Vec<T> rounded = x * kLog2E + L::kRound;
+  const Vec<T> n = rounded - L::kRound;
+  const Vec<T> r = (x - n * L::kLn2Hi) - n * L::kLn2Lo;
+  constexpr T kInverseFactorial[] = {1.,           1.,           1. / 2,        1. / 6,         1. / 24,
+                                     1. / 120,     1. / 720,     1. / 5040,     1. / 40320,     1. / 362880,
+                                     1. / 3628800, 1. / 39916800, 1. / 479001600, 1. / 6227020800};
+  Vec<T> p = fill<T>(kInverseFactorial[L::kTerms]);
+#pragma GCC unroll 16
+  for (int k = L::kTerms - 1; k >= 0; --k) p = p * r + kInverseFactorial[k];
+  IntVec<T> bits;
+  __builtin_memcpy(&bits, &rounded, sizeof bits);
+  bits = (bits + L::kExponentBias) << L::kMantissa;
+  Vec<T> power;
+  __builtin_memcpy(&power, &bits, sizeof power);
+  return x < L::kLowest ? Vec<T>{} : p * power;
+}
+
+// Copies n values and pads the rest of a strip, so that loops over a strip need no tail.
+template <class To, class From>
+static inline void copy_padded(To* strip, const From* values, int64_t n, To pad) {
+  for (int64_t j = 0; j < n; ++j) strip[j] = To(values[j]);
+  for (int64_t j = n; j < kTileCols; ++j) strip[j] = pad;
+}
+
+// The columns' part of a LogitRule for one tile.
+template <class T>
+struct StripRule {
+  alignas(64) T bias[kTileCols];
+  alignas(64) typename Lanes<T>::Int ids[kTileCols];
+
+  StripRule(const LogitRule<T>& rule, const Place& at) {
+    if (rule.col_bias) copy_padded(bias, rule.col_bias + at.col, at.cols, T(0));
+    if (rule.col_ids) copy_padded(ids, rule.col_ids + at.col, at.cols, typename Lanes<T>::Int(-1));
+  }
+};
+
+// One row of a tile: raw products -> masked logits in `out` (kTileCols long, padded with -inf). Returns the positive's
+// logit through `pos` if this tile holds it. `out` holds the row's products (padded) on entry.
+template <class T>
+static inline void mask_row(const LogitRule<T>& rule, const StripRule<T>& strip, const Place& at, int64_t i, T* out,
+                            T* pos) {
+  for (int64_t j = 0; j < at.cols; j += kLanes<T>) {
+    Vec<T> s = load(out + j) * rule.scale;
+    if (rule.col_bias) s += load(strip.bias + j);
+    store(out + j, s);
+  }
+  const int64_t target = rule.target(i) - at.col;
+  const bool holds_target = target >= 0 && target < at.cols;
+  if (holds_target && pos) *pos = out[target] == -kNegInf<T> ? T(__builtin_nan("")) : out[target];
+  if (rule.row_ids) {
+    const typename Lanes<T>::Int id = rule.row_ids[i];
+    for (int64_t j = 0; j < at.cols; j += kLanes<T>) {
+      IntVec<T> ids;
+      __builtin_memcpy(&ids, strip.ids + j, sizeof ids);
+      store(out + j, ids == id ? fill<T>(kNegInf<T>) : load(out + j));
+    }
+  }
+  if (holds_target) out[target] = kNegInf<T>;
+  const int64_t self = i - at.col;
+  if (rule.exclude_self && self >= 0 && self < at.cols) out[self] = kNegInf<T>;
+  for (int64_t j = at.cols; j < kTileCols && j % kLanes<T> != 0; ++j) out[j] = kNegInf<T>;  // scale * pad
+}
+
+static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+template <class T>
+static inline void copy_row(T* out, const T* row, int64_t n) {
+  __builtin_memcpy(out, row, n * sizeof(T));
+  for (int64_t j = n; j % kLanes<T> != 0; ++j) out[j] = kNegInf<T>;
+}
+
+template <class T, bool kRow, bool kCol>
+static void forward_tile(const LogitRule<T>& rule, const ForwardTile<T>& tile) {
+  const Place& at = tile.at;
+  const StripRule<T> strip(rule, at);
+  alignas(64) T logits[kGroupRows][kTileCols];
+  alignas(64) T col_max[kTileCols], col_sum[kTileCols], next_max[kTileCols], reference[kTileCols];
+  for (int64_t j = 0; j < kTileCols; ++j) col_max[j] = next_max[j] = kNegInf<T>, col_sum[j] = 0;
+
+  for (int64_t first = 0; first < at.rows; first += kGroupRows) {
+    const int64_t group = smaller(kGroupRows, at.rows - first);
+    T row_max[kGroupRows];
+    for (int64_t g = 0; g < group; ++g) {
+      const int64_t i = at.row + first + g;
+      T* products = tile.products + (first + g) * tile.stride;
+      copy_row(logits[g], products, at.cols);
+      mask_row(rule, strip, at, i, logits[g], tile.pos + i);
+      if (tile.keep_logits) __builtin_memcpy(products, logits[g], at.cols * sizeof(T));
+      Vec<T> most = fill<T>(kNegInf<T>);
+      for (int64_t j = 0; j < at.cols; j += kLanes<T>) {
+        const Vec<T> s = load(logits[g] + j);
+        if (kRow) most = maximum<T>(most, s);
+        if (kCol) store(next_max + j, maximum<T>(load(next_max + j), s));
+      }
+      row_max[g] = most[0];
+      for (int l = 1; l < kLanes<T>; ++l) row_max[g] = most[l] > row_max[g] ? most[l] : row_max[g];
+    }
+    if (kCol) {
+      for (int64_t j = 0; j < at.cols; j += kLanes<T>) {
+        const Vec<T> next = load(next_max + j), ref = finite_reference<T>(next);
+        store(col_sum + j, load(col_sum + j) * exp_nonpositive<T>(load(col_max + j) - ref));
+        store(col_max + j, next);
+        store(reference + j, ref);
+      }
+    }
+    for (int64_t g = 0; g < group; ++g) {
+      const T row_ref = finite_reference(row_max[g]);
+      Vec<T> sum{};
+      for (int64_t j = 0; j < at.cols; j += kLanes<T>) {
+        const Vec<T> s = load(logits[g] + j);
+        if (kRow) sum += exp_nonpositive<T>(s - row_ref);
+        if (kCol) store(col_sum + j, load(col_sum + j) + exp_nonpositive<T>(s - load(reference + j)));
+      }
+      if (kRow) {
+        T total = 0;
+        for (int l = 0; l < kLanes<T>; ++l) total += sum[l];
+        tile.row_max[first + g] = row_max[g];
+        tile.row_sum[first + g] = total;
+      }
+    }
+  }
+  if (kCol) {
+    __builtin_memcpy(tile.col_max, col_max, at.cols * sizeof(T));
+    __builtin_memcpy(tile.col_sum, col_sum, at.cols * sizeof(T));
+  }
+}
+
+template <class T, bool kRow, bool kCol>
+static void backward_tile(const LogitRule<T>& rule, const BackwardTile<T>& tile) {
+  const Place& at = tile.at;
+  const StripRule<T> strip(rule, at);
+  alignas(64) T logits[kTileCols], col[kTileCols], g_col[kTileCols];
+  if (kCol) {
+    copy_padded(col, tile.col + at.col, at.cols, T(0));
+    copy_padded(g_col, tile.g_col + at.col, at.cols, T(0));
+    for (int64_t j = 0; j < kTileCols; ++j) col[j] = finite_reference(col[j]);
+  }
+  for (int64_t r = 0; r < at.rows; ++r) {
+    const int64_t i = at.row + r;
+    copy_row(logits, tile.source + r * tile.source_stride, at.cols);
+    if (!tile.source_is_logits) mask_row<T>(rule, strip, at, i, logits, nullptr);
+    const T row = kRow ? finite_reference(tile.row[i]) : T(0), g_row = kRow ? tile.g_row[i] : T(0);
+    for (int64_t j = 0; j < at.cols; j += kLanes<T>) {
+      const Vec<T> s = load(logits + j);
+      Vec<T> g{};
+      if (kRow) g += exp_nonpositive<T>(s - row) * g_row;
+      if (kCol) g += exp_nonpositive<T>(s - load(col + j)) * load(g_col + j);
+      store(logits + j, g);
+    }
+    T* grad = tile.grad + r * tile.grad_stride;
+    __builtin_memcpy(grad, logits, at.cols * sizeof(T));
+    const int64_t target = rule.target(i) - at.col;
+    if (target >= 0 && target < at.cols) grad[target] = tile.g_pos[i];
+  }
+}
+
+template <class T>
+static void forward(const LogitRule<T>& rule, const ForwardTile<T>& tile) {
+  if (tile.row_max && tile.col_max) return forward_tile<T, true, true>(rule, tile);
+  if (tile.row_max) return forward_tile<T, true, false>(rule, tile);
+  return forward_tile<T, false, true>(rule, tile);
+}
+
+template <class T>
+static void backward(const LogitRule<T>& rule, const BackwardTile<T>& tile) {
+  if (tile.row && tile.col) return backward_tile<T, true, true>(rule, tile);
+  if (tile.row) return backward_tile<T, true, false>(rule, tile);
+  if (tile.col) return backward_tile<T, false, true>(rule, tile);
+  return backward_tile<T, false, false>(rule, tile);
+}
+
+template <class T>
+static void merge(T* max, T* sum, const T* max2, const T* sum2, int64_t n) {
+  for (int64_t j = 0; j < n; j += kTileCols) {
+    const int64_t count = smaller(kTileCols, n - j);
+    alignas(64) T m[kTileCols], s[kTileCols], m2[kTileCols], s2[kTileCols];
+    copy_padded(m, max + j, count, kNegInf<T>);
+    copy_padded(s, sum + j, count, T(0));
+    copy_padded(m2, max2 + j, count, kNegInf<T>);
+    copy_padded(s2, sum2 + j, count, T(0));
+    for (int64_t k = 0; k < count; k += kLanes<T>) {
+      const Vec<T> most = maximum<T>(load(m + k), load(m2 + k)), ref = finite_reference<T>(most);
+      store(s + k, load(s + k) * exp_nonpositive<T>(load(m + k) - ref) +
+                       load(s2 + k) * exp_nonpositive<T>(load(m2 + k) - ref));
+      store(m + k, most);
+    }
+    __builtin_memcpy(max + j, m, count * sizeof(T));
+    __builtin_memcpy(sum + j, s, count * sizeof(T));
+  }
+}
+
+template <class T>
+static Kernels<T> table() {
+  return {forward<T>, backward<T>, merge<T>};
+}

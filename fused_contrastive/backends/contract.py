@@ -1,0 +1,27 @@
+"""What a backend provides: two functions per primitive, and whether it can run here."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+from fused_contrastive.core.spec import Forward, Gradients, Needs, StatsSpec, Upstream
+
+
+class Backend(Protocol):
+    """A module with these functions is a backend; ops/dispatch.py lists them."""
+
+    def unavailable(self) -> str | None:
+        """Why this backend cannot run here, with the way to get it, or None."""
+
+    def supports(self, device_type: str) -> bool:
+        """Whether it takes tensors on this type of device."""
+
+    def stats_forward(self, spec: StatsSpec, x: Tensor, y: Tensor) -> Forward:
+        """Statistics of S; x (M, D), y (N, D) of one dtype and device."""
+
+    def stats_backward(
+        self, spec: StatsSpec, x: Tensor, y: Tensor, saved: Forward, upstream: Upstream, needs: Needs
+    ) -> Gradients:
+        """Gradients given those of the statistics. ``saved.pos`` may hold anything. Must not write to ``saved``."""

@@ -1,0 +1,79 @@
+"""The C++ CPU backend (csrc/): vendor GEMM blocks swept by vectorised kernels, in parallel."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from fused_contrastive.core.spec import Forward, Gradients, Needs, StatsSpec, Upstream
+
+try:
+    from fused_contrastive import _C
+
+    _import_error: ImportError | None = None
+except ImportError as error:
+    _import_error = error
+
+
+def unavailable() -> str | None:
+    if _import_error is None:
+        return None
+    return (
+        f"its compiled extension could not be loaded ({_import_error}); with a C++ compiler installed, run "
+        "`pip install --no-build-isolation fused_contrastive` in the environment that holds torch"
+    )
+
+
+def supports(device_type: str) -> bool:
+    return device_type == "cpu"
+
+
+def vector_level() -> str:
+    """The instruction set of the vector kernels here: baseline, avx2 or avx512."""
+    return _C.vector_level()
+
+
+def is_parallel() -> bool:
+    """Whether the extension was built with OpenMP, so that it uses torch's threads."""
+    return _C.parallel
+
+
+def stats_forward(spec: StatsSpec, x: Tensor, y: Tensor) -> Forward:
+    return Forward(
+        *_C.stats_forward(
+            x,
+            y,
+            spec.scale,
+            spec.targets,
+            spec.col_bias,
+            spec.row_ids,
+            spec.col_ids,
+            spec.exclude_self,
+            spec.rows,
+            spec.cols,
+            spec.kept_rows,
+        )
+    )
+
+
+def stats_backward(
+    spec: StatsSpec, x: Tensor, y: Tensor, saved: Forward, upstream: Upstream, needs: Needs
+) -> Gradients:
+    return Gradients(
+        *_C.stats_backward(
+            x,
+            y,
+            spec.scale,
+            spec.targets,
+            spec.col_bias,
+            spec.row_ids,
+            spec.col_ids,
+            spec.exclude_self,
+            saved.row,
+            saved.col,
+            saved.kept,
+            upstream.pos,
+            upstream.row,
+            upstream.col,
+            needs,
+        )
+    )

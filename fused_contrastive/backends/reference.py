@@ -1,0 +1,100 @@
+"""The reference backend: the primitive in plain torch, on any device, one chunk of rows at a time.
+
+Written to be read beside the formulas, and needs nothing but torch.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fused_contrastive.core.spec import Forward, Gradients, Needs, StatsSpec, Upstream, stats_dtype
+
+CHUNK_ROWS = 1024
+
+
+def unavailable() -> str | None:
+    return None
+
+
+def supports(device_type: str) -> bool:
+    return True
+
+
+def _targets(spec: StatsSpec, x: Tensor) -> Tensor:  # (M,)
+    return torch.arange(x.shape[0], device=x.device) if spec.targets is None else spec.targets
+
+
+def _logits(spec: StatsSpec, x: Tensor, y: Tensor, rows: slice, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits of some rows with -inf where excluded, (R, N), and the positives' logits, (R,)."""
+    logits = spec.scale * (x[rows] @ y.T)
+    if spec.col_bias is not None:
+        logits = logits + spec.col_bias
+    positive = targets[rows, None]  # (R, 1)
+    pos = logits.gather(1, positive).squeeze(1)
+    pos = pos.masked_fill(pos == torch.inf, torch.nan)
+    columns = torch.arange(y.shape[0], device=y.device)
+    excluded = columns == positive
+    if spec.exclude_self:
+        excluded |= columns == torch.arange(rows.start, rows.stop, device=x.device)[:, None]
+    if spec.row_ids is not None and spec.col_ids is not None:
+        excluded |= spec.row_ids[rows, None] == spec.col_ids
+    return logits.masked_fill(excluded, -torch.inf), pos
+
+
+def _chunks(m: int) -> list[slice]:
+    return [slice(i, min(i + CHUNK_ROWS, m)) for i in range(0, m, CHUNK_ROWS)]
+
+
+def stats_forward(spec: StatsSpec, x: Tensor, y: Tensor) -> Forward:
+    dtype = stats_dtype(x.dtype)
+    x, y = x.to(dtype), y.to(dtype)
+    targets = _targets(spec, x)
+    m, n = x.shape[0], y.shape[0]
+    pos = x.new_empty(m)
+    row = x.new_empty(m if spec.rows else 0)
+    col = x.new_full((n if spec.cols else 0,), -torch.inf)
+    kept = x.new_empty(spec.kept_rows, n)
+    for rows in _chunks(m):
+        logits, pos[rows] = _logits(spec, x, y, rows, targets)
+        if spec.rows:
+            row[rows] = logits.logsumexp(dim=1)
+        if spec.cols:
+            col = torch.logaddexp(col, logits.logsumexp(dim=0))
+        kept[rows] = logits[: kept[rows].shape[0]]
+    return Forward(pos, row, col, kept)
+
+
+def _weights(logits: Tensor, normaliser: Tensor) -> Tensor:
+    """exp(logits - normaliser), 0 where nothing was left to normalise (normaliser -inf)."""
+    return (logits - normaliser.masked_fill(normaliser == -torch.inf, 0)).exp()
+
+
+def stats_backward(
+    spec: StatsSpec, x: Tensor, y: Tensor, saved: Forward, upstream: Upstream, needs: Needs
+) -> Gradients:
+    x_dtype, y_dtype, dtype = x.dtype, y.dtype, stats_dtype(x.dtype)
+    x, y = x.to(dtype), y.to(dtype)
+    targets = _targets(spec, x)
+    dx, dy, dbias = torch.zeros_like(x), torch.zeros_like(y), x.new_zeros(y.shape[0])
+    for rows in _chunks(x.shape[0]):
+        if rows.stop <= spec.kept_rows:
+            logits = saved.kept[rows]
+        else:
+            logits, _ = _logits(spec, x, y, rows, targets)
+        grad = torch.zeros_like(logits)  # G, (R, N)
+        if upstream.row is not None:
+            grad += upstream.row[rows, None] * _weights(logits, saved.row[rows, None])
+        if upstream.col is not None:
+            grad += upstream.col * _weights(logits, saved.col)
+        if upstream.pos is not None:
+            grad.scatter_(1, targets[rows, None], upstream.pos[rows, None])
+        dx[rows] = grad @ y
+        dy += grad.T @ x[rows]
+        dbias += grad.sum(dim=0)
+    return Gradients(
+        x=(spec.scale * dx).to(x_dtype) if needs.x else None,
+        y=(spec.scale * dy).to(y_dtype) if needs.y else None,
+        scale=(x * dx).sum() if needs.scale else None,
+        col_bias=dbias if needs.col_bias else None,
+    )

@@ -1,0 +1,107 @@
+"""Input checks: a TypeError or ValueError that names the argument, what came and what was expected."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+FEATURE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+DIRECTIONS = ("row", "col")
+
+
+def one_of(name: str, value: object, valid: Sequence[str]) -> None:
+    if value not in valid:
+        raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(repr, valid))}")
+
+
+def features(name: str, value: object) -> None:
+    """A non-empty (rows, D) floating tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: got {type(value).__name__}, expected a torch.Tensor of shape (rows, D)")
+    if value.dtype not in FEATURE_DTYPES:
+        raise TypeError(f"{name}: got dtype {value.dtype}, expected float32, float64, bfloat16 or float16")
+    if value.dim() != 2:
+        raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected 2 dimensions (rows, D)")
+    if value.shape[0] == 0 or value.shape[1] == 0:
+        raise ValueError(f"{name}: got an empty batch of shape {tuple(value.shape)}, expected at least 1 row and D >= 1")
+
+
+def feature_pair(x_name: str, x: Tensor, y_name: str, y: Tensor) -> None:
+    """Two sets of features that can be multiplied."""
+    features(x_name, x)
+    features(y_name, y)
+    same_device(y_name, y, x_name, x)
+    if x.dtype != y.dtype:
+        raise TypeError(f"{y_name}: got dtype {y.dtype}, expected {x.dtype}, the dtype of {x_name}")
+    if x.shape[1] != y.shape[1]:
+        raise ValueError(f"{y_name}: got D = {y.shape[1]}, expected {x.shape[1]}, the D of {x_name}")
+
+
+def same_device(name: str, value: Tensor, like_name: str, like: Tensor) -> None:
+    if value.device != like.device:
+        raise ValueError(f"{name}: got device {value.device}, expected {like.device}, the device of {like_name}")
+
+
+def scalar(name: str, value: object) -> None:
+    """A Python number or a 0-d floating tensor."""
+    if isinstance(value, Tensor):
+        if value.dim() != 0:
+            raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected a number or a 0-d tensor")
+        if not value.is_floating_point():
+            raise TypeError(f"{name}: got dtype {value.dtype}, expected a floating dtype")
+    elif isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: got {type(value).__name__}, expected a number or a 0-d tensor")
+
+
+def vector(name: str, value: object, length: int, x: Tensor, *, of: str, integer: bool) -> None:
+    """A (length,) tensor of int64, or of a floating dtype."""
+    expected = f"a {'int64' if integer else 'floating'} tensor of shape ({length},), {of}"
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: got {type(value).__name__}, expected {expected}")
+    if value.dtype != torch.int64 if integer else not value.is_floating_point():
+        raise TypeError(f"{name}: got dtype {value.dtype}, expected {expected}")
+    if value.dim() != 1 or value.shape[0] != length:
+        raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected {expected}")
+    same_device(name, value, "x", x)
+
+
+def directions(value: object) -> tuple[bool, bool]:
+    """(row asked, col asked)."""
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        raise TypeError(f"directions: got {value!r}, expected a sequence of 'row' and 'col'")
+    if len(value) == 0:
+        raise ValueError("directions: got none, expected 'row', 'col' or both")
+    for direction in value:
+        one_of("directions", direction, DIRECTIONS)
+    return "row" in value, "col" in value
+
+
+def memory_budget(value: object) -> None:
+    if value == "auto":
+        return
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"memory_budget: got {value!r}, expected a number of bytes or 'auto'")
+    if value < 0:
+        raise ValueError(f"memory_budget: got {value}, expected at least 0 bytes")
+
+
+def target_range(targets: Tensor, columns: int) -> None:
+    """Every target names a column. Reads the values, so only where that does not make a GPU wait."""
+    low, high = targets.aminmax()
+    if low < 0 or high >= columns:
+        raise ValueError(f"targets: got values from {int(low)} to {int(high)}, expected 0 to {columns - 1} (N - 1)")
+
+
+def same_rows(x_name: str, x: Tensor, y_name: str, y: Tensor) -> None:
+    if x.shape[0] != y.shape[0]:
+        raise ValueError(f"{y_name}: got {y.shape[0]} rows, expected {x.shape[0]}, as many as {x_name}")
+
+
+def unit_interval(name: str, value: object) -> None:
+    """A number in [0, 1)."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: got {value!r}, expected a number in [0, 1)")
+    if not 0 <= value < 1:
+        raise ValueError(f"{name}: got {value}, expected a number in [0, 1)")

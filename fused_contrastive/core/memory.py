@@ -1,0 +1,38 @@
+"""``memory_budget``: bytes of logits the forward may keep, turned into a number of rows.
+
+Kept rows save the backward one of its three products. The number follows from shapes and the device's total memory
+alone, never from what is free now, so that a traced graph stays valid.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from pathlib import Path
+
+import torch
+
+AUTO_SHARE = 16  # "auto" keeps at most total memory / AUTO_SHARE
+
+
+@functools.cache
+def _host_memory() -> int:
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = Path("/sys/fs/cgroup/memory.max")  # a container's own limit
+    if limit.is_file() and (text := limit.read_text().strip()).isdigit():
+        total = min(total, int(text))
+    return total
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def total_memory(device_type: str, index: int | None) -> int:
+    """Total memory of a device in bytes."""
+    if device_type == "cuda":
+        return int(torch.cuda.get_device_properties(index).total_memory)
+    return _host_memory()
+
+
+def rows_to_keep(m: int, n: int, dtype: torch.dtype, budget: int | str, device: torch.device) -> int:
+    """Rows of an (m, n) matrix of ``dtype`` that fit the budget."""
+    size = total_memory(device.type, device.index) // AUTO_SHARE if isinstance(budget, str) else budget
+    return torch.sym_min(m, size // (n * dtype.itemsize))  # type: ignore[no-any-return]

@@ -1,0 +1,66 @@
+"""The description of one problem that every backend receives beside the features."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class StatsSpec(NamedTuple):
+    """How logits are made of x (M, D) and y (N, D), which are excluded, and what is asked.
+
+    ``S[i, j] = scale * x[i] . y[j] + col_bias[j]``. Excluded from ``row`` and ``col`` are the positive
+    ``S[i, t(i)]``, every pair with ``row_ids[i] == col_ids[j]`` and, with ``exclude_self``, ``S[i, i]``.
+    """
+
+    scale: Tensor  # () in the dtype of the statistics
+    targets: Tensor | None  # (M,) int64 column of each row's positive; None: t(i) = i
+    col_bias: Tensor | None  # (N,) in the dtype of the statistics
+    row_ids: Tensor | None  # (M,) int64
+    col_ids: Tensor | None  # (N,) int64
+    exclude_self: bool
+    rows: bool  # the row direction is asked
+    cols: bool  # the column direction is asked
+    kept_rows: int  # rows of S to keep for the backward
+
+
+class Forward(NamedTuple):
+    """A backend's forward result. A direction that is not asked has 0 elements."""
+
+    pos: Tensor  # (M,) NaN where the logit is +inf
+    row: Tensor  # (M,)
+    col: Tensor  # (N,)
+    kept: Tensor  # (kept_rows, N) masked logits
+
+
+class Upstream(NamedTuple):
+    """Gradients that arrive at the statistics; None is zero."""
+
+    pos: Tensor | None  # (M,)
+    row: Tensor | None  # (M,)
+    col: Tensor | None  # (N,)
+
+
+class Needs(NamedTuple):
+    """Which gradients are asked."""
+
+    x: bool
+    y: bool
+    scale: bool
+    col_bias: bool
+
+
+class Gradients(NamedTuple):
+    """A backend's backward result; None where not asked."""
+
+    x: Tensor | None  # (M, D) in the dtype of x
+    y: Tensor | None  # (N, D) in the dtype of y
+    scale: Tensor | None  # ()
+    col_bias: Tensor | None  # (N,)
+
+
+def stats_dtype(features: torch.dtype) -> torch.dtype:
+    """The dtype of statistics, losses and scale gradients: float64 for float64 features, else float32."""
+    return torch.float64 if features == torch.float64 else torch.float32

@@ -1,0 +1,115 @@
+"""The symmetric image-text contrastive loss of CLIP."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from fused_contrastive.core import checks
+from fused_contrastive.losses import terms
+from fused_contrastive.ops.stats import contrastive_stats
+
+
+def clip_loss(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: float | Tensor,
+    *,
+    decoupled: bool = False,
+    label_smoothing: float = 0.0,
+    reduction: terms.Reduction = "mean",
+    memory_budget: int | Literal["auto"] = "auto",
+    backend: str = "auto",
+) -> Tensor:
+    """The CLIP loss, without the N x N matrix.
+
+    Same value and gradients as ::
+
+        logits = logit_scale * image_features @ text_features.T
+        labels = torch.arange(len(logits))
+        (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
+
+    (Radford et al. 2021, "Learning Transferable Visual Models From Natural Language Supervision"). With
+    ``decoupled=True`` the positive is left out of both denominators (Yeh et al. 2022, "Decoupled Contrastive
+    Learning"); with a single pair that denominator is empty and the loss -inf.
+
+    Args:
+        image_features: (N, D) float32, float64, bfloat16 or float16; normalise them first as CLIP does.
+        text_features: (N, D), same dtype and device; row i is the caption of image i.
+        logit_scale: multiplies the similarities (CLIP's learned temperature, already exponentiated); a number or a
+            0-d tensor, which gets a gradient.
+        decoupled: the DCL form.
+        label_smoothing: in [0, 1), as in ``F.cross_entropy``: this share of the target is spread over all N.
+        reduction: "mean", "sum" (over the N pairs) or "none" ((N,), the mean of a pair's two directions).
+        memory_budget, backend: see ``contrastive_stats``.
+
+    Returns:
+        A scalar, or (N,) with ``reduction="none"``; float32 (float64 for float64 features), under autocast too.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what was expected.
+    """
+    checks.feature_pair("image_features", image_features, "text_features", text_features)
+    checks.same_rows("image_features", image_features, "text_features", text_features)
+    checks.scalar("logit_scale", logit_scale)
+    checks.one_of("reduction", reduction, terms.REDUCTIONS)
+    checks.unit_interval("label_smoothing", label_smoothing)
+    pos, row, col = contrastive_stats(
+        image_features, text_features, logit_scale, memory_budget=memory_budget, backend=backend
+    )
+    assert row is not None and col is not None
+    both = terms.cross_entropy(torch.stack((row, col)), pos, decoupled=decoupled)  # (2, N)
+    if label_smoothing:
+        mean_logits = torch.stack(
+            (
+                terms.mean_logit(logit_scale, image_features, text_features),
+                terms.mean_logit(logit_scale, text_features, image_features),
+            )
+        )
+        both = both + label_smoothing * (pos - mean_logits)
+    if reduction == "mean":
+        return both.mean()
+    return terms.reduce(both.mean(dim=0), reduction)
+
+
+class ClipLoss(nn.Module):
+    """``clip_loss`` as a module. It holds no parameters: the model owns the logit scale."""
+
+    def __init__(
+        self,
+        *,
+        decoupled: bool = False,
+        label_smoothing: float = 0.0,
+        reduction: terms.Reduction = "mean",
+        memory_budget: int | Literal["auto"] = "auto",
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        checks.one_of("reduction", reduction, terms.REDUCTIONS)
+        checks.unit_interval("label_smoothing", label_smoothing)
+        self.decoupled = decoupled
+        self.label_smoothing = label_smoothing
+        self.reduction = reduction
+        self.memory_budget = memory_budget
+        self.backend = backend
+
+    def forward(self, image_features: Tensor, text_features: Tensor, logit_scale: float | Tensor) -> Tensor:
+        """(N, D), (N, D), scalar -> loss; see ``clip_loss``."""
+        return clip_loss(
+            image_features,
+            text_features,
+            logit_scale,
+            decoupled=self.decoupled,
+            label_smoothing=self.label_smoothing,
+            reduction=self.reduction,
+            memory_budget=self.memory_budget,
+            backend=self.backend,
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"decoupled={self.decoupled}, label_smoothing={self.label_smoothing}, reduction={self.reduction!r}, "
+            f"memory_budget={self.memory_budget!r}, backend={self.backend!r}"
+        )

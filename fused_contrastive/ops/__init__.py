@@ -1,0 +1,1 @@
+"""The primitive: its schema, the choice of backend, its one autograd formula, and the public function."""

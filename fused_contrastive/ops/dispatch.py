@@ -1,0 +1,28 @@
+"""Chooses a backend. Nothing falls back silently: a backend that cannot run raises and says how to get it."""
+
+from __future__ import annotations
+
+import torch
+
+from fused_contrastive.backends import cpp, reference
+from fused_contrastive.backends.contract import Backend
+from fused_contrastive.core import checks
+
+BACKENDS: dict[str, Backend] = {"reference": reference, "cpp": cpp}
+_AUTO = {"cpu": "cpp"}  # device types not listed: reference
+
+
+def available() -> dict[str, Backend]:
+    """The backends that can run here."""
+    return {name: backend for name, backend in BACKENDS.items() if backend.unavailable() is None}
+
+
+def resolve(name: str, device: torch.device) -> str:
+    """The backend that ``name`` ("auto" included) means for tensors on ``device``."""
+    checks.one_of("backend", name, ("auto", *BACKENDS))
+    chosen = _AUTO.get(device.type, "reference") if name == "auto" else name
+    if (reason := BACKENDS[chosen].unavailable()) is not None:
+        raise RuntimeError(f"backend {chosen!r} cannot run here: {reason}. backend='reference' needs torch alone.")
+    if not BACKENDS[chosen].supports(device.type):
+        raise ValueError(f"backend: got {chosen!r} for features on {device}, which it does not support")
+    return chosen

@@ -1,0 +1,95 @@
+"""The operators' schemas, written once, their implementation by dispatch, and their fake kernels."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fused_contrastive.core import checks
+from fused_contrastive.core.spec import Forward, Needs, StatsSpec, Upstream, stats_dtype
+from fused_contrastive.ops.dispatch import BACKENDS
+
+library = torch.library.Library("fused_contrastive", "DEF")
+
+_PROBLEM = (
+    "Tensor x, Tensor y, Tensor scale, Tensor? targets, Tensor? col_bias, Tensor? row_ids, Tensor? col_ids, "
+    "bool exclude_self, bool rows, bool cols, SymInt kept_rows, str backend"
+)
+library.define(f"stats_forward({_PROBLEM}) -> (Tensor pos, Tensor row, Tensor col, Tensor kept)")
+library.define(
+    "stats_backward(Tensor? g_pos, Tensor? g_row, Tensor? g_col, Tensor row, Tensor col, Tensor kept, "
+    f"bool[] needs, {_PROBLEM}) -> (Tensor dx, Tensor dy, Tensor dscale, Tensor dcol_bias)"
+)
+
+
+def stats_forward(
+    x: Tensor,
+    y: Tensor,
+    scale: Tensor,
+    targets: Tensor | None,
+    col_bias: Tensor | None,
+    row_ids: Tensor | None,
+    col_ids: Tensor | None,
+    exclude_self: bool,
+    rows: bool,
+    cols: bool,
+    kept_rows: int,
+    backend: str,
+) -> Forward:
+    """Checks what only the values can tell, and calls the backend."""
+    if targets is not None and targets.device.type == "cpu":
+        checks.target_range(targets, y.shape[0])
+    spec = StatsSpec(scale, targets, col_bias, row_ids, col_ids, exclude_self, rows, cols, kept_rows)
+    return BACKENDS[backend].stats_forward(spec, x, y)
+
+
+def stats_backward(
+    g_pos: Tensor | None,
+    g_row: Tensor | None,
+    g_col: Tensor | None,
+    row: Tensor,
+    col: Tensor,
+    kept: Tensor,
+    needs: list[bool],
+    x: Tensor,
+    y: Tensor,
+    scale: Tensor,
+    targets: Tensor | None,
+    col_bias: Tensor | None,
+    row_ids: Tensor | None,
+    col_ids: Tensor | None,
+    exclude_self: bool,
+    rows: bool,
+    cols: bool,
+    kept_rows: int,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Calls the backend. A gradient that is not asked comes back with 0 elements: an operator returns tensors."""
+    spec = StatsSpec(scale, targets, col_bias, row_ids, col_ids, exclude_self, rows, cols, kept_rows)
+    gradients = BACKENDS[backend].stats_backward(
+        spec,
+        x,
+        y,
+        saved=Forward(row, row, col, kept),
+        upstream=Upstream(g_pos, g_row if rows else None, g_col if cols else None),
+        needs=Needs(*needs),
+    )
+    dx, dy, dscale, dcol_bias = (row.new_empty(0) if g is None else g for g in gradients)
+    return dx, dy, dscale, dcol_bias
+
+
+library.impl("stats_forward", stats_forward, "CompositeExplicitAutograd")
+library.impl("stats_backward", stats_backward, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("fused_contrastive::stats_forward", lib=library)
+def _fake_forward(x, y, scale, targets, col_bias, row_ids, col_ids, exclude_self, rows, cols, kept_rows, backend):  # type: ignore[no-untyped-def]
+    m, n, dtype = x.shape[0], y.shape[0], stats_dtype(x.dtype)
+    sizes = ((m,), (m if rows else 0,), (n if cols else 0,), (kept_rows, n))
+    return tuple(x.new_empty(size, dtype=dtype) for size in sizes)
+
+
+@torch.library.register_fake("fused_contrastive::stats_backward", lib=library)
+def _fake_backward(g_pos, g_row, g_col, row, col, kept, needs, x, y, scale, *rest):  # type: ignore[no-untyped-def]
+    like = (x, y, scale, row.new_empty(y.shape[0]))
+    return tuple(t.new_empty(t.shape) if asked else row.new_empty(0) for t, asked in zip(like, needs, strict=True))

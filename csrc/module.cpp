@@ -40,7 +40,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> forward(
 
 std::array<at::Tensor, 4> backward(at::Tensor x, at::Tensor y, at::Tensor scale, fc::OptionalTensor targets,
                                    fc::OptionalTensor col_bias, fc::OptionalTensor row_ids, fc::OptionalTensor col_ids,
-                                   bool exclude_self, fc::OptionalTensor row, fc::OptionalTensor col, at::Tensor kept,
+                                   bool exclude_self, at::Tensor row, at::Tensor col, at::Tensor kept,
                                    fc::OptionalTensor g_pos, fc::OptionalTensor g_row, fc::OptionalTensor g_col,
                                    std::array<bool, 4> needs) {
   const auto interrupt = python_interrupt();

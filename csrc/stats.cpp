@@ -157,10 +157,11 @@ class LogSumExp {
     for (int64_t p = 0; p < parts_; ++p)
       kernels<T>().merge(max_.data() + first, sum_.data() + first, part_max(p, 0), part_sum(p, 0), length_);
   }
-  at::Tensor value(const at::TensorOptions& options) const {
-    at::Tensor out = at::empty({static_cast<int64_t>(sum_.size())}, options);
-    std::transform(max_.begin(), max_.end(), sum_.begin(), out.template mutable_data_ptr<T>(),
-                   [](T max, T sum) { return max + std::log(sum); });
+  // In double: next to a maximum of 1000, float would round log(sum) to 6e-5.
+  at::Tensor value() const {
+    at::Tensor out = at::empty({static_cast<int64_t>(sum_.size())}, at::kDouble);
+    std::transform(max_.begin(), max_.end(), sum_.begin(), out.mutable_data_ptr<double>(),
+                   [](double max, double sum) { return max + std::log(sum); });
     return out;
   }
 
@@ -168,6 +169,22 @@ class LogSumExp {
   bool asked_;
   int64_t parts_ = 0, length_ = 0;
   std::vector<T> max_, sum_, part_max_, part_sum_;
+};
+
+// A double log-normaliser as a sum of two T, 0 where nothing was left to normalise (-inf).
+template <class T>
+struct Normaliser {
+  std::vector<T> high, low;
+
+  explicit Normaliser(const at::Tensor& value) {
+    const at::Tensor values = value.contiguous();
+    const double* v = values.const_data_ptr<double>();
+    for (int64_t i = 0; i < values.numel(); ++i) {
+      const double finite = v[i] == -std::numeric_limits<double>::infinity() ? 0 : v[i];
+      high.push_back(static_cast<T>(finite));
+      low.push_back(static_cast<T>(finite - high.back()));
+    }
+  }
 };
 
 template <class T>
@@ -198,11 +215,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> forward(const Problem
     col.merge(b.col0);
     interrupt();
   }
-  return {pos, row.value(p.options()), col.value(p.options()), kept};
+  return {pos.to(at::kDouble), row.value(), col.value(), kept};
 }
 
 template <class T>
-std::array<at::Tensor, 4> backward(const Problem& problem, const OptionalTensor& row, const OptionalTensor& col,
+std::array<at::Tensor, 4> backward(const Problem& problem, const at::Tensor& row, const at::Tensor& col,
                                    const at::Tensor& kept, const OptionalTensor& g_pos, const OptionalTensor& g_row,
                                    const OptionalTensor& g_col, std::array<bool, 4> needs,
                                    const Interrupt& interrupt) {
@@ -211,9 +228,11 @@ std::array<at::Tensor, 4> backward(const Problem& problem, const OptionalTensor&
   const int64_t m = p.rows(), n = p.cols();
   constexpr auto dtype = c10::CppTypeToScalarType<T>::value;
   const at::Tensor pos_grad = g_pos ? contiguous_as(*g_pos, dtype) : at::zeros({m}, p.options());
-  OptionalTensor row_grad, col_grad, row_ref, col_ref;
-  if (g_row) row_grad = contiguous_as(*g_row, dtype), row_ref = *row;
-  if (g_col) col_grad = contiguous_as(*g_col, dtype), col_ref = *col;
+  OptionalTensor row_grad, col_grad;
+  if (g_row) row_grad = contiguous_as(*g_row, dtype);
+  if (g_col) col_grad = contiguous_as(*g_col, dtype);
+  const Normaliser<T> row_norm(g_row ? row : at::empty({0}, at::kDouble));
+  const Normaliser<T> col_norm(g_col ? col : at::empty({0}, at::kDouble));
   const bool needs_logits = g_row || g_col;
 
   // dscale = sum_i x_i . (G y)_i, or the same sum over columns when dx is not needed.
@@ -236,7 +255,8 @@ std::array<at::Tensor, 4> backward(const Problem& problem, const OptionalTensor&
     for_each_tile(b, [&](const Place& at, int64_t, int64_t) {
       const int64_t r = at.row - b.row0, c = at.col - b.col0;
       kernels<T>().backward(p.rule, {at, logits + r * stride + c, stride, b.kept, grad + r * b.cols() + c, b.cols(),
-                                     data<T>(row_ref), data<T>(row_grad), data<T>(col_ref), data<T>(col_grad),
+                                     g_row ? row_norm.high.data() : nullptr, row_norm.low.data(), data<T>(row_grad),
+                                     g_col ? col_norm.high.data() : nullptr, col_norm.low.data(), data<T>(col_grad),
                                      pos_grad.const_data_ptr<T>()});
     });
     if (dx.defined()) {
@@ -270,7 +290,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> stats_forward(const P
                                                 : forward<float>(problem, rows, cols, kept_rows, interrupt);
 }
 
-std::array<at::Tensor, 4> stats_backward(const Problem& problem, const OptionalTensor& row, const OptionalTensor& col,
+std::array<at::Tensor, 4> stats_backward(const Problem& problem, const at::Tensor& row, const at::Tensor& col,
                                          const at::Tensor& kept, const OptionalTensor& g_pos,
                                          const OptionalTensor& g_row, const OptionalTensor& g_col,
                                          std::array<bool, 4> needs, const Interrupt& interrupt) {

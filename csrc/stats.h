@@ -14,9 +14,9 @@ using OptionalTensor = std::optional<at::Tensor>;
 // What the logits are made of and which are excluded; the C++ view of core/spec.py. All tensors are on the CPU.
 struct Problem {
   at::Tensor x, y;           // (M, D), (N, D), one floating dtype, any strides
-  at::Tensor scale;          // 0-d, in the dtype of the statistics
+  at::Tensor scale;          // 0-d
   OptionalTensor targets;    // (M,) int64
-  OptionalTensor col_bias;   // (N,) in the dtype of the statistics
+  OptionalTensor col_bias;   // (N,)
   OptionalTensor row_ids;    // (M,) int64, equal to a column's id: excluded
   OptionalTensor col_ids;    // (N,) int64
   bool exclude_self;
@@ -24,13 +24,13 @@ struct Problem {
 
 using Interrupt = std::function<void()>;  // called between blocks; throws to stop
 
-// pos (M,), row (M,), col (N,) and the first `kept_rows` rows of the masked logits (kept_rows, N). A direction that is
-// not asked has 0 elements. Float32 (float64 for float64 features).
+// pos (M,), row (M,), col (N,) in float64, and the first `kept_rows` rows of the masked logits (kept_rows, N) in float32
+// (float64 for float64 features). A direction that is not asked has 0 elements.
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> stats_forward(const Problem& problem, bool rows, bool cols,
                                                                          int64_t kept_rows, const Interrupt& interrupt);
 
 // dx, dy, dscale, dcol_bias; undefined where `needs` says no. A gradient that is absent is zero.
-std::array<at::Tensor, 4> stats_backward(const Problem& problem, const OptionalTensor& row, const OptionalTensor& col,
+std::array<at::Tensor, 4> stats_backward(const Problem& problem, const at::Tensor& row, const at::Tensor& col,
                                          const at::Tensor& kept, const OptionalTensor& g_pos,
                                          const OptionalTensor& g_row, const OptionalTensor& g_col,
                                          std::array<bool, 4> needs, const Interrupt& interrupt);

@@ -51,9 +51,9 @@ struct BackwardTile {
   bool source_is_logits;  // kept by the forward: already scaled, biased and masked
   T* grad;                // (rows, cols), row stride `grad_stride`; may be `source`
   int64_t grad_stride;
-  const T *row, *g_row;  // (M,) log-normaliser and its gradient, or null: no gradient flows from rows
-  const T *col, *g_col;  // (N,) likewise for columns
-  const T* g_pos;        // (M,)
+  const T *row, *row_low, *g_row;  // (M,) finite log-normaliser, what rounding it to T left, and its gradient; or null
+  const T *col, *col_low, *g_col;  // (N,) likewise for columns
+  const T* g_pos;                  // (M,)
 };
 
 // The kernels of one instruction set.

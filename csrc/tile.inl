@@ -200,22 +200,23 @@ template <class T, bool kRow, bool kCol>
 static void backward_tile(const LogitRule<T>& rule, const BackwardTile<T>& tile) {
   const Place& at = tile.at;
   const StripRule<T> strip(rule, at);
-  alignas(64) T logits[kTileCols], col[kTileCols], g_col[kTileCols];
+  alignas(64) T logits[kTileCols], col[kTileCols], col_low[kTileCols], g_col[kTileCols];
   if (kCol) {
     copy_padded(col, tile.col + at.col, at.cols, T(0));
+    copy_padded(col_low, tile.col_low + at.col, at.cols, T(0));
     copy_padded(g_col, tile.g_col + at.col, at.cols, T(0));
-    for (int64_t j = 0; j < kTileCols; ++j) col[j] = finite_reference(col[j]);
   }
   for (int64_t r = 0; r < at.rows; ++r) {
     const int64_t i = at.row + r;
     copy_row(logits, tile.source + r * tile.source_stride, at.cols);
     if (!tile.source_is_logits) mask_row<T>(rule, strip, at, i, logits, nullptr);
-    const T row = kRow ? finite_reference(tile.row[i]) : T(0), g_row = kRow ? tile.g_row[i] : T(0);
+    const T row = kRow ? tile.row[i] : T(0), row_low = kRow ? tile.row_low[i] : T(0);
+    const T g_row = kRow ? tile.g_row[i] : T(0);
     for (int64_t j = 0; j < at.cols; j += kLanes<T>) {
       const Vec<T> s = load(logits + j);
       Vec<T> g{};
-      if (kRow) g += exp_nonpositive<T>(s - row) * g_row;
-      if (kCol) g += exp_nonpositive<T>(s - load(col + j)) * load(g_col + j);
+      if (kRow) g += exp_nonpositive<T>((s - row) - row_low) * g_row;
+      if (kCol) g += exp_nonpositive<T>((s - load(col + j)) - load(col_low + j)) * load(g_col + j);
       store(logits + j, g);
     }
     T* grad = tile.grad + r * tile.grad_stride;

@@ -1,6 +1,7 @@
 """The reference backend: the primitive in plain torch, on any device, one chunk of rows at a time.
 
-Written to be read beside the formulas, and needs nothing but torch.
+Written to be read beside the formulas, and needs nothing but torch. Products are taken in the compute dtype; the
+logits' exponentials and sums in the statistics' dtype.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fused_contrastive.core.spec import Forward, Gradients, Needs, StatsSpec, Upstream, stats_dtype
+from fused_contrastive.core.spec import Forward, Gradients, Needs, StatsSpec, Upstream, compute_dtype, statistics_dtype
 
 CHUNK_ROWS = 1024
 
@@ -47,21 +48,22 @@ def _chunks(m: int) -> list[slice]:
 
 
 def stats_forward(spec: StatsSpec, x: Tensor, y: Tensor) -> Forward:
-    dtype = stats_dtype(x.dtype)
+    dtype, statistics = compute_dtype(x.dtype), statistics_dtype(x.device)
     x, y = x.to(dtype), y.to(dtype)
     targets = _targets(spec, x)
     m, n = x.shape[0], y.shape[0]
-    pos = x.new_empty(m)
-    row = x.new_empty(m if spec.rows else 0)
-    col = x.new_full((n if spec.cols else 0,), -torch.inf)
+    pos = x.new_empty(m, dtype=statistics)
+    row = x.new_empty(m if spec.rows else 0, dtype=statistics)
+    col = x.new_full((n if spec.cols else 0,), -torch.inf, dtype=statistics)
     kept = x.new_empty(spec.kept_rows, n)
     for rows in _chunks(m):
         logits, pos[rows] = _logits(spec, x, y, rows, targets)
+        kept[rows] = logits[: kept[rows].shape[0]]
+        logits = logits.to(statistics)
         if spec.rows:
             row[rows] = logits.logsumexp(dim=1)
         if spec.cols:
             col = torch.logaddexp(col, logits.logsumexp(dim=0))
-        kept[rows] = logits[: kept[rows].shape[0]]
     return Forward(pos, row, col, kept)
 
 
@@ -73,7 +75,7 @@ def _weights(logits: Tensor, normaliser: Tensor) -> Tensor:
 def stats_backward(
     spec: StatsSpec, x: Tensor, y: Tensor, saved: Forward, upstream: Upstream, needs: Needs
 ) -> Gradients:
-    x_dtype, y_dtype, dtype = x.dtype, y.dtype, stats_dtype(x.dtype)
+    x_dtype, y_dtype, dtype = x.dtype, y.dtype, compute_dtype(x.dtype)
     x, y = x.to(dtype), y.to(dtype)
     targets = _targets(spec, x)
     dx, dy, dbias = torch.zeros_like(x), torch.zeros_like(y), x.new_zeros(y.shape[0])
@@ -82,6 +84,7 @@ def stats_backward(
             logits = saved.kept[rows]
         else:
             logits, _ = _logits(spec, x, y, rows, targets)
+        logits = logits.to(statistics_dtype(x.device))
         grad = torch.zeros_like(logits)  # G, (R, N)
         if upstream.row is not None:
             grad += upstream.row[rows, None] * _weights(logits, saved.row[rows, None])
@@ -89,6 +92,7 @@ def stats_backward(
             grad += upstream.col * _weights(logits, saved.col)
         if upstream.pos is not None:
             grad.scatter_(1, targets[rows, None], upstream.pos[rows, None])
+        grad = grad.to(dtype)
         dx[rows] = grad @ y
         dy += grad.T @ x[rows]
         dbias += grad.sum(dim=0)

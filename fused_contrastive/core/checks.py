@@ -25,7 +25,7 @@ def features(name: str, value: object) -> None:
     if value.dim() != 2:
         raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected 2 dimensions (rows, D)")
     if value.shape[0] == 0 or value.shape[1] == 0:
-        raise ValueError(f"{name}: got an empty batch of shape {tuple(value.shape)}, expected at least 1 row and D >= 1")
+        raise ValueError(f"{name}: got an empty batch of shape {tuple(value.shape)}, expected rows >= 1 and D >= 1")
 
 
 def feature_pair(x_name: str, x: Tensor, y_name: str, y: Tensor) -> None:

@@ -15,9 +15,9 @@ class StatsSpec(NamedTuple):
     ``S[i, t(i)]``, every pair with ``row_ids[i] == col_ids[j]`` and, with ``exclude_self``, ``S[i, i]``.
     """
 
-    scale: Tensor  # () in the dtype of the statistics
+    scale: Tensor  # () in the compute dtype
     targets: Tensor | None  # (M,) int64 column of each row's positive; None: t(i) = i
-    col_bias: Tensor | None  # (N,) in the dtype of the statistics
+    col_bias: Tensor | None  # (N,) in the compute dtype
     row_ids: Tensor | None  # (M,) int64
     col_ids: Tensor | None  # (N,) int64
     exclude_self: bool
@@ -27,7 +27,10 @@ class StatsSpec(NamedTuple):
 
 
 class Forward(NamedTuple):
-    """A backend's forward result. A direction that is not asked has 0 elements."""
+    """A backend's forward result: statistics in the statistics' dtype, logits in the compute dtype.
+
+    A direction that is not asked has 0 elements.
+    """
 
     pos: Tensor  # (M,) NaN where the logit is +inf
     row: Tensor  # (M,)
@@ -61,6 +64,15 @@ class Gradients(NamedTuple):
     col_bias: Tensor | None  # (N,)
 
 
-def stats_dtype(features: torch.dtype) -> torch.dtype:
-    """The dtype of statistics, losses and scale gradients: float64 for float64 features, else float32."""
+def compute_dtype(features: torch.dtype) -> torch.dtype:
+    """The dtype of products, logits, losses and scale gradients: float64 for float64 features, else float32."""
     return torch.float64 if features == torch.float64 else torch.float32
+
+
+def statistics_dtype(device: torch.device) -> torch.dtype:
+    """The dtype of pos, row and col: float64 where the device has it.
+
+    They are vectors, so it costs nothing, and a float32 log-normaliser of 1000 would round the loss and every weight
+    in the gradient by 3e-5, which eager's softmax, subtracting the maximum first, does not.
+    """
+    return torch.float32 if device.type == "mps" else torch.float64

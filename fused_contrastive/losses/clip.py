@@ -59,7 +59,8 @@ def clip_loss(
     pos, row, col = contrastive_stats(
         image_features, text_features, logit_scale, memory_budget=memory_budget, backend=backend
     )
-    assert row is not None and col is not None
+    assert row is not None
+    assert col is not None
     both = terms.cross_entropy(torch.stack((row, col)), pos, decoupled=decoupled)  # (2, N)
     if label_smoothing:
         mean_logits = torch.stack(
@@ -69,9 +70,7 @@ def clip_loss(
             )
         )
         both = both + label_smoothing * (pos - mean_logits)
-    if reduction == "mean":
-        return both.mean()
-    return terms.reduce(both.mean(dim=0), reduction)
+    return terms.reduce(both if reduction == "mean" else both.mean(dim=0), reduction, image_features)
 
 
 class ClipLoss(nn.Module):

@@ -7,8 +7,7 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor
 
-from fused_contrastive.core import checks
-from fused_contrastive.core.spec import stats_dtype
+from fused_contrastive.core.spec import compute_dtype
 
 Reduction = Literal["mean", "sum", "none"]
 REDUCTIONS = ("mean", "sum", "none")
@@ -27,12 +26,14 @@ def cross_entropy(normaliser: Tensor, pos: Tensor, *, decoupled: bool) -> Tensor
 
 def mean_logit(scale: float | Tensor, x: Tensor, y: Tensor) -> Tensor:
     """(M,) mean of each row of ``scale * x @ y.T``, in closed form: ``scale * x_i . mean_j y_j``."""
-    dtype = stats_dtype(x.dtype)
+    dtype = compute_dtype(x.dtype)
     return scale * (x.to(dtype) * y.to(dtype).mean(dim=0)).sum(dim=1)
 
 
-def reduce(loss: Tensor, reduction: str) -> Tensor:
-    checks.one_of("reduction", reduction, REDUCTIONS)
-    if reduction == "none":
-        return loss
-    return loss.mean() if reduction == "mean" else loss.sum()
+def reduce(loss: Tensor, reduction: str, features: Tensor) -> Tensor:
+    """(M,) -> scalar or (M,), in the dtype that losses of these features have."""
+    if reduction == "mean":
+        loss = loss.mean()
+    elif reduction == "sum":
+        loss = loss.sum()
+    return loss.to(compute_dtype(features.dtype))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fused_contrastive.core import checks
-from fused_contrastive.core.spec import Forward, Needs, StatsSpec, Upstream, stats_dtype
+from fused_contrastive.core.spec import Forward, Needs, StatsSpec, Upstream, compute_dtype, statistics_dtype
 from fused_contrastive.ops.dispatch import BACKENDS
 
 library = torch.library.Library("fused_contrastive", "DEF")
@@ -74,7 +74,7 @@ def stats_backward(
         upstream=Upstream(g_pos, g_row if rows else None, g_col if cols else None),
         needs=Needs(*needs),
     )
-    dx, dy, dscale, dcol_bias = (row.new_empty(0) if g is None else g for g in gradients)
+    dx, dy, dscale, dcol_bias = (scale.new_empty(0) if g is None else g for g in gradients)
     return dx, dy, dscale, dcol_bias
 
 
@@ -84,12 +84,13 @@ library.impl("stats_backward", stats_backward, "CompositeExplicitAutograd")
 
 @torch.library.register_fake("fused_contrastive::stats_forward", lib=library)
 def _fake_forward(x, y, scale, targets, col_bias, row_ids, col_ids, exclude_self, rows, cols, kept_rows, backend):  # type: ignore[no-untyped-def]
-    m, n, dtype = x.shape[0], y.shape[0], stats_dtype(x.dtype)
-    sizes = ((m,), (m if rows else 0,), (n if cols else 0,), (kept_rows, n))
-    return tuple(x.new_empty(size, dtype=dtype) for size in sizes)
+    m, n = x.shape[0], y.shape[0]
+    sizes = (m, m if rows else 0, n if cols else 0)
+    pos, row, col = (x.new_empty(size, dtype=statistics_dtype(x.device)) for size in sizes)
+    return pos, row, col, x.new_empty((kept_rows, n), dtype=compute_dtype(x.dtype))
 
 
 @torch.library.register_fake("fused_contrastive::stats_backward", lib=library)
 def _fake_backward(g_pos, g_row, g_col, row, col, kept, needs, x, y, scale, *rest):  # type: ignore[no-untyped-def]
-    like = (x, y, scale, row.new_empty(y.shape[0]))
-    return tuple(t.new_empty(t.shape) if asked else row.new_empty(0) for t, asked in zip(like, needs, strict=True))
+    like = (x, y, scale, scale.new_empty(y.shape[0]))
+    return tuple(t.new_empty(t.shape) if asked else scale.new_empty(0) for t, asked in zip(like, needs, strict=True))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fused_contrastive.core import checks
 from fused_contrastive.core.memory import rows_to_keep
-from fused_contrastive.core.spec import stats_dtype
+from fused_contrastive.core.spec import compute_dtype
 from fused_contrastive.ops import autograd, dispatch
 
 
@@ -64,18 +64,19 @@ def contrastive_stats(
             "reference".
 
     Returns:
-        ContrastiveStats(pos (M,), row (M,), col (N,)), float32 (float64 for float64 features). Where nothing is left
-        in a row, row is -inf.
+        ContrastiveStats(pos (M,), row (M,), col (N,)) in float64 (float32 on devices without it), whatever the
+        features: they are differences of large logarithms waiting to happen. Where nothing is left in a row, row is
+        -inf.
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind, shape, dtype, device or value.
         RuntimeError: the backend cannot run here; or a second derivative is asked.
 
-    Under autocast, float32 features are cast to autocast's dtype as for a matmul; the statistics stay float32.
+    Under autocast, float32 features are cast to autocast's dtype as for a matmul; the products accumulate in float32.
     """
     x, y = _autocast(x), _autocast(y)
     checks.feature_pair("x", x, "y", y)
-    m, n, dtype = x.shape[0], y.shape[0], stats_dtype(x.dtype)
+    m, n, dtype = x.shape[0], y.shape[0], compute_dtype(x.dtype)
     rows, cols = checks.directions(directions)
     checks.memory_budget(memory_budget)
     if targets is not None:
@@ -108,10 +109,10 @@ def contrastive_stats(
 
 def _autocast(features: Tensor) -> Tensor:
     """What autocast does to the operands of a matmul."""
-    if isinstance(features, Tensor) and torch.is_autocast_enabled(features.device.type):
-        if features.is_floating_point() and features.dtype != torch.float64:
-            return features.to(torch.get_autocast_dtype(features.device.type))
-    return features
+    if not isinstance(features, Tensor) or not torch.is_autocast_enabled(features.device.type):
+        return features
+    casts = features.is_floating_point() and features.dtype != torch.float64
+    return features.to(torch.get_autocast_dtype(features.device.type)) if casts else features
 
 
 def _scale(scale: float | Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:

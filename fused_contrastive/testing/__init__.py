@@ -1,0 +1,1 @@
+"""The oracle, seeded inputs and the error budget that the tests and the verifier share."""

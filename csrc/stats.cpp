@@ -218,6 +218,24 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> forward(const Problem
   return {pos.to(at::kDouble), row.value(), col.value(), kept};
 }
 
+// The positives' part of G, apart from the products: among thousands of small negatives, one large term would cost the
+// sum its low bits.
+template <class T>
+void add_positives(const Prepared<T>& p, const at::Tensor& g_pos, const at::Tensor& dx, const at::Tensor& dy,
+                   const at::Tensor& dbias) {
+  const at::Tensor g = g_pos.unsqueeze(1);
+  const int64_t m = p.rows();
+  if (p.targets) {
+    if (dx.defined()) dx.addcmul_(g, p.y.index_select(0, *p.targets));
+    if (dy.defined()) dy.index_add_(0, *p.targets, g * p.x);
+    if (dbias.defined()) dbias.index_add_(0, *p.targets, g_pos);
+  } else {
+    if (dx.defined()) dx.addcmul_(g, rows_of(p.y, 0, m));
+    if (dy.defined()) rows_of(dy, 0, m).addcmul_(g, p.x);
+    if (dbias.defined()) dbias.slice(0, 0, m).add_(g_pos);
+  }
+}
+
 template <class T>
 std::array<at::Tensor, 4> backward(const Problem& problem, const at::Tensor& row, const at::Tensor& col,
                                    const at::Tensor& kept, const OptionalTensor& g_pos, const OptionalTensor& g_row,
@@ -227,28 +245,25 @@ std::array<at::Tensor, 4> backward(const Problem& problem, const at::Tensor& row
   const Prepared<T> p(problem);
   const int64_t m = p.rows(), n = p.cols();
   constexpr auto dtype = c10::CppTypeToScalarType<T>::value;
-  const at::Tensor pos_grad = g_pos ? contiguous_as(*g_pos, dtype) : at::zeros({m}, p.options());
   OptionalTensor row_grad, col_grad;
   if (g_row) row_grad = contiguous_as(*g_row, dtype);
   if (g_col) col_grad = contiguous_as(*g_col, dtype);
   const Normaliser<T> row_norm(g_row ? row : at::empty({0}, at::kDouble));
   const Normaliser<T> col_norm(g_col ? col : at::empty({0}, at::kDouble));
-  const bool needs_logits = g_row || g_col;
 
   // dscale = sum_i x_i . (G y)_i, or the same sum over columns when dx is not needed.
   const bool scale_by_rows = need_x || (need_scale && !need_y);
-  const at::Tensor dx = scale_by_rows ? at::empty({m, p.x.size(1)}, p.options()) : at::Tensor();
-  const at::Tensor dy = need_y ? at::empty({n, p.y.size(1)}, p.options()) : at::Tensor();
+  const at::Tensor dx = scale_by_rows ? at::zeros({m, p.x.size(1)}, p.options()) : at::Tensor();
+  const at::Tensor dy = need_y ? at::zeros({n, p.y.size(1)}, p.options()) : at::Tensor();
   const at::Tensor dbias = need_bias ? at::zeros({n}, p.options()) : at::Tensor();
 
-  const auto all = blocks(m, n, kept.size(0));
+  const auto all = g_row || g_col ? blocks(m, n, kept.size(0)) : std::vector<Block>();
   Scratch scratch(all, p.options());
   for (const Block& b : all) {
     const at::Tensor x = rows_of(p.x, b.row0, b.row1), y = rows_of(p.y, b.col0, b.col1);
     at::Tensor g = scratch.get(b);
     const at::Tensor source = b.kept ? kept_block(kept, b) : g;
-    if (!b.kept && needs_logits) at::mm_out(g, x, y.t());
-    if (!needs_logits) g.zero_();
+    if (!b.kept) at::mm_out(g, x, y.t());
     const T* logits = source.const_data_ptr<T>();
     T* grad = g.mutable_data_ptr<T>();
     const int64_t stride = source.stride(0);
@@ -256,20 +271,14 @@ std::array<at::Tensor, 4> backward(const Problem& problem, const at::Tensor& row
       const int64_t r = at.row - b.row0, c = at.col - b.col0;
       kernels<T>().backward(p.rule, {at, logits + r * stride + c, stride, b.kept, grad + r * b.cols() + c, b.cols(),
                                      g_row ? row_norm.high.data() : nullptr, row_norm.low.data(), data<T>(row_grad),
-                                     g_col ? col_norm.high.data() : nullptr, col_norm.low.data(), data<T>(col_grad),
-                                     pos_grad.const_data_ptr<T>()});
+                                     g_col ? col_norm.high.data() : nullptr, col_norm.low.data(), data<T>(col_grad)});
     });
-    if (dx.defined()) {
-      at::Tensor out = rows_of(dx, b.row0, b.row1);
-      at::addmm_out(out, out, g, y, /*beta=*/b.col0 ? 1 : 0);  // beta 0 does not read `out`
-    }
-    if (dy.defined()) {
-      at::Tensor out = rows_of(dy, b.col0, b.col1);
-      at::addmm_out(out, out, g.t(), x, /*beta=*/b.row0 ? 1 : 0);
-    }
+    if (dx.defined()) rows_of(dx, b.row0, b.row1).addmm_(g, y, /*beta=*/b.col0 ? 1 : 0);
+    if (dy.defined()) rows_of(dy, b.col0, b.col1).addmm_(g.t(), x, /*beta=*/b.row0 ? 1 : 0);
     if (need_bias) dbias.slice(0, b.col0, b.col1).add_(g.sum(0));
     interrupt();
   }
+  if (g_pos) add_positives<T>(p, contiguous_as(*g_pos, dtype), dx, dy, dbias);
 
   const T scale = p.rule.scale;
   const auto finish = [&](at::Tensor t, const at::Tensor& like) { return t.mul_(scale).to(like.scalar_type()); };

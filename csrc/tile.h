@@ -42,7 +42,7 @@ struct ForwardTile {
   T *col_max, *col_sum;  // (cols,) partials of this tile, or null
 };
 
-// Backward: raw products or kept logits -> G = g_row exp(s - row) + g_col exp(s - col), G[i, t(i)] = g_pos.
+// Backward: raw products or kept logits -> the negatives' gradient g_row exp(s - row) + g_col exp(s - col).
 template <class T>
 struct BackwardTile {
   Place at;
@@ -53,7 +53,6 @@ struct BackwardTile {
   int64_t grad_stride;
   const T *row, *row_low, *g_row;  // (M,) finite log-normaliser, what rounding it to T left, and its gradient; or null
   const T *col, *col_low, *g_col;  // (N,) likewise for columns
-  const T* g_pos;                  // (M,)
 };
 
 // The kernels of one instruction set.

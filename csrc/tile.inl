@@ -219,10 +219,7 @@ static void backward_tile(const LogitRule<T>& rule, const BackwardTile<T>& tile)
       if (kCol) g += exp_nonpositive<T>((s - load(col + j)) - load(col_low + j)) * load(g_col + j);
       store(logits + j, g);
     }
-    T* grad = tile.grad + r * tile.grad_stride;
-    __builtin_memcpy(grad, logits, at.cols * sizeof(T));
-    const int64_t target = rule.target(i) - at.col;
-    if (target >= 0 && target < at.cols) grad[target] = tile.g_pos[i];
+    __builtin_memcpy(tile.grad + r * tile.grad_stride, logits, at.cols * sizeof(T));
   }
 }
 
@@ -237,8 +234,7 @@ template <class T>
 static void backward(const LogitRule<T>& rule, const BackwardTile<T>& tile) {
   if (tile.row && tile.col) return backward_tile<T, true, true>(rule, tile);
   if (tile.row) return backward_tile<T, true, false>(rule, tile);
-  if (tile.col) return backward_tile<T, false, true>(rule, tile);
-  return backward_tile<T, false, false>(rule, tile);
+  return backward_tile<T, false, true>(rule, tile);
 }
 
 template <class T>

@@ -85,17 +85,20 @@ def stats_backward(
         else:
             logits, _ = _logits(spec, x, y, rows, targets)
         logits = logits.to(statistics_dtype(x.device))
-        grad = torch.zeros_like(logits)  # G, (R, N)
+        grad = torch.zeros_like(logits)  # G without the positives, (R, N)
         if upstream.row is not None:
             grad += upstream.row[rows, None] * _weights(logits, saved.row[rows, None])
         if upstream.col is not None:
             grad += upstream.col * _weights(logits, saved.col)
-        if upstream.pos is not None:
-            grad.scatter_(1, targets[rows, None], upstream.pos[rows, None])
         grad = grad.to(dtype)
         dx[rows] = grad @ y
         dy += grad.T @ x[rows]
         dbias += grad.sum(dim=0)
+    if upstream.pos is not None:
+        g_pos = upstream.pos.to(dtype)
+        dx += g_pos[:, None] * y[targets]
+        dy.index_add_(0, targets, g_pos[:, None] * x)
+        dbias.index_add_(0, targets, g_pos)
     return Gradients(
         x=(spec.scale * dx).to(x_dtype) if needs.x else None,
         y=(spec.scale * dy).to(y_dtype) if needs.y else None,

@@ -6,9 +6,10 @@ in the maximum norm, for every value and gradient. It comes from data, not from 
 far off (scale 1000 in bfloat16), so may we be, twice; where it is exact, we get a few roundings. One evaluation can be
 exact by luck, so eager's error is the largest over the equal ways to write the logits (oracle.LOGITS).
 
-The largest term of a feature gradient is scale * weight (1/N for a mean) * max |feature|; that of the scale's gradient
-is the positives' part, M * weight * max |x||y|, which the negatives' part cancels. For float64 the oracle is no more
-exact than what it measures: its own rounding, eps * max |logit| in every weight of a gradient, is allowed as well.
+The largest term of a feature gradient is scale * weight (1/N for a mean) * max |feature|, times the rows per column
+where they are more than one; that of the scale's gradient is the positives' part, M * weight * max |x||y|, which the
+negatives' part cancels. For float64 the oracle is no more exact than what it measures: its own rounding is allowed as
+well, eps * max |logit| in every weight of a gradient and sqrt(N) eps in a sum over N.
 """
 
 from __future__ import annotations
@@ -105,17 +106,18 @@ def largest_terms(inputs: Inputs, results: Outputs) -> dict[str, float]:
     x, y, scale = inputs.x.abs().max().item(), inputs.y.abs().max().item(), inputs.scale.abs().item()
     bias = 0.0 if inputs.col_bias is None else inputs.col_bias[inputs.col_bias.isfinite()].abs().max().item()
     weight = max(w.abs().max().item() for w in inputs.weights.values())
+    m, n = len(inputs.x), len(inputs.y)
     if "loss" in results and inputs.options["reduction"] == "mean":
-        weight /= len(inputs.x)
+        weight /= m
     logit = scale * x * y + bias
     terms = {
-        "dx": weight * scale * y,
-        "dy": weight * scale * x,
-        "dscale": weight * len(inputs.x) * x * y,
-        "dcol_bias": weight,
+        "dx": weight * scale * y * max(1.0, n / m),
+        "dy": weight * scale * x * max(1.0, m / n),
+        "dscale": weight * m * x * y * max(1.0, n / m),
+        "dcol_bias": weight * max(1.0, m / n),
     }
     if inputs.x.dtype == torch.float64:
-        terms = {name: term * max(1.0, logit) for name, term in terms.items()}
+        terms = {name: term * max(1.0, logit, max(m, n) ** 0.5) for name, term in terms.items()}
     return {name: terms.get(name, logit) for name in results}
 
 

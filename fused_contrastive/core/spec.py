@@ -76,3 +76,8 @@ def statistics_dtype(device: torch.device) -> torch.dtype:
     in the gradient by 3e-5, which eager's softmax, subtracting the maximum first, does not.
     """
     return torch.float32 if device.type == "mps" else torch.float64
+
+
+def autocast_enabled(device: torch.device) -> bool:
+    """Whether autocast is on for this device; devices without autocast say no."""
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fused_contrastive.core import checks
 from fused_contrastive.losses import terms
-from fused_contrastive.ops.stats import contrastive_stats
+from fused_contrastive.ops.stats import autocast, contrastive_stats
 
 
 def clip_loss(
@@ -51,6 +51,7 @@ def clip_loss(
     Raises:
         TypeError, ValueError: naming the argument, what came and what was expected.
     """
+    image_features, text_features = autocast(image_features), autocast(text_features)
     checks.feature_pair("image_features", image_features, "text_features", text_features)
     checks.same_rows("image_features", image_features, "text_features", text_features)
     checks.scalar("logit_scale", logit_scale)

@@ -50,12 +50,8 @@ def backward(ctx: Any, g_pos: Tensor | None, g_row: Tensor | None, g_col: Tensor
 
 
 def _is_plain(x: Tensor) -> bool:
-    """An ordinary tensor in eager mode: not a subclass, and nothing traces or transforms."""
-    return (
-        (type(x) is Tensor or type(x) is torch.nn.Parameter)
-        and not torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()
-    )
+    """An ordinary tensor in eager mode: not a subclass with its own dispatch, and nothing traces."""
+    return (type(x) is Tensor or type(x) is torch.nn.Parameter) and not torch.compiler.is_compiling()
 
 
 class _Eager(torch.autograd.Function):

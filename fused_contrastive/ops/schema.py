@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
 from fused_contrastive.core import checks
-from fused_contrastive.core.spec import Forward, Needs, StatsSpec, Upstream, compute_dtype, statistics_dtype
+from fused_contrastive.core.spec import (
+    Forward,
+    Needs,
+    StatsSpec,
+    Upstream,
+    autocast_enabled,
+    compute_dtype,
+    statistics_dtype,
+)
 from fused_contrastive.ops.dispatch import BACKENDS
 
 library = torch.library.Library("fused_contrastive", "DEF")
@@ -20,6 +30,14 @@ library.define(
     "stats_backward(Tensor? g_pos, Tensor? g_row, Tensor? g_col, Tensor row, Tensor col, Tensor kept, "
     f"bool[] needs, {_PROBLEM}) -> (Tensor dx, Tensor dy, Tensor dscale, Tensor dcol_bias)"
 )
+
+
+_NOTHING: AbstractContextManager[None] = nullcontext()
+
+
+def _without_autocast(x: Tensor) -> AbstractContextManager[None]:
+    """Features come cast already; a backend's own products stay in the compute dtype."""
+    return torch.autocast(x.device.type, enabled=False) if autocast_enabled(x.device) else _NOTHING
 
 
 def stats_forward(
@@ -40,7 +58,8 @@ def stats_forward(
     if targets is not None and targets.device.type == "cpu":
         checks.target_range(targets, y.shape[0])
     spec = StatsSpec(scale, targets, col_bias, row_ids, col_ids, exclude_self, rows, cols, kept_rows)
-    return BACKENDS[backend].stats_forward(spec, x, y)
+    with _without_autocast(x):
+        return BACKENDS[backend].stats_forward(spec, x, y)
 
 
 def stats_backward(
@@ -66,14 +85,11 @@ def stats_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Calls the backend. A gradient that is not asked comes back with 0 elements: an operator returns tensors."""
     spec = StatsSpec(scale, targets, col_bias, row_ids, col_ids, exclude_self, rows, cols, kept_rows)
-    gradients = BACKENDS[backend].stats_backward(
-        spec,
-        x,
-        y,
-        saved=Forward(row, row, col, kept),
-        upstream=Upstream(g_pos, g_row if rows else None, g_col if cols else None),
-        needs=Needs(*needs),
-    )
+    upstream = Upstream(g_pos, g_row if rows else None, g_col if cols else None)
+    with _without_autocast(x):
+        gradients = BACKENDS[backend].stats_backward(
+            spec, x, y, saved=Forward(row, row, col, kept), upstream=upstream, needs=Needs(*needs)
+        )
     dx, dy, dscale, dcol_bias = (scale.new_empty(0) if g is None else g for g in gradients)
     return dx, dy, dscale, dcol_bias
 

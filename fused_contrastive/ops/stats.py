@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fused_contrastive.core import checks
 from fused_contrastive.core.memory import rows_to_keep
-from fused_contrastive.core.spec import compute_dtype
+from fused_contrastive.core.spec import autocast_enabled, compute_dtype
 from fused_contrastive.ops import autograd, dispatch
 
 
@@ -74,7 +74,7 @@ def contrastive_stats(
 
     Under autocast, float32 features are cast to autocast's dtype as for a matmul; the products accumulate in float32.
     """
-    x, y = _autocast(x), _autocast(y)
+    x, y = autocast(x), autocast(y)
     checks.feature_pair("x", x, "y", y)
     m, n, dtype = x.shape[0], y.shape[0], compute_dtype(x.dtype)
     rows, cols = checks.directions(directions)
@@ -107,9 +107,9 @@ def contrastive_stats(
     return ContrastiveStats(pos, row if rows else None, col if cols else None)
 
 
-def _autocast(features: Tensor) -> Tensor:
+def autocast(features: Tensor) -> Tensor:
     """What autocast does to the operands of a matmul."""
-    if not isinstance(features, Tensor) or not torch.is_autocast_enabled(features.device.type):
+    if not isinstance(features, Tensor) or not autocast_enabled(features.device):
         return features
     casts = features.is_floating_point() and features.dtype != torch.float64
     return features.to(torch.get_autocast_dtype(features.device.type)) if casts else features

@@ -78,7 +78,13 @@ def clip_eager(
     else:
         rows, cols = (_dcl(s, label_smoothing) for s in (logits, logits.T))
     loss = (rows + cols) / 2
-    return {"mean": loss.mean, "sum": loss.sum, "none": lambda: loss}[reduction]()
+    return _reduce(loss, reduction)
+
+
+def _reduce(loss: Tensor, reduction: str) -> Tensor:
+    if reduction == "none":
+        return loss
+    return loss.mean() if reduction == "mean" else loss.sum()
 
 
 def _dcl(logits: Tensor, label_smoothing: float) -> Tensor:
@@ -114,4 +120,4 @@ def clip_stable(
     if label_smoothing:
         logits = logit_scale * image_features @ text_features.T
         loss = loss + label_smoothing * (pos - (logits.mean(dim=0) + logits.mean(dim=1)) / 2)
-    return {"mean": loss.mean, "sum": loss.sum, "none": lambda: loss}[reduction]()
+    return _reduce(loss, reduction)

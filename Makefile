@@ -1,0 +1,55 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`. They need Python >= 3.10, a C++ compiler
+# and make. If no virtual environment is active, .venv is made and filled.
+
+TORCH ?= torch==2.13.0
+PYTHON ?= python3
+
+ifdef VIRTUAL_ENV
+BIN := $(VIRTUAL_ENV)/bin
+else
+BIN := .venv/bin
+endif
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help demo test verify bench lint format build clean
+help:
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile
+
+$(BIN)/python:
+	$(PYTHON) -m venv .venv
+
+# torch first and by itself, then what builds the extension against it.
+$(BIN)/.fused_contrastive-%: setup.py pyproject.toml $(wildcard csrc/*) | $(BIN)/python
+	$(BIN)/python -m pip install -q "$(TORCH)" "setuptools>=77" wheel ninja pybind11 numpy
+	$(BIN)/python -m pip install -q --no-build-isolation -e ".[$*]"
+	touch $@
+
+demo: $(BIN)/.fused_contrastive-demo ## train a small CLIP on emoji and their names with the fused loss, beside eager
+	$(BIN)/python examples/emoji_clip.py
+
+test: $(BIN)/.fused_contrastive-test ## run the tests
+	$(BIN)/python -m pytest
+
+verify: $(BIN)/.fused_contrastive-test ## compare every backend with the float64 oracle on the full grid of cases
+	$(BIN)/python -m fused_contrastive verify --grid full
+
+bench: $(BIN)/.fused_contrastive-test ## time the loss against eager and torch.compile, and measure its memory
+	$(BIN)/python benchmarks/speed.py
+	$(BIN)/python benchmarks/memory.py
+
+lint: $(BIN)/.fused_contrastive-dev ## ruff, mypy, clang-format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror csrc/*
+
+format: $(BIN)/.fused_contrastive-dev ## rewrite the sources in the project's style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i csrc/*
+
+build: $(BIN)/.fused_contrastive-dev ## a wheel and an sdist in dist/
+	$(BIN)/python -m build --no-isolation
+
+clean: ## remove what was built
+	rm -rf build dist *.egg-info fused_contrastive/*.so

@@ -1,0 +1,1 @@
+"""``python -m fused_contrastive verify``: every available backend against the float64 oracle."""

@@ -1,0 +1,124 @@
+"""Runs cases through the error budget and sums up what was found in one table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from fused_contrastive.ops import dispatch
+from fused_contrastive.testing import budget
+from fused_contrastive.testing.cases import CLIP_OPTIONS, DIMS, DTYPES, SCALES, SIZES, Case, Inputs, grid, sample
+
+GRIDS = ("quick", "full")
+QUICK_CASES = 400
+
+
+@dataclass
+class Cell:
+    """What was found for one backend, option and dtype."""
+
+    cases: int = 0
+    checks: int = 0
+    breaches: int = 0
+    worst: budget.Deviation | None = None
+    worst_case: str = ""
+
+    def add(self, case: Case, deviations: Sequence[budget.Deviation]) -> None:
+        self.cases += 1
+        for deviation in deviations:
+            self.checks += 1
+            self.breaches += deviation.share > 1
+            if self.worst is None or deviation.share > self.worst.share:
+                self.worst, self.worst_case = deviation, str(case)
+
+    def __str__(self) -> str:
+        if self.worst is None:
+            return "-"
+        text = f"{self.worst.share:.2f} {self.worst.quantity}"
+        return f"[bold red]{text}[/bold red]" if self.breaches else text
+
+
+@dataclass
+class Report:
+    """Cells by (backend, option) and dtype."""
+
+    rows: dict[tuple[str, str], dict[torch.dtype, Cell]] = field(default_factory=dict)
+
+    @property
+    def cells(self) -> list[Cell]:
+        return [cell for row in self.rows.values() for cell in row.values()]
+
+    @property
+    def breaches(self) -> int:
+        return sum(cell.breaches for cell in self.cells)
+
+    def add(self, case: Case, backend: str, deviations: Sequence[budget.Deviation]) -> None:
+        row = self.rows.setdefault((backend, case.option), {dtype: Cell() for dtype in DTYPES})
+        row[case.dtype].add(case, deviations)
+
+    def table(self) -> Table:
+        table = Table(title="Largest share of the error budget used, and by which value or gradient")
+        for name in ("backend", "option", "cases", *DTYPES):
+            table.add_column(str(name).removeprefix("torch."), justify="right" if name == "cases" else "left")
+        for (backend, option), row in sorted(self.rows.items()):
+            table.add_row(backend, option, str(sum(cell.cases for cell in row.values())), *map(str, row.values()))
+        return table
+
+
+def check(cases: Iterable[Case], backends: Sequence[str]) -> Report:
+    """Every case on every backend; the oracle and eager are evaluated once per case."""
+    report = Report()
+    for case in cases:
+        inputs = case.inputs()
+        expectation = budget.expected(case, inputs)
+        for backend in backends:
+            report.add(case, backend, budget.deviations(case, backend, inputs, expectation))
+    return report
+
+
+def verify_grid(which: str, seed: int, console: Console) -> bool:
+    """Prints the table for a grid of cases; True if nothing broke the budget."""
+    cases = list(sample(QUICK_CASES, seed)) if which == "quick" else list(grid(DTYPES, SIZES, DIMS, SCALES, seed))
+    backends = list(dispatch.available())
+    console.print(f"{len(cases)} cases, seed {seed}, backends: {', '.join(backends)}")
+    report = check(track(cases, description="verify", console=console, transient=True), backends)
+    return _conclude(report, console)
+
+
+def verify_features(x_path: Path, y_path: Path, scale: float, console: Console) -> bool:
+    """The same for the CLIP loss on a user's own features, (N, D) arrays of one shape."""
+    x, y = _load(x_path), _load(y_path)
+    report = Report()
+    for option in CLIP_OPTIONS:
+        case = Case(x.dtype, len(x), len(y), x.shape[1], scale, option, seed=0)
+        inputs = Inputs(**{**case.inputs().__dict__, "x": x, "y": y})
+        expectation = budget.expected(case, inputs)
+        for backend in dispatch.available():
+            report.add(case, backend, budget.deviations(case, backend, inputs, expectation))
+    return _conclude(report, console)
+
+
+def _load(path: Path) -> torch.Tensor:
+    import numpy as np
+
+    array = np.load(path, allow_pickle=False)
+    if array.ndim != 2 or array.dtype.kind != "f":
+        raise ValueError(f"{path}: got {array.dtype} of shape {array.shape}, expected floats of shape (N, D)")
+    return torch.from_numpy(np.ascontiguousarray(array))
+
+
+def _conclude(report: Report, console: Console) -> bool:
+    console.print(report.table())
+    for cell in report.cells:
+        if cell.breaches:
+            console.print(f"[red]breach[/red] {cell.worst_case}: {cell.worst}", soft_wrap=True)
+    checks = sum(cell.checks for cell in report.cells)
+    verdict = "[red]BREACHED[/red]" if report.breaches else "[green]held[/green]"
+    console.print(f"error budget {verdict}: {report.breaches} breaches in {checks} values and gradients")
+    return report.breaches == 0

@@ -1,0 +1,49 @@
+"""Shared fixtures: the backends under test, a random seed that is printed, and NaN in memory nobody has written."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from fused_contrastive.ops import dispatch
+
+SEED = int(os.environ.get("FUSED_CONTRASTIVE_TEST_SEED", random.randrange(2**31)))
+
+
+def pytest_report_header() -> list[str]:
+    return [
+        f"fused_contrastive: FUSED_CONTRASTIVE_TEST_SEED={SEED} repeats these inputs",
+        f"fused_contrastive: backends {', '.join(dispatch.available())}; GPU tests skip unless torch sees a GPU",
+    ]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="torch.cuda.is_available() is False"))
+
+
+@pytest.fixture(autouse=True)
+def seed() -> int:
+    """Other inputs each run; one test gets the same ones whichever others run."""
+    torch.manual_seed(SEED)
+    return SEED
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory() -> Iterator[None]:
+    """torch.empty holds NaN, in C++ too, so that reading scratch before writing it shows."""
+    torch.use_deterministic_algorithms(True)  # with torch.utils.deterministic.fill_uninitialized_memory, its default
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=["reference", "cpp"])
+def backend(request: pytest.FixtureRequest) -> str:
+    return str(request.param)

@@ -1,0 +1,54 @@
+"""Every backend against the float64 oracle under the error budget: values and gradients, every option."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fused_contrastive.testing import budget
+from fused_contrastive.testing.cases import CLIP_OPTIONS, DTYPES, STATS_OPTIONS, Case, sample
+
+# (M, N, D): one row; a row more than a group of 16; one past the 256-wide tile both ways; odd feature sizes; several
+# blocks of 1024 rows with a part left over; wide and tall.
+SHAPES = [(1, 1, 3), (1, 7, 1), (17, 17, 5), (257, 257, 33), (2, 300, 8), (300, 2, 8), (1300, 70, 4), (70, 1300, 4)]
+
+
+def assert_within_budget(case: Case, backend: str) -> None:
+    inputs = case.inputs()
+    for deviation in budget.deviations(case, backend, inputs, budget.expected(case, inputs)):
+        assert deviation.share <= 1, f"{case}: {deviation}"
+
+
+@pytest.mark.parametrize("option", STATS_OPTIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("m", "n", "d"), SHAPES)
+def test_stats(m: int, n: int, d: int, dtype: torch.dtype, option: str, backend: str, seed: int) -> None:
+    for scale in (0.01, 1000.0):
+        assert_within_budget(Case(dtype, m, n, d, scale, option, seed), backend)
+
+
+@pytest.mark.parametrize("option", CLIP_OPTIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("n", "d", "scale"), [(2, 3, 1000.0), (7, 64, 14.3), (257, 3, 100.0), (1100, 16, 14.3)])
+def test_clip(n: int, d: int, scale: float, dtype: torch.dtype, option: str, backend: str, seed: int) -> None:
+    assert_within_budget(Case(dtype, n, n, d, scale, option, seed), backend)
+
+
+def test_random_cases(backend: str, seed: int) -> None:
+    for case in sample(150, seed):
+        assert_within_budget(case, backend)
+
+
+@pytest.mark.parametrize("dim", [64, 513])
+@pytest.mark.parametrize("n", [64, 257])
+def test_matched_features_keep_relative_accuracy(n: int, dim: int, backend: str, seed: int) -> None:
+    """Perfectly matched features at scale 50: a loss near 1e-11 and its gradients, where eager gives noise."""
+    features = torch.nn.functional.normalize(torch.randn(n, dim, dtype=torch.float64), dim=1).float()
+    case = Case(torch.float32, n, n, dim, 50.0, "clip", seed)
+    inputs = case.inputs()
+    matched = budget.Inputs(**{**inputs.__dict__, "x": features, "y": features.clone()})
+    truth = budget.evaluate(budget.textbook(case, None), matched.to(torch.float64))
+    results = budget.evaluate(budget.ours(case, backend), matched)
+    for name, value in results.items():
+        error = (value - truth[name]).abs().max() / truth[name].abs().max()
+        assert error < 5e-4, f"{name}: relative error {error:.1e}, loss {truth['loss']:.1e}"

@@ -1,0 +1,95 @@
+"""Bad input: the error names the argument, what came and what was expected."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+
+from fused_contrastive import ClipLoss, clip_loss, contrastive_stats
+
+X, Y = torch.randn(4, 3), torch.randn(5, 3)
+LONG = torch.arange(4)
+
+STATS = {
+    "x not a tensor": (dict(x=[[1.0]]), TypeError, "x: got list, expected a torch.Tensor"),
+    "x integer": (dict(x=torch.ones(4, 3, dtype=torch.long)), TypeError, "x: got dtype torch.int64, expected float32"),
+    "x complex": (dict(x=torch.ones(4, 3, dtype=torch.cfloat)), TypeError, "x: got dtype torch.complex64"),
+    "x rank": (dict(x=torch.randn(3)), ValueError, "x: got shape (3,), expected 2 dimensions"),
+    "y rank": (dict(y=torch.randn(1, 5, 3)), ValueError, "y: got shape (1, 5, 3), expected 2 dimensions"),
+    "empty batch": (dict(x=torch.randn(0, 3)), ValueError, "x: got an empty batch of shape (0, 3)"),
+    "D of 0": (dict(x=torch.randn(4, 0)), ValueError, "x: got an empty batch of shape (4, 0)"),
+    "D differs": (dict(y=torch.randn(5, 2)), ValueError, "y: got D = 2, expected 3, the D of x"),
+    "dtypes differ": (dict(y=Y.double()), TypeError, "y: got dtype torch.float64, expected torch.float32"),
+    "devices differ": (dict(y=Y.to("meta")), ValueError, "y: got device meta, expected cpu, the device of x"),
+    "M > N": (dict(x=torch.randn(6, 3)), ValueError, "targets: got None for M = 6 rows and N = 5 columns"),
+    "targets length": (dict(targets=LONG[:3]), ValueError, "targets: got shape (3,), expected a int64 tensor"),
+    "targets dtype": (dict(targets=LONG.int()), TypeError, "targets: got dtype torch.int32"),
+    "targets negative": (dict(targets=LONG - 1), ValueError, "targets: got values from -1 to 2, expected 0 to 4"),
+    "targets too large": (dict(targets=LONG + 2), ValueError, "targets: got values from 2 to 5, expected 0 to 4"),
+    "targets a list": (dict(targets=[0, 1, 2, 3]), TypeError, "targets: got list"),
+    "one of the ids": (dict(row_ids=LONG), ValueError, "row_ids, col_ids: got only one of them"),
+    "ids length": (dict(row_ids=LONG, col_ids=LONG), ValueError, "col_ids: got shape (4,), expected"),
+    "ids dtype": (dict(row_ids=LONG.float(), col_ids=torch.arange(5)), TypeError, "row_ids: got dtype torch.float32"),
+    "bias length": (dict(col_bias=torch.zeros(4)), ValueError, "col_bias: got shape (4,)"),
+    "bias dtype": (dict(col_bias=torch.arange(5)), TypeError, "col_bias: got dtype torch.int64"),
+    "scale vector": (dict(scale=torch.ones(2)), ValueError, "scale: got shape (2,), expected a number or a 0-d tensor"),
+    "scale integer": (dict(scale=torch.tensor(2)), TypeError, "scale: got dtype torch.int64"),
+    "scale string": (dict(scale="2"), TypeError, "scale: got str, expected a number or a 0-d tensor"),
+    "direction": (dict(directions=["rows"]), ValueError, "directions: got 'rows', expected one of 'row', 'col'"),
+    "directions a string": (dict(directions="row"), TypeError, "directions: got 'row', expected a sequence"),
+    "no direction": (dict(directions=[]), ValueError, "directions: got none"),
+    "backend": (dict(backend="cuda"), ValueError, "backend: got 'cuda', expected one of 'auto', 'reference', 'cpp'"),
+    "negative budget": (dict(memory_budget=-1), ValueError, "memory_budget: got -1, expected at least 0"),
+    "budget": (dict(memory_budget="max"), TypeError, "memory_budget: got 'max', expected a number of bytes or 'auto'"),
+    "exclude_self": (dict(exclude_self=1), TypeError, "exclude_self: got 1"),
+    "cpp elsewhere": (
+        dict(x=X.to("meta"), y=Y.to("meta"), backend="cpp"),
+        ValueError,
+        "backend: got 'cpp' for features on meta",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", STATS)
+def test_contrastive_stats(name: str) -> None:
+    changes, error, message = STATS[name]
+    with pytest.raises(error, match=re.escape(message)):
+        contrastive_stats(**{"x": X, "y": Y, **changes})
+
+
+CLIP = {
+    "rows differ": (dict(text_features=Y), ValueError, "text_features: got 5 rows, expected 4, as many as image_feat"),
+    "D differs": (
+        dict(text_features=torch.randn(4, 2)),
+        ValueError,
+        "text_features: got D = 2, expected 3",
+    ),
+    "image rank": (dict(image_features=torch.randn(3)), ValueError, "image_features: got shape (3,)"),
+    "scale": (dict(logit_scale=None), TypeError, "logit_scale: got NoneType"),
+    "reduction": (dict(reduction="avg"), ValueError, "reduction: got 'avg', expected one of 'mean', 'sum', 'none'"),
+    "smoothing": (dict(label_smoothing=1.0), ValueError, "label_smoothing: got 1.0, expected a number in [0, 1)"),
+    "smoothing type": (dict(label_smoothing="a"), TypeError, "label_smoothing: got 'a'"),
+}
+
+
+@pytest.mark.parametrize("name", CLIP)
+def test_clip_loss(name: str) -> None:
+    changes, error, message = CLIP[name]
+    with pytest.raises(error, match=re.escape(message)):
+        clip_loss(**{"image_features": X, "text_features": X, "logit_scale": 1.0, **changes})
+
+
+def test_clip_module_checks_when_made() -> None:
+    with pytest.raises(ValueError, match="reduction"):
+        ClipLoss(reduction="avg")
+    with pytest.raises(ValueError, match="label_smoothing"):
+        ClipLoss(label_smoothing=-0.1)
+
+
+def test_targets_are_checked_under_compile() -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda t: contrastive_stats(X, Y, targets=t).row, fullgraph=True, backend="aot_eager")
+    with pytest.raises(ValueError, match="targets: got values from 2 to 5"):
+        compiled(LONG + 2)

@@ -1,0 +1,220 @@
+"""contrastive_stats: cases worked out by hand, limits, layouts of memory, determinism."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from fused_contrastive import clip_loss, contrastive_stats
+
+INF = torch.inf
+
+
+def one_hot_stats(logits: list[list[float]], backend: str, **options: object):
+    """Statistics of a given matrix of logits: y is the identity, so x @ y.T is x."""
+    x = torch.tensor(logits, dtype=torch.float32)
+    return contrastive_stats(x, torch.eye(x.shape[1]), backend=backend, **options)
+
+
+def lse(*values: float) -> float:
+    return math.log(sum(math.exp(v) for v in values))
+
+
+def test_by_hand(backend: str) -> None:
+    pos, row, col = one_hot_stats([[1, 2, 3], [4, 5, 6]], backend)
+    assert pos.tolist() == [1, 5]
+    torch.testing.assert_close(row, torch.tensor([lse(2, 3), lse(4, 6)]).double())
+    torch.testing.assert_close(col, torch.tensor([4, 2, lse(3, 6)]).double())
+
+
+def test_targets_by_hand(backend: str) -> None:
+    pos, row, col = one_hot_stats([[1, 2], [3, 4], [5, 6]], backend, targets=torch.tensor([1, 0, 1]))
+    assert pos.tolist() == [2, 3, 6]
+    assert row.tolist() == [1, 4, 5]
+    torch.testing.assert_close(col, torch.tensor([lse(1, 5), 4]).double())
+
+
+def test_ids_by_hand(backend: str) -> None:
+    """Row 0 and column 2 share an id; the positive is excluded whatever its ids; ids may be large and negative."""
+    ids = {"row_ids": torch.tensor([-(2**62), 7]), "col_ids": torch.tensor([1, 7, -(2**62)])}
+    pos, row, col = one_hot_stats([[1, 2, 3], [4, 5, 6]], backend, **ids)
+    assert pos.tolist() == [1, 5]
+    torch.testing.assert_close(row, torch.tensor([2, lse(4, 6)]).double())
+    assert col.tolist() == [4, 2, 6]
+
+
+def test_exclude_self_by_hand(backend: str) -> None:
+    pos, row, col = one_hot_stats(
+        [[1, 2, 3], [4, 5, 6], [7, 8, 9]], backend, targets=torch.tensor([1, 2, 0]), exclude_self=True
+    )
+    assert pos.tolist() == [2, 6, 7]
+    assert row.tolist() == [3, 4, 8]
+    assert col.tolist() == [4, 8, 3]
+
+
+def test_scale_and_bias_by_hand(backend: str) -> None:
+    pos, row, _ = one_hot_stats([[1, 2, 3]], backend, scale=2.0, col_bias=torch.tensor([10, -INF, 20.0]))
+    assert pos.tolist() == [12]
+    assert row.tolist() == [26]
+
+
+def test_only_asked_directions(backend: str) -> None:
+    x, y = torch.randn(5, 4), torch.randn(6, 4)
+    both = contrastive_stats(x, y, backend=backend)
+    rows = contrastive_stats(x, y, backend=backend, directions=["row"])
+    cols = contrastive_stats(x, y, backend=backend, directions=("col",))
+    assert rows.col is None
+    assert cols.row is None
+    assert torch.equal(rows.row, both.row)
+    assert torch.equal(cols.col, both.col)
+
+
+@pytest.mark.parametrize("budget", ["auto", 0])
+def test_nothing_left_in_a_row(backend: str, budget: object) -> None:
+    """Excluded by ids, or every other column empty: -inf, loss 0 in softplus form, zero gradients, never NaN."""
+    for options in (
+        {"row_ids": torch.zeros(3, dtype=torch.long), "col_ids": torch.zeros(3, dtype=torch.long)},
+        {"col_bias": torch.tensor([0.0, -INF, -INF]), "targets": torch.zeros(3, dtype=torch.long)},
+    ):
+        x, y = torch.randn(3, 4, requires_grad=True), torch.randn(3, 4, requires_grad=True)
+        scale = torch.tensor(3.0, requires_grad=True)
+        pos, row, _col = contrastive_stats(x, y, scale, backend=backend, memory_budget=budget, **options)
+        assert row.tolist() == [-INF] * 3
+        loss = -torch.nn.functional.logsigmoid(pos - row).sum()
+        assert loss.item() == 0
+        for gradient in torch.autograd.grad(loss, (x, y, scale)):
+            assert not gradient.any()
+
+
+def test_single_pair(backend: str) -> None:
+    x = torch.randn(1, 4, requires_grad=True)
+    loss = clip_loss(x, torch.randn(1, 4), 10.0, backend=backend)
+    loss.backward()
+    assert loss.item() == 0
+    assert not x.grad.any()
+
+
+def test_empty_slots_get_no_gradient(backend: str) -> None:
+    """A queue whose later slots are empty: same as without them."""
+    x, y = torch.randn(3, 8), torch.randn(7, 8, requires_grad=True)
+    bias = torch.zeros(7).index_fill(0, torch.tensor([5, 6]), -INF).requires_grad_()
+    stats = contrastive_stats(x, y, 5.0, col_bias=bias, backend=backend, directions=["row"])
+    dy, dbias = torch.autograd.grad((stats.row - stats.pos).sum(), (y, bias))
+    assert torch.equal(stats.row, contrastive_stats(x, y[:5], 5.0, backend=backend, directions=["row"]).row)
+    assert not dy[5:].any()
+    assert not dbias[5:].any()
+    assert dy[:5].all()
+
+
+@pytest.mark.parametrize("value", [torch.nan, INF, -INF])
+def test_nan_and_inf_propagate(value: float, backend: str) -> None:
+    x, y = torch.randn(40, 8), torch.randn(40, 8)
+    x[17, 3] = value
+    logits = 5 * x @ y.T
+    labels = torch.arange(40)
+    eager = sum(torch.nn.functional.cross_entropy(s, labels) for s in (logits, logits.T)) / 2
+    ours = clip_loss(x.requires_grad_(), y, 5.0, backend=backend)
+    ours.backward()
+    assert not eager.isfinite()
+    assert not ours.isfinite()
+    assert x.grad.isnan().any()
+
+
+def test_infinite_positive_is_nan(backend: str) -> None:
+    """softmax at +inf is undefined even where every other logit is finite."""
+    x = torch.tensor([[1.0, 0.0], [0.0, INF]])
+    assert clip_loss(x, torch.eye(2), 1.0, backend=backend).isnan()
+
+
+@pytest.mark.parametrize("budget", [0, 3 * 40 * 4, 17 * 40 * 4, "auto"])
+def test_any_memory_budget_gives_the_same(budget: object, backend: str) -> None:
+    x, y = torch.randn(33, 8), torch.randn(40, 8)
+    results = []
+    for memory in (10**9, budget):
+        leaves = [t.clone().requires_grad_() for t in (x, y, torch.tensor(7.0))]
+        stats = contrastive_stats(*leaves, memory_budget=memory, backend=backend)
+        (stats.row.sum() + stats.col.sum() - stats.pos.sum()).backward()
+        results.append([*stats, *(leaf.grad for leaf in leaves)])
+    for kept, other in zip(*results, strict=True):
+        torch.testing.assert_close(kept, other, rtol=1e-5, atol=1e-5)
+
+
+def layouts(t: torch.Tensor) -> dict[str, torch.Tensor]:
+    padded = torch.full((t.shape[0] * 2, t.shape[1] + 5), torch.nan)
+    padded[::2, 2:-3] = t
+    return {"transposed": t.T.contiguous().T, "strided view with an offset": padded[::2, 2:-3]}
+
+
+def test_layouts(backend: str) -> None:
+    x, y = torch.randn(9, 6), torch.randn(9, 6)
+    expected = clip_loss(x, y, 3.0, backend=backend)
+    for name, view in layouts(x).items():
+        torch.testing.assert_close(clip_loss(view, y, 3.0, backend=backend), expected, msg=name)
+        torch.testing.assert_close(clip_loss(y, view, 3.0, backend=backend), expected, msg=name)
+    row = torch.randn(1, 6).expand(9, 6)  # zero stride
+    torch.testing.assert_close(clip_loss(row, y, 3.0, backend=backend), clip_loss(row.clone(), y, 3.0, backend=backend))
+
+
+def test_strided_vectors(backend: str) -> None:
+    x, y = torch.randn(5, 6), torch.randn(5, 6)
+    vectors = {
+        "targets": torch.randperm(5),
+        "col_bias": torch.randn(5),
+        "row_ids": torch.arange(5),
+        "col_ids": torch.arange(5) // 2,
+    }
+    strided = {name: torch.stack((v, torch.zeros_like(v)), dim=1)[:, 0] for name, v in vectors.items()}
+    expected = contrastive_stats(x, y, backend=backend, **vectors)
+    for a, b in zip(contrastive_stats(x, y, backend=backend, **strided), expected, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_same_call_same_bits(backend: str) -> None:
+    x, y = torch.randn(1500, 24), torch.randn(1700, 24)
+
+    def run() -> list[torch.Tensor]:
+        leaves = [t.clone().requires_grad_() for t in (x, y, torch.tensor(9.0))]
+        stats = contrastive_stats(*leaves, backend=backend, memory_budget=1000 * 1700 * 4)
+        (stats.row.sum() + stats.col.sum() - 2 * stats.pos.sum()).backward()
+        return [*stats, *(leaf.grad for leaf in leaves)]
+
+    first = run()
+    for _ in range(3):
+        assert all(torch.equal(a, b) for a, b in zip(first, run(), strict=True))
+
+
+def test_statistics_do_not_depend_on_threads() -> None:
+    """Partials are merged in a fixed order; D = 1 with exact products keeps the GEMM out of it."""
+    x, y = torch.randint(-3, 4, (700, 1)).float(), torch.randint(-3, 4, (900, 1)).float()
+    threads, found = torch.get_num_threads(), []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        found.append(contrastive_stats(x, y, 0.25, backend="cpp"))
+    torch.set_num_threads(threads)
+    for stats in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(stats, found[0], strict=True))
+
+
+def test_only_needed_gradients(backend: str) -> None:
+    x, y, scale = torch.randn(6, 4), torch.randn(6, 4), torch.tensor(2.0)
+    full = [t.clone().requires_grad_() for t in (x, y, scale)]
+    expected = torch.autograd.grad(clip_loss(*full, backend=backend), full)
+    for i in range(3):
+        some = [t.clone().requires_grad_(i == j) for j, t in enumerate((x, y, scale))]
+        (gradient,) = torch.autograd.grad(clip_loss(*some, backend=backend), some[i])
+        torch.testing.assert_close(gradient, expected[i])
+
+
+def test_scale_zero_has_a_gradient(backend: str) -> None:
+    x, y = torch.randn(6, 4), torch.randn(6, 4)
+    scale = torch.tensor(0.0, requires_grad=True)
+    clip_loss(x, y, scale, backend=backend).backward()
+    expected = (x @ y.T).mean() - (x * y).sum(dim=1).mean()  # uniform softmax
+    torch.testing.assert_close(scale.grad, expected)
+
+
+def test_negative_scale(backend: str) -> None:
+    x, y = torch.randn(9, 4), torch.randn(9, 4)
+    torch.testing.assert_close(clip_loss(x, y, -3.0, backend=backend), clip_loss(-x, y, 3.0, backend=backend))

@@ -7,8 +7,7 @@
 #include "tile.h"
 
 #if defined(__x86_64__) && defined(__clang__)
-#define FC_TARGET_BEGIN_AVX2 \
-  _Pragma("clang attribute push(__attribute__((target(\"avx2,fma\"))), apply_to = function)")
+#define FC_TARGET_BEGIN_AVX2 _Pragma("clang attribute push(__attribute__((target(\"avx2,fma\"))), apply_to = function)")
 #define FC_TARGET_BEGIN_AVX512 \
   _Pragma("clang attribute push(__attribute__((target(\"avx512f,avx512dq,avx512vl,fma\"))), apply_to = function)")
 #define FC_TARGET_END _Pragma("clang attribute pop")
@@ -75,7 +74,9 @@ Level chosen_level() {
 
 }  // namespace
 
-const char* vector_level() { return kNames[chosen_level()]; }
+const char* vector_level() {
+  return kNames[chosen_level()];
+}
 
 template <class T>
 const Kernels<T>& kernels() {

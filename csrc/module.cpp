@@ -27,10 +27,12 @@ fc::Interrupt python_interrupt() {
   };
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> forward(
-    at::Tensor x, at::Tensor y, at::Tensor scale, fc::OptionalTensor targets, fc::OptionalTensor col_bias,
-    fc::OptionalTensor row_ids, fc::OptionalTensor col_ids, bool exclude_self, bool rows, bool cols,
-    int64_t kept_rows) {
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> forward(at::Tensor x, at::Tensor y, at::Tensor scale,
+                                                                   fc::OptionalTensor targets,
+                                                                   fc::OptionalTensor col_bias,
+                                                                   fc::OptionalTensor row_ids,
+                                                                   fc::OptionalTensor col_ids, bool exclude_self,
+                                                                   bool rows, bool cols, int64_t kept_rows) {
   const auto interrupt = python_interrupt();
   py::gil_scoped_release release;
   const at::NoGradGuard no_grad;

@@ -21,7 +21,9 @@ namespace {
 constexpr int64_t kBlockRows = 1024;
 constexpr int64_t kBlockElements = 16 << 20;  // 64 MB of fp32
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t ceil_div(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
 
 // Cuts [begin, end) into equal parts of at most `size`, so that no small remainder is left for the GEMM.
 std::vector<int64_t> cuts(int64_t begin, int64_t end, int64_t size) {
@@ -81,7 +83,9 @@ at::Tensor kept_block(const at::Tensor& kept, const Block& b) {
   return b.cols() == rows.size(1) ? rows : rows.slice(1, b.col0, b.col1);
 }
 
-at::Tensor contiguous_as(const at::Tensor& t, at::ScalarType dtype) { return t.to(dtype).contiguous(); }
+at::Tensor contiguous_as(const at::Tensor& t, at::ScalarType dtype) {
+  return t.to(dtype).contiguous();
+}
 
 template <class T>
 const T* data(const OptionalTensor& t) {
@@ -102,7 +106,7 @@ struct Prepared {
     if (p.targets) targets = p.targets->contiguous();
     if (p.col_bias) col_bias = contiguous_as(*p.col_bias, dtype);
     if (p.row_ids) encode_ids(*p.row_ids, *p.col_ids);
-    rule = {p.scale.item<T>(),   data<T>(col_bias),      data<int64_t>(targets),
+    rule = {p.scale.item<T>(),        data<T>(col_bias),        data<int64_t>(targets),
             data<int32_t>(row_codes), data<int32_t>(col_codes), p.exclude_self};
   }
 
@@ -207,9 +211,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> forward(const Problem
     const int64_t stride = s.stride(0);
     for_each_tile(b, [&](const Place& at, int64_t section, int64_t strip) {
       const int64_t r = at.row - b.row0, c = at.col - b.col0;
-      kernels<T>().forward(p.rule, {at, products + r * stride + c, stride, b.kept, pos.mutable_data_ptr<T>(),
-                                    row.part_max(strip, r), row.part_sum(strip, r), col.part_max(section, c),
-                                    col.part_sum(section, c)});
+      kernels<T>().forward(
+          p.rule, {at, products + r * stride + c, stride, b.kept, pos.mutable_data_ptr<T>(), row.part_max(strip, r),
+                   row.part_sum(strip, r), col.part_max(section, c), col.part_sum(section, c)});
     });
     row.merge(b.row0);
     col.merge(b.col0);
@@ -239,8 +243,7 @@ void add_positives(const Prepared<T>& p, const at::Tensor& g_pos, const at::Tens
 template <class T>
 std::array<at::Tensor, 4> backward(const Problem& problem, const at::Tensor& row, const at::Tensor& col,
                                    const at::Tensor& kept, const OptionalTensor& g_pos, const OptionalTensor& g_row,
-                                   const OptionalTensor& g_col, std::array<bool, 4> needs,
-                                   const Interrupt& interrupt) {
+                                   const OptionalTensor& g_col, std::array<bool, 4> needs, const Interrupt& interrupt) {
   const auto [need_x, need_y, need_scale, need_bias] = needs;
   const Prepared<T> p(problem);
   const int64_t m = p.rows(), n = p.cols();

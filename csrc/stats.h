@@ -13,19 +13,19 @@ using OptionalTensor = std::optional<at::Tensor>;
 
 // What the logits are made of and which are excluded; the C++ view of core/spec.py. All tensors are on the CPU.
 struct Problem {
-  at::Tensor x, y;           // (M, D), (N, D), one floating dtype, any strides
-  at::Tensor scale;          // 0-d
-  OptionalTensor targets;    // (M,) int64
-  OptionalTensor col_bias;   // (N,)
-  OptionalTensor row_ids;    // (M,) int64, equal to a column's id: excluded
-  OptionalTensor col_ids;    // (N,) int64
+  at::Tensor x, y;          // (M, D), (N, D), one floating dtype, any strides
+  at::Tensor scale;         // 0-d
+  OptionalTensor targets;   // (M,) int64
+  OptionalTensor col_bias;  // (N,)
+  OptionalTensor row_ids;   // (M,) int64, equal to a column's id: excluded
+  OptionalTensor col_ids;   // (N,) int64
   bool exclude_self;
 };
 
 using Interrupt = std::function<void()>;  // called between blocks; throws to stop
 
-// pos (M,), row (M,), col (N,) in float64, and the first `kept_rows` rows of the masked logits (kept_rows, N) in float32
-// (float64 for float64 features). A direction that is not asked has 0 elements.
+// pos (M,), row (M,), col (N,) in float64, and the first `kept_rows` rows of the masked logits (kept_rows, N) in
+// float32 (float64 for float64 features). A direction that is not asked has 0 elements.
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> stats_forward(const Problem& problem, bool rows, bool cols,
                                                                          int64_t kept_rows, const Interrupt& interrupt);
 

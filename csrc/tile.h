@@ -15,11 +15,11 @@ constexpr int64_t kGroupRows = 16;  // rows held in L1 between the maximum and t
 template <class T>
 struct LogitRule {
   T scale;
-  const T* col_bias;        // (N,) added, or null
-  const int64_t* targets;   // (M,) column of the positive, or null for t(i) = i
-  const int32_t* row_ids;   // (M,) excluded where equal to col_ids, or null
-  const int32_t* col_ids;   // (N,)
-  bool exclude_self;        // exclude S[i, i]
+  const T* col_bias;       // (N,) added, or null
+  const int64_t* targets;  // (M,) column of the positive, or null for t(i) = i
+  const int32_t* row_ids;  // (M,) excluded where equal to col_ids, or null
+  const int32_t* col_ids;  // (N,)
+  bool exclude_self;       // exclude S[i, i]
 
   int64_t target(int64_t i) const { return targets ? targets[i] : i; }
 };
@@ -34,10 +34,10 @@ struct Place {
 template <class T>
 struct ForwardTile {
   Place at;
-  T* products;       // (rows, cols), row stride `stride`
+  T* products;  // (rows, cols), row stride `stride`
   int64_t stride;
-  bool keep_logits;  // write the masked logits back over the products
-  T* pos;            // (M,) positives' logits; the tile that holds a row's target writes it
+  bool keep_logits;      // write the masked logits back over the products
+  T* pos;                // (M,) positives' logits; the tile that holds a row's target writes it
   T *row_max, *row_sum;  // (rows,) partials of this tile, or null: direction not asked
   T *col_max, *col_sum;  // (cols,) partials of this tile, or null
 };

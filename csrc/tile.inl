@@ -72,9 +72,9 @@ static inline Vec<T> exp_nonpositive(Vec<T> x) {
   const Vec<T> rounded = x * kLog2E + L::kRound;
   const Vec<T> n = rounded - L::kRound;
   const Vec<T> r = (x - n * L::kLn2Hi) - n * L::kLn2Lo;
-  constexpr T kInverseFactorial[] = {1.,           1.,           1. / 2,        1. / 6,         1. / 24,
-                                     1. / 120,     1. / 720,     1. / 5040,     1. / 40320,     1. / 362880,
-                                     1. / 3628800, 1. / 39916800, 1. / 479001600, 1. / 6227020800};
+  constexpr T kInverseFactorial[] = {
+      1.,        1.,         1. / 2,      1. / 6,       1. / 24,       1. / 120,       1. / 720,
+      1. / 5040, 1. / 40320, 1. / 362880, 1. / 3628800, 1. / 39916800, 1. / 479001600, 1. / 6227020800};
   Vec<T> p = fill<T>(kInverseFactorial[L::kTerms]);
 #pragma GCC unroll 16
   for (int k = L::kTerms - 1; k >= 0; --k) p = p * r + kInverseFactorial[k];
@@ -132,7 +132,9 @@ static inline void mask_row(const LogitRule<T>& rule, const StripRule<T>& strip,
   for (int64_t j = at.cols; j < kTileCols && j % kLanes<T> != 0; ++j) out[j] = kNegInf<T>;  // scale * pad
 }
 
-static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+static inline int64_t smaller(int64_t a, int64_t b) {
+  return a < b ? a : b;
+}
 
 template <class T>
 static inline void copy_row(T* out, const T* row, int64_t n) {

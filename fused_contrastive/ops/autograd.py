@@ -71,7 +71,7 @@ def stats_forward(x: Tensor, *rest: Any, differentiable: bool) -> tuple[Tensor, 
     """The operator: through torch.ops where something traces or intercepts, else directly."""
     if not _is_plain(x):
         return torch.ops.fused_contrastive.stats_forward(x, *rest)  # type: ignore[no-any-return]
-    return _Eager.apply(x, *rest) if differentiable else schema.stats_forward(x, *rest)  # type: ignore[no-any-return, no-untyped-call]
+    return _Eager.apply(x, *rest) if differentiable else schema.stats_forward(x, *rest)  # type: ignore[no-untyped-call]
 
 
 def _second_backward(ctx: Any, *_: Tensor) -> None:

@@ -73,7 +73,7 @@ def ours(case: Case, backend: str) -> Callable[[Inputs], Outputs]:
             inputs.y,
             inputs.scale,
             col_bias=inputs.col_bias,
-            directions=[name for name in ("row", "col") if name in inputs.weights],  # type: ignore[misc]
+            directions=[name for name in ("row", "col") if name in inputs.weights],
             memory_budget=inputs.memory_budget,  # type: ignore[arg-type]
             backend=backend,
             **inputs.options,

@@ -1,0 +1,73 @@
+"""Peak resident memory of the CLIP loss, forward + backward, above inputs and gradients. Each in a fresh process.
+
+python benchmarks/memory.py [--sizes 4096 8192 32768] [--dim 256] [--eager-up-to 8192]
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import subprocess
+import sys
+
+import torch
+from common import eager, features, provenance
+from rich.console import Console
+from rich.table import Table
+
+from fused_contrastive import clip_loss
+
+LOSSES = {
+    "ours, budget 0": lambda x, y, scale: clip_loss(x, y, scale, memory_budget=0),
+    "ours, auto": clip_loss,
+    "eager": eager,
+}
+
+
+def peak_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def measure(name: str, n: int, d: int) -> None:
+    """Prints the bytes by which the peak rose, less the gradients."""
+    small = features(64, d)
+    LOSSES[name](*small).backward()  # libraries loaded, threads started
+    leaves = features(n, d)
+    gradients = sum(leaf.numel() * leaf.element_size() for leaf in leaves)
+    torch.mm(leaves[0][:64], leaves[1].T)
+    before = peak_bytes()
+    LOSSES[name](*leaves).backward()
+    print(peak_bytes() - before - gradients)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[4096, 8192, 32768])
+    parser.add_argument("--dim", type=int, default=256)
+    parser.add_argument("--eager-up-to", type=int, default=8192, help="largest N at which eager is run")
+    parser.add_argument("--measure", nargs=2, metavar=("NAME", "N"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.measure:
+        measure(options.measure[0], int(options.measure[1]), options.dim)
+        return
+
+    console = Console(width=120)
+    console.print(provenance())
+    table = Table(title=f"CLIP loss, forward + backward, fp32, D = {options.dim}: extra peak memory in MB")
+    for column in ("N", *LOSSES, "one N x N matrix"):
+        table.add_column(column, justify="right")
+    for n in options.sizes:
+        row = []
+        for name in LOSSES:
+            if name == "eager" and n > options.eager_up_to:
+                row.append("not run")
+                continue
+            command = [sys.executable, __file__, "--dim", str(options.dim), "--measure", name, str(n)]
+            result = subprocess.run(command, capture_output=True, text=True, check=True)
+            row.append(f"{int(result.stdout) / 2**20:.0f}")
+        table.add_row(str(n), *row, f"{n * n * 4 / 2**20:.0f}")
+    console.print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -14,7 +14,7 @@ from torch.utils.cpp_extension import BuildExtension, CppExtension
 SOURCES = sorted(str(path) for path in Path("csrc").glob("*.cpp"))
 HEADERS = sorted(str(path) for path in Path("csrc").iterdir() if path.suffix in {".h", ".inl"})
 
-compile_args = ["-O3", "-Wall", "-Wno-psabi", "-Wno-unknown-pragmas"]
+compile_args = ["-O3", "-g0", "-Wall", "-Wno-psabi", "-Wno-unknown-pragmas"]
 if sys.platform.startswith("linux"):
     # Compiled with OpenMP but not linked with it: at::parallel_for then runs on the runtime torch has loaded. A second
     # runtime would bring a second pool of threads.

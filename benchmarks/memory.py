@@ -11,10 +11,10 @@ import subprocess
 import sys
 
 import torch
-from common import eager, features, provenance
 from rich.console import Console
 from rich.table import Table
 
+from common import eager, features, provenance
 from fused_contrastive import clip_loss
 
 LOSSES = {

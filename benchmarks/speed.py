@@ -11,11 +11,11 @@ import argparse
 from collections.abc import Callable
 
 import torch
-from common import eager, features, interleaved, provenance, quantile
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from common import eager, features, interleaved, provenance, quantile
 from fused_contrastive import clip_loss
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]

@@ -21,7 +21,7 @@ from torch import Tensor
 from fused_contrastive import clip_loss
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
-EAGER_MATRICES = 5  # N x N float32 matrices that the eager loss holds at its peak
+EAGER_MATRICES = 5  # N x N float32 matrices that the eager loss may hold at once: four, and one to spare
 
 
 def eager_clip_loss(image_features: Tensor, text_features: Tensor, logit_scale: Tensor) -> Tensor:

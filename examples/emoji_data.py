@@ -90,7 +90,9 @@ def load_pairs() -> Pairs:
     """All pairs, decoded once."""
     found = find_pairs()
     if abs(len(found) - EXPECTED_PAIRS) > TOLERANCE:
-        raise RuntimeError(f"found {len(found)} pairs, expected about {EXPECTED_PAIRS}: did a package change its layout?")
+        raise RuntimeError(
+            f"found {len(found)} pairs, expected about {EXPECTED_PAIRS}: did a package change its layout?"
+        )
     captions, files = list(found), list(found.values())
     small = [np.asarray(picture(file).resize((SIZE, SIZE), Image.Resampling.BOX)) for file in files]
     images = torch.from_numpy(np.stack(small)).permute(0, 3, 1, 2).contiguous()

@@ -53,9 +53,7 @@ class TextEncoder(nn.Module):
         self.after = nn.Embedding(vocabulary, width)
         for table in (self.before, self.itself, self.after):
             nn.init.normal_(table.weight, std=0.5)
-        self.head = nn.Sequential(
-            nn.LayerNorm(width), nn.Linear(width, width), nn.GELU(), nn.Linear(width, FEATURES)
-        )
+        self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.GELU(), nn.Linear(width, FEATURES))
 
     def forward(self, words: Tensor) -> Tensor:
         padded = F.pad(words, (1, 1))  # (N, L + 2)

@@ -1,0 +1,125 @@
+"""Training of the emoji demo: two copies of one model in lockstep, one per loss, on the same batches."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator
+from itertools import islice
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from emoji_cost import LOSSES, loss_and_gradients
+from emoji_data import Pairs, Split
+from emoji_model import EmojiClip
+
+LEARNING_RATE = 3e-3
+SCALE_LEARNING_RATE = 1e-2  # the temperature is one number and has far to go
+WEIGHT_DECAY = 0.05
+WARM_UP = 20  # steps
+TRAINED = ("fused", "eager")
+
+
+class Recall(NamedTuple):
+    """Shares of the held-out pairs, image to text and text to image, found in the first one and the first five."""
+
+    image_to_text: tuple[float, float]
+    text_to_image: tuple[float, float]
+
+
+class Run:
+    """One model, its optimiser and its loss, with what each step measured."""
+
+    def __init__(self, model: EmojiClip, loss_name: str, steps: int) -> None:
+        self.model = model
+        self.loss = LOSSES[loss_name]
+        self.losses: list[float] = []
+        self.seconds: list[float] = []  # of the loss alone, forward and backward
+        encoders = [*model.image_encoder.parameters(), *model.text_encoder.parameters()]
+        self.optimiser = torch.optim.AdamW(
+            [
+                {"params": encoders, "weight_decay": WEIGHT_DECAY, "lr": LEARNING_RATE},
+                {"params": [model.log_scale], "weight_decay": 0.0, "lr": SCALE_LEARNING_RATE},
+            ]
+        )
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimiser, lambda step: rate(step, steps))
+
+    def step(self, images: Tensor, words: Tensor) -> None:
+        """One update from N images (N, 3, SIZE, SIZE) and N captions (N, L).
+
+        The loss runs on detached features, so that its own forward and backward can be timed.
+        """
+        outputs = self.model(images, words)
+        loss, gradients, seconds = loss_and_gradients(self.loss, outputs)
+        self.optimiser.zero_grad()
+        torch.autograd.backward(outputs, gradients)
+        self.optimiser.step()
+        self.schedule.step()
+        self.losses.append(loss.item())
+        self.seconds.append(seconds)
+
+
+def rate(step: int, steps: int) -> float:
+    """Share of the full learning rate: a linear warm-up, then a cosine down to nearly nothing."""
+    progress = max(step - WARM_UP, 0) / max(steps - WARM_UP, 1)
+    return min((step + 1) / WARM_UP, 1.0) * (0.51 + 0.49 * math.cos(math.pi * progress))
+
+
+def batches(rows: Tensor, size: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """Row numbers (size,) without end: each pass shuffles the rows and leaves out an incomplete last batch."""
+    while True:
+        for chunk in rows[torch.randperm(len(rows), generator=generator)].split(size):
+            if len(chunk) == size:
+                yield chunk
+
+
+def train(
+    pairs: Pairs, split: Split, steps: int, batch: int, seed: int, report: Callable[[dict[str, Run]], None]
+) -> dict[str, Run]:
+    """Train one copy of a freshly drawn model per loss; ``report`` is called after every step.
+
+    The copies take turns at going first, which evens out what a step leaves behind in the caches.
+    """
+    torch.manual_seed(seed)
+    model = EmojiClip(pairs.vocabulary)
+    runs = {name: Run(copy.deepcopy(model), name, steps) for name in TRAINED}
+    order = list(runs.values())
+    generator = torch.Generator().manual_seed(seed)
+    for rows in islice(batches(split.train, batch, generator), steps):
+        for run in order:
+            run.step(pairs.images[rows], pairs.words[rows])
+        order.reverse()
+        report(runs)
+    return runs
+
+
+def recall(similarities: Tensor, right: Tensor) -> tuple[float, float]:
+    """(Q, C) similarities and the (Q,) right columns -> shares of queries with the right one in the first 1 and 5."""
+    hits = similarities.topk(5, dim=1).indices == right.unsqueeze(1)  # (Q, 5)
+    return hits[:, 0].float().mean().item(), hits.any(dim=1).float().mean().item()
+
+
+@torch.no_grad()
+def similarities(model: EmojiClip, pairs: Pairs, images: Tensor, texts: Tensor) -> Tensor:
+    """(Q,) rows of images and (C,) rows of texts -> (Q, C) cosines."""
+    image_features = model(pairs.images[images], pairs.words[images])[0]
+    text_features = model(pairs.images[texts], pairs.words[texts])[1]
+    return image_features @ text_features.T
+
+
+def held_out_recall(model: EmojiClip, pairs: Pairs, held_out: Tensor) -> Recall:
+    """Rank H unseen images against H unseen texts, and the reverse."""
+    matrix = similarities(model, pairs, held_out, held_out)
+    right = torch.arange(len(held_out))
+    return Recall(recall(matrix, right), recall(matrix.T, right))
+
+
+def recall_among_all(model: EmojiClip, pairs: Pairs, held_out: Tensor) -> Recall:
+    """The harder task: H unseen queries against all P texts or images, those of the training pairs included."""
+    everything = torch.arange(len(pairs.captions))
+    return Recall(
+        recall(similarities(model, pairs, held_out, everything), held_out),
+        recall(similarities(model, pairs, everything, held_out).T, held_out),
+    )

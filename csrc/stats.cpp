@@ -1,8 +1,9 @@
 // Walks S in blocks of rows x columns: a vendor GEMM makes a block's raw products, the kernels of tile.h sweep it in
 // parallel tiles. Forward 1 product, backward 2 (kept rows) or 3.
 //
-// Blocks are large because GEMM speed needs it (1024 rows measured best; 512 cost 3%), and bounded in both directions
-// so that scratch memory is constant: kBlockElements whatever M and N.
+// Blocks are large because GEMM speed needs it (512 rows cost 3%), and square where S allows: wide ones (1024 x 8192)
+// were slower by 0.2 of a product, because the sweep found less of the GEMM's result in cache. Scratch memory is one
+// block, whatever M and N.
 #include "stats.h"
 
 #include <ATen/ATen.h>
@@ -13,13 +14,14 @@
 #include <limits>
 #include <vector>
 
+#include "memory.h"
 #include "tile.h"
 
 namespace fc {
 namespace {
 
-constexpr int64_t kBlockRows = 1024;
-constexpr int64_t kBlockElements = 16 << 20;  // 64 MB of fp32
+constexpr int64_t kBlockRows = 2048;
+constexpr int64_t kBlockElements = kBlockRows * kBlockRows;  // 16 MB of fp32
 
 int64_t ceil_div(int64_t a, int64_t b) {
   return (a + b - 1) / b;
@@ -42,8 +44,7 @@ struct Block {
 
 // Row-major order over S: kept rows first, so that no block is half kept.
 std::vector<Block> blocks(int64_t m, int64_t n, int64_t kept_rows) {
-  const int64_t block_cols = std::max<int64_t>(kTileCols, kBlockElements / std::min(m, kBlockRows));
-  const auto col_cuts = cuts(0, n, block_cols);
+  const auto col_cuts = cuts(0, n, kBlockElements / std::min(m, kBlockRows));
   std::vector<Block> all;
   for (const bool kept : {true, false}) {
     const auto row_cuts = cuts(kept ? 0 : kept_rows, kept ? kept_rows : m, kBlockRows);
@@ -77,7 +78,7 @@ class Scratch {
   at::TensorOptions options_;
 };
 
-// The block's part of the kept logits (kept_rows, N).
+// The block's part of the kept products (kept_rows, N).
 at::Tensor kept_block(const at::Tensor& kept, const Block& b) {
   const at::Tensor rows = rows_of(kept, b.row0, b.row1);
   return b.cols() == rows.size(1) ? rows : rows.slice(1, b.col0, b.col1);
@@ -197,7 +198,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> forward(const Problem
   const Prepared<T> p(problem);
   const int64_t m = p.rows(), n = p.cols();
   at::Tensor pos = at::empty({m}, p.options());
-  at::Tensor kept = at::empty({kept_rows, n}, p.options());
+  at::Tensor kept = reused_matrix(kept_rows, n, p.options());
   LogSumExp<T> row(rows, m), col(cols, n);
   const auto all = blocks(m, n, kept_rows);
   Scratch scratch(all, p.options());
@@ -207,13 +208,13 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> forward(const Problem
     at::mm_out(s, rows_of(p.x, b.row0, b.row1), rows_of(p.y, b.col0, b.col1).t());
     row.start(ceil_div(b.cols(), kTileCols), b.rows());
     col.start(ceil_div(b.rows(), kTileRows), b.cols());
-    T* products = s.mutable_data_ptr<T>();
+    const T* products = s.const_data_ptr<T>();
     const int64_t stride = s.stride(0);
     for_each_tile(b, [&](const Place& at, int64_t section, int64_t strip) {
       const int64_t r = at.row - b.row0, c = at.col - b.col0;
-      kernels<T>().forward(
-          p.rule, {at, products + r * stride + c, stride, b.kept, pos.mutable_data_ptr<T>(), row.part_max(strip, r),
-                   row.part_sum(strip, r), col.part_max(section, c), col.part_sum(section, c)});
+      kernels<T>().forward(p.rule,
+                           {at, products + r * stride + c, stride, pos.mutable_data_ptr<T>(), row.part_max(strip, r),
+                            row.part_sum(strip, r), col.part_max(section, c), col.part_sum(section, c)});
     });
     row.merge(b.row0);
     col.merge(b.col0);
@@ -265,14 +266,14 @@ std::array<at::Tensor, 4> backward(const Problem& problem, const at::Tensor& row
   for (const Block& b : all) {
     const at::Tensor x = rows_of(p.x, b.row0, b.row1), y = rows_of(p.y, b.col0, b.col1);
     at::Tensor g = scratch.get(b);
-    const at::Tensor source = b.kept ? kept_block(kept, b) : g;
+    const at::Tensor s = b.kept ? kept_block(kept, b) : g;
     if (!b.kept) at::mm_out(g, x, y.t());
-    const T* logits = source.const_data_ptr<T>();
+    const T* products = s.const_data_ptr<T>();
     T* grad = g.mutable_data_ptr<T>();
-    const int64_t stride = source.stride(0);
+    const int64_t stride = s.stride(0);
     for_each_tile(b, [&](const Place& at, int64_t, int64_t) {
       const int64_t r = at.row - b.row0, c = at.col - b.col0;
-      kernels<T>().backward(p.rule, {at, logits + r * stride + c, stride, b.kept, grad + r * b.cols() + c, b.cols(),
+      kernels<T>().backward(p.rule, {at, products + r * stride + c, stride, grad + r * b.cols() + c, b.cols(),
                                      g_row ? row_norm.high.data() : nullptr, row_norm.low.data(), data<T>(row_grad),
                                      g_col ? col_norm.high.data() : nullptr, col_norm.low.data(), data<T>(col_grad)});
     });

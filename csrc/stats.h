@@ -24,7 +24,7 @@ struct Problem {
 
 using Interrupt = std::function<void()>;  // called between blocks; throws to stop
 
-// pos (M,), row (M,), col (N,) in float64, and the first `kept_rows` rows of the masked logits (kept_rows, N) in
+// pos (M,), row (M,), col (N,) in float64, and the first `kept_rows` rows of the products x @ y.T (kept_rows, N) in
 // float32 (float64 for float64 features). A direction that is not asked has 0 elements.
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> stats_forward(const Problem& problem, bool rows, bool cols,
                                                                          int64_t kept_rows, const Interrupt& interrupt);

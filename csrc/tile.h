@@ -34,22 +34,20 @@ struct Place {
 template <class T>
 struct ForwardTile {
   Place at;
-  T* products;  // (rows, cols), row stride `stride`
+  const T* products;  // (rows, cols), row stride `stride`
   int64_t stride;
-  bool keep_logits;      // write the masked logits back over the products
   T* pos;                // (M,) positives' logits; the tile that holds a row's target writes it
   T *row_max, *row_sum;  // (rows,) partials of this tile, or null: direction not asked
   T *col_max, *col_sum;  // (cols,) partials of this tile, or null
 };
 
-// Backward: raw products or kept logits -> the negatives' gradient g_row exp(s - row) + g_col exp(s - col).
+// Backward: raw products -> the negatives' gradient g_row exp(s - row) + g_col exp(s - col).
 template <class T>
 struct BackwardTile {
   Place at;
-  const T* source;  // (rows, cols), row stride `source_stride`
-  int64_t source_stride;
-  bool source_is_logits;  // kept by the forward: already scaled, biased and masked
-  T* grad;                // (rows, cols), row stride `grad_stride`; may be `source`
+  const T* products;  // (rows, cols), row stride `stride`
+  int64_t stride;
+  T* grad;  // (rows, cols), row stride `grad_stride`; may be `products`
   int64_t grad_stride;
   const T *row, *row_low, *g_row;  // (M,) finite log-normaliser, what rounding it to T left, and its gradient; or null
   const T *col, *col_low, *g_col;  // (N,) likewise for columns

@@ -105,13 +105,28 @@ struct StripRule {
   }
 };
 
-// One row of a tile: raw products -> masked logits in `out` (kTileCols long, padded with -inf). Returns the positive's
-// logit through `pos` if this tile holds it. `out` holds the row's products (padded) on entry.
+// The vector of row[j] and what follows, -inf beyond `n`: rows of products end without padding.
 template <class T>
-static inline void mask_row(const LogitRule<T>& rule, const StripRule<T>& strip, const Place& at, int64_t i, T* out,
-                            T* pos) {
+static inline Vec<T> load_row(const T* row, int64_t j, int64_t n) {
+  if (j + kLanes<T> <= n) return load(row + j);
+  Vec<T> v = fill<T>(kNegInf<T>);
+  __builtin_memcpy(&v, row + j, (n - j) * sizeof(T));
+  return v;
+}
+template <class T>
+static inline void store_row(T* row, int64_t j, int64_t n, Vec<T> v) {
+  if (j + kLanes<T> <= n) return store(row + j, v);
+  __builtin_memcpy(row + j, &v, (n - j) * sizeof(T));
+}
+
+// One row of a tile: raw products -> masked logits in `out`, -inf up to a whole vector beyond the tile. Returns the
+// positive's logit through `pos` if this tile holds it. Never inlined: forward and backward must round alike, and a
+// compiler may contract scale * product + bias in one place and not in the other (at scale 1000: 6e-5 of a logit).
+template <class T>
+__attribute__((noinline)) static void mask_row(const LogitRule<T>& rule, const StripRule<T>& strip, const Place& at,
+                                               int64_t i, const T* products, T* out, T* pos) {
   for (int64_t j = 0; j < at.cols; j += kLanes<T>) {
-    Vec<T> s = load(out + j) * rule.scale;
+    Vec<T> s = load_row(products, j, at.cols) * rule.scale;
     if (rule.col_bias) s += load(strip.bias + j);
     store(out + j, s);
   }
@@ -129,17 +144,11 @@ static inline void mask_row(const LogitRule<T>& rule, const StripRule<T>& strip,
   if (holds_target) out[target] = kNegInf<T>;
   const int64_t self = i - at.col;
   if (rule.exclude_self && self >= 0 && self < at.cols) out[self] = kNegInf<T>;
-  for (int64_t j = at.cols; j < kTileCols && j % kLanes<T> != 0; ++j) out[j] = kNegInf<T>;  // scale * pad
+  for (int64_t j = at.cols; j % kLanes<T> != 0; ++j) out[j] = kNegInf<T>;  // the scale may be negative or 0
 }
 
 static inline int64_t smaller(int64_t a, int64_t b) {
   return a < b ? a : b;
-}
-
-template <class T>
-static inline void copy_row(T* out, const T* row, int64_t n) {
-  __builtin_memcpy(out, row, n * sizeof(T));
-  for (int64_t j = n; j % kLanes<T> != 0; ++j) out[j] = kNegInf<T>;
 }
 
 template <class T, bool kRow, bool kCol>
@@ -155,10 +164,7 @@ static void forward_tile(const LogitRule<T>& rule, const ForwardTile<T>& tile) {
     T row_max[kGroupRows];
     for (int64_t g = 0; g < group; ++g) {
       const int64_t i = at.row + first + g;
-      T* products = tile.products + (first + g) * tile.stride;
-      copy_row(logits[g], products, at.cols);
-      mask_row(rule, strip, at, i, logits[g], tile.pos + i);
-      if (tile.keep_logits) __builtin_memcpy(products, logits[g], at.cols * sizeof(T));
+      mask_row(rule, strip, at, i, tile.products + (first + g) * tile.stride, logits[g], tile.pos + i);
       Vec<T> most = fill<T>(kNegInf<T>);
       for (int64_t j = 0; j < at.cols; j += kLanes<T>) {
         const Vec<T> s = load(logits[g] + j);
@@ -210,8 +216,8 @@ static void backward_tile(const LogitRule<T>& rule, const BackwardTile<T>& tile)
   }
   for (int64_t r = 0; r < at.rows; ++r) {
     const int64_t i = at.row + r;
-    copy_row(logits, tile.source + r * tile.source_stride, at.cols);
-    if (!tile.source_is_logits) mask_row<T>(rule, strip, at, i, logits, nullptr);
+    mask_row<T>(rule, strip, at, i, tile.products + r * tile.stride, logits, nullptr);
+    T* grad = tile.grad + r * tile.grad_stride;
     const T row = kRow ? tile.row[i] : T(0), row_low = kRow ? tile.row_low[i] : T(0);
     const T g_row = kRow ? tile.g_row[i] : T(0);
     for (int64_t j = 0; j < at.cols; j += kLanes<T>) {
@@ -219,9 +225,8 @@ static void backward_tile(const LogitRule<T>& rule, const BackwardTile<T>& tile)
       Vec<T> g{};
       if (kRow) g += exp_nonpositive<T>((s - row) - row_low) * g_row;
       if (kCol) g += exp_nonpositive<T>((s - load(col + j)) - load(col_low + j)) * load(g_col + j);
-      store(logits + j, g);
+      store_row(grad, j, at.cols, g);
     }
-    __builtin_memcpy(tile.grad + r * tile.grad_stride, logits, at.cols * sizeof(T));
   }
 }
 

@@ -8,9 +8,9 @@ import torch
 from fused_contrastive.testing import budget
 from fused_contrastive.testing.cases import CLIP_OPTIONS, DTYPES, STATS_OPTIONS, Case, sample
 
-# (M, N, D): one row; a row more than a group of 16; one past the 256-wide tile both ways; odd feature sizes; several
-# blocks of 1024 rows with a part left over; wide and tall.
-SHAPES = [(1, 1, 3), (1, 7, 1), (17, 17, 5), (257, 257, 33), (2, 300, 8), (300, 2, 8), (1300, 70, 4), (70, 1300, 4)]
+# (M, N, D): one row; a row more than a group of 16; one past the 256-wide tile both ways; odd feature sizes; two blocks
+# of rows, of unequal size; wide and tall.
+SHAPES = [(1, 1, 3), (1, 7, 1), (17, 17, 5), (257, 257, 33), (2, 300, 8), (300, 2, 8), (2101, 70, 4), (70, 2101, 4)]
 
 
 def assert_within_budget(case: Case, backend: str) -> None:

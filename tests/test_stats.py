@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from fused_contrastive import clip_loss, contrastive_stats
 
@@ -82,7 +83,7 @@ def test_nothing_left_in_a_row(backend: str, budget: object) -> None:
         scale = torch.tensor(3.0, requires_grad=True)
         pos, row, _col = contrastive_stats(x, y, scale, backend=backend, memory_budget=budget, **options)
         assert row.tolist() == [-INF] * 3
-        loss = -torch.nn.functional.logsigmoid(pos - row).sum()
+        loss = -F.logsigmoid(pos - row).sum()
         assert loss.item() == 0
         for gradient in torch.autograd.grad(loss, (x, y, scale)):
             assert not gradient.any()
@@ -114,7 +115,7 @@ def test_nan_and_inf_propagate(value: float, backend: str) -> None:
     x[17, 3] = value
     logits = 5 * x @ y.T
     labels = torch.arange(40)
-    eager = sum(torch.nn.functional.cross_entropy(s, labels) for s in (logits, logits.T)) / 2
+    eager = sum(F.cross_entropy(s, labels) for s in (logits, logits.T)) / 2
     ours = clip_loss(x.requires_grad_(), y, 5.0, backend=backend)
     ours.backward()
     assert not eager.isfinite()
@@ -139,6 +140,24 @@ def test_any_memory_budget_gives_the_same(budget: object, backend: str) -> None:
         results.append([*stats, *(leaf.grad for leaf in leaves)])
     for kept, other in zip(*results, strict=True):
         torch.testing.assert_close(kept, other, rtol=1e-5, atol=1e-5)
+
+
+def test_large_losses_alive_at_once(backend: str) -> None:
+    """Several blocks both ways; each keeps over 32 MB of products, which the next step's forward takes over."""
+    n = 3001
+    problems = [[torch.randn(n, 8).requires_grad_() for _ in range(2)] for _ in range(3)]
+    losses = [clip_loss(x, y, 3.0, backend=backend) for x, y in problems[:2]]
+    losses.pop(0).backward()
+    losses.append(clip_loss(*problems[2], 3.0, backend=backend))
+    for loss in losses:
+        loss.backward()
+    for x, y in problems:
+        leaves = [t.detach().double().requires_grad_() for t in (x, y)]
+        logits = 3.0 * leaves[0] @ leaves[1].T
+        labels = torch.arange(n)
+        ((F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2).backward()
+        for ours, exact in zip((x, y), leaves, strict=True):
+            torch.testing.assert_close(ours.grad.double(), exact.grad, rtol=1e-5, atol=1e-8)
 
 
 def layouts(t: torch.Tensor) -> dict[str, torch.Tensor]:

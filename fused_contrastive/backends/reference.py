@@ -26,18 +26,18 @@ def _targets(spec: StatsSpec, x: Tensor) -> Tensor:  # (M,)
     return torch.arange(x.shape[0], device=x.device) if spec.targets is None else spec.targets
 
 
-def _logits(spec: StatsSpec, x: Tensor, y: Tensor, rows: slice, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits of some rows with -inf where excluded, (R, N), and the positives' logits, (R,)."""
-    logits = spec.scale * (x[rows] @ y.T)
+def _logits(spec: StatsSpec, products: Tensor, rows: slice, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Some rows' products -> their logits with -inf where excluded, (R, N), and the positives' logits, (R,)."""
+    logits = spec.scale * products
     if spec.col_bias is not None:
         logits = logits + spec.col_bias
     positive = targets[rows, None]  # (R, 1)
     pos = logits.gather(1, positive).squeeze(1)
     pos = pos.masked_fill(pos == torch.inf, torch.nan)
-    columns = torch.arange(y.shape[0], device=y.device)
+    columns = torch.arange(products.shape[1], device=products.device)
     excluded = columns == positive
     if spec.exclude_self:
-        excluded |= columns == torch.arange(rows.start, rows.stop, device=x.device)[:, None]
+        excluded |= columns == torch.arange(rows.start, rows.stop, device=products.device)[:, None]
     if spec.row_ids is not None and spec.col_ids is not None:
         excluded |= spec.row_ids[rows, None] == spec.col_ids
     return logits.masked_fill(excluded, -torch.inf), pos
@@ -57,8 +57,9 @@ def stats_forward(spec: StatsSpec, x: Tensor, y: Tensor) -> Forward:
     col = x.new_full((n if spec.cols else 0,), -torch.inf, dtype=statistics)
     kept = x.new_empty(spec.kept_rows, n)
     for rows in _chunks(m):
-        logits, pos[rows] = _logits(spec, x, y, rows, targets)
-        kept[rows] = logits[: kept[rows].shape[0]]
+        products = x[rows] @ y.T
+        kept[rows] = products[: kept[rows].shape[0]]
+        logits, pos[rows] = _logits(spec, products, rows, targets)
         logits = logits.to(statistics)
         if spec.rows:
             row[rows] = logits.logsumexp(dim=1)
@@ -80,10 +81,8 @@ def stats_backward(
     targets = _targets(spec, x)
     dx, dy, dbias = torch.zeros_like(x), torch.zeros_like(y), x.new_zeros(y.shape[0])
     for rows in _chunks(x.shape[0]):
-        if rows.stop <= spec.kept_rows:
-            logits = saved.kept[rows]
-        else:
-            logits, _ = _logits(spec, x, y, rows, targets)
+        products = saved.kept[rows] if rows.stop <= spec.kept_rows else x[rows] @ y.T
+        logits, _ = _logits(spec, products, rows, targets)
         logits = logits.to(statistics_dtype(x.device))
         grad = torch.zeros_like(logits)  # G without the positives, (R, N)
         if upstream.row is not None:

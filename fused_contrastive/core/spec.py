@@ -23,11 +23,11 @@ class StatsSpec(NamedTuple):
     exclude_self: bool
     rows: bool  # the row direction is asked
     cols: bool  # the column direction is asked
-    kept_rows: int  # rows of S to keep for the backward
+    kept_rows: int  # rows of products to keep for the backward
 
 
 class Forward(NamedTuple):
-    """A backend's forward result: statistics in the statistics' dtype, logits in the compute dtype.
+    """A backend's forward result: statistics in the statistics' dtype, products in the compute dtype.
 
     A direction that is not asked has 0 elements.
     """
@@ -35,7 +35,7 @@ class Forward(NamedTuple):
     pos: Tensor  # (M,) NaN where the logit is +inf
     row: Tensor  # (M,)
     col: Tensor  # (N,)
-    kept: Tensor  # (kept_rows, N) masked logits
+    kept: Tensor  # (kept_rows, N) the first rows of the products x @ y.T
 
 
 class Upstream(NamedTuple):

@@ -57,7 +57,7 @@ def contrastive_stats(
         row_ids, col_ids: (M,) and (N,) int64; pairs with equal ids (false negatives, duplicates) are excluded.
         exclude_self: exclude S[i, i], for x is y.
         directions: which of "row" and "col" to compute.
-        memory_budget: bytes of logits to keep for the backward: 0 recomputes them all (4 matrix products for forward
+        memory_budget: bytes of products to keep for the backward: 0 recomputes them all (4 matrix products for forward
             and backward), enough for M * N of them saves one product, anything between saves a part of it. "auto" is
             a sixteenth of the device's memory.
         backend: "cpp" (CPU), "reference" (plain torch, any device), or "auto": "cpp" for CPU tensors, else

@@ -1,0 +1,81 @@
+// A training step keeps a matrix of products from forward to backward and frees it; the next step wants the same again.
+// malloc returns blocks of that size to the system each time, and the page faults of getting them back cost a third of
+// a matrix product. So the last block given back is held here, marked MADV_FREE: the kernel takes its pages, without
+// writing them anywhere, as soon as anything else needs memory.
+#include "memory.h"
+
+#include <ATen/ATen.h>
+
+#ifdef __linux__
+#include <sys/mman.h>
+
+#include <cerrno>
+#include <cstring>
+#include <mutex>
+#include <utility>
+#endif
+
+namespace fc {
+
+#if defined(__linux__) && defined(MADV_FREE)
+namespace {
+
+constexpr size_t kSmall = 32 << 20;  // up to here malloc itself reuses what was freed
+
+struct Slab {
+  void* memory = nullptr;
+  size_t bytes = 0;
+};
+
+class Spare {
+ public:
+  Slab take(size_t bytes) {
+    Slab slab;
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      slab = std::exchange(spare_, {});
+    }
+    if (slab.bytes >= bytes && slab.bytes / 2 <= bytes) return slab;
+    release(slab);
+    void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    TORCH_CHECK_WITH(OutOfMemoryError, memory != MAP_FAILED, "fused_contrastive: could not allocate ", bytes,
+                     " bytes for the kept products (", std::strerror(errno), "); a smaller memory_budget needs less");
+    return {memory, bytes};
+  }
+  void give_back(Slab slab) {
+    madvise(slab.memory, slab.bytes, MADV_FREE);
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      std::swap(slab, spare_);
+    }
+    release(slab);
+  }
+
+ private:
+  static void release(const Slab& slab) {
+    if (slab.memory) munmap(slab.memory, slab.bytes);
+  }
+  std::mutex mutex_;
+  Slab spare_;
+};
+
+Spare& spare() {
+  static Spare& instance = *new Spare;  // never destroyed: tensors may outlive static objects
+  return instance;
+}
+
+}  // namespace
+
+at::Tensor reused_matrix(int64_t rows, int64_t cols, const at::TensorOptions& options) {
+  const size_t bytes = rows * cols * options.dtype().itemsize();
+  if (bytes <= kSmall) return at::empty({rows, cols}, options);
+  const Slab slab = spare().take(bytes);
+  return at::from_blob(slab.memory, {rows, cols}, [slab](void*) { spare().give_back(slab); }, options);
+}
+#else
+at::Tensor reused_matrix(int64_t rows, int64_t cols, const at::TensorOptions& options) {
+  return at::empty({rows, cols}, options);
+}
+#endif
+
+}  // namespace fc

@@ -8,7 +8,10 @@
 #include <pybind11/stl.h>
 
 #include <chrono>
+#include <string>
+#include <vector>
 
+#include "cross_entropy.h"
 #include "stats.h"
 #include "tile.h"
 
@@ -52,12 +55,19 @@ std::array<at::Tensor, 4> backward(at::Tensor x, at::Tensor y, at::Tensor scale,
                             g_row, g_col, needs, interrupt);
 }
 
+at::Tensor cross_entropy(const at::Tensor& pos, const std::vector<at::Tensor>& normalisers, bool decoupled,
+                         const std::string& reduction, at::ScalarType dtype) {
+  py::gil_scoped_release release;
+  return fc::cross_entropy(pos, normalisers, decoupled, reduction, dtype);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "C++ CPU backend of fused_contrastive";
   m.def("stats_forward", &forward);
   m.def("stats_backward", &backward);
+  m.def("cross_entropy", &cross_entropy);
   m.def("vector_level", &fc::vector_level, "instruction set of the vector kernels on this CPU");
 #ifdef _OPENMP
   m.attr("parallel") = true;

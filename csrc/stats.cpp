@@ -126,15 +126,21 @@ struct Prepared {
   }
 };
 
+// Rows of a tile: kTileRows, fewer in a small block, where all threads should find work.
+int64_t tile_rows(const Block& b) {
+  return std::min(kTileRows, std::max<int64_t>(64, b.rows() / 4));
+}
+
 // Calls `sweep(place, section, strip)` for every tile of a block, in parallel.
 template <class F>
 void for_each_tile(const Block& b, const F& sweep) {
-  const int64_t strips = ceil_div(b.cols(), kTileCols), sections = ceil_div(b.rows(), kTileRows);
+  const int64_t height = tile_rows(b);
+  const int64_t strips = ceil_div(b.cols(), kTileCols), sections = ceil_div(b.rows(), height);
   at::parallel_for(0, strips * sections, 1, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t section = task / strips, strip = task % strips;
-      const int64_t row = b.row0 + section * kTileRows, col = b.col0 + strip * kTileCols;
-      sweep(Place{row, col, std::min(kTileRows, b.row1 - row), std::min(kTileCols, b.col1 - col)}, section, strip);
+      const int64_t row = b.row0 + section * height, col = b.col0 + strip * kTileCols;
+      sweep(Place{row, col, std::min(height, b.row1 - row), std::min(kTileCols, b.col1 - col)}, section, strip);
     }
   });
 }
@@ -207,7 +213,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> forward(const Problem
     at::Tensor s = b.kept ? kept_block(kept, b) : scratch.get(b);
     at::mm_out(s, rows_of(p.x, b.row0, b.row1), rows_of(p.y, b.col0, b.col1).t());
     row.start(ceil_div(b.cols(), kTileCols), b.rows());
-    col.start(ceil_div(b.rows(), kTileRows), b.cols());
+    col.start(ceil_div(b.rows(), tile_rows(b)), b.cols());
     const T* products = s.const_data_ptr<T>();
     const int64_t stride = s.stride(0);
     for_each_tile(b, [&](const Place& at, int64_t section, int64_t strip) {

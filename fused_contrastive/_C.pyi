@@ -1,3 +1,6 @@
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 
 parallel: bool
@@ -33,3 +36,6 @@ def stats_backward(
     g_col: Tensor | None,
     needs: tuple[bool, bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]: ...
+def cross_entropy(
+    pos: Tensor, normalisers: Sequence[Tensor], decoupled: bool, reduction: str, dtype: torch.dtype
+) -> Tensor: ...

@@ -1,11 +1,14 @@
-"""What a backend provides: two functions per primitive, and whether it can run here."""
+"""What a backend provides: the primitive forward and backward, the loss on its statistics, whether it can run."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
+from fused_contrastive.core.reduction import Reduction
 from fused_contrastive.core.spec import Forward, Gradients, Needs, StatsSpec, Upstream
 
 
@@ -25,3 +28,9 @@ class Backend(Protocol):
         self, spec: StatsSpec, x: Tensor, y: Tensor, saved: Forward, upstream: Upstream, needs: Needs
     ) -> Gradients:
         """Gradients given those of the statistics. ``saved.pos`` may hold anything. Must not write to ``saved``."""
+
+    def cross_entropy(
+        self, pos: Tensor, normalisers: Sequence[Tensor], decoupled: bool, reduction: Reduction, dtype: torch.dtype
+    ) -> Tensor:
+        """Differentiable mean over the normalisers, each (M,), of ``softplus(normaliser - pos)``; or, where
+        decoupled, of ``normaliser - pos``. Reduced over M and cast to ``dtype`` at the end."""

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 
+from fused_contrastive.core.reduction import Reduction
 from fused_contrastive.core.spec import Forward, Gradients, Needs, StatsSpec, Upstream
 
 try:
@@ -77,3 +81,9 @@ def stats_backward(
             needs,
         )
     )
+
+
+def cross_entropy(
+    pos: Tensor, normalisers: Sequence[Tensor], decoupled: bool, reduction: Reduction, dtype: torch.dtype
+) -> Tensor:
+    return _C.cross_entropy(pos, normalisers, decoupled, reduction, dtype)

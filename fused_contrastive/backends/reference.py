@@ -6,9 +6,13 @@ logits' exponentials and sums in the statistics' dtype.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from fused_contrastive.core.reduction import Reduction, reduce
 from fused_contrastive.core.spec import Forward, Gradients, Needs, StatsSpec, Upstream, compute_dtype, statistics_dtype
 
 CHUNK_ROWS = 1024
@@ -104,3 +108,12 @@ def stats_backward(
         scale=(x * dx).sum() if needs.scale else None,
         col_bias=dbias if needs.col_bias else None,
     )
+
+
+def cross_entropy(
+    pos: Tensor, normalisers: Sequence[Tensor], decoupled: bool, reduction: Reduction, dtype: torch.dtype
+) -> Tensor:
+    margins = pos - torch.stack(tuple(normalisers))  # (directions, M)
+    # softplus(x) as -logsigmoid(-x), which keeps full relative precision: F.softplus turns linear above 20.
+    losses = -(margins if decoupled else F.logsigmoid(margins)).mean(dim=0)
+    return reduce(losses, reduction).to(dtype)

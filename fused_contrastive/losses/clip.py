@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
 from torch import Tensor, nn
 
 from fused_contrastive.core import checks
+from fused_contrastive.core.reduction import REDUCTIONS, Reduction, reduce
+from fused_contrastive.core.spec import compute_dtype
 from fused_contrastive.losses import terms
+from fused_contrastive.ops.cross_entropy import cross_entropy
 from fused_contrastive.ops.stats import autocast, contrastive_stats
 
 
@@ -19,7 +21,7 @@ def clip_loss(
     *,
     decoupled: bool = False,
     label_smoothing: float = 0.0,
-    reduction: terms.Reduction = "mean",
+    reduction: Reduction = "mean",
     memory_budget: int | Literal["auto"] = "auto",
     backend: str = "auto",
 ) -> Tensor:
@@ -55,23 +57,20 @@ def clip_loss(
     checks.feature_pair("image_features", image_features, "text_features", text_features)
     checks.same_rows("image_features", image_features, "text_features", text_features)
     checks.scalar("logit_scale", logit_scale)
-    checks.one_of("reduction", reduction, terms.REDUCTIONS)
+    checks.one_of("reduction", reduction, REDUCTIONS)
     checks.unit_interval("label_smoothing", label_smoothing)
     pos, row, col = contrastive_stats(
         image_features, text_features, logit_scale, memory_budget=memory_budget, backend=backend
     )
     assert row is not None
     assert col is not None
-    both = terms.cross_entropy(torch.stack((row, col)), pos, decoupled=decoupled)  # (2, N)
+    dtype = compute_dtype(image_features.dtype)
+    loss = cross_entropy(pos, row, col, dtype=dtype, decoupled=decoupled, reduction=reduction, backend=backend)
     if label_smoothing:
-        mean_logits = torch.stack(
-            (
-                terms.mean_logit(logit_scale, image_features, text_features),
-                terms.mean_logit(logit_scale, text_features, image_features),
-            )
-        )
-        both = both + label_smoothing * (pos - mean_logits)
-    return terms.reduce(both if reduction == "mean" else both.mean(dim=0), reduction, image_features)
+        of_images = terms.mean_logit(logit_scale, image_features, text_features)
+        of_texts = terms.mean_logit(logit_scale, text_features, image_features)
+        loss = loss + label_smoothing * reduce(pos - (of_images + of_texts) / 2, reduction).to(dtype)
+    return loss
 
 
 class ClipLoss(nn.Module):
@@ -82,12 +81,12 @@ class ClipLoss(nn.Module):
         *,
         decoupled: bool = False,
         label_smoothing: float = 0.0,
-        reduction: terms.Reduction = "mean",
+        reduction: Reduction = "mean",
         memory_budget: int | Literal["auto"] = "auto",
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        checks.one_of("reduction", reduction, terms.REDUCTIONS)
+        checks.one_of("reduction", reduction, REDUCTIONS)
         checks.unit_interval("label_smoothing", label_smoothing)
         self.decoupled = decoupled
         self.label_smoothing = label_smoothing

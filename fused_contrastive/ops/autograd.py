@@ -34,7 +34,7 @@ def backward(ctx: Any, g_pos: Tensor | None, g_row: Tensor | None, g_col: Tensor
         return (None,) * INPUTS
     x, y, scale, targets, col_bias, row_ids, col_ids, row, col, kept = ctx.saved_tensors
     needs = [ctx.needs_input_grad[i] for i in (0, 1, 2, 4)]
-    direct = _is_plain(x) and not torch.is_grad_enabled()
+    direct = is_plain(x) and not torch.is_grad_enabled()
     run = schema.stats_backward if direct else torch.ops.fused_contrastive.stats_backward
     dx, dy, dscale, dcol_bias = run(
         g_pos, g_row, g_col, row, col, kept, needs, x, y, scale, targets, col_bias, row_ids, col_ids, *ctx.options
@@ -49,7 +49,7 @@ def backward(ctx: Any, g_pos: Tensor | None, g_row: Tensor | None, g_col: Tensor
     )
 
 
-def _is_plain(x: Tensor) -> bool:
+def is_plain(x: Tensor) -> bool:
     """An ordinary tensor in eager mode: not a subclass with its own dispatch, and nothing traces."""
     return (type(x) is Tensor or type(x) is torch.nn.Parameter) and not torch.compiler.is_compiling()
 
@@ -69,7 +69,7 @@ class _Eager(torch.autograd.Function):
 
 def stats_forward(x: Tensor, *rest: Any, differentiable: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The operator: through torch.ops where something traces or intercepts, else directly."""
-    if not _is_plain(x):
+    if not is_plain(x):
         return torch.ops.fused_contrastive.stats_forward(x, *rest)  # type: ignore[no-any-return]
     return _Eager.apply(x, *rest) if differentiable else schema.stats_forward(x, *rest)  # type: ignore[no-untyped-call]
 

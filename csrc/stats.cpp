@@ -12,6 +12,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <numeric>
 #include <vector>
 
 #include "memory.h"
@@ -102,8 +103,8 @@ struct Prepared {
 
   explicit Prepared(const Problem& p) {
     constexpr auto dtype = c10::CppTypeToScalarType<T>::value;
-    x = p.x.to(dtype);
-    y = p.y.to(dtype);
+    x = contiguous_as(p.x, dtype);
+    y = contiguous_as(p.y, dtype);
     if (p.targets) targets = p.targets->contiguous();
     if (p.col_bias) col_bias = contiguous_as(*p.col_bias, dtype);
     if (p.row_ids) encode_ids(*p.row_ids, *p.col_ids);
@@ -229,22 +230,29 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> forward(const Problem
   return {pos.to(at::kDouble), row.value(), col.value(), kept};
 }
 
-// The positives' part of G, apart from the products: among thousands of small negatives, one large term would cost the
-// sum its low bits.
-template <class T>
-void add_positives(const Prepared<T>& p, const at::Tensor& g_pos, const at::Tensor& dx, const at::Tensor& dy,
-                   const at::Tensor& dbias) {
-  const at::Tensor g = g_pos.unsqueeze(1);
-  const int64_t m = p.rows();
-  if (p.targets) {
-    if (dx.defined()) dx.addcmul_(g, p.y.index_select(0, *p.targets));
-    if (dy.defined()) dy.index_add_(0, *p.targets, g * p.x);
-    if (dbias.defined()) dbias.index_add_(0, *p.targets, g_pos);
-  } else {
-    if (dx.defined()) dx.addcmul_(g, rows_of(p.y, 0, m));
-    if (dy.defined()) rows_of(dy, 0, m).addcmul_(g, p.x);
-    if (dbias.defined()) dbias.slice(0, 0, m).add_(g_pos);
-  }
+// The positives' gradients come after the products: among thousands of small negatives, one large term would cost the
+// sum its low bits. They, the factor `scale` and the dot products for the scale's own gradient take one pass over
+// `grad`.
+//
+// grad: (rows, D) sums over the negatives -> gradient of `features`. Row i gains g[i] times row other_row(i) of
+// `others`, unless that is negative. Returns sum(features * grad) before the factor.
+template <class T, class F>
+double finish(const at::Tensor& grad, const at::Tensor& features, const at::Tensor& others, const T* g, T scale,
+              const F& other_row) {
+  constexpr int64_t kGrain = 64;
+  const int64_t rows = grad.size(0), d = grad.size(1);
+  T* out = grad.mutable_data_ptr<T>();
+  const T *own = features.const_data_ptr<T>(), *other = others.const_data_ptr<T>();
+  std::vector<double> dots(ceil_div(rows, kGrain));  // summed in a fixed order
+  at::parallel_for(0, static_cast<int64_t>(dots.size()), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t part = begin; part < end; ++part)
+      for (int64_t i = part * kGrain; i < std::min(rows, (part + 1) * kGrain); ++i) {
+        const int64_t o = g ? other_row(i) : -1;
+        dots[part] += kernels<T>().finish_row(out + i * d, own + i * d, o < 0 ? nullptr : other + o * d,
+                                              o < 0 ? T(0) : g[i], scale, d);
+      }
+  });
+  return std::accumulate(dots.begin(), dots.end(), 0.);
 }
 
 template <class T>
@@ -263,11 +271,13 @@ std::array<at::Tensor, 4> backward(const Problem& problem, const at::Tensor& row
 
   // dscale = sum_i x_i . (G y)_i, or the same sum over columns when dx is not needed.
   const bool scale_by_rows = need_x || (need_scale && !need_y);
-  const at::Tensor dx = scale_by_rows ? at::zeros({m, p.x.size(1)}, p.options()) : at::Tensor();
-  const at::Tensor dy = need_y ? at::zeros({n, p.y.size(1)}, p.options()) : at::Tensor();
+  const bool negatives = g_row || g_col;  // else no block writes the gradients
+  const auto gradient_of = [&](const at::Tensor& t) { return negatives ? at::empty_like(t) : at::zeros_like(t); };
+  const at::Tensor dx = scale_by_rows ? gradient_of(p.x) : at::Tensor();
+  const at::Tensor dy = need_y ? gradient_of(p.y) : at::Tensor();
   const at::Tensor dbias = need_bias ? at::zeros({n}, p.options()) : at::Tensor();
 
-  const auto all = g_row || g_col ? blocks(m, n, kept.size(0)) : std::vector<Block>();
+  const auto all = negatives ? blocks(m, n, kept.size(0)) : std::vector<Block>();
   Scratch scratch(all, p.options());
   for (const Block& b : all) {
     const at::Tensor x = rows_of(p.x, b.row0, b.row1), y = rows_of(p.y, b.col0, b.col1);
@@ -288,14 +298,29 @@ std::array<at::Tensor, 4> backward(const Problem& problem, const at::Tensor& row
     if (need_bias) dbias.slice(0, b.col0, b.col1).add_(g.sum(0));
     interrupt();
   }
-  if (g_pos) add_positives<T>(p, contiguous_as(*g_pos, dtype), dx, dy, dbias);
 
-  const T scale = p.rule.scale;
-  const auto finish = [&](at::Tensor t, const at::Tensor& like) { return t.mul_(scale).to(like.scalar_type()); };
+  OptionalTensor pos_grad;
+  if (g_pos) pos_grad = contiguous_as(*g_pos, dtype);
+  const T* g = data<T>(pos_grad);
+  double dscale = 0;
+  if (dx.defined()) dscale = finish(dx, p.x, p.y, g, p.rule.scale, [&](int64_t i) { return p.rule.target(i); });
+  if (dy.defined()) {
+    if (g && p.targets) dy.index_add_(0, *p.targets, pos_grad->unsqueeze(1) * p.x);
+    const int64_t diagonal = p.targets ? 0 : m;  // row j of y is row j's positive
+    const double dot = finish(dy, p.y, p.x, g, p.rule.scale, [&](int64_t j) { return j < diagonal ? j : -1; });
+    if (!scale_by_rows) dscale = dot;
+  }
+  if (need_bias && g) {
+    if (p.targets)
+      dbias.index_add_(0, *p.targets, *pos_grad);
+    else
+      dbias.slice(0, 0, m).add_(*pos_grad);
+  }
+
   std::array<at::Tensor, 4> grads;
-  if (need_scale) grads[2] = scale_by_rows ? p.x.mul(dx).sum() : p.y.mul(dy).sum();
-  if (need_x) grads[0] = finish(dx, problem.x);
-  if (need_y) grads[1] = finish(dy, problem.y);
+  if (need_x) grads[0] = dx.to(problem.x.scalar_type());
+  if (need_y) grads[1] = dy.to(problem.y.scalar_type());
+  if (need_scale) grads[2] = at::scalar_tensor(dscale, p.options());
   if (need_bias) grads[3] = dbias;
   return grads;
 }

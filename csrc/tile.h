@@ -60,6 +60,9 @@ struct Kernels {
   void (*backward)(const LogitRule<T>&, const BackwardTile<T>&);
   // (max, sum) += (max2, sum2), elementwise over n partial log-sum-exps
   void (*merge)(T* max, T* sum, const T* max2, const T* sum2, int64_t n);
+  // One row of a feature gradient, d long: total = grad + g * other (other may be null), grad = scale * total. Returns
+  // features . total, the row's part of the scale's gradient.
+  double (*finish_row)(T* grad, const T* features, const T* other, T g, T scale, int64_t d);
 };
 
 // Chooses by what this CPU can run, or by FUSED_CONTRASTIVE_CPU_LEVEL (throws if that level cannot run here).

@@ -265,6 +265,26 @@ static void merge(T* max, T* sum, const T* max2, const T* sum2, int64_t n) {
 }
 
 template <class T>
+static double finish_row(T* grad, const T* features, const T* other, T g, T scale, int64_t d) {
+  const int64_t whole = d - d % kLanes<T>;
+  Vec<T> dot{};
+  for (int64_t j = 0; j < whole; j += kLanes<T>) {
+    Vec<T> total = load(grad + j);
+    if (other) total += load(other + j) * g;
+    dot += load(features + j) * total;
+    store(grad + j, total * scale);
+  }
+  double sum = 0;
+  for (int64_t j = whole; j < d; ++j) {
+    const T total = other ? grad[j] + other[j] * g : grad[j];
+    sum += features[j] * total;
+    grad[j] = total * scale;
+  }
+  for (int l = 0; l < kLanes<T>; ++l) sum += dot[l];
+  return sum;
+}
+
+template <class T>
 static Kernels<T> table() {
-  return {forward<T>, backward<T>, merge<T>};
+  return {forward<T>, backward<T>, merge<T>, finish_row<T>};
 }

@@ -6,9 +6,10 @@ python benchmarks/memory.py [--sizes 4096 8192 32768] [--dim 256] [--eager-up-to
 from __future__ import annotations
 
 import argparse
-import resource
+import ctypes
 import subprocess
 import sys
+from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -24,20 +25,26 @@ LOSSES = {
 }
 
 
-def peak_bytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def resident(field: str) -> int:
+    """VmRSS, resident bytes now, or VmHWM, their peak."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"no {field} in /proc/self/status: this benchmark needs Linux")
 
 
 def measure(name: str, n: int, d: int) -> None:
-    """Prints the bytes by which the peak rose, less the gradients."""
+    """Prints how far the peak rose above what was resident before, less the gradients."""
     small = features(64, d)
     LOSSES[name](*small).backward()  # libraries loaded, threads started
     leaves = features(n, d)
     gradients = sum(leaf.numel() * leaf.element_size() for leaf in leaves)
     torch.mm(leaves[0][:64], leaves[1].T)
-    before = peak_bytes()
+    ctypes.CDLL(None).malloc_trim(0)  # nothing freed is left for the loss to take without being seen
+    before = resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     LOSSES[name](*leaves).backward()
-    print(peak_bytes() - before - gradients)
+    print(resident("VmHWM") - before - gradients)
 
 
 def main() -> None:

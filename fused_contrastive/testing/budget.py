@@ -95,9 +95,7 @@ def textbook(case: Case, form: str | None) -> Callable[[Inputs], Outputs]:
     def stats(inputs: Inputs) -> Outputs:
         dtype = inputs.x.dtype
         bias = None if inputs.col_bias is None else inputs.col_bias.to(dtype)
-        values = oracle.stats(
-            inputs.x, inputs.y, inputs.scale.to(dtype), col_bias=bias, form=form or "product", **inputs.options
-        )
+        values = oracle.stats(inputs.x, inputs.y, inputs.scale.to(dtype), col_bias=bias, form=form, **inputs.options)
         return dict(zip(("pos", "row", "col"), values, strict=True))
 
     return clip if case.is_clip else stats

@@ -6,13 +6,46 @@ whose error the budget allows. Independent of the backends: nothing here is shar
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 Logits = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+class _Matmul(torch.autograd.Function):
+    """a @ b and its gradients by blocks of sqrt(K) of the K terms: rounding grows with sqrt(K), not K.
+
+    What eager PyTorch and the backends sum in float64 would else be measured against sums no better: with D = 1, a
+    thousand equal terms round the same way each time (7e-14 of dy, against our 2e-14, by an 80-bit evaluation).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
+        ctx.save_for_backward(a, b)
+        return _blocked(a, b)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor]:
+        a, b = ctx.saved_tensors
+        return _blocked(g, b.T), _blocked(a.T, g)
+
+
+def _blocked(a: Tensor, b: Tensor) -> Tensor:
+    block = math.isqrt(a.shape[1]) + 1
+    total = a.new_zeros(a.shape[0], b.shape[1])
+    for left, right in zip(a.split(block, dim=1), b.split(block), strict=True):
+        total += left @ right
+    return total
+
+
+def _oracle_logits(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
+    return scale * _Matmul.apply(x, y.T)  # type: ignore[no-any-return, no-untyped-call]
+
 
 # Ways to write scale * x @ y.T, equal but for rounding: what eager code's error is measured on.
 LOGITS: dict[str, Logits] = {
@@ -40,11 +73,11 @@ def stats(
     row_ids: Tensor | None = None,
     col_ids: Tensor | None = None,
     exclude_self: bool = False,
-    form: str = "product",
+    form: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """pos (M,), row (M,), col (N,) of contrastive_stats."""
+    """pos (M,), row (M,), col (N,) of contrastive_stats. ``form`` None is the oracle, else one of ``LOGITS``."""
     m, n = len(x), len(y)
-    logits = LOGITS[form](x, y, scale)
+    logits = (LOGITS[form] if form else _oracle_logits)(x, y, scale)
     if col_bias is not None:
         logits = logits + col_bias
     t = torch.arange(m) if targets is None else targets
@@ -66,10 +99,10 @@ def clip_eager(
     decoupled: bool = False,
     label_smoothing: float = 0.0,
     reduction: str = "mean",
-    form: str = "rows",
+    form: str | None = "rows",
 ) -> Tensor:
     """The CLIP loss as training code writes it; for DCL, the diagonal filled out of the denominator."""
-    logits = LOGITS[form](image_features, text_features, logit_scale)
+    logits = (LOGITS[form] if form else _oracle_logits)(image_features, text_features, logit_scale)
     labels = torch.arange(len(logits))
     if not decoupled:
         rows, cols = (
@@ -112,12 +145,12 @@ def clip_stable(
             decoupled=True,
             label_smoothing=label_smoothing,
             reduction=reduction,
-            form="product",
+            form=None,
         )
     pos, row, col = stats(image_features, text_features, logit_scale)
     zero = torch.zeros((), dtype=pos.dtype)
     loss = (torch.logaddexp(row - pos, zero) + torch.logaddexp(col - pos, zero)) / 2
     if label_smoothing:
-        logits = logit_scale * image_features @ text_features.T
+        logits = _oracle_logits(image_features, text_features, logit_scale)
         loss = loss + label_smoothing * (pos - (logits.mean(dim=0) + logits.mean(dim=1)) / 2)
     return _reduce(loss, reduction)

@@ -22,6 +22,8 @@ def features(name: str, value: object) -> None:
         raise TypeError(f"{name}: got {type(value).__name__}, expected a torch.Tensor of shape (rows, D)")
     if value.dtype not in FEATURE_DTYPES:
         raise TypeError(f"{name}: got dtype {value.dtype}, expected float32, float64, bfloat16 or float16")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name}: got layout {value.layout}, expected a dense tensor")
     if value.dim() != 2:
         raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected 2 dimensions (rows, D)")
     if value.shape[0] == 0 or value.shape[1] == 0:
@@ -57,7 +59,7 @@ def scalar(name: str, value: object) -> None:
 
 def vector(name: str, value: object, length: int, x: Tensor, *, of: str, integer: bool) -> None:
     """A (length,) tensor of int64, or of a floating dtype."""
-    expected = f"a {'int64' if integer else 'floating'} tensor of shape ({length},), {of}"
+    expected = f"{'an int64' if integer else 'a floating'} tensor of shape ({length},), {of}"
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: got {type(value).__name__}, expected {expected}")
     if value.dtype != torch.int64 if integer else not value.is_floating_point():

@@ -9,6 +9,10 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+# Without a GPU, Triton's interpreter runs its kernels on CPU tensors; Triton must know before it is imported.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 from fused_contrastive.ops import dispatch
 
 SEED = int(os.environ.get("FUSED_CONTRASTIVE_TEST_SEED", random.randrange(2**31)))
@@ -44,6 +48,22 @@ def poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.fixture(params=["reference", "cpp"])
-def backend(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
+@pytest.fixture(params=["reference", "cpp", "triton"])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Each backend's name. For triton, tensors are made on the GPU; or, under its interpreter, blocks of S are small."""
+    if request.param == "triton" and torch.cuda.is_available():
+        with torch.device("cuda"):
+            yield request.param
+        return
+    if request.param == "triton":
+        small_blocks(monkeypatch)
+    yield request.param
+
+
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several blocks in problems small enough for Triton's interpreter."""
+    from fused_contrastive.backends.triton import configs, launch
+
+    monkeypatch.setattr(configs, "TILE", 64)
+    for name, size in (("STATISTICS_BLOCK", (128, 192)), ("FLOAT32_BLOCK", (64, 128)), ("GRADIENT_BLOCK", (192, 64))):
+        monkeypatch.setattr(launch, name, size)

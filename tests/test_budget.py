@@ -11,17 +11,23 @@ from fused_contrastive.testing.cases import CLIP_OPTIONS, DTYPES, STATS_OPTIONS,
 # (M, N, D): one row; a row more than a group of 16; one past the 256-wide tile both ways; odd feature sizes; two blocks
 # of rows, of unequal size; wide and tall.
 SHAPES = [(1, 1, 3), (1, 7, 1), (17, 17, 5), (257, 257, 33), (2, 300, 8), (300, 2, 8), (2101, 70, 4), (70, 2101, 4)]
+# For Triton's interpreter: one past its 64 x 64 tile and its 64 and 128-row blocks, less than one, D past a step of 32.
+SMALL_SHAPES = [(1, 1, 3), (1, 7, 1), (17, 17, 5), (65, 65, 33), (2, 130, 8), (130, 2, 8), (129, 40, 4), (40, 193, 4)]
+PAIRS = [(b, *s) for b in ("reference", "cpp") for s in SHAPES] + [("triton", *s) for s in SMALL_SHAPES]
+INTERPRETED = not torch.cuda.is_available()
 
 
 def assert_within_budget(case: Case, backend: str) -> None:
-    inputs = case.inputs()
+    if backend == "triton" and case.dtype == torch.float64:
+        pytest.skip("float64 is the reference's on a GPU")
+    inputs = case.inputs().on(torch.get_default_device())
     for deviation in budget.deviations(case, backend, inputs, budget.expected(case, inputs)):
         assert deviation.share <= 1, f"{case}: {deviation}"
 
 
 @pytest.mark.parametrize("option", STATS_OPTIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("m", "n", "d"), SHAPES)
+@pytest.mark.parametrize(("backend", "m", "n", "d"), PAIRS, indirect=["backend"])
 def test_stats(m: int, n: int, d: int, dtype: torch.dtype, option: str, backend: str, seed: int) -> None:
     for scale in (0.01, 1000.0):
         assert_within_budget(Case(dtype, m, n, d, scale, option, seed), backend)
@@ -31,21 +37,26 @@ def test_stats(m: int, n: int, d: int, dtype: torch.dtype, option: str, backend:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("n", "d", "scale"), [(2, 3, 1000.0), (7, 64, 14.3), (257, 3, 100.0), (1100, 16, 14.3)])
 def test_clip(n: int, d: int, scale: float, dtype: torch.dtype, option: str, backend: str, seed: int) -> None:
+    if backend == "triton" and INTERPRETED:
+        n = min(n, 140)
     assert_within_budget(Case(dtype, n, n, d, scale, option, seed), backend)
 
 
 def test_random_cases(backend: str, seed: int) -> None:
     for case in sample(150, seed):
-        assert_within_budget(case, backend)
+        if backend != "triton" or case.dtype != torch.float64 and (case.m * case.n < 20_000 or not INTERPRETED):
+            assert_within_budget(case, backend)
 
 
 @pytest.mark.parametrize("dim", [64, 513])
 @pytest.mark.parametrize("n", [64, 257])
 def test_matched_features_keep_relative_accuracy(n: int, dim: int, backend: str, seed: int) -> None:
     """Perfectly matched features at scale 50: a loss near 1e-11 and its gradients, where eager gives noise."""
+    if backend == "triton" and INTERPRETED:
+        n = min(n, 140)
     features = torch.nn.functional.normalize(torch.randn(n, dim, dtype=torch.float64), dim=1).float()
     case = Case(torch.float32, n, n, dim, 50.0, "clip", seed)
-    inputs = case.inputs()
+    inputs = case.inputs().on(torch.get_default_device())
     matched = budget.Inputs(**{**inputs.__dict__, "x": features, "y": features.clone()})
     truth = budget.evaluate(budget.textbook(case, None), matched.to(torch.float64))
     results = budget.evaluate(budget.ours(case, backend), matched)

@@ -41,14 +41,18 @@ STATS = {
     "direction": (dict(directions=["rows"]), ValueError, "directions: got 'rows', expected one of 'row', 'col'"),
     "directions a string": (dict(directions="row"), TypeError, "directions: got 'row', expected a sequence"),
     "no direction": (dict(directions=[]), ValueError, "directions: got none"),
-    "backend": (dict(backend="cuda"), ValueError, "backend: got 'cuda', expected one of 'auto', 'reference', 'cpp'"),
+    "backend": (
+        dict(backend="cuda"),
+        ValueError,
+        "backend: got 'cuda', expected one of 'auto', 'reference', 'cpp', 'triton'",
+    ),
     "negative budget": (dict(memory_budget=-1), ValueError, "memory_budget: got -1, expected at least 0"),
     "budget": (dict(memory_budget="max"), TypeError, "memory_budget: got 'max', expected a number of bytes or 'auto'"),
     "exclude_self": (dict(exclude_self=1), TypeError, "exclude_self: got 1"),
     "cpp elsewhere": (
         dict(x=X.to("meta"), y=Y.to("meta"), backend="cpp"),
         ValueError,
-        "backend: got 'cpp' for features on meta",
+        "backend: got 'cpp' for torch.float32 features on meta",
     ),
 }
 

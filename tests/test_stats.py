@@ -144,7 +144,7 @@ def test_any_memory_budget_gives_the_same(budget: object, backend: str) -> None:
 
 def test_large_losses_alive_at_once(backend: str) -> None:
     """Several blocks both ways; each keeps over 32 MB of products, which the next step's forward takes over."""
-    n = 3001
+    n = 3001 if backend != "triton" or torch.cuda.is_available() else 301  # the interpreter's blocks are smaller
     problems = [[torch.randn(n, 8).requires_grad_() for _ in range(2)] for _ in range(3)]
     losses = [clip_loss(x, y, 3.0, backend=backend) for x, y in problems[:2]]
     losses.pop(0).backward()
@@ -191,11 +191,12 @@ def test_strided_vectors(backend: str) -> None:
 
 
 def test_same_call_same_bits(backend: str) -> None:
-    x, y = torch.randn(1500, 24), torch.randn(1700, 24)
+    m, n = (1500, 1700) if backend != "triton" or torch.cuda.is_available() else (150, 170)
+    x, y = torch.randn(m, 24), torch.randn(n, 24)
 
     def run() -> list[torch.Tensor]:
         leaves = [t.clone().requires_grad_() for t in (x, y, torch.tensor(9.0))]
-        stats = contrastive_stats(*leaves, backend=backend, memory_budget=1000 * 1700 * 4)
+        stats = contrastive_stats(*leaves, backend=backend, memory_budget=2 * m // 3 * n * 4)
         (stats.row.sum() + stats.col.sum() - 2 * stats.pos.sum()).backward()
         return [*stats, *(leaf.grad for leaf in leaves)]
 

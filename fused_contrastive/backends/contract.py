@@ -18,8 +18,11 @@ class Backend(Protocol):
     def unavailable(self) -> str | None:
         """Why this backend cannot run here, with the way to get it, or None."""
 
-    def supports(self, device_type: str) -> bool:
-        """Whether it takes tensors on this type of device."""
+    def supports(self, device_type: str, dtype: torch.dtype) -> bool:
+        """Whether it takes features of this dtype on this type of device."""
+
+    def kept(self, rows: int, n: int, dtype: torch.dtype) -> tuple[tuple[int, ...], torch.dtype]:
+        """Shape and dtype of ``Forward.kept`` for ``rows`` of an (M, n) problem with features of ``dtype``."""
 
     def stats_forward(self, spec: StatsSpec, x: Tensor, y: Tensor) -> Forward:
         """Statistics of S; x (M, D), y (N, D) of one dtype and device."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fused_contrastive.core.reduction import Reduction
-from fused_contrastive.core.spec import Forward, Gradients, Needs, StatsSpec, Upstream
+from fused_contrastive.core.spec import Forward, Gradients, Needs, StatsSpec, Upstream, compute_dtype
 
 try:
     from fused_contrastive import _C
@@ -27,8 +27,12 @@ def unavailable() -> str | None:
     )
 
 
-def supports(device_type: str) -> bool:
+def supports(device_type: str, dtype: torch.dtype) -> bool:
     return device_type == "cpu"
+
+
+def kept(rows: int, n: int, dtype: torch.dtype) -> tuple[tuple[int, ...], torch.dtype]:
+    return (rows, n), compute_dtype(dtype)
 
 
 def vector_level() -> str:

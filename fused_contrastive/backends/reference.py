@@ -22,8 +22,12 @@ def unavailable() -> str | None:
     return None
 
 
-def supports(device_type: str) -> bool:
+def supports(device_type: str, dtype: torch.dtype) -> bool:
     return True
+
+
+def kept(rows: int, n: int, dtype: torch.dtype) -> tuple[tuple[int, ...], torch.dtype]:
+    return (rows, n), compute_dtype(dtype)
 
 
 def _targets(spec: StatsSpec, x: Tensor) -> Tensor:  # (M,)
@@ -59,17 +63,17 @@ def stats_forward(spec: StatsSpec, x: Tensor, y: Tensor) -> Forward:
     pos = x.new_empty(m, dtype=statistics)
     row = x.new_empty(m if spec.rows else 0, dtype=statistics)
     col = x.new_full((n if spec.cols else 0,), -torch.inf, dtype=statistics)
-    kept = x.new_empty(spec.kept_rows, n)
+    products_kept = x.new_empty(spec.kept_rows, n)
     for rows in _chunks(m):
         products = x[rows] @ y.T
-        kept[rows] = products[: kept[rows].shape[0]]
+        products_kept[rows] = products[: products_kept[rows].shape[0]]
         logits, pos[rows] = _logits(spec, products, rows, targets)
         logits = logits.to(statistics)
         if spec.rows:
             row[rows] = logits.logsumexp(dim=1)
         if spec.cols:
             col = torch.logaddexp(col, logits.logsumexp(dim=0))
-    return Forward(pos, row, col, kept)
+    return Forward(pos, row, col, products_kept)
 
 
 def _weights(logits: Tensor, normaliser: Tensor) -> Tensor:

@@ -90,8 +90,11 @@ def memory_budget(value: object) -> None:
 
 
 def target_range(targets: Tensor, columns: int) -> None:
-    """Every target names a column. Reads the values, so only where that does not make a GPU wait."""
+    """Every target names a column. On a GPU, which must not be waited for, as a device-side assertion."""
     low, high = targets.aminmax()
+    if targets.device.type != "cpu":
+        torch._assert_async((low >= 0) & (high < columns), f"targets: expected values from 0 to {columns - 1} (N - 1)")
+        return
     if low < 0 or high >= columns:
         raise ValueError(f"targets: got values from {int(low)} to {int(high)}, expected 0 to {columns - 1} (N - 1)")
 

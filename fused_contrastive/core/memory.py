@@ -7,12 +7,18 @@ alone, never from what is free now, so that a traced graph stays valid.
 from __future__ import annotations
 
 import functools
+import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-AUTO_SHARE = 16  # "auto" keeps at most total memory / AUTO_SHARE
+# "auto" keeps at most total memory divided by this: a GPU's memory holds the model and its activations as well.
+AUTO_SHARE = {"cuda": 64}
+AUTO_SHARE_ELSEWHERE = 16
+
+Layout = Callable[[int], tuple[tuple[int, ...], torch.dtype]]  # number of rows -> shape and dtype of what is kept
 
 
 @functools.cache
@@ -32,7 +38,10 @@ def total_memory(device_type: str, index: int | None) -> int:
     return _host_memory()
 
 
-def rows_to_keep(m: int, n: int, dtype: torch.dtype, budget: int | str, device: torch.device) -> int:
-    """Rows of an (m, n) matrix of ``dtype`` that fit the budget."""
-    size = total_memory(device.type, device.index) // AUTO_SHARE if isinstance(budget, str) else budget
-    return torch.sym_min(m, size // (n * dtype.itemsize))  # type: ignore[no-any-return]
+def rows_to_keep(m: int, layout: Layout, budget: int | str, device: torch.device) -> int:
+    """How many of m rows fit the budget."""
+    size = budget
+    if isinstance(size, str):
+        size = total_memory(device.type, device.index) // AUTO_SHARE.get(device.type, AUTO_SHARE_ELSEWHERE)
+    shape, dtype = layout(64)
+    return torch.sym_min(m, 64 * size // (math.prod(shape) * dtype.itemsize))  # type: ignore[no-any-return]

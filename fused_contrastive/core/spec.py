@@ -23,19 +23,16 @@ class StatsSpec(NamedTuple):
     exclude_self: bool
     rows: bool  # the row direction is asked
     cols: bool  # the column direction is asked
-    kept_rows: int  # rows of products to keep for the backward
+    kept_rows: int  # rows of S whose products to keep for the backward, in whatever form
 
 
 class Forward(NamedTuple):
-    """A backend's forward result: statistics in the statistics' dtype, products in the compute dtype.
-
-    A direction that is not asked has 0 elements.
-    """
+    """A backend's forward result: statistics in the statistics' dtype; a direction that is not asked has 0 elements."""
 
     pos: Tensor  # (M,) NaN where the logit is +inf
     row: Tensor  # (M,)
     col: Tensor  # (N,)
-    kept: Tensor  # (kept_rows, N) the first rows of the products x @ y.T
+    kept: Tensor  # what saves the backward the products of the first kept_rows rows; only the backend knows it
 
 
 class Upstream(NamedTuple):

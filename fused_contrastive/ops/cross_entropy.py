@@ -27,5 +27,5 @@ def cross_entropy(
     pos and each normaliser are (M,); the result is a scalar of ``dtype``, or (M,) with ``reduction="none"``. Where
     something traces, it is the plain formula, for the compiler to fuse.
     """
-    name = dispatch.resolve(backend, pos.device) if is_plain(pos) else "reference"
+    name = dispatch.resolve(backend, pos.device, dtype) if is_plain(pos) else "reference"
     return dispatch.BACKENDS[name].cross_entropy(pos, normalisers, decoupled, reduction, dtype)

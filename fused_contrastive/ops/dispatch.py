@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from fused_contrastive.backends import cpp, reference
+from fused_contrastive.backends import cpp, reference, triton
 from fused_contrastive.backends.contract import Backend
 from fused_contrastive.core import checks
 
-BACKENDS: dict[str, Backend] = {"reference": reference, "cpp": cpp}
-_AUTO = {"cpu": "cpp"}  # device types not listed: reference
+BACKENDS: dict[str, Backend] = {"reference": reference, "cpp": cpp, "triton": triton}
+_AUTO = {"cpu": "cpp", "cuda": "triton"}  # device types not listed, and dtypes not supported: reference
 
 
 def available() -> dict[str, Backend]:
@@ -17,12 +17,16 @@ def available() -> dict[str, Backend]:
     return {name: backend for name, backend in BACKENDS.items() if backend.unavailable() is None}
 
 
-def resolve(name: str, device: torch.device) -> str:
-    """The backend that ``name`` ("auto" included) means for tensors on ``device``."""
+def resolve(name: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The backend that ``name`` ("auto" included) means for features of ``dtype`` on ``device``."""
     checks.one_of("backend", name, ("auto", *BACKENDS))
-    chosen = _AUTO.get(device.type, "reference") if name == "auto" else name
+    chosen = name
+    if name == "auto":
+        chosen = _AUTO.get(device.type, "reference")
+        if not BACKENDS[chosen].supports(device.type, dtype):
+            chosen = "reference"
     if (reason := BACKENDS[chosen].unavailable()) is not None:
         raise RuntimeError(f"backend {chosen!r} cannot run here: {reason}. backend='reference' needs torch alone.")
-    if not BACKENDS[chosen].supports(device.type):
-        raise ValueError(f"backend: got {chosen!r} for features on {device}, which it does not support")
+    if not BACKENDS[chosen].supports(device.type, dtype):
+        raise ValueError(f"backend: got {chosen!r} for {dtype} features on {device}, which it does not support")
     return chosen

@@ -14,7 +14,6 @@ from fused_contrastive.core.spec import (
     StatsSpec,
     Upstream,
     autocast_enabled,
-    compute_dtype,
     statistics_dtype,
 )
 from fused_contrastive.ops.dispatch import BACKENDS
@@ -55,7 +54,7 @@ def stats_forward(
     backend: str,
 ) -> Forward:
     """Checks what only the values can tell, and calls the backend."""
-    if targets is not None and targets.device.type == "cpu":
+    if targets is not None:
         checks.target_range(targets, y.shape[0])
     spec = StatsSpec(scale, targets, col_bias, row_ids, col_ids, exclude_self, rows, cols, kept_rows)
     with _without_autocast(x):
@@ -103,7 +102,8 @@ def _fake_forward(x, y, scale, targets, col_bias, row_ids, col_ids, exclude_self
     m, n = x.shape[0], y.shape[0]
     sizes = (m, m if rows else 0, n if cols else 0)
     pos, row, col = (x.new_empty(size, dtype=statistics_dtype(x.device)) for size in sizes)
-    return pos, row, col, x.new_empty((kept_rows, n), dtype=compute_dtype(x.dtype))
+    shape, dtype = BACKENDS[backend].kept(kept_rows, n, x.dtype)
+    return pos, row, col, x.new_empty(shape, dtype=dtype)
 
 
 @torch.library.register_fake("fused_contrastive::stats_backward", lib=library)

@@ -57,10 +57,12 @@ def contrastive_stats(
         row_ids, col_ids: (M,) and (N,) int64; pairs with equal ids (false negatives, duplicates) are excluded.
         exclude_self: exclude S[i, i], for x is y.
         directions: which of "row" and "col" to compute.
-        memory_budget: bytes of products to keep for the backward: 0 recomputes them all (4 matrix products for forward
-            and backward), enough for M * N of them saves one product, anything between saves a part of it. "auto" is
-            a sixteenth of the device's memory.
-        backend: "cpp" (CPU), "reference" (plain torch, any device), or "auto": "cpp" for CPU tensors, else
+        memory_budget: bytes to keep for the backward: 0 recomputes all products (4 matrix products for forward and
+            backward), enough for M * N of them (4 bytes each; on a GPU 2 for half-precision features) saves one
+            product, anything between saves a part of it. "auto" is a sixteenth of the machine's memory, of a GPU's a
+            sixty-fourth.
+        backend: "cpp" (CPU), "triton" (NVIDIA and AMD GPUs; not float64), "reference" (plain torch, any device), or
+            "auto": "cpp" for CPU tensors, "triton" for GPU tensors but "reference" for float64 ones, elsewhere
             "reference".
 
     Returns:
@@ -95,11 +97,13 @@ def contrastive_stats(
         raise TypeError(f"exclude_self: got {exclude_self!r}, expected True or False")
     scale = _scale(scale, x, dtype)
 
-    chosen = dispatch.resolve(backend, x.device)
+    chosen = dispatch.resolve(backend, x.device, x.dtype)
     differentiable = torch.is_grad_enabled() and (
         x.requires_grad or y.requires_grad or scale.requires_grad or (col_bias is not None and col_bias.requires_grad)
     )
-    kept = rows_to_keep(m, n, dtype, memory_budget, x.device) if differentiable else 0
+    kept = 0
+    if differentiable:
+        kept = rows_to_keep(m, lambda rows: dispatch.BACKENDS[chosen].kept(rows, n, x.dtype), memory_budget, x.device)
     pos, row, col, _ = autograd.stats_forward(
         x, y, scale, targets, col_bias, row_ids, col_ids, exclude_self, rows, cols, kept, chosen,
         differentiable=differentiable,

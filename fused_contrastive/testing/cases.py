@@ -73,6 +73,17 @@ class Inputs:
         bias = None if self.col_bias is None else self.col_bias.to(dtype)
         return replace(self, x=self.x.to(dtype), y=self.y.to(dtype), scale=self.scale.to(dtype), col_bias=bias)
 
+    def on(self, device: torch.device) -> Inputs:
+        """All of it on a device."""
+        moved = {name: _on(value, device) for name, value in self.__dict__.items()}
+        for name in ("options", "weights"):
+            moved[name] = {key: _on(value, device) for key, value in moved[name].items()}
+        return Inputs(**moved)
+
+
+def _on(value: Any, device: torch.device) -> Any:
+    return value.to(device) if isinstance(value, Tensor) else value
+
 
 def _features(rows: int, d: int, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
     features = torch.randn(rows, d, generator=generator, dtype=torch.float64)

@@ -80,15 +80,16 @@ def stats(
     logits = (LOGITS[form] if form else _oracle_logits)(x, y, scale)
     if col_bias is not None:
         logits = logits + col_bias
-    t = torch.arange(m) if targets is None else targets
-    excluded = torch.zeros(m, n, dtype=torch.bool)
-    excluded[torch.arange(m), t] = True
+    i = torch.arange(m, device=x.device)
+    t = i if targets is None else targets
+    excluded = torch.zeros(m, n, dtype=torch.bool, device=x.device)
+    excluded[i, t] = True
     if row_ids is not None and col_ids is not None:
         excluded |= row_ids[:, None] == col_ids[None, :]
     if exclude_self:
-        excluded |= torch.eye(m, n, dtype=torch.bool)
+        excluded |= i[:, None] == torch.arange(n, device=x.device)
     negatives = logits.masked_fill(excluded, -torch.inf)
-    return logits[torch.arange(m), t], logsumexp(negatives, 1), logsumexp(negatives, 0)
+    return logits[i, t], logsumexp(negatives, 1), logsumexp(negatives, 0)
 
 
 def clip_eager(
@@ -103,7 +104,7 @@ def clip_eager(
 ) -> Tensor:
     """The CLIP loss as training code writes it; for DCL, the diagonal filled out of the denominator."""
     logits = (LOGITS[form] if form else _oracle_logits)(image_features, text_features, logit_scale)
-    labels = torch.arange(len(logits))
+    labels = torch.arange(len(logits), device=logits.device)
     if not decoupled:
         rows, cols = (
             F.cross_entropy(s, labels, label_smoothing=label_smoothing, reduction="none") for s in (logits, logits.T)
@@ -122,7 +123,7 @@ def _reduce(loss: Tensor, reduction: str) -> Tensor:
 
 def _dcl(logits: Tensor, label_smoothing: float) -> Tensor:
     n = len(logits)
-    denominator = logsumexp(logits.masked_fill(torch.eye(n, dtype=torch.bool), -torch.inf), 1)
+    denominator = logsumexp(logits.masked_fill(torch.eye(n, dtype=torch.bool, device=logits.device), -torch.inf), 1)
     goal = (1 - label_smoothing) * logits.diagonal() + label_smoothing * logits.mean(dim=1)
     return denominator - goal
 
@@ -148,7 +149,7 @@ def clip_stable(
             form=None,
         )
     pos, row, col = stats(image_features, text_features, logit_scale)
-    zero = torch.zeros((), dtype=pos.dtype)
+    zero = pos.new_zeros(())
     loss = (torch.logaddexp(row - pos, zero) + torch.logaddexp(col - pos, zero)) / 2
     if label_smoothing:
         logits = _oracle_logits(image_features, text_features, logit_scale)

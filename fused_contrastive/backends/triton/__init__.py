@@ -1,0 +1,60 @@
+"""The Triton backend: one fused pass over tiles of S on a GPU, and vendor GEMMs for the gradients.
+
+Triton and the kernels are imported when first used, so that a machine without them can import the package.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fused_contrastive.backends.triton import storage
+from fused_contrastive.core.reduction import Reduction
+from fused_contrastive.core.spec import Forward, Gradients, Needs, StatsSpec, Upstream
+
+
+INSTALLED = importlib.util.find_spec("triton") is not None
+# Whether Triton's interpreter runs the kernels, on CPU tensors: settled on import, as Triton settles it.
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "y", "yes")
+
+
+def unavailable() -> str | None:
+    if not INSTALLED:
+        return "the package triton is not installed; `pip install triton`"
+    if INTERPRETED or torch.cuda.is_available():
+        return None
+    return "torch sees no NVIDIA or AMD GPU (TRITON_INTERPRET=1 runs the kernels on the CPU, slowly, for tests)"
+
+
+def supports(device_type: str, dtype: torch.dtype) -> bool:
+    return device_type == ("cpu" if INTERPRETED else "cuda") and dtype != torch.float64
+
+
+def kept(rows: int, n: int, dtype: torch.dtype) -> tuple[tuple[int, ...], torch.dtype]:
+    return storage.layout(rows, n, dtype)
+
+
+def stats_forward(spec: StatsSpec, x: Tensor, y: Tensor) -> Forward:
+    from fused_contrastive.backends.triton import launch
+
+    return launch.forward(spec, x, y)
+
+
+def stats_backward(
+    spec: StatsSpec, x: Tensor, y: Tensor, saved: Forward, upstream: Upstream, needs: Needs
+) -> Gradients:
+    from fused_contrastive.backends.triton import launch
+
+    return launch.backward(spec, x, y, saved, upstream, needs)
+
+
+def cross_entropy(
+    pos: Tensor, normalisers: Sequence[Tensor], decoupled: bool, reduction: Reduction, dtype: torch.dtype
+) -> Tensor:
+    from fused_contrastive.backends.triton import loss_node
+
+    return loss_node.cross_entropy(pos, normalisers, decoupled, reduction, dtype)

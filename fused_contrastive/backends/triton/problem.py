@@ -1,0 +1,140 @@
+"""One problem as the kernels take it: features they can walk, the blocks of S, what is kept for the backward."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from fused_contrastive.backends.triton import configs, storage
+from fused_contrastive.core.spec import StatsSpec
+
+
+class Block(NamedTuple):
+    """Rows and columns of S that one launch covers."""
+
+    row0: int
+    row1: int
+    col0: int
+    col1: int
+
+    @property
+    def rows(self) -> slice:
+        return slice(self.row0, self.row1)
+
+    @property
+    def cols(self) -> slice:
+        return slice(self.col0, self.col1)
+
+    @property
+    def height(self) -> int:
+        return self.row1 - self.row0
+
+    @property
+    def width(self) -> int:
+        return self.col1 - self.col0
+
+    def tiles(self, c: configs.Config) -> tuple[int, int]:
+        """Tiles down and across."""
+        return -(-self.height // c.block_m), -(-self.width // c.block_n)
+
+
+def cuts(begin: int, end: int, step: int) -> list[tuple[int, int]]:
+    """[begin, end) in nearly equal parts of at most ``step``, all but the last a multiple of the largest tile."""
+    if begin == end:
+        return []
+    parts = -(-(end - begin) // step)
+    each = -(-(end - begin) // (parts * configs.TILE)) * configs.TILE
+    return [(i, min(i + each, end)) for i in range(begin, end, each)]
+
+
+def blocks(m: int, n: int, kept_rows: int, height: int, width: int) -> Iterator[Block]:
+    """S by rows of blocks; each block is kept as a whole or not at all."""
+    for row0, row1 in (*cuts(0, kept_rows, height), *cuts(kept_rows, m, height)):
+        for col0, col1 in cuts(0, n, width):
+            yield Block(row0, row1, col0, col1)
+
+
+def aligned(t: Tensor) -> Tensor:
+    """Features at 16-byte boundaries, row by row: what wide loads and the copy engine need. A view or a copy."""
+    unit = 16 // t.itemsize
+    if t.stride(1) == 1 and t.stride(0) >= t.shape[1] and t.stride(0) % unit == 0 and t.data_ptr() % 16 == 0:
+        return t
+    padded = t.new_empty(t.shape[0], -(-t.shape[1] // unit) * unit)[:, : t.shape[1]]
+    return padded.copy_(t)
+
+
+def tf32() -> bool:
+    """Whether torch's own matrix products may round float32 to tf32 on a GPU."""
+    matmul = torch.backends.cuda.matmul
+    if hasattr(matmul, "fp32_precision"):  # torch >= 2.9; there, asking in the old way raises after setting in the new
+        return bool(matmul.fp32_precision == "tf32")
+    return bool(matmul.allow_tf32)
+
+
+def products_from(x: Tensor) -> configs.Source:
+    """Float32 at full precision has no matrix units on NVIDIA: the vendor GEMM makes those products, block by block."""
+    if x.dtype != torch.float32:
+        return "half"
+    return "tf32" if tf32() and not torch.version.hip else "given"
+
+
+class Problem:
+    """Arguments that all launches of one problem share."""
+
+    def __init__(self, spec: StatsSpec, x: Tensor, y: Tensor, kept_buffer: Tensor) -> None:
+        self.spec = spec
+        self.m, self.n, self.d = x.shape[0], y.shape[0], x.shape[1]
+        self.source = products_from(x)
+        if x.device.type == "cpu":  # the interpreter multiplies bfloat16 as if its bits were integers
+            x, y = x.float(), y.float()
+        self.x, self.y = aligned(x), aligned(y)
+        self.exact = self.source != "half"
+        self.kept = storage.Kept(kept_buffer, spec.kept_rows, self.n, self.exact)
+        self.vectors = [
+            None if t is None else t.contiguous() for t in (spec.targets, spec.col_bias, spec.row_ids, spec.col_ids)
+        ]
+        self.tma = configs.has_tma(self.x.device) and self.source != "given"
+        self.flags = {
+            "SELF": spec.exclude_self,
+            "FAST": not self.exact,
+            "TMA": self.tma,
+            "PRECISION": "tf32" if self.source == "tf32" else "ieee",
+        }
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int, int]:
+        return self.m, self.n, self.d, self.x.stride(0), self.y.stride(0)
+
+    def config(self, kernel: configs.Kernel) -> configs.Config:
+        return configs.choose(self.x.device, self.source, kernel)
+
+    def features(self, c: configs.Config) -> tuple[Any, Any]:
+        """x and y as a kernel of this configuration loads them."""
+        if not self.tma:
+            return self.x, self.y
+        return (
+            TensorDescriptor.from_tensor(self.x, [c.block_m, c.block_k]),
+            TensorDescriptor.from_tensor(self.y, [c.block_n, c.block_k]),
+        )
+
+    def blocks(self, height: int, width: int) -> list[Block]:
+        return list(blocks(self.m, self.n, self.spec.kept_rows, height, width))
+
+    def products(self, b: Block, out: Tensor) -> Tensor:
+        """The vendor GEMM's products of a block, written to ``out`` (height, width)."""
+        return torch.mm(self.x[b.rows], self.y[b.cols].T, out=out)
+
+    def on_device(self) -> AbstractContextManager[Any]:
+        return torch.cuda.device(self.x.device) if self.x.device.type == "cuda" else nullcontext()
+
+
+def scratch(like: Tensor, all_blocks: list[Block], dtype: torch.dtype) -> Tensor:
+    """Memory for the largest block, its rows at 128-element boundaries."""
+    height = max((b.height for b in all_blocks), default=0)
+    width = max((b.width for b in all_blocks), default=0)
+    return like.new_empty(height, -(-width // 128) * 128, dtype=dtype)

@@ -11,7 +11,7 @@ BIN := .venv/bin
 endif
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test verify bench lint format build clean
+.PHONY: help demo test verify bench configurations lint format build clean
 help:
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile
 
@@ -36,6 +36,9 @@ verify: $(BIN)/.fused_contrastive-test ## compare every backend with the float64
 bench: $(BIN)/.fused_contrastive-test ## time the loss against eager and torch.compile, and measure its memory
 	$(BIN)/python benchmarks/speed.py
 	$(BIN)/python benchmarks/memory.py
+
+configurations: $(BIN)/.fused_contrastive-test ## compile the Triton kernels for every architecture and write down what came out
+	$(BIN)/python benchmarks/configurations.py > docs/triton-configurations.md
 
 lint: $(BIN)/.fused_contrastive-dev ## ruff, mypy, clang-format
 	$(BIN)/ruff check .

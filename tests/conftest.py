@@ -50,7 +50,9 @@ def poisoned_memory() -> Iterator[None]:
 
 @pytest.fixture(params=["reference", "cpp", "triton"])
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Each backend's name. For triton, tensors are made on the GPU; or, under its interpreter, blocks of S are small."""
+    """Each backend's name. For triton, tensors are made on the GPU; under its interpreter, blocks of S are small."""
+    if (reason := dispatch.BACKENDS[request.param].unavailable()) is not None:
+        pytest.skip(f"backend {request.param!r}: {reason}")
     if request.param == "triton" and torch.cuda.is_available():
         with torch.device("cuda"):
             yield request.param

@@ -43,9 +43,13 @@ def test_clip(n: int, d: int, scale: float, dtype: torch.dtype, option: str, bac
 
 
 def test_random_cases(backend: str, seed: int) -> None:
-    for case in sample(150, seed):
-        if backend != "triton" or case.dtype != torch.float64 and (case.m * case.n < 20_000 or not INTERPRETED):
-            assert_within_budget(case, backend)
+    cases = list(sample(150, seed))
+    if backend == "triton":
+        cases = [case for case in cases if case.dtype != torch.float64]
+    if backend == "triton" and INTERPRETED:
+        cases = [case for case in cases if case.m * case.n < 20_000][:50]
+    for case in cases:
+        assert_within_budget(case, backend)
 
 
 @pytest.mark.parametrize("dim", [64, 513])

@@ -157,7 +157,7 @@ def test_large_losses_alive_at_once(backend: str) -> None:
         labels = torch.arange(n)
         ((F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2).backward()
         for ours, exact in zip((x, y), leaves, strict=True):
-            torch.testing.assert_close(ours.grad.double(), exact.grad, rtol=1e-5, atol=1e-8)
+            torch.testing.assert_close(ours.grad.double(), exact.grad, rtol=1e-5, atol=3e-5 / n)
 
 
 def layouts(t: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -16,7 +16,6 @@ from fused_contrastive.backends.triton import storage
 from fused_contrastive.core.reduction import Reduction
 from fused_contrastive.core.spec import Forward, Gradients, Needs, StatsSpec, Upstream
 
-
 INSTALLED = importlib.util.find_spec("triton") is not None
 # Whether Triton's interpreter runs the kernels, on CPU tensors: settled on import, as Triton settles it.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "y", "yes")

@@ -146,8 +146,9 @@ def tile_gradient(
     elif g_col is None:
         s = _weights(s, row, g_row, rows, rows < row_end, unit, factor, 0, FAST)
     else:
-        s = _weights(s, row, g_row, rows, rows < row_end, unit, factor, 0, FAST) + _weights(
-            s, col, g_col, cols, cols < col_end, unit, factor, 1, FAST
+        # Columns first: the other way round, sm_90 runs out of registers.
+        s = _weights(s, col, g_col, cols, cols < col_end, unit, factor, 1, FAST) + _weights(
+            s, row, g_row, rows, rows < row_end, unit, factor, 0, FAST
         )
     where, inside = tile_of(out, stride_out, row0, col0, row_begin, row_end, col_begin, col_end, BM, BN)
     tl.store(where, s.to(out.dtype.element_ty), mask=inside)

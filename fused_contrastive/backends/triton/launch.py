@@ -53,7 +53,7 @@ def forward(spec: StatsSpec, x: Tensor, y: Tensor) -> Forward:
     by_vendor = p.source == "given"
     with p.on_device():
         all_blocks = p.blocks(*(FLOAT32_BLOCK if by_vendor else STATISTICS_BLOCK))
-        not_kept = [b for b in all_blocks if b.row1 > spec.kept_rows]
+        not_kept = [b for b in all_blocks if b.row1 > p.kept_rows]
         room = scratch(x, not_kept, torch.float32) if by_vendor else None
         for b in all_blocks:
             keep, given = p.kept.block(b.rows, b.cols), None

@@ -13,6 +13,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from fused_contrastive.backends.triton import configs, storage
 from fused_contrastive.core.spec import StatsSpec
 
+LONGEST_KEPT_ROW = 2**23  # beyond it, offsets in a tile of kept rows would pass 2^31: nothing is kept
+
 
 class Block(NamedTuple):
     """Rows and columns of S that one launch covers."""
@@ -94,7 +96,8 @@ class Problem:
             x, y = x.float(), y.float()
         self.x, self.y = aligned(x), aligned(y)
         self.exact = self.source != "half"
-        self.kept = storage.Kept(kept_buffer, spec.kept_rows, self.n, self.exact)
+        self.kept_rows = spec.kept_rows if self.n < LONGEST_KEPT_ROW else 0
+        self.kept = storage.Kept(kept_buffer, self.kept_rows, self.n, self.exact)
         self.vectors = [
             None if t is None else t.contiguous() for t in (spec.targets, spec.col_bias, spec.row_ids, spec.col_ids)
         ]
@@ -123,7 +126,7 @@ class Problem:
         )
 
     def blocks(self, height: int, width: int) -> list[Block]:
-        return list(blocks(self.m, self.n, self.spec.kept_rows, height, width))
+        return list(blocks(self.m, self.n, self.kept_rows, height, width))
 
     def products(self, b: Block, out: Tensor) -> Tensor:
         """The vendor GEMM's products of a block, written to ``out`` (height, width)."""

@@ -42,7 +42,7 @@ class Kept:
 
     def __init__(self, buffer: Tensor, rows: int, n: int, exact: bool) -> None:
         self.rows, self.exact = rows, exact
-        self.values = buffer if exact else buffer[: rows * n].view(rows, n)
+        self.values = buffer[:rows] if exact else buffer[: rows * n].view(rows, n)
         if not exact:
             self.references = buffer[_even(rows * n) :].view(torch.float32).view(_cells(rows), _cells(n))
 

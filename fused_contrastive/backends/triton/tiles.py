@@ -25,7 +25,7 @@ def tile_of(
 ):  # fmt: skip
     """Pointers to a tile (BM, BN) of a matrix that holds a block, and where the tile is inside the block.
 
-    The corner's offset is 64-bit; those from it, below 128 rows of less than 2^24 each, need no more than 32.
+    The corner's offset is 64-bit; those from it, below 256 rows of less than 2^23 each, need no more than 32.
     """
     i = tl.arange(0, BM)
     j = tl.arange(0, BN)

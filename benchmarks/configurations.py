@@ -102,12 +102,12 @@ def registers(compiled: Any, arch: str) -> tuple[int, int]:
 
 
 def narrow_offsets(compiled: Any) -> list[str]:
-    """Products with a row stride of x or y taken in 32 bits; and tiles whose corner is reached by 32-bit ones."""
+    """Where a row stride of x or y is multiplied in 32 bits, or the corner of a tile is reached by such a product."""
     lines = compiled.asm["ttir"].splitlines()
     return [
         line.strip()
         for line in lines
-        if ("arith.muli" in line and re.search(r"%stride_[xy]\b", line) and "i64" not in line)
+        if re.search(r"(splat|muli) .*%stride_[xy]\b.* : i32", line)
         or (re.search(r"%corner\S* = tt.addptr %(given|kept|out)\b", line) and not re.search(r", i64\b", line))
     ]
 

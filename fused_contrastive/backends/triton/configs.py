@@ -98,6 +98,6 @@ def has_tma(device: torch.device) -> bool:
 
 
 @functools.cache
-def choose(device: torch.device, source: Source, kernel: Kernel) -> Config:
+def default(device: torch.device, source: Source, kernel: Kernel) -> Config:
     """The table's configuration for a device."""
     return CONFIGS[architecture(device), source, kernel]

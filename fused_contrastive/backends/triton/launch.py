@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import triton
 from torch import Tensor
@@ -150,6 +152,17 @@ class _Backward:
         )  # fmt: skip
         if parts is not None:
             self.dots.append(parts)
+
+
+def gradient_of_one_block(
+    spec: StatsSpec, x: Tensor, y: Tensor, saved: Forward, upstream: Upstream, needs: Needs
+) -> Callable[[], object]:
+    """The first block's G and nothing else, to be called again and again: for tuning."""
+    p = Problem(spec, x, y, saved.kept)
+    run = _Backward(p, saved, upstream, needs, x.dtype)
+    block = p.blocks(*(FLOAT32_BLOCK if p.exact else GRADIENT_BLOCK))[0]
+    room = scratch(x, [block], x.dtype)
+    return lambda: run.gradient(block, room)
 
 
 def backward(spec: StatsSpec, x: Tensor, y: Tensor, saved: Forward, upstream: Upstream, needs: Needs) -> Gradients:

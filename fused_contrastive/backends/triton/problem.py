@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fused_contrastive.backends.triton import configs, storage
+from fused_contrastive.backends.triton import configs, storage, tune
 from fused_contrastive.core.spec import StatsSpec
 
 LONGEST_KEPT_ROW = 2**23  # beyond it, offsets in a tile of kept rows would pass 2^31: nothing is kept
@@ -91,7 +91,7 @@ class Problem:
     def __init__(self, spec: StatsSpec, x: Tensor, y: Tensor, kept_buffer: Tensor) -> None:
         self.spec = spec
         self.m, self.n, self.d = x.shape[0], y.shape[0], x.shape[1]
-        self.source = products_from(x)
+        self.dtype, self.source = x.dtype, products_from(x)
         if x.device.type == "cpu":  # the interpreter multiplies bfloat16 as if its bits were integers
             x, y = x.float(), y.float()
         self.x, self.y = aligned(x), aligned(y)
@@ -114,7 +114,7 @@ class Problem:
         return self.m, self.n, self.d, self.x.stride(0), self.y.stride(0)
 
     def config(self, kernel: configs.Kernel) -> configs.Config:
-        return configs.choose(self.x.device, self.source, kernel)
+        return tune.choose(self.x.device, self.source, kernel, self.dtype, self.d)
 
     def features(self, c: configs.Config) -> tuple[Any, Any]:
         """x and y as a kernel of this configuration loads them."""

@@ -1,0 +1,60 @@
+"""The batch size is no compile-time constant: a hundred different N compile each kernel a handful of times.
+
+Without a GPU: a driver that knows only its architecture, and kernels that are compiled but not launched.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+CODE = """
+import json, random
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver, jit
+
+class Driver:
+    def get_current_device(self): return 0
+    def get_current_stream(self, device=None): return 0
+    def get_current_target(self): return GPUTarget("cuda", 80, 32)
+
+driver.set_active(Driver())
+run = jit.JITFunction.run
+jit.JITFunction.run = lambda self, *a, grid, warmup, **k: run(self, *a, grid=grid, warmup=True, **k)
+
+from fused_contrastive.backends.triton import backward, configs, forward, launch, loss_node
+from fused_contrastive.core.spec import Needs, StatsSpec, Upstream
+
+for kernel in ("statistics", "gradient", "kept"):
+    configs.CONFIGS["interpreter", "half", kernel] = configs.CONFIGS["sm_80", "half", kernel]
+sizes = [1, 2, 15, 16, 17, *random.Random(0).sample(range(18, 700), 95)]
+for i, n in enumerate(sizes):
+    x, y = (torch.zeros(n, 64, dtype=torch.bfloat16) for _ in range(2))
+    spec = StatsSpec(torch.tensor(1.0), None, None, None, None, False, True, True, kept_rows=n if i % 2 else 0)
+    saved = launch.forward(spec, x, y)
+    g = torch.zeros(n, dtype=torch.float64)
+    launch.backward(spec, x, y, saved, Upstream(g, g, g), Needs(True, True, True, False))
+    leaf = g.requires_grad_()
+    loss_node.cross_entropy(leaf, [g, g], False, "mean", torch.float32).backward()
+kernels = [forward.tile_statistics, forward.merge, backward.tile_gradient, backward.finish, loss_node._forward,
+           loss_node._backward]
+print(json.dumps({kernel.__name__: len(kernel.device_caches[0][0]) for kernel in kernels}))
+"""
+
+
+def test_few_compilations_for_a_hundred_sizes() -> None:
+    pytest.importorskip("triton")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    result = subprocess.run(
+        [sys.executable, "-c", CODE], capture_output=True, text=True, timeout=600, env=environment, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    counts = json.loads(result.stdout.splitlines()[-1])
+    assert len(counts) == 6
+    for count in counts.values():
+        assert 1 <= count <= 4, counts  # with and without kept tiles; N a multiple of 16, or 1, or neither

@@ -14,17 +14,21 @@ from torch import Tensor
 
 import fused_contrastive
 
+SCALE = 14.3  # CLIP's at the start of training
 
-def features(n: int, d: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+
+def features(
+    n: int, d: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> tuple[Tensor, Tensor, Tensor]:
     """Two (n, d) sets of unit features and a logit scale, all with gradients."""
-    x, y = (F.normalize(torch.randn(n, d), dim=1).to(dtype).requires_grad_() for _ in range(2))
-    return x, y, torch.tensor(14.3, requires_grad=True)
+    x, y = (F.normalize(torch.randn(n, d, device=device), dim=1).to(dtype).requires_grad_() for _ in range(2))
+    return x, y, torch.tensor(SCALE, device=device, requires_grad=True)
 
 
 def eager(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
     """The loss as training code writes it."""
     logits = scale * x @ y.T
-    labels = torch.arange(len(logits))
+    labels = torch.arange(len(logits), device=logits.device)
     return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
 
 

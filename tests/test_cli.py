@@ -26,7 +26,7 @@ def test_info(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_verify_holds(capsys: pytest.CaptureFixture[str], seed: int) -> None:
-    assert main(["verify", "--seed", str(seed)]) == 0
+    assert main(["verify", "--device", "cpu", "--backend", "reference", "cpp", "--seed", str(seed)]) == 0
     shown = capsys.readouterr().out
     assert "error budget held: 0 breaches" in shown
     assert f"seed {seed}" in shown
@@ -42,7 +42,7 @@ def test_verify_notices_a_wrong_backend(
         return result._replace(row=result.row + 0.3)
 
     monkeypatch.setattr(cpp, "stats_forward", wrong)
-    assert main(["verify", "--seed", str(seed)]) == 1
+    assert main(["verify", "--device", "cpu", "--backend", "reference", "cpp", "--seed", str(seed)]) == 1
     assert "BREACHED" in capsys.readouterr().out
 
 
@@ -52,6 +52,11 @@ def test_verify_own_features(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     paths = [str(tmp_path / "a.npy"), str(tmp_path / "b.npy")]
     assert main(["verify", "--features", *paths, "--scale", "20"]) == 0
     assert "error budget held" in capsys.readouterr().out
+
+
+def test_verify_a_backend_that_cannot_run_there(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", "--device", "meta", "--backend", "cpp"]) == 2
+    assert "got 'cpp' for torch.float32 features on meta" in capsys.readouterr().out.replace("\n", " ")
 
 
 @pytest.mark.parametrize("array", [np.zeros((3, 2, 1), np.float32), np.zeros((3, 2), np.int64)], ids=["rank", "dtype"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -71,37 +71,57 @@ class Report:
         return table
 
 
-def check(cases: Iterable[Case], backends: Sequence[str]) -> Report:
+@dataclass(frozen=True)
+class Target:
+    """Where to verify, and which backends; a case of a dtype that a backend does not support there is left out."""
+
+    device: torch.device
+    backends: tuple[str, ...]
+
+    def __str__(self) -> str:
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else str(self.device)
+        return f"on {name}, backends: {', '.join(self.backends)}"
+
+
+def target(device: str | None, backends: Sequence[str] | None) -> Target:
+    """A GPU unless there is none or another device is named; all backends that can run there unless some are named.
+
+    Raises: RuntimeError, ValueError if a backend that was named cannot run there.
+    """
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    for name in backends or ():
+        dispatch.resolve(name, where, torch.float32)
+    usable = [name for name, backend in dispatch.available().items() if backend.supports(where.type, torch.float32)]
+    return Target(where, tuple(backends or usable))
+
+
+def check(cases: Iterable[tuple[Case, Inputs]], where: Target) -> Report:
     """Every case on every backend; the oracle and eager are evaluated once per case."""
     report = Report()
-    for case in cases:
-        inputs = case.inputs()
+    for case, inputs in cases:
+        backends = [b for b in where.backends if dispatch.BACKENDS[b].supports(where.device.type, case.dtype)]
+        if not backends:
+            continue
+        inputs = inputs.on(where.device)
         expectation = budget.expected(case, inputs)
         for backend in backends:
             report.add(case, backend, budget.deviations(case, backend, inputs, expectation))
     return report
 
 
-def verify_grid(which: str, seed: int, console: Console) -> bool:
+def verify_grid(which: str, seed: int, where: Target, console: Console) -> bool:
     """Prints the table for a grid of cases; True if nothing broke the budget."""
     cases = list(sample(QUICK_CASES, seed)) if which == "quick" else list(grid(DTYPES, SIZES, DIMS, SCALES, seed))
-    backends = list(dispatch.available())
-    console.print(f"{len(cases)} cases, seed {seed}, backends: {', '.join(backends)}")
-    report = check(track(cases, description="verify", console=console, transient=True), backends)
-    return _conclude(report, console)
+    console.print(f"{len(cases)} cases, seed {seed}, {where}")
+    shown = track(cases, description="verify", console=console, transient=True)
+    return _conclude(check(((case, case.inputs()) for case in shown), where), console)
 
 
-def verify_features(x_path: Path, y_path: Path, scale: float, console: Console) -> bool:
+def verify_features(x_path: Path, y_path: Path, scale: float, where: Target, console: Console) -> bool:
     """The same for the CLIP loss on a user's own features, (N, D) arrays of one shape."""
     x, y = _load(x_path), _load(y_path)
-    report = Report()
-    for option in CLIP_OPTIONS:
-        case = Case(x.dtype, len(x), len(y), x.shape[1], scale, option, seed=0)
-        inputs = Inputs(**{**case.inputs().__dict__, "x": x, "y": y})
-        expectation = budget.expected(case, inputs)
-        for backend in dispatch.available():
-            report.add(case, backend, budget.deviations(case, backend, inputs, expectation))
-    return _conclude(report, console)
+    cases = [Case(x.dtype, len(x), len(y), x.shape[1], scale, option, seed=0) for option in CLIP_OPTIONS]
+    return _conclude(check(((case, replace(case.inputs(), x=x, y=y)) for case in cases), where), console)
 
 
 def _load(path: Path) -> torch.Tensor:

@@ -41,7 +41,7 @@ TILE = (
     256  # blocks of S begin at its multiples; no tile is larger, so each lies in one of another configuration or apart
 )
 
-# By architecture: "sm_80" is compute capability 8.x, and so on. docs/triton.md has what they compile to.
+# By architecture: "sm_80" is compute capability 8.x, and so on. docs/triton-configurations.md has what they compile to.
 CONFIGS: dict[tuple[str, Source, Kernel], Config] = {
     ("sm_80", "half", "statistics"): Config(128, 128, 64, warps=8, stages=3),
     ("sm_80", "half", "gradient"): Config(128, 128, 64, warps=8, stages=3),

@@ -68,3 +68,10 @@ def test_the_page_shows_the_shipped_configurations() -> None:
             assert f"| {arch} | {source} | {kernel} | none | {tile} |" in page, (
                 f"{arch} {source} {kernel}: remake with make configurations"
             )
+
+
+def test_the_page_shows_the_prediction() -> None:
+    result = subprocess.run(
+        [sys.executable, ROOT / "benchmarks/roofline.py"], capture_output=True, text=True, check=True
+    )
+    assert result.stdout in (ROOT / "docs/triton.md").read_text(), "remake with python benchmarks/roofline.py"

@@ -10,6 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+
+from fused_contrastive.backends.triton import configs
 
 ROOT = Path(__file__).parents[1]
 
@@ -59,15 +62,38 @@ def test_offsets_of_rows_are_64_bit(compiled: list[dict[str, Any]]) -> None:
 
 
 def test_the_page_shows_the_shipped_configurations() -> None:
-    from fused_contrastive.backends.triton.configs import CONFIGS
-
     page = (ROOT / "docs/triton-configurations.md").read_text()
-    for (arch, source, kernel), c in CONFIGS.items():
+    for (arch, source, kernel), c in configs.CONFIGS.items():
         if arch != "interpreter":
             tile = f"{c.block_m} x {c.block_n} x {c.block_k} | {c.warps} | {c.stages}"
             assert f"| {arch} | {source} | {kernel} | none | {tile} |" in page, (
                 f"{arch} {source} {kernel}: remake with make configurations"
             )
+
+
+@pytest.mark.parametrize(
+    ("capability", "expected", "tma"),
+    [((8, 0), "sm_80", False), ((8, 9), "sm_80", False), ((9, 0), "sm_90", True), ((10, 3), "sm_100", True),
+     ((12, 0), "sm_80", False)],
+)  # fmt: skip
+def test_architecture_of_a_device(
+    capability: tuple[int, int], expected: str, tma: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.version, "hip", None)
+    device = torch.device("cuda", 0)
+    assert configs.architecture.__wrapped__(device) == expected
+    configs.architecture.cache_clear()
+    assert configs.has_tma.__wrapped__(device) == tma
+    configs.architecture.cache_clear()
+
+
+def test_too_old_a_gpu_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    monkeypatch.setattr(torch.version, "hip", None)
+    with pytest.raises(RuntimeError, match=r"cannot run on Tesla T4 \(compute capability 7.5\): it needs 8.0"):
+        configs.architecture.__wrapped__(torch.device("cuda", 0))
 
 
 def test_the_page_shows_the_prediction() -> None:

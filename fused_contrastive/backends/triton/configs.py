@@ -37,9 +37,8 @@ class Config(NamedTuple):
 Kernel = Literal["statistics", "gradient", "kept"]
 """tile_statistics; tile_gradient; tile_gradient from what was kept."""
 
-TILE = (
-    256  # blocks of S begin at its multiples; no tile is larger, so each lies in one of another configuration or apart
-)
+# Blocks of S begin at its multiples; no tile is larger, so each lies in one of another configuration or apart.
+TILE = 256
 
 # By architecture: "sm_80" is compute capability 8.x, and so on. docs/triton-configurations.md has what they compile to.
 CONFIGS: dict[tuple[str, Source, Kernel], Config] = {
@@ -82,19 +81,29 @@ CONFIGS: dict[tuple[str, Source, Kernel], Config] = {
 
 @functools.cache
 def architecture(device: torch.device) -> str:
-    """The rows of the table for a device."""
+    """The rows of the table for a device.
+
+    Raises: RuntimeError for an NVIDIA GPU older than compute capability 8.0.
+    """
     if device.type == "cpu":
         return "interpreter"
     if torch.version.hip:
         return "gfx942"
-    major, _ = torch.cuda.get_device_capability(device)
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        raise RuntimeError(
+            f"backend 'triton' cannot run on {torch.cuda.get_device_name(device)} (compute capability {major}.{minor}): it "
+            "needs 8.0 or later. backend='reference' runs there."
+        )
+    if major >= 12:  # no tcgen05, and the shared memory of 8.9
+        return "sm_80"
     return "sm_100" if major >= 10 else f"sm_{major}0"
 
 
 @functools.cache
 def has_tma(device: torch.device) -> bool:
-    """Whether the device has NVIDIA's tensor copy engine: compute capability 9 and later."""
-    return device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device)[0] >= 9
+    """Whether to load by NVIDIA's tensor copy engine: compute capabilities 9 to 11."""
+    return architecture(device) in ("sm_90", "sm_100")
 
 
 @functools.cache

@@ -112,9 +112,9 @@ def narrow_offsets(compiled: Any) -> list[str]:
     ]
 
 
-def measure() -> Iterator[dict[str, Any]]:
+def measure(architectures: list[str]) -> Iterator[dict[str, Any]]:
     for (arch, source, kernel), config in configs.CONFIGS.items():
-        if arch == "interpreter":
+        if arch not in architectures:
             continue
         for every_option in (False, True):
             compiled = compile_one(arch, source, kernel, config, every_option)
@@ -171,8 +171,10 @@ Triton {version}, compiled without a GPU; remake with `make configurations`. Non
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true")
-    rows = list(measure())
-    print(json.dumps(rows) if parser.parse_args().json else markdown(rows), end="")
+    parser.add_argument("--arch", nargs="+", choices=list(TARGETS), default=list(TARGETS))
+    options = parser.parse_args()
+    rows = list(measure(options.arch))
+    print(json.dumps(rows) if options.json else markdown(rows), end="")
 
 
 if __name__ == "__main__":

@@ -91,9 +91,10 @@ def architecture(device: torch.device) -> str:
         return "gfx942"
     major, minor = torch.cuda.get_device_capability(device)
     if major < 8:
+        name = torch.cuda.get_device_name(device)
         raise RuntimeError(
-            f"backend 'triton' cannot run on {torch.cuda.get_device_name(device)} (compute capability {major}.{minor}): "
-            "it needs 8.0 or later. backend='reference' runs there."
+            f"backend 'triton' cannot run on {name} (compute capability {major}.{minor}): it needs 8.0 or later. "
+            "backend='reference' runs there."
         )
     if major >= 12:  # no tcgen05, and the shared memory of 8.9
         return "sm_80"

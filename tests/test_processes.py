@@ -50,9 +50,9 @@ def test_every_vector_level_keeps_the_budget(level: str, seed: int) -> None:
     code = f"""
 from fused_contrastive.backends import cpp
 from fused_contrastive.testing.cases import sample
-from fused_contrastive.verify.run import check
+from fused_contrastive.verify.run import check, target
 assert cpp.vector_level() == {level!r}
-report = check(sample(150, {seed}), ["cpp"])
+report = check(((case, case.inputs()) for case in sample(150, {seed})), target("cpu", ["cpp"]))
 assert report.breaches == 0, [(cell.worst_case, cell.worst) for cell in report.cells if cell.breaches]
 """
     result = run(code, FUSED_CONTRASTIVE_CPU_LEVEL=level)

@@ -44,4 +44,4 @@ def rows_to_keep(m: int, layout: Layout, budget: int | str, device: torch.device
     if isinstance(size, str):
         size = total_memory(device.type, device.index) // AUTO_SHARE.get(device.type, AUTO_SHARE_ELSEWHERE)
     shape, dtype = layout(64)
-    return torch.sym_min(m, 64 * size // (math.prod(shape) * dtype.itemsize))  # type: ignore[no-any-return]
+    return min(m, 64 * size // (math.prod(shape) * dtype.itemsize))

@@ -75,6 +75,12 @@ def statistics_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
+# Asked once: torch.compile of torch 2.8 cannot trace the question.
+AUTOCAST_DEVICES = frozenset(
+    name for name in ("cpu", "cuda", "xpu", "mps", "hpu", "mtia") if torch.amp.is_autocast_available(name)
+)
+
+
 def autocast_enabled(device: torch.device) -> bool:
     """Whether autocast is on for this device; devices without autocast say no."""
-    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    return device.type in AUTOCAST_DEVICES and torch.is_autocast_enabled(device.type)

@@ -8,6 +8,7 @@
 #include <pybind11/stl.h>
 
 #include <chrono>
+#include <map>
 #include <string>
 #include <vector>
 
@@ -30,29 +31,42 @@ fc::Interrupt python_interrupt() {
   };
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> forward(at::Tensor x, at::Tensor y, at::Tensor scale,
-                                                                   fc::OptionalTensor targets,
-                                                                   fc::OptionalTensor col_bias,
-                                                                   fc::OptionalTensor row_ids,
-                                                                   fc::OptionalTensor col_ids, bool exclude_self,
-                                                                   bool rows, bool cols, int64_t kept_rows) {
-  const auto interrupt = python_interrupt();
-  py::gil_scoped_release release;
-  const at::NoGradGuard no_grad;
-  return fc::stats_forward({x, y, scale, targets, col_bias, row_ids, col_ids, exclude_self}, rows, cols, kept_rows,
-                           interrupt);
+// A StatsSpec (core/spec.py) and its features.
+fc::Problem problem(at::Tensor x, at::Tensor y, at::Tensor scale, fc::OptionalTensor targets,
+                    fc::OptionalTensor col_bias, fc::OptionalTensor row_ids, fc::OptionalTensor col_ids,
+                    bool exclude_self, bool rows, bool cols, bool upper, const std::string& equal_ids,
+                    const std::string& reduction, int64_t kept_rows) {
+  static const std::map<std::string, fc::EqualIds> kEqualIds = {
+      {"exclude", fc::EqualIds::kExclude}, {"only", fc::EqualIds::kOnly}, {"negate", fc::EqualIds::kNegate}};
+  return {x,
+          y,
+          scale,
+          targets,
+          col_bias,
+          row_ids,
+          col_ids,
+          exclude_self,
+          rows,
+          cols,
+          upper,
+          kEqualIds.at(equal_ids),
+          reduction == "softplus",
+          kept_rows};
 }
 
-std::array<at::Tensor, 4> backward(at::Tensor x, at::Tensor y, at::Tensor scale, fc::OptionalTensor targets,
-                                   fc::OptionalTensor col_bias, fc::OptionalTensor row_ids, fc::OptionalTensor col_ids,
-                                   bool exclude_self, at::Tensor row, at::Tensor col, at::Tensor kept,
-                                   fc::OptionalTensor g_pos, fc::OptionalTensor g_row, fc::OptionalTensor g_col,
-                                   std::array<bool, 4> needs) {
+auto forward(const fc::Problem& problem) {
   const auto interrupt = python_interrupt();
   py::gil_scoped_release release;
   const at::NoGradGuard no_grad;
-  return fc::stats_backward({x, y, scale, targets, col_bias, row_ids, col_ids, exclude_self}, row, col, kept, g_pos,
-                            g_row, g_col, needs, interrupt);
+  return fc::stats_forward(problem, interrupt);
+}
+
+auto backward(const fc::Problem& problem, at::Tensor row, at::Tensor col, at::Tensor kept, fc::OptionalTensor g_pos,
+              fc::OptionalTensor g_row, fc::OptionalTensor g_col, std::array<bool, 4> needs) {
+  const auto interrupt = python_interrupt();
+  py::gil_scoped_release release;
+  const at::NoGradGuard no_grad;
+  return fc::stats_backward(problem, row, col, kept, g_pos, g_row, g_col, needs, interrupt);
 }
 
 at::Tensor cross_entropy(const at::Tensor& pos, const std::vector<at::Tensor>& normalisers, bool decoupled,
@@ -65,6 +79,7 @@ at::Tensor cross_entropy(const at::Tensor& pos, const std::vector<at::Tensor>& n
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "C++ CPU backend of fused_contrastive";
+  py::class_<fc::Problem>(m, "Problem").def(py::init(&problem));
   m.def("stats_forward", &forward);
   m.def("stats_backward", &backward);
   m.def("cross_entropy", &cross_entropy);

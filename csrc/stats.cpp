@@ -11,8 +11,10 @@
 
 #include <algorithm>
 #include <cmath>
+#include <functional>
 #include <limits>
 #include <numeric>
+#include <utility>
 #include <vector>
 
 #include "memory.h"
@@ -23,6 +25,8 @@ namespace {
 
 constexpr int64_t kBlockRows = 2048;
 constexpr int64_t kBlockElements = kBlockRows * kBlockRows;  // 16 MB of fp32
+constexpr int64_t kUpperBlock =
+    1024;  // side of a block where only pairs above the diagonal count: the finer, the fewer
 
 int64_t ceil_div(int64_t a, int64_t b) {
   return (a + b - 1) / b;
@@ -39,20 +43,29 @@ std::vector<int64_t> cuts(int64_t begin, int64_t end, int64_t size) {
 struct Block {
   int64_t row0, row1, col0, col1;
   bool kept;
+  bool first_of_rows, first_of_cols;  // no block before has its rows, its columns
   int64_t rows() const { return row1 - row0; }
   int64_t cols() const { return col1 - col0; }
 };
 
-// Row-major order over S: kept rows first, so that no block is half kept.
-std::vector<Block> blocks(int64_t m, int64_t n, int64_t kept_rows) {
-  const auto col_cuts = cuts(0, n, kBlockElements / std::min(m, kBlockRows));
+// Row-major order over S: kept rows first, so that no block is half kept. Of the upper triangle, blocks below the
+// diagonal are left out.
+std::vector<Block> blocks(int64_t m, int64_t n, int64_t kept_rows, bool upper) {
+  const int64_t height = upper ? kUpperBlock : kBlockRows;
+  const auto col_cuts = cuts(0, n, upper ? kUpperBlock : kBlockElements / std::min(m, kBlockRows));
+  std::vector<bool> met(col_cuts.size());
   std::vector<Block> all;
   for (const bool kept : {true, false}) {
-    const auto row_cuts = cuts(kept ? 0 : kept_rows, kept ? kept_rows : m, kBlockRows);
-    for (size_t r = 0; r + 1 < row_cuts.size(); ++r)
-      for (size_t c = 0; c + 1 < col_cuts.size(); ++c)
-        if (row_cuts[r] < row_cuts[r + 1])
-          all.push_back({row_cuts[r], row_cuts[r + 1], col_cuts[c], col_cuts[c + 1], kept});
+    const auto row_cuts = cuts(kept ? 0 : kept_rows, kept ? kept_rows : m, height);
+    for (size_t r = 0; r + 1 < row_cuts.size(); ++r) {
+      bool first = true;
+      for (size_t c = 0; c + 1 < col_cuts.size(); ++c) {
+        const int64_t row0 = row_cuts[r], row1 = row_cuts[r + 1], col0 = col_cuts[c], col1 = col_cuts[c + 1];
+        if (row0 == row1 || (upper && col1 <= row0)) continue;
+        all.push_back({row0, row1, col0, col1, kept, std::exchange(first, false), !met[c]});
+        met[c] = true;
+      }
+    }
   }
   return all;
 }
@@ -108,8 +121,15 @@ struct Prepared {
     if (p.targets) targets = p.targets->contiguous();
     if (p.col_bias) col_bias = contiguous_as(*p.col_bias, dtype);
     if (p.row_ids) encode_ids(*p.row_ids, *p.col_ids);
-    rule = {p.scale.item<T>(),        data<T>(col_bias),        data<int64_t>(targets),
-            data<int32_t>(row_codes), data<int32_t>(col_codes), p.exclude_self};
+    rule = {p.scale.item<T>(),
+            data<T>(col_bias),
+            data<int64_t>(targets),
+            data<int32_t>(row_codes),
+            data<int32_t>(col_codes),
+            p.equal_ids,
+            p.exclude_self,
+            p.upper,
+            p.softplus};
   }
 
   int64_t rows() const { return x.size(0); }
@@ -146,41 +166,58 @@ void for_each_tile(const Block& b, const F& sweep) {
   });
 }
 
-// Running log-sum-exps of one direction over the whole of S, and the partials of one block's tiles: `parts` runs of
-// `length`. Tiles write partials in parallel; `merge` adds them in a fixed order, so the result does not depend on
-// the number of threads.
+// Running log-sum-exps of one direction over the whole of S (or, where not `log`, sums), and the partials of one
+// block's tiles: `parts` runs of `length`. Tiles write partials in parallel; `merge` adds them in a fixed order, so the
+// result does not depend on the number of threads.
 template <class T>
-class LogSumExp {
+class Totals {
  public:
-  LogSumExp(bool asked, int64_t size)
-      : asked_(asked), max_(asked ? size : 0, -std::numeric_limits<T>::infinity()), sum_(asked ? size : 0, 0) {}
+  Totals(bool asked, int64_t size, bool log)
+      : asked_(asked),
+        log_(log),
+        max_(asked && log ? size : 0, -std::numeric_limits<T>::infinity()),
+        sum_(asked && log ? size : 0, 0),
+        plain_sum_(asked && !log ? size : 0, 0) {}
 
   void start(int64_t parts, int64_t length) {
     if (!asked_) return;
     parts_ = parts, length_ = length;
-    part_max_.resize(parts * length);
+    part_max_.resize(log_ ? parts * length : 0);
     part_sum_.resize(parts * length);
   }
-  T* part_max(int64_t part, int64_t offset) { return asked_ ? part_max_.data() + part * length_ + offset : nullptr; }
+  T* part_max(int64_t part, int64_t offset) {
+    return asked_ && log_ ? part_max_.data() + part * length_ + offset : nullptr;
+  }
   T* part_sum(int64_t part, int64_t offset) { return asked_ ? part_sum_.data() + part * length_ + offset : nullptr; }
 
   void merge(int64_t first) {
     if (!asked_) return;
-    for (int64_t p = 0; p < parts_; ++p)
-      kernels<T>().merge(max_.data() + first, sum_.data() + first, part_max(p, 0), part_sum(p, 0), length_);
+    for (int64_t p = 0; p < parts_; ++p) {
+      const T* part = part_sum(p, 0);
+      if (log_)
+        kernels<T>().merge(max_.data() + first, sum_.data() + first, part_max(p, 0), part, length_);
+      else
+        std::transform(part, part + length_, plain_sum_.begin() + first, plain_sum_.begin() + first, std::plus<>());
+    }
   }
   // In double: next to a maximum of 1000, float would round log(sum) to 6e-5.
   at::Tensor value() const {
-    at::Tensor out = at::empty({static_cast<int64_t>(sum_.size())}, at::kDouble);
-    std::transform(max_.begin(), max_.end(), sum_.begin(), out.mutable_data_ptr<double>(),
-                   [](double max, double sum) { return max + std::log(sum); });
+    const auto size = static_cast<int64_t>(log_ ? sum_.size() : plain_sum_.size());
+    at::Tensor out = at::empty({size}, at::kDouble);
+    double* values = out.mutable_data_ptr<double>();
+    if (!log_)
+      std::copy(plain_sum_.begin(), plain_sum_.end(), values);
+    else
+      std::transform(max_.begin(), max_.end(), sum_.begin(), values,
+                     [](double max, double sum) { return max + std::log(sum); });
     return out;
   }
 
  private:
-  bool asked_;
+  bool asked_, log_;
   int64_t parts_ = 0, length_ = 0;
   std::vector<T> max_, sum_, part_max_, part_sum_;
+  std::vector<double> plain_sum_;
 };
 
 // A double log-normaliser as a sum of two T, 0 where nothing was left to normalise (-inf).
@@ -200,14 +237,13 @@ struct Normaliser {
 };
 
 template <class T>
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> forward(const Problem& problem, bool rows, bool cols,
-                                                                   int64_t kept_rows, const Interrupt& interrupt) {
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> forward(const Problem& problem, const Interrupt& interrupt) {
   const Prepared<T> p(problem);
   const int64_t m = p.rows(), n = p.cols();
   at::Tensor pos = at::empty({m}, p.options());
-  at::Tensor kept = reused_matrix(kept_rows, n, p.options());
-  LogSumExp<T> row(rows, m), col(cols, n);
-  const auto all = blocks(m, n, kept_rows);
+  at::Tensor kept = reused_matrix(problem.kept_rows, n, p.options());
+  Totals<T> row(problem.rows, m, !problem.softplus), col(problem.cols, n, true);
+  const auto all = blocks(m, n, problem.kept_rows, problem.upper);
   Scratch scratch(all, p.options());
 
   for (const Block& b : all) {
@@ -266,7 +302,7 @@ std::array<at::Tensor, 4> backward(const Problem& problem, const at::Tensor& row
   OptionalTensor row_grad, col_grad;
   if (g_row) row_grad = contiguous_as(*g_row, dtype);
   if (g_col) col_grad = contiguous_as(*g_col, dtype);
-  const Normaliser<T> row_norm(g_row ? row : at::empty({0}, at::kDouble));
+  const Normaliser<T> row_norm(g_row && !problem.softplus ? row : at::empty({0}, at::kDouble));
   const Normaliser<T> col_norm(g_col ? col : at::empty({0}, at::kDouble));
 
   // dscale = sum_i x_i . (G y)_i, or the same sum over columns when dx is not needed.
@@ -277,7 +313,7 @@ std::array<at::Tensor, 4> backward(const Problem& problem, const at::Tensor& row
   const at::Tensor dy = need_y ? gradient_of(p.y) : at::Tensor();
   const at::Tensor dbias = need_bias ? at::zeros({n}, p.options()) : at::Tensor();
 
-  const auto all = negatives ? blocks(m, n, kept.size(0)) : std::vector<Block>();
+  const auto all = negatives ? blocks(m, n, problem.kept_rows, problem.upper) : std::vector<Block>();
   Scratch scratch(all, p.options());
   for (const Block& b : all) {
     const at::Tensor x = rows_of(p.x, b.row0, b.row1), y = rows_of(p.y, b.col0, b.col1);
@@ -293,8 +329,8 @@ std::array<at::Tensor, 4> backward(const Problem& problem, const at::Tensor& row
                                      g_row ? row_norm.high.data() : nullptr, row_norm.low.data(), data<T>(row_grad),
                                      g_col ? col_norm.high.data() : nullptr, col_norm.low.data(), data<T>(col_grad)});
     });
-    if (dx.defined()) rows_of(dx, b.row0, b.row1).addmm_(g, y, /*beta=*/b.col0 ? 1 : 0);
-    if (dy.defined()) rows_of(dy, b.col0, b.col1).addmm_(g.t(), x, /*beta=*/b.row0 ? 1 : 0);
+    if (dx.defined()) rows_of(dx, b.row0, b.row1).addmm_(g, y, /*beta=*/b.first_of_rows ? 0 : 1);
+    if (dy.defined()) rows_of(dy, b.col0, b.col1).addmm_(g.t(), x, /*beta=*/b.first_of_cols ? 0 : 1);
     if (need_bias) dbias.slice(0, b.col0, b.col1).add_(g.sum(0));
     interrupt();
   }
@@ -327,11 +363,10 @@ std::array<at::Tensor, 4> backward(const Problem& problem, const at::Tensor& row
 
 }  // namespace
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> stats_forward(const Problem& problem, bool rows, bool cols,
-                                                                         int64_t kept_rows,
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> stats_forward(const Problem& problem,
                                                                          const Interrupt& interrupt) {
-  return problem.x.scalar_type() == at::kDouble ? forward<double>(problem, rows, cols, kept_rows, interrupt)
-                                                : forward<float>(problem, rows, cols, kept_rows, interrupt);
+  return problem.x.scalar_type() == at::kDouble ? forward<double>(problem, interrupt)
+                                                : forward<float>(problem, interrupt);
 }
 
 std::array<at::Tensor, 4> stats_backward(const Problem& problem, const at::Tensor& row, const at::Tensor& col,

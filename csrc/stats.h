@@ -7,6 +7,8 @@
 #include <optional>
 #include <tuple>
 
+#include "tile.h"
+
 namespace fc {
 
 using OptionalTensor = std::optional<at::Tensor>;
@@ -17,17 +19,22 @@ struct Problem {
   at::Tensor scale;         // 0-d
   OptionalTensor targets;   // (M,) int64
   OptionalTensor col_bias;  // (N,)
-  OptionalTensor row_ids;   // (M,) int64, equal to a column's id: excluded
+  OptionalTensor row_ids;   // (M,) int64, compared with col_ids
   OptionalTensor col_ids;   // (N,) int64
   bool exclude_self;
+  bool rows, cols;  // the directions asked
+  bool upper;       // only pairs j > i
+  EqualIds equal_ids;
+  bool softplus;      // sums of softplus, rows alone
+  int64_t kept_rows;  // rows of products to keep for the backward
 };
 
 using Interrupt = std::function<void()>;  // called between blocks; throws to stop
 
 // pos (M,), row (M,), col (N,) in float64, and the first `kept_rows` rows of the products x @ y.T (kept_rows, N) in
 // float32 (float64 for float64 features). A direction that is not asked has 0 elements.
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> stats_forward(const Problem& problem, bool rows, bool cols,
-                                                                         int64_t kept_rows, const Interrupt& interrupt);
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> stats_forward(const Problem& problem,
+                                                                         const Interrupt& interrupt);
 
 // dx, dy, dscale, dcol_bias; undefined where `needs` says no. A gradient that is absent is zero.
 std::array<at::Tensor, 4> stats_backward(const Problem& problem, const at::Tensor& row, const at::Tensor& col,

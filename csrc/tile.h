@@ -11,15 +11,21 @@ constexpr int64_t kTileRows = 256;  // rows one task sweeps; column partials are
 constexpr int64_t kTileCols = 256;  // columns one task sweeps; a group of kGroupRows rows of them fits in 16 KB
 constexpr int64_t kGroupRows = 16;  // rows held in L1 between the maximum and the exponentials
 
+// What happens to pairs whose ids are equal: excluded; or all others are; or their logits change sign.
+enum class EqualIds { kExclude, kOnly, kNegate };
+
 // How a raw product becomes a logit, and which logits are excluded. Pointers are to whole (M,) or (N,) vectors.
 template <class T>
 struct LogitRule {
   T scale;
   const T* col_bias;       // (N,) added, or null
   const int64_t* targets;  // (M,) column of the positive, or null for t(i) = i
-  const int32_t* row_ids;  // (M,) excluded where equal to col_ids, or null
+  const int32_t* row_ids;  // (M,) compared with col_ids, or null
   const int32_t* col_ids;  // (N,)
-  bool exclude_self;       // exclude S[i, i]
+  EqualIds equal_ids;
+  bool exclude_self;  // exclude S[i, i]
+  bool upper;         // exclude all but j > i
+  bool softplus;      // sums of softplus(s), of rows alone, instead of log-sum-exps
 
   int64_t target(int64_t i) const { return targets ? targets[i] : i; }
 };
@@ -30,7 +36,8 @@ struct Place {
   int64_t rows, cols;  // its size
 };
 
-// Forward: raw products -> statistics as (maximum, sum of exp(s - maximum)) partials of this tile.
+// Forward: raw products -> statistics as (maximum, sum of exp(s - maximum)) partials of this tile; or, for softplus,
+// as row_sum alone.
 template <class T>
 struct ForwardTile {
   Place at;
@@ -41,7 +48,8 @@ struct ForwardTile {
   T *col_max, *col_sum;  // (cols,) partials of this tile, or null
 };
 
-// Backward: raw products -> the negatives' gradient g_row exp(s - row) + g_col exp(s - col).
+// Backward: raw products -> the negatives' gradient g_row exp(s - row) + g_col exp(s - col); or, for softplus,
+// g_row sigmoid(s), the sign of which changes with that of the logit.
 template <class T>
 struct BackwardTile {
   Place at;

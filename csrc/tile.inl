@@ -15,7 +15,7 @@ struct Lanes<float> {
   static constexpr float kRound = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer held in the low bits
   static constexpr float kLn2Hi = 0.693359375f, kLn2Lo = -2.12194440e-4f;  // kLn2Hi * n is exact
   static constexpr float kLowest = -87.f;  // below, exp is under the smallest normal number: 0
-  static constexpr int kTerms = 7, kMantissa = 23, kExponentBias = 127;
+  static constexpr int kTerms = 7, kLogTerms = 7, kMantissa = 23, kExponentBias = 127;
 };
 template <>
 struct Lanes<double> {
@@ -25,7 +25,7 @@ struct Lanes<double> {
   static constexpr double kRound = 6755399441055744.;  // 1.5 * 2^52
   static constexpr double kLn2Hi = 6.93145751953125e-1, kLn2Lo = 1.42860682030941723212e-6;
   static constexpr double kLowest = -708.;
-  static constexpr int kTerms = 13, kMantissa = 52, kExponentBias = 1023;
+  static constexpr int kTerms = 13, kLogTerms = 16, kMantissa = 52, kExponentBias = 1023;
 };
 
 template <class T>
@@ -86,6 +86,28 @@ static inline Vec<T> exp_nonpositive(Vec<T> x) {
   return x < L::kLowest ? Vec<T>{} : p * power;
 }
 
+// log(1 + u) for u in [0, 1] or NaN, to full relative precision: with z = u / (2 + u) <= 1/3 it is
+// 2 (z + z^3 / 3 + z^5 / 5 + ...).
+template <class T>
+static inline Vec<T> log1p_unit(Vec<T> u) {
+  const Vec<T> z = u / (u + T(2)), z2 = z * z;
+  constexpr int kTerms = Lanes<T>::kLogTerms;
+  Vec<T> p = fill<T>(T(1) / (2 * kTerms + 1));
+#pragma GCC unroll 16
+  for (int k = kTerms - 1; k >= 0; --k) p = p * z2 + T(1) / (2 * k + 1);
+  return p * z * T(2);
+}
+
+// exp(-|s|), from which softplus(s) = max(s, 0) + log(1 + u) and sigmoid(s) = (1 or u) / (1 + u) are made.
+template <class T>
+static inline Vec<T> exp_minus_abs(Vec<T> s) {
+  return exp_nonpositive<T>(s < T(0) ? s : -s);
+}
+
+static inline int64_t smaller(int64_t a, int64_t b) {
+  return a < b ? a : b;
+}
+
 // Copies n values and pads the rest of a strip, so that loops over a strip need no tail.
 template <class To, class From>
 static inline void copy_padded(To* strip, const From* values, int64_t n, To pad) {
@@ -102,6 +124,11 @@ struct StripRule {
   StripRule(const LogitRule<T>& rule, const Place& at) {
     if (rule.col_bias) copy_padded(bias, rule.col_bias + at.col, at.cols, T(0));
     if (rule.col_ids) copy_padded(ids, rule.col_ids + at.col, at.cols, typename Lanes<T>::Int(-1));
+  }
+  IntVec<T> load_ids(int64_t j) const {
+    IntVec<T> v;
+    __builtin_memcpy(&v, ids + j, sizeof v);
+    return v;
   }
 };
 
@@ -136,19 +163,19 @@ __attribute__((noinline)) static void mask_row(const LogitRule<T>& rule, const S
   if (rule.row_ids) {
     const typename Lanes<T>::Int id = rule.row_ids[i];
     for (int64_t j = 0; j < at.cols; j += kLanes<T>) {
-      IntVec<T> ids;
-      __builtin_memcpy(&ids, strip.ids + j, sizeof ids);
-      store(out + j, ids == id ? fill<T>(kNegInf<T>) : load(out + j));
+      const IntVec<T> equal = strip.load_ids(j) == id;
+      const Vec<T> s = load(out + j), excluded = fill<T>(kNegInf<T>);
+      if (rule.equal_ids == EqualIds::kExclude) store(out + j, equal ? excluded : s);
+      if (rule.equal_ids == EqualIds::kOnly) store(out + j, equal ? s : excluded);
+      if (rule.equal_ids == EqualIds::kNegate) store(out + j, equal ? -s : s);
     }
   }
   if (holds_target) out[target] = kNegInf<T>;
   const int64_t self = i - at.col;
   if (rule.exclude_self && self >= 0 && self < at.cols) out[self] = kNegInf<T>;
+  if (rule.upper)
+    for (int64_t j = 0; j < smaller(self + 1, at.cols); ++j) out[j] = kNegInf<T>;
   for (int64_t j = at.cols; j % kLanes<T> != 0; ++j) out[j] = kNegInf<T>;  // the scale may be negative or 0
-}
-
-static inline int64_t smaller(int64_t a, int64_t b) {
-  return a < b ? a : b;
 }
 
 template <class T, bool kRow, bool kCol>
@@ -231,7 +258,45 @@ static void backward_tile(const LogitRule<T>& rule, const BackwardTile<T>& tile)
 }
 
 template <class T>
+static void forward_softplus(const LogitRule<T>& rule, const ForwardTile<T>& tile) {
+  const Place& at = tile.at;
+  const StripRule<T> strip(rule, at);
+  alignas(64) T logits[kTileCols];
+  for (int64_t r = 0; r < at.rows; ++r) {
+    const int64_t i = at.row + r;
+    mask_row(rule, strip, at, i, tile.products + r * tile.stride, logits, tile.pos + i);
+    Vec<T> sum{};
+    for (int64_t j = 0; j < at.cols; j += kLanes<T>) {
+      const Vec<T> s = load(logits + j);
+      sum += (s > T(0) ? s : Vec<T>{}) + log1p_unit<T>(exp_minus_abs<T>(s));
+    }
+    T total = 0;
+    for (int l = 0; l < kLanes<T>; ++l) total += sum[l];
+    tile.row_sum[r] = total;
+  }
+}
+
+template <class T>
+static void backward_softplus(const LogitRule<T>& rule, const BackwardTile<T>& tile) {
+  const Place& at = tile.at;
+  const StripRule<T> strip(rule, at);
+  const bool signs = rule.row_ids && rule.equal_ids == EqualIds::kNegate;
+  alignas(64) T logits[kTileCols];
+  for (int64_t r = 0; r < at.rows; ++r) {
+    const int64_t i = at.row + r;
+    mask_row<T>(rule, strip, at, i, tile.products + r * tile.stride, logits, nullptr);
+    const typename Lanes<T>::Int id = signs ? rule.row_ids[i] : 0;
+    for (int64_t j = 0; j < at.cols; j += kLanes<T>) {
+      const Vec<T> s = load(logits + j), u = exp_minus_abs<T>(s);
+      const Vec<T> g = (s > T(0) ? fill<T>(1) : u) / (u + T(1)) * tile.g_row[i];
+      store_row(tile.grad + r * tile.grad_stride, j, at.cols, signs ? (strip.load_ids(j) == id ? -g : g) : g);
+    }
+  }
+}
+
+template <class T>
 static void forward(const LogitRule<T>& rule, const ForwardTile<T>& tile) {
+  if (rule.softplus) return forward_softplus(rule, tile);
   if (tile.row_max && tile.col_max) return forward_tile<T, true, true>(rule, tile);
   if (tile.row_max) return forward_tile<T, true, false>(rule, tile);
   return forward_tile<T, false, true>(rule, tile);
@@ -239,6 +304,7 @@ static void forward(const LogitRule<T>& rule, const ForwardTile<T>& tile) {
 
 template <class T>
 static void backward(const LogitRule<T>& rule, const BackwardTile<T>& tile) {
+  if (rule.softplus) return backward_softplus(rule, tile);
   if (tile.row && tile.col) return backward_tile<T, true, true>(rule, tile);
   if (tile.row) return backward_tile<T, true, false>(rule, tile);
   return backward_tile<T, false, true>(rule, tile);

@@ -6,28 +6,29 @@ from torch import Tensor
 parallel: bool
 
 def vector_level() -> str: ...
-def stats_forward(
-    x: Tensor,
-    y: Tensor,
-    scale: Tensor,
-    targets: Tensor | None,
-    col_bias: Tensor | None,
-    row_ids: Tensor | None,
-    col_ids: Tensor | None,
-    exclude_self: bool,
-    rows: bool,
-    cols: bool,
-    kept_rows: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...
+
+class Problem:
+    def __init__(
+        self,
+        x: Tensor,
+        y: Tensor,
+        scale: Tensor,
+        targets: Tensor | None,
+        col_bias: Tensor | None,
+        row_ids: Tensor | None,
+        col_ids: Tensor | None,
+        exclude_self: bool,
+        rows: bool,
+        cols: bool,
+        upper: bool,
+        equal_ids: str,
+        reduction: str,
+        kept_rows: int,
+    ) -> None: ...
+
+def stats_forward(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...
 def stats_backward(
-    x: Tensor,
-    y: Tensor,
-    scale: Tensor,
-    targets: Tensor | None,
-    col_bias: Tensor | None,
-    row_ids: Tensor | None,
-    col_ids: Tensor | None,
-    exclude_self: bool,
+    problem: Problem,
     row: Tensor,
     col: Tensor,
     kept: Tensor,

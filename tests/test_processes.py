@@ -69,7 +69,8 @@ def test_unknown_vector_level() -> None:
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
 def test_interrupt_ends_a_long_call() -> None:
     code = """
-import torch
+import signal, torch
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it, and so do children
 from fused_contrastive import contrastive_stats
 x = torch.randn(100_000, 256)
 print("ready", flush=True)

@@ -46,45 +46,13 @@ def is_parallel() -> bool:
 
 
 def stats_forward(spec: StatsSpec, x: Tensor, y: Tensor) -> Forward:
-    return Forward(
-        *_C.stats_forward(
-            x,
-            y,
-            spec.scale,
-            spec.targets,
-            spec.col_bias,
-            spec.row_ids,
-            spec.col_ids,
-            spec.exclude_self,
-            spec.rows,
-            spec.cols,
-            spec.kept_rows,
-        )
-    )
+    return Forward(*_C.stats_forward(_C.Problem(x, y, *spec)))
 
 
 def stats_backward(
     spec: StatsSpec, x: Tensor, y: Tensor, saved: Forward, upstream: Upstream, needs: Needs
 ) -> Gradients:
-    return Gradients(
-        *_C.stats_backward(
-            x,
-            y,
-            spec.scale,
-            spec.targets,
-            spec.col_bias,
-            spec.row_ids,
-            spec.col_ids,
-            spec.exclude_self,
-            saved.row,
-            saved.col,
-            saved.kept,
-            upstream.pos,
-            upstream.row,
-            upstream.col,
-            needs,
-        )
-    )
+    return Gradients(*_C.stats_backward(_C.Problem(x, y, *spec), saved.row, saved.col, saved.kept, *upstream, needs))
 
 
 def cross_entropy(

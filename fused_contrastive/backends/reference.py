@@ -34,6 +34,13 @@ def _targets(spec: StatsSpec, x: Tensor) -> Tensor:  # (M,)
     return torch.arange(x.shape[0], device=x.device) if spec.targets is None else spec.targets
 
 
+def _equal_ids(spec: StatsSpec, rows: slice) -> Tensor | None:
+    """(R, N) bool."""
+    if spec.row_ids is None or spec.col_ids is None:
+        return None
+    return spec.row_ids[rows, None] == spec.col_ids
+
+
 def _logits(spec: StatsSpec, products: Tensor, rows: slice, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Some rows' products -> their logits with -inf where excluded, (R, N), and the positives' logits, (R,)."""
     logits = spec.scale * products
@@ -43,11 +50,17 @@ def _logits(spec: StatsSpec, products: Tensor, rows: slice, targets: Tensor) -> 
     pos = logits.gather(1, positive).squeeze(1)
     pos = pos.masked_fill(pos == torch.inf, torch.nan)
     columns = torch.arange(products.shape[1], device=products.device)
+    own = torch.arange(rows.start, rows.stop, device=products.device)[:, None]
     excluded = columns == positive
     if spec.exclude_self:
-        excluded |= columns == torch.arange(rows.start, rows.stop, device=products.device)[:, None]
-    if spec.row_ids is not None and spec.col_ids is not None:
-        excluded |= spec.row_ids[rows, None] == spec.col_ids
+        excluded |= columns == own
+    if spec.upper:
+        excluded |= columns <= own
+    if (equal := _equal_ids(spec, rows)) is not None:
+        if spec.equal_ids == "negate":
+            logits = torch.where(equal, -logits, logits)
+        else:
+            excluded |= equal if spec.equal_ids == "exclude" else ~equal
     return logits.masked_fill(excluded, -torch.inf), pos
 
 
@@ -69,6 +82,9 @@ def stats_forward(spec: StatsSpec, x: Tensor, y: Tensor) -> Forward:
         products_kept[rows] = products[: products_kept[rows].shape[0]]
         logits, pos[rows] = _logits(spec, products, rows, targets)
         logits = logits.to(statistics)
+        if spec.reduction == "softplus":
+            row[rows] = torch.logaddexp(logits, logits.new_zeros(())).sum(dim=1)
+            continue
         if spec.rows:
             row[rows] = logits.logsumexp(dim=1)
         if spec.cols:
@@ -79,6 +95,20 @@ def stats_forward(spec: StatsSpec, x: Tensor, y: Tensor) -> Forward:
 def _weights(logits: Tensor, normaliser: Tensor) -> Tensor:
     """exp(logits - normaliser), 0 where nothing was left to normalise (normaliser -inf)."""
     return (logits - normaliser.masked_fill(normaliser == -torch.inf, 0)).exp()
+
+
+def _negatives(spec: StatsSpec, logits: Tensor, rows: slice, saved: Forward, upstream: Upstream) -> Tensor:
+    """G without the positives, (R, N)."""
+    grad = torch.zeros_like(logits)
+    if upstream.row is not None and spec.reduction == "softplus":
+        grad += upstream.row[rows, None] * logits.sigmoid()
+        if spec.equal_ids == "negate" and (equal := _equal_ids(spec, rows)) is not None:
+            grad = torch.where(equal, -grad, grad)
+    elif upstream.row is not None:
+        grad += upstream.row[rows, None] * _weights(logits, saved.row[rows, None])
+    if upstream.col is not None:
+        grad += upstream.col * _weights(logits, saved.col)
+    return grad
 
 
 def stats_backward(
@@ -92,12 +122,7 @@ def stats_backward(
         products = saved.kept[rows] if rows.stop <= spec.kept_rows else x[rows] @ y.T
         logits, _ = _logits(spec, products, rows, targets)
         logits = logits.to(statistics_dtype(x.device))
-        grad = torch.zeros_like(logits)  # G without the positives, (R, N)
-        if upstream.row is not None:
-            grad += upstream.row[rows, None] * _weights(logits, saved.row[rows, None])
-        if upstream.col is not None:
-            grad += upstream.col * _weights(logits, saved.col)
-        grad = grad.to(dtype)
+        grad = _negatives(spec, logits, rows, saved, upstream).to(dtype)
         dx[rows] = grad @ y
         dy += grad.T @ x[rows]
         dbias += grad.sum(dim=0)

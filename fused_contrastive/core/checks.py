@@ -110,3 +110,8 @@ def unit_interval(name: str, value: object) -> None:
         raise TypeError(f"{name}: got {value!r}, expected a number in [0, 1)")
     if not 0 <= value < 1:
         raise ValueError(f"{name}: got {value}, expected a number in [0, 1)")
+
+
+def boolean(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: got {value!r}, expected True or False")

@@ -2,28 +2,37 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+
+
+Reduction = Literal["logsumexp", "softplus"]
+EqualIds = Literal["exclude", "only", "negate"]
 
 
 class StatsSpec(NamedTuple):
     """How logits are made of x (M, D) and y (N, D), which are excluded, and what is asked.
 
     ``S[i, j] = scale * x[i] . y[j] + col_bias[j]``. Excluded from ``row`` and ``col`` are the positive
-    ``S[i, t(i)]``, every pair with ``row_ids[i] == col_ids[j]`` and, with ``exclude_self``, ``S[i, i]``.
+    ``S[i, t(i)]`` and, with ``exclude_self``, ``S[i, i]``; with ``upper``, all but ``j > i``. Pairs with
+    ``row_ids[i] == col_ids[j]`` are excluded too; or, as ``equal_ids`` says, all others are ("only"), or the logits of
+    the pairs change sign ("negate").
     """
 
     scale: Tensor  # () in the compute dtype
-    targets: Tensor | None  # (M,) int64 column of each row's positive; None: t(i) = i
-    col_bias: Tensor | None  # (N,) in the compute dtype
-    row_ids: Tensor | None  # (M,) int64
-    col_ids: Tensor | None  # (N,) int64
-    exclude_self: bool
-    rows: bool  # the row direction is asked
-    cols: bool  # the column direction is asked
-    kept_rows: int  # rows of S whose products to keep for the backward, in whatever form
+    targets: Tensor | None = None  # (M,) int64 column of each row's positive; None: t(i) = i
+    col_bias: Tensor | None = None  # (N,) in the compute dtype
+    row_ids: Tensor | None = None  # (M,) int64
+    col_ids: Tensor | None = None  # (N,) int64
+    exclude_self: bool = False
+    rows: bool = True  # the row direction is asked
+    cols: bool = True  # the column direction is asked
+    upper: bool = False  # only pairs above the diagonal, where x is y: each pair once, and half the products
+    equal_ids: EqualIds = "exclude"
+    reduction: Reduction = "logsumexp"  # over the logits not excluded: log sum exp, or the sum of log(1 + exp)
+    kept_rows: int = 0  # rows of S whose products to keep for the backward, in whatever form
 
 
 class Forward(NamedTuple):

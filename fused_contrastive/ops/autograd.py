@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_contrastive.core.spec import Forward
+from fused_contrastive.core.spec import Forward, StatsSpec
 from fused_contrastive.ops import schema
 
-INPUTS = 12  # of stats_forward
+INPUTS = 2 + len(StatsSpec._fields) + 1  # of stats_forward: x, y, the problem, the backend
 
 
 def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -45,7 +45,7 @@ def backward(ctx: Any, g_pos: Tensor | None, g_row: Tensor | None, g_col: Tensor
         dscale if needs[2] else None,
         None,
         dcol_bias if needs[3] else None,
-        *(None,) * 7,
+        *(None,) * (INPUTS - 5),
     )
 
 

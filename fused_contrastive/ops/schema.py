@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ library = torch.library.Library("fused_contrastive", "DEF")
 
 _PROBLEM = (
     "Tensor x, Tensor y, Tensor scale, Tensor? targets, Tensor? col_bias, Tensor? row_ids, Tensor? col_ids, "
-    "bool exclude_self, bool rows, bool cols, SymInt kept_rows, str backend"
+    "bool exclude_self, bool rows, bool cols, bool upper, str equal_ids, str reduction, SymInt kept_rows, str backend"
 )
 library.define(f"stats_forward({_PROBLEM}) -> (Tensor pos, Tensor row, Tensor col, Tensor kept)")
 library.define(
@@ -39,24 +40,12 @@ def _without_autocast(x: Tensor) -> AbstractContextManager[None]:
     return torch.autocast(x.device.type, enabled=False) if autocast_enabled(x.device) else _NOTHING
 
 
-def stats_forward(
-    x: Tensor,
-    y: Tensor,
-    scale: Tensor,
-    targets: Tensor | None,
-    col_bias: Tensor | None,
-    row_ids: Tensor | None,
-    col_ids: Tensor | None,
-    exclude_self: bool,
-    rows: bool,
-    cols: bool,
-    kept_rows: int,
-    backend: str,
-) -> Forward:
-    """Checks what only the values can tell, and calls the backend."""
-    if targets is not None:
-        checks.target_range(targets, y.shape[0])
-    spec = StatsSpec(scale, targets, col_bias, row_ids, col_ids, exclude_self, rows, cols, kept_rows)
+def stats_forward(x: Tensor, y: Tensor, *problem: Any) -> Forward:
+    """Checks what only the values can tell, and calls the backend. ``problem``: a StatsSpec's fields, the backend."""
+    *fields, backend = problem
+    spec = StatsSpec(*fields)
+    if spec.targets is not None:
+        checks.target_range(spec.targets, y.shape[0])
     with _without_autocast(x):
         return BACKENDS[backend].stats_forward(spec, x, y)
 
@@ -71,25 +60,17 @@ def stats_backward(
     needs: list[bool],
     x: Tensor,
     y: Tensor,
-    scale: Tensor,
-    targets: Tensor | None,
-    col_bias: Tensor | None,
-    row_ids: Tensor | None,
-    col_ids: Tensor | None,
-    exclude_self: bool,
-    rows: bool,
-    cols: bool,
-    kept_rows: int,
-    backend: str,
+    *problem: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Calls the backend. A gradient that is not asked comes back with 0 elements: an operator returns tensors."""
-    spec = StatsSpec(scale, targets, col_bias, row_ids, col_ids, exclude_self, rows, cols, kept_rows)
-    upstream = Upstream(g_pos, g_row if rows else None, g_col if cols else None)
+    *fields, backend = problem
+    spec = StatsSpec(*fields)
+    upstream = Upstream(g_pos, g_row if spec.rows else None, g_col if spec.cols else None)
     with _without_autocast(x):
         gradients = BACKENDS[backend].stats_backward(
             spec, x, y, saved=Forward(row, row, col, kept), upstream=upstream, needs=Needs(*needs)
         )
-    dx, dy, dscale, dcol_bias = (scale.new_empty(0) if g is None else g for g in gradients)
+    dx, dy, dscale, dcol_bias = (spec.scale.new_empty(0) if g is None else g for g in gradients)
     return dx, dy, dscale, dcol_bias
 
 
@@ -98,11 +79,12 @@ library.impl("stats_backward", stats_backward, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("fused_contrastive::stats_forward", lib=library)
-def _fake_forward(x, y, scale, targets, col_bias, row_ids, col_ids, exclude_self, rows, cols, kept_rows, backend):  # type: ignore[no-untyped-def]
-    m, n = x.shape[0], y.shape[0]
-    sizes = (m, m if rows else 0, n if cols else 0)
+def _fake_forward(x, y, *problem):  # type: ignore[no-untyped-def]
+    *fields, backend = problem
+    spec, m, n = StatsSpec(*fields), x.shape[0], y.shape[0]
+    sizes = (m, m if spec.rows else 0, n if spec.cols else 0)
     pos, row, col = (x.new_empty(size, dtype=statistics_dtype(x.device)) for size in sizes)
-    shape, dtype = BACKENDS[backend].kept(kept_rows, n, x.dtype)
+    shape, dtype = BACKENDS[backend].kept(spec.kept_rows, n, x.dtype)
     return pos, row, col, x.new_empty(shape, dtype=dtype)
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fused_contrastive.core import checks
 from fused_contrastive.core.memory import rows_to_keep
-from fused_contrastive.core.spec import autocast_enabled, compute_dtype
+from fused_contrastive.core.spec import StatsSpec, autocast_enabled, compute_dtype
 from fused_contrastive.ops import autograd, dispatch
 
 
@@ -76,39 +76,144 @@ def contrastive_stats(
 
     Under autocast, float32 features are cast to autocast's dtype as for a matmul; the products accumulate in float32.
     """
-    x, y = autocast(x), autocast(y)
-    checks.feature_pair("x", x, "y", y)
-    m, n, dtype = x.shape[0], y.shape[0], compute_dtype(x.dtype)
     rows, cols = checks.directions(directions)
-    checks.memory_budget(memory_budget)
-    if targets is not None:
-        checks.vector("targets", targets, m, x, of="one column index per row", integer=True)
-    elif m > n:
-        raise ValueError(f"targets: got None for M = {m} rows and N = {n} columns, expected targets because M > N")
-    if col_bias is not None:
-        checks.vector("col_bias", col_bias, n, x, of="one per column", integer=False)
-        col_bias = col_bias.to(dtype)
-    if (row_ids is None) != (col_ids is None):
-        raise ValueError("row_ids, col_ids: got only one of them, expected both or neither")
-    if row_ids is not None:
-        checks.vector("row_ids", row_ids, m, x, of="one per row", integer=True)
-        checks.vector("col_ids", col_ids, n, x, of="one per column", integer=True)
-    if not isinstance(exclude_self, bool):
-        raise TypeError(f"exclude_self: got {exclude_self!r}, expected True or False")
-    scale = _scale(scale, x, dtype)
-
-    chosen = dispatch.resolve(backend, x.device, x.dtype)
-    differentiable = torch.is_grad_enabled() and (
-        x.requires_grad or y.requires_grad or scale.requires_grad or (col_bias is not None and col_bias.requires_grad)
-    )
-    kept = 0
-    if differentiable:
-        kept = rows_to_keep(m, lambda rows: dispatch.BACKENDS[chosen].kept(rows, n, x.dtype), memory_budget, x.device)
-    pos, row, col, _ = autograd.stats_forward(
-        x, y, scale, targets, col_bias, row_ids, col_ids, exclude_self, rows, cols, kept, chosen,
-        differentiable=differentiable,
-    )  # fmt: skip
+    checks.boolean("exclude_self", exclude_self)
+    problem = _Problem(x, y, scale, targets, col_bias, row_ids, col_ids, memory_budget, backend)
+    pos, row, col = problem.run(exclude_self=exclude_self, rows=rows, cols=cols)
     return ContrastiveStats(pos, row if rows else None, col if cols else None)
+
+
+class SigmoidStats(NamedTuple):
+    """Statistics of pairwise logistic losses."""
+
+    pos: Tensor  # (M,) the positives' logits
+    row: Tensor  # (M,) sum of softplus over each row's other logits
+
+
+def sigmoid_stats(
+    x: Tensor,
+    y: Tensor,
+    scale: float | Tensor = 1.0,
+    *,
+    targets: Tensor | None = None,
+    col_bias: Tensor | None = None,
+    row_ids: Tensor | None = None,
+    col_ids: Tensor | None = None,
+    memory_budget: int | Literal["auto"] = "auto",
+    backend: str = "auto",
+) -> SigmoidStats:
+    """Sums of the pairwise logistic loss over a similarity matrix that is never stored, in one fused pass.
+
+    With logits S and positives t(i) as in ``contrastive_stats``, and softplus(s) = log(1 + exp(s))::
+
+        pos[i] = S[i, t(i)]
+        row[i] = sum over j != t(i) of softplus(S[i, j]), or of softplus(-S[i, j]) where row_ids[i] == col_ids[j]
+
+    so that the loss of Zhai et al. 2023, "Sigmoid Loss for Language Image Pre-Training", is the sum of
+    ``row + softplus(-pos)``. Differentiable once in x, y, scale and col_bias. Excluding a column: ``col_bias`` -inf.
+
+    Args: as for ``contrastive_stats``, but pairs with equal ids are positives here: their logits change sign.
+
+    Returns:
+        SigmoidStats(pos (M,), row (M,)) in float64 (float32 on devices without it).
+
+    Raises: as ``contrastive_stats``.
+    """
+    problem = _Problem(x, y, scale, targets, col_bias, row_ids, col_ids, memory_budget, backend)
+    pos, row, _ = problem.run(cols=False, equal_ids="negate", reduction="softplus")
+    return SigmoidStats(pos, row)
+
+
+def self_stats(
+    x: Tensor,
+    scale: float | Tensor = 1.0,
+    *,
+    ids: Tensor | None = None,
+    equal_ids: Literal["exclude", "only"] = "exclude",
+    memory_budget: int | Literal["auto"] = "auto",
+    backend: str = "auto",
+) -> Tensor:
+    """Denominators of a set of features against itself: of the symmetric matrix, only one triangle is computed.
+
+    With ``S[i, j] = scale * x[i] . x[j]``::
+
+        row[i] = log sum over j != i of exp S[i, j], where ids[i] != ids[j]
+
+    or, with ``equal_ids="only"``, where ``ids[i] == ids[j]``. Half the products of ``contrastive_stats(x, x)``: forward
+    and backward cost 2 (kept products: 1.5) in units of the full N x N x D product. Differentiable once in x and scale.
+
+    Args:
+        x: (N, D) float32, float64, bfloat16 or float16. Not normalised here.
+        scale: multiplies the products; a number or a 0-d tensor, which gets a gradient.
+        ids: (N,) int64, which pairs are excluded (or kept). Default: only self-pairs are excluded.
+        equal_ids: "exclude" or "only".
+        memory_budget, backend: see ``contrastive_stats``; enough to keep N * N products saves half a product.
+
+    Returns:
+        (N,) in float64 (float32 on devices without it); -inf where no pair is left.
+
+    Raises: as ``contrastive_stats``.
+    """
+    checks.one_of("equal_ids", equal_ids, ("exclude", "only"))
+    if ids is None and equal_ids == "only":
+        raise ValueError("ids: got None with equal_ids='only', expected an int64 tensor of shape (N,)")
+    problem = _Problem(x, x, scale, None, None, ids, ids, memory_budget, backend, ids_name=("ids", "ids"))
+    _, row, col = problem.run(upper=True, equal_ids=equal_ids)
+    return log_add(row, col)
+
+
+class _Problem:
+    """Checked input of one of the above, in the form that the operator takes."""
+
+    def __init__(
+        self, x: Tensor, y: Tensor, scale: float | Tensor, targets: Tensor | None, col_bias: Tensor | None,
+        row_ids: Tensor | None, col_ids: Tensor | None, memory_budget: int | str, backend: str,
+        ids_name: tuple[str, str] = ("row_ids", "col_ids"),
+    ) -> None:  # fmt: skip
+        same = y is x
+        x = autocast(x)
+        y = x if same else autocast(y)
+        checks.feature_pair("x", x, "y", y)
+        m, n, dtype = x.shape[0], y.shape[0], compute_dtype(x.dtype)
+        checks.memory_budget(memory_budget)
+        if targets is not None:
+            checks.vector("targets", targets, m, x, of="one column index per row", integer=True)
+        elif m > n:
+            raise ValueError(f"targets: got None for M = {m} rows and N = {n} columns, expected targets because M > N")
+        if col_bias is not None:
+            checks.vector("col_bias", col_bias, n, x, of="one per column", integer=False)
+            col_bias = col_bias.to(dtype)
+        if (row_ids is None) != (col_ids is None):
+            raise ValueError("row_ids, col_ids: got only one of them, expected both or neither")
+        if row_ids is not None:
+            checks.vector(ids_name[0], row_ids, m, x, of="one per row", integer=True)
+            checks.vector(ids_name[1], col_ids, n, x, of="one per column", integer=True)
+        self.x, self.y = x, y
+        self.spec = StatsSpec(_scale(scale, x, dtype), targets, col_bias, row_ids, col_ids)
+        self.memory_budget, self.backend = memory_budget, dispatch.resolve(backend, x.device, x.dtype)
+
+    def run(self, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """pos, row and col; ``options`` are fields of the StatsSpec."""
+        x, y, (scale, _, col_bias, *_) = self.x, self.y, self.spec
+        differentiable = torch.is_grad_enabled() and (
+            x.requires_grad
+            or y.requires_grad
+            or scale.requires_grad
+            or (col_bias is not None and col_bias.requires_grad)
+        )
+        kept = 0
+        if differentiable:
+            backend, n = dispatch.BACKENDS[self.backend], y.shape[0]
+            kept = rows_to_keep(x.shape[0], lambda rows: backend.kept(rows, n, x.dtype), self.memory_budget, x.device)
+        spec = self.spec._replace(kept_rows=kept, **options)
+        pos, row, col, _ = autograd.stats_forward(x, y, *spec, self.backend, differentiable=differentiable)
+        return pos, row, col
+
+
+def log_add(a: Tensor, b: Tensor) -> Tensor:
+    """log(exp(a) + exp(b)), elementwise; -inf with zero gradients (not NaN) where both are -inf."""
+    empty = (a == -torch.inf) & (b == -torch.inf)
+    return torch.logaddexp(a.masked_fill(empty, 0), b.masked_fill(empty, 0)).masked_fill(empty, -torch.inf)
 
 
 def autocast(features: Tensor) -> Tensor:

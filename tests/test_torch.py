@@ -46,6 +46,9 @@ def problem(dtype: torch.dtype, backend: str, **changes: object) -> tuple:
         "exclude_self": False,
         "rows": True,
         "cols": True,
+        "upper": False,
+        "equal_ids": "exclude",
+        "reduction": "logsumexp",
         "kept_rows": 3,
         "backend": backend,
     }

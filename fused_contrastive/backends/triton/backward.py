@@ -8,6 +8,7 @@ import triton.language as tl
 from fused_contrastive.backends.triton.tiles import (
     CELL,
     LOG2_E,
+    depth,
     finite,
     logits,
     power,
@@ -55,7 +56,7 @@ def _weights(s, value, g, i, inside, unit, factor, AXIS: tl.constexpr, FAST: tl.
 
 
 @triton.jit
-def _factor(largest, TOP: tl.constexpr):
+def factor_of(largest, TOP: tl.constexpr):
     """What G is multiplied by, so that its largest entries come near TOP; 1 where it needs no such care."""
     factor = 1.0
     if largest is not None:
@@ -68,7 +69,7 @@ def tile_gradient(
     x, y, given, kept, references, scale, targets, col_bias, row_ids, col_ids, row, col, g_row, g_col, largest, out,
     M, N, D, stride_x, stride_y, stride_given, stride_kept, stride_references, stride_out,
     row_begin, row_end, col_begin, col_end,
-    SELF: tl.constexpr, FAST: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr, TOP: tl.constexpr,
+    SELF: tl.constexpr, UPPER: tl.constexpr, EQUAL_IDS: tl.constexpr, FAST: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr, TOP: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """G[i, j] = g_row[i] exp(S[i, j] - row[i]) + g_col[j] exp(S[i, j] - col[j]), 0 where excluded, times TOP / largest.
@@ -122,16 +123,17 @@ def tile_gradient(
         s = tl.zeros((BM, BN), tl.float32)
     if not is_kept:
         if given is None:
-            s = products(x, y, row0, col0, M, N, D, stride_x, stride_y, BM, BN, BK, TMA, PRECISION)
+            deep = depth(D, row0, col0, BN, UPPER)
+            s = products(x, y, row0, col0, M, N, deep, stride_x, stride_y, BM, BN, BK, TMA, PRECISION)
         s = logits(
-            s, scale, targets, col_bias, row_ids, col_ids, None, row0, row_end, col0, col_end, unit, SELF, False,
-            BM, BN,
+            s, scale, targets, col_bias, row_ids, col_ids, None, row0, row_end, col0, col_end, unit, SELF, UPPER,
+            EQUAL_IDS, False, BM, BN,
         )  # fmt: skip
         if near:
             s = power(s - reference, FAST)
     # s: logits, or where ``near`` their exponentials relative to the reference.
 
-    factor = _factor(largest, TOP)
+    factor = factor_of(largest, TOP)
     if near:
         if g_row is None:
             s *= _multiplier(col, g_col, cols, cols < col_end, unit, factor, reference, FAST)[None, :]
@@ -169,7 +171,7 @@ def finish(
     inside = local < rows
     local = local.to(tl.int64)
     i = local + first
-    factor = 1.0 / _factor(largest, TOP)
+    factor = 1.0 / factor_of(largest, TOP)
     with_positive = inside & (i < paired)
     g = tl.zeros((ROWS,), tl.float32)
     partner = i

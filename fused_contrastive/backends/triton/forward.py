@@ -9,6 +9,7 @@ from fused_contrastive.backends.triton.tiles import (
     CELL,
     LN_2,
     LOG2_E,
+    depth,
     finite,
     logits,
     power,
@@ -25,8 +26,9 @@ def tile_statistics(
     x, y, given, scale, targets, col_bias, row_ids, col_ids, pos, row_max, row_sum, col_max, col_sum, kept, references,
     M, N, D, stride_x, stride_y, stride_given, stride_kept, stride_references,
     row_begin, row_end, col_begin, col_end,
-    SELF: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, FAST: tl.constexpr, TMA: tl.constexpr,
-    PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
+    SELF: tl.constexpr, UPPER: tl.constexpr, EQUAL_IDS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    FAST: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    BK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """One tile of S per program: the positives' logits, and of every row and column a maximum and a sum of exp.
 
@@ -46,6 +48,7 @@ def tile_statistics(
     row0 = row_begin + tile_m * BM
     col0 = col_begin + tile_n * BN
     unit = LOG2_E if FAST else 1.0
+    deep = depth(D, row0, col0, BN, UPPER)
 
     rows = row0 + tl.arange(0, BM)
     cols = col0 + tl.arange(0, BN)
@@ -56,13 +59,14 @@ def tile_statistics(
         where, inside = tile_of(given, stride_given, row0, col0, row_begin, row_end, col_begin, col_end, BM, BN)
         acc = tl.load(where, mask=inside, other=0.0)
     else:
-        acc = products(x, y, row0, col0, M, N, D, stride_x, stride_y, BM, BN, BK, TMA, PRECISION)
+        acc = products(x, y, row0, col0, M, N, deep, stride_x, stride_y, BM, BN, BK, TMA, PRECISION)
         if kept is not None and not FAST:
             where, inside = tile_of(kept, stride_kept, row0, col0, row_begin, row_end, col_begin, col_end, BM, BN)
             tl.store(where, acc, mask=inside)
     s = logits(
-        acc, scale, targets, col_bias, row_ids, col_ids, pos, row0, row_end, col0, col_end, unit, SELF, True, BM, BN
-    )
+        acc, scale, targets, col_bias, row_ids, col_ids, pos, row0, row_end, col0, col_end, unit, SELF, UPPER,
+        EQUAL_IDS, True, BM, BN,
+    )  # fmt: skip
     lost = True
     if FAST:
         top = tl.max(s)
@@ -75,7 +79,10 @@ def tile_statistics(
             tl.store(row_sum + row_out, total, mask=rows < row_end)
         if COLS:
             total = tl.sum(e, axis=0)
-            least = tl.minimum(least, tl.min(tl.where(cols < col_end, total, 1.0)))
+            present = cols < col_end
+            if col_bias is not None:  # a column left empty has lost nothing
+                present &= tl.load(col_bias + cols, mask=present, other=0.0) != float("-inf")
+            least = tl.minimum(least, tl.min(tl.where(present, total, 1.0)))
             tl.store(col_max + col_out, tl.full((BN,), 0.0, tl.float32) + top, mask=cols < col_end)
             tl.store(col_sum + col_out, total, mask=cols < col_end)
         lost = least < LOST
@@ -90,10 +97,10 @@ def tile_statistics(
             tl.store(references + where, tl.zeros((BM // CELL, BN // CELL), tl.float32) + reference, mask=inside)
     if lost:
         if FAST:  # the products again: keeping them would cost every tile the registers
-            acc = products(x, y, row0, col0, M, N, D, stride_x, stride_y, BM, BN, BK, TMA, PRECISION)
+            acc = products(x, y, row0, col0, M, N, deep, stride_x, stride_y, BM, BN, BK, TMA, PRECISION)
             s = logits(
-                acc, scale, targets, col_bias, row_ids, col_ids, pos, row0, row_end, col0, col_end, unit, SELF, False,
-                BM, BN,
+                acc, scale, targets, col_bias, row_ids, col_ids, pos, row0, row_end, col0, col_end, unit, SELF,
+                UPPER, EQUAL_IDS, False, BM, BN,
             )  # fmt: skip
         if ROWS:
             row_top = tl.max(s, axis=1)
@@ -108,7 +115,7 @@ def tile_statistics(
 @triton.jit
 def _merge_one(
     part_max, part_sum, total_max, total_sum, value, parts, length, known,
-    FAST: tl.constexpr, PARTS: tl.constexpr, LENGTH: tl.constexpr,
+    FAST: tl.constexpr, PLAIN: tl.constexpr, PARTS: tl.constexpr, LENGTH: tl.constexpr,
 ):  # fmt: skip
     i = tl.program_id(0) * LENGTH + tl.arange(0, LENGTH)
     top = tl.load(total_max + i, mask=i < known, other=float("-inf"))
@@ -126,7 +133,10 @@ def _merge_one(
     tl.store(total_max + i, top, mask=i < length)
     tl.store(total_sum + i, total, mask=i < length)
     high = top.to(tl.float64)
-    log = (high + tl.log2(total)) * LN_2 if FAST else high + tl.log(total)
+    if PLAIN:
+        log = total
+    else:
+        log = (high + tl.log2(total)) * LN_2 if FAST else high + tl.log(total)
     tl.store(value + i, log, mask=i < length)
 
 
@@ -134,20 +144,23 @@ def _merge_one(
 def merge(
     row_max, row_sum, row_total_max, row_total_sum, row, col_max, col_sum, col_total_max, col_total_sum, col,
     tiles_m, tiles_n, height, width, known_height, known_width,
-    FAST: tl.constexpr, PARTS: tl.constexpr, LENGTH: tl.constexpr,
+    FAST: tl.constexpr, PLAIN: tl.constexpr, PARTS: tl.constexpr, LENGTH: tl.constexpr,
 ):  # fmt: skip
     """Adds a block's partials to the running maxima and sums, in order; row, col = maximum + log(sum).
 
     Axis 1 of the grid is the direction: 0 rows, 1 columns; None where it is not asked. known_* is 0 for a direction's
-    first block, whose totals hold nothing yet, and its length after. The sums and the values are float64: next to a
+    first block, whose totals hold nothing yet, and its length after. PLAIN: the maxima are 0 and the values are the sums
+    themselves. The sums and the values are float64: next to a
     maximum of 1000, float32 would round log(sum) to 6e-5.
     """
     if tl.program_id(1) == 0:
         if row is not None:
             _merge_one(
-                row_max, row_sum, row_total_max, row_total_sum, row, tiles_n, height, known_height, FAST, PARTS, LENGTH
-            )
+                row_max, row_sum, row_total_max, row_total_sum, row, tiles_n, height, known_height, FAST, PLAIN,
+                PARTS, LENGTH,
+            )  # fmt: skip
     elif col is not None:
         _merge_one(
-            col_max, col_sum, col_total_max, col_total_sum, col, tiles_m, width, known_width, FAST, PARTS, LENGTH
-        )
+            col_max, col_sum, col_total_max, col_total_sum, col, tiles_m, width, known_width, FAST, PLAIN,
+            PARTS, LENGTH,
+        )  # fmt: skip

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fused_contrastive.backends.triton import backward as backward_kernels
 from fused_contrastive.backends.triton import forward as forward_kernels
+from fused_contrastive.backends.triton import sigmoid as sigmoid_kernels
 from fused_contrastive.backends.triton import storage
 from fused_contrastive.backends.triton.problem import Block, Problem, scratch
 from fused_contrastive.core.spec import Forward, Gradients, Needs, StatsSpec, Upstream
@@ -75,16 +76,22 @@ def _block_statistics(
     kept_to = keep.given if given is None else None  # the vendor GEMM has written there itself
     if keep.exponentials is not None:
         kept_to = keep.exponentials
-    forward_kernels.tile_statistics[(down * across,)](
-        *p.features(config), given, p.spec.scale, *p.vectors, pos, *row_parts, *col_parts, kept_to, keep.references,
-        *p.sizes, _stride(given), _stride(kept_to), _stride(keep.references), *b,
-        ROWS=row.asked, COLS=col.asked, **p.flags, **config.options,
-    )  # fmt: skip
+    if p.softplus:
+        sigmoid_kernels.sigmoid_statistics[(down * across,)](
+            *p.features(config), given, p.spec.scale, *p.vectors, pos, *row_parts, kept_to,
+            *p.sizes, _stride(given), _stride(kept_to), *b, **p.flags, **config.options,
+        )  # fmt: skip
+    else:
+        forward_kernels.tile_statistics[(down * across,)](
+            *p.features(config), given, p.spec.scale, *p.vectors, pos, *row_parts, *col_parts, kept_to, keep.references,
+            *p.sizes, _stride(given), _stride(kept_to), _stride(keep.references), *b,
+            ROWS=row.asked, COLS=col.asked, **p.flags, **config.options,
+        )  # fmt: skip
     longest = max(b.height if row.asked else 0, b.width if col.asked else 0)
     forward_kernels.merge[(triton.cdiv(longest, MERGE_LENGTH), 2)](
         *row_parts, *row.views(b.rows), *col_parts, *col.views(b.cols),
-        down, across, b.height, b.width, b.height if b.col0 else 0, b.width if b.row0 else 0,
-        FAST=p.flags["FAST"], PARTS=MERGE_PARTS, LENGTH=MERGE_LENGTH,
+        down, across, b.height, b.width, 0 if p.first_of_rows(b) else b.height, b.width if b.row0 else 0,
+        FAST=p.flags["FAST"], PLAIN=p.softplus, PARTS=MERGE_PARTS, LENGTH=MERGE_LENGTH,
     )  # fmt: skip
 
 
@@ -129,6 +136,13 @@ class _Backward:
             given = p.products(b, out)  # each tile is read before it is overwritten
         config = p.config("gradient" if keep.exponentials is None else "kept")
         down, across = b.tiles(config)
+        if p.softplus:
+            sigmoid_kernels.sigmoid_gradient[(down * across,)](
+                *p.features(config), given, keep.exponentials, p.spec.scale, *p.vectors, self.g_row, self.largest, out,
+                *p.sizes, _stride(given), _stride(keep.exponentials), _stride(out), *b,
+                TOP=self.top, **p.flags, **config.options,
+            )  # fmt: skip
+            return out
         backward_kernels.tile_gradient[(down * across,)](
             *p.features(config), given, keep.exponentials, keep.references, p.spec.scale, *p.vectors,
             self.saved.row, self.saved.col, self.g_row, self.g_col, self.largest, out,
@@ -184,7 +198,7 @@ def backward(spec: StatsSpec, x: Tensor, y: Tensor, saved: Forward, upstream: Up
             if run.has_negatives:
                 g = run.gradient(b, room)
                 if run.by_rows:
-                    add_product(dx[: b.height], g, p.y[b.cols], first=b.col0 == 0)
+                    add_product(dx[: b.height], g, p.y[b.cols], first=p.first_of_rows(b))
                 if needs.y:
                     add_product(dy[b.cols], g.T, p.x[b.rows], first=b.row0 == 0)
                 if needs.col_bias:

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fused_contrastive.backends.triton.tiles import log1p_unit
 from fused_contrastive.core.reduction import Reduction
 
 BLOCK = 1024
@@ -18,18 +19,11 @@ BLOCKS_PER_PROGRAM = 16
 
 
 @triton.jit
-def _log1p(u):
-    """log(1 + u) for u in [0, 1], to full precision (Kahan): the rounding of 1 + u cancels in log(w) / (w - 1)."""
-    w = 1.0 + u
-    return tl.where(w == 1.0, u, tl.log(w) * (u / tl.where(w == 1.0, 1.0, w - 1.0)))
-
-
-@triton.jit
 def _loss(normaliser, pos, DECOUPLED: tl.constexpr):
     """-log(e^pos / (e^pos + e^normaliser)) = softplus(normaliser - pos); decoupled: normaliser - pos."""
     z = normaliser - pos
     if not DECOUPLED:  # where z is NaN, exp(-|z|) is
-        z = tl.where(z > 0, z, 0.0) + _log1p(tl.exp(-tl.abs(z)))
+        z = tl.where(z > 0, z, 0.0) + log1p_unit(tl.exp(-tl.abs(z)))
     return z
 
 

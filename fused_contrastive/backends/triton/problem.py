@@ -54,11 +54,12 @@ def cuts(begin: int, end: int, step: int) -> list[tuple[int, int]]:
     return [(i, min(i + each, end)) for i in range(begin, end, each)]
 
 
-def blocks(m: int, n: int, kept_rows: int, height: int, width: int) -> Iterator[Block]:
-    """S by rows of blocks; each block is kept as a whole or not at all."""
+def blocks(m: int, n: int, kept_rows: int, height: int, width: int, upper: bool) -> Iterator[Block]:
+    """S by rows of blocks; each is kept as a whole or not at all. Of the upper triangle, those below are left out."""
     for row0, row1 in (*cuts(0, kept_rows, height), *cuts(kept_rows, m, height)):
         for col0, col1 in cuts(0, n, width):
-            yield Block(row0, row1, col0, col1)
+            if not upper or col1 > row0:
+                yield Block(row0, row1, col0, col1)
 
 
 def aligned(t: Tensor) -> Tensor:
@@ -96,6 +97,7 @@ class Problem:
             x, y = x.float(), y.float()
         self.x, self.y = aligned(x), aligned(y)
         self.exact = self.source != "half"
+        self.softplus = spec.reduction == "softplus"
         self.kept_rows = spec.kept_rows if self.n < LONGEST_KEPT_ROW else 0
         self.kept = storage.Kept(kept_buffer, self.kept_rows, self.n, self.exact)
         self.vectors = [
@@ -104,6 +106,8 @@ class Problem:
         self.tma = configs.has_tma(self.x.device) and self.source != "given"
         self.flags = {
             "SELF": spec.exclude_self,
+            "UPPER": spec.upper,
+            "EQUAL_IDS": spec.equal_ids,
             "FAST": not self.exact,
             "TMA": self.tma,
             "PRECISION": "tf32" if self.source == "tf32" else "ieee",
@@ -126,7 +130,13 @@ class Problem:
         )
 
     def blocks(self, height: int, width: int) -> list[Block]:
-        return list(blocks(self.m, self.n, self.kept_rows, height, width))
+        if self.spec.upper:  # smaller, so that less of those on the diagonal is for nothing
+            height = width = min(height, width) // 2
+        return list(blocks(self.m, self.n, self.kept_rows, height, width, self.spec.upper))
+
+    def first_of_rows(self, b: Block) -> bool:
+        """Whether no block before it has its rows."""
+        return b.col0 <= b.row0 if self.spec.upper else b.col0 == 0
 
     def products(self, b: Block, out: Tensor) -> Tensor:
         """The vendor GEMM's products of a block, written to ``out`` (height, width)."""

@@ -60,12 +60,27 @@ def products(
 
 
 @triton.jit
+def depth(D, row0, col0, BN: tl.constexpr, UPPER: tl.constexpr):
+    """How many features a tile's products need: none where UPPER excludes all of it."""
+    return tl.where(col0 + BN > row0, D, 0) if UPPER else D
+
+
+@triton.jit
+def equal_ids(row_ids, col_ids, rows, row_end, cols, col_end):
+    row_id = tl.load(row_ids + rows, mask=rows < row_end, other=0)
+    col_id = tl.load(col_ids + cols, mask=cols < col_end, other=0)
+    return row_id[:, None] == col_id[None, :]
+
+
+@triton.jit
 def logits(
     acc, scale, targets, col_bias, row_ids, col_ids, pos, row0, row_end, col0, col_end, unit,
-    SELF: tl.constexpr, PICK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    SELF: tl.constexpr, UPPER: tl.constexpr, EQUAL_IDS: tl.constexpr, PICK: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr,
 ):  # fmt: skip
     """Products -> logits in multiples of 1 / unit, -inf where excluded or beyond the end. PICK stores the positives.
 
+    UPPER excludes all but pairs above the diagonal; EQUAL_IDS is "exclude", "only" (exclude all others) or "negate".
     Most tiles have nothing to exclude, and skip the comparisons.
     """
     rows = row0 + tl.arange(0, BM)
@@ -81,6 +96,8 @@ def logits(
     special = (row0 + BM > row_end) | (col0 + BN > col_end) | (tl.max(has_positive.to(tl.int32)) > 0)
     if SELF:
         special |= (row0 < col0 + BN) & (col0 < row0 + BM)
+    if UPPER:
+        special |= col0 < row0 + BM
     if row_ids is not None:
         special |= row0 >= 0
     if special:
@@ -91,10 +108,16 @@ def logits(
         excluded = at_positive | (rows >= row_end)[:, None] | (cols >= col_end)[None, :]
         if SELF:
             excluded |= rows[:, None] == cols[None, :]
+        if UPPER:
+            excluded |= rows[:, None] >= cols[None, :]
         if row_ids is not None:
-            row_id = tl.load(row_ids + rows, mask=rows < row_end, other=0)
-            col_id = tl.load(col_ids + cols, mask=cols < col_end, other=0)
-            excluded |= row_id[:, None] == col_id[None, :]
+            equal = equal_ids(row_ids, col_ids, rows, row_end, cols, col_end)
+            if EQUAL_IDS == "exclude":
+                excluded |= equal
+            elif EQUAL_IDS == "only":
+                excluded |= ~equal
+            else:
+                s = tl.where(equal, -s, s)
         s = tl.where(excluded, float("-inf"), s)
     return s
 
@@ -103,6 +126,13 @@ def logits(
 def power(s, FAST: tl.constexpr):
     """exp of logits: base 2 where they are in units of log 2 (FAST), base e else."""
     return tl.exp2(s) if FAST else tl.exp(s)
+
+
+@triton.jit
+def log1p_unit(u):
+    """log(1 + u) for u in [0, 1], to full precision (Kahan): the rounding of 1 + u cancels in log(w) / (w - 1)."""
+    w = 1.0 + u
+    return tl.where(w == 1.0, u, tl.log(w) * (u / tl.where(w == 1.0, 1.0, w - 1.0)))
 
 
 @triton.jit

@@ -128,7 +128,7 @@ def _work(device: torch.device, kernel: Kernel, dtype: torch.dtype, d: int) -> C
     size = 64 if device.type == "cpu" else SIZE
     x, y = (torch.nn.functional.normalize(torch.randn(size, d, device=device), dim=1).to(dtype) for _ in range(2))
     scale = torch.full((), 20.0, device=device)
-    spec = StatsSpec(scale, None, None, None, None, False, True, True, kept_rows=size if kernel == "kept" else 0)
+    spec = StatsSpec(scale, kept_rows=size if kernel == "kept" else 0)
     if kernel == "statistics":
         return lambda: launch.forward(spec, x, y)
     saved: Forward = launch.forward(spec, x, y)

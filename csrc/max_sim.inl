@@ -60,37 +60,63 @@ static void down(const T* products, int64_t stride, int64_t rows, int64_t cols, 
   if (j < cols) down_strip<T, 1, true>(products + j, stride, rows, cols - j, first, best + j, index + j);
 }
 
-// Each lane keeps the best of its columns; then the lanes are compared. Of equal maxima the lowest column wins.
+// Column l of a square of as many rows as a vector has lanes.
+template <class V, class T>
+static inline V column(const T* square, int64_t l) {
+  constexpr int64_t kL = sizeof(V) / sizeof(T);
+  V v;
+#pragma GCC unroll 16
+  for (int64_t r = 0; r < kL; ++r) v[r] = square[r * kL + l];
+  return v;
+}
+
+// As many rows at a time as a vector has lanes. Of each row every lane finds the best of its columns; then the lanes
+// are compared, a lane of all rows at once. Of equal maxima the lowest column wins.
 template <class T>
 static void across(const T* products, int64_t stride, int64_t rows, int64_t cols, int64_t first, T* best,
                    int32_t* index) {
   using Int = typename Lanes<T>::Int;
-  constexpr int kL = kLanes<T>;
+  constexpr int64_t kL = kLanes<T>;
+  alignas(64) T tops[kL * kL] = {};
+  alignas(64) Int ats[kL * kL] = {};
   IntVec<T> lanes;
-  for (int l = 0; l < kL; ++l) lanes[l] = l;
-  for (int64_t i = 0; i < rows; ++i) {
-    const T* row = products + i * stride;
-    Vec<T> top = load_row(row, 0, cols);
-    IntVec<T> at = lanes, nan = top != top;
-    for (int64_t j = kL; j < cols; j += kL) {
-      const Vec<T> s = load_row(row, j, cols);
-      const IntVec<T> higher = s > top;
-      top = higher ? s : top;
-      at = higher ? lanes + static_cast<Int>(j) : at;
+  for (int64_t l = 0; l < kL; ++l) lanes[l] = static_cast<Int>(l);
+  for (int64_t i = 0; i < rows; i += kL) {
+    const int64_t count = smaller(kL, rows - i);
+    for (int64_t r = 0; r < count; ++r) {
+      const T* row = products + (i + r) * stride;
+      Vec<T> top = load_row(row, 0, cols);
+      IntVec<T> at = lanes, nan = top != top;
+      for (int64_t j = kL; j < cols; j += kL) {
+        const Vec<T> s = load_row(row, j, cols);
+        const IntVec<T> higher = s > top;
+        top = higher ? s : top;
+        at = higher ? lanes + static_cast<Int>(j) : at;
+        nan |= s != s;
+      }
+      store(tops + r * kL, nan ? fill<T>(kNaN<T>) : top);
+      __builtin_memcpy(ats + r * kL, &at, sizeof at);
+    }
+    Vec<T> top = column<Vec<T>>(tops, 0);
+    IntVec<T> at = column<IntVec<T>>(ats, 0), nan = top != top;
+    for (int64_t l = 1; l < smaller(kL, cols); ++l) {
+      const Vec<T> s = column<Vec<T>>(tops, l);
+      const IntVec<T> where = column<IntVec<T>>(ats, l);
+      const IntVec<T> better = (s > top) | ((s == top) & (where < at));
+      top = better ? s : top;
+      at = better ? where : at;
       nan |= s != s;
     }
-    T most = top[0];
-    Int where = at[0], any_nan = nan[0];
-    for (int l = 1; l < kL; ++l) {
-      const bool better = (top[l] > most) | ((top[l] == most) & (at[l] < where));
-      most = better ? top[l] : most;
-      where = better ? at[l] : where;
-      any_nan |= nan[l];
+    at += static_cast<Int>(first);
+    if (first) {  // what was before wins where equal, and where it is NaN
+      const Vec<T> before = load_row(best, i, i + count);
+      const IntVec<T> higher = top > before;
+      at = higher ? at : load_index<T>(index + i, count);
+      top = higher ? top : before;
+      nan |= before != before;
     }
-    if (any_nan) most = kNaN<T>, where = 0;
-    if (first && !(most > best[i]) && !any_nan) continue;  // what was before stays; NaN too
-    best[i] = most;
-    index[i] = static_cast<int32_t>(first + where);
+    store_row(best, i, i + count, nan ? fill<T>(kNaN<T>) : top);
+    store_index<T>(index + i, count, at);
   }
 }
 

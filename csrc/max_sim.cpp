@@ -1,5 +1,5 @@
-// Late interaction. The vendor GEMM makes the products of a block of y's tokens with a block of x's, small enough for the
-// cache; the kernels of max_sim.inl take the maxima of both directions from it, in parallel.
+// Late interaction. The vendor GEMM makes the products of a block of y's tokens with a block of x's, small enough for
+// the cache; the kernels of max_sim.inl take the maxima of both directions from it, in parallel.
 //
 // Tokens are packed: only the real ones, item after item. A block holds whole items, or a part of one that is longer
 // than a block; the maxima then go on from part to part. y's tokens are the rows of a block, so that the maxima over
@@ -35,8 +35,7 @@ struct Side {
   int64_t items, length;       // length: T or P, real or not
   at::Tensor places;           // (real,) where each token stands among all; undefined if all are real
 
-  Side(const at::Tensor& x, const OptionalTensor& lengths, at::ScalarType dtype)
-      : items(x.size(0)), length(x.size(1)) {
+  Side(const at::Tensor& x, const OptionalTensor& lengths, at::ScalarType dtype) : items(x.size(0)), length(x.size(1)) {
     const at::Tensor all = x.reshape({items * length, x.size(2)});
     start.push_back(0);
     if (lengths) {
@@ -96,6 +95,12 @@ std::vector<Piece> pieces(const Side& side, int64_t first, int64_t last, int64_t
     i = next;
   }
   return all;
+}
+
+int64_t longest(const std::vector<Piece>& all) {
+  int64_t most = 0;
+  for (const Piece& p : all) most = std::max(most, p.tokens());
+  return most;
 }
 
 // Argmaxima (rows, N, tokens) in their narrow dtype, for items from `row0` of x on.
@@ -166,13 +171,12 @@ void sweep(const Side& x, const Side& y, int64_t first, int64_t last, const Outp
            const Interrupt& interrupt) {
   const MaxSimKernels<T>& kernel = max_sim_kernels<T>();
   const auto x_pieces = pieces(x, first, last, kBlockTokens), y_pieces = pieces(y, 0, y.items, kBlockTokens);
-  at::Tensor scratch;
+  const at::Tensor scratch = at::empty({longest(x_pieces) * longest(y_pieces)}, x.tokens.options());
   Maxima<T> of_x, of_y;
   for (const Piece& xp : x_pieces) {
     for (const Piece& yp : y_pieces) {
       const int64_t rows = yp.tokens(), cols = xp.tokens(), x_items = xp.item1 - xp.item0;
       const int64_t y_items = yp.item1 - yp.item0;
-      if (!scratch.defined()) scratch = at::empty({kBlockTokens * kBlockTokens}, x.tokens.options());
       at::Tensor s = scratch.slice(0, 0, rows * cols).view({rows, cols});
       at::mm_out(s, y.tokens.slice(0, yp.begin, yp.end), x.tokens.slice(0, xp.begin, xp.end).t());
       const T* products = s.const_data_ptr<T>();
@@ -232,7 +236,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> forward(const TokenPr
   const at::Tensor x_sums = at::zeros({m, n}, dtype);
   const at::Tensor y_sums = p.both ? at::zeros({m, n}, dtype) : at::empty({0, 0}, dtype);
   const Output<T> out_x{x_sums.mutable_data_ptr<T>(), n, {argmax_room(kept_rows, n, x, y)}};
-  const Output<T> out_y{y_sums.mutable_data_ptr<T>(), n,
+  const Output<T> out_y{y_sums.mutable_data_ptr<T>(),
+                        n,
                         {p.both ? argmax_room(kept_rows, n, y, x) : at::empty({0, 0, 0}, index_dtype(x.length))}};
   sweep<T>(x, y, 0, m, &out_x, p.both ? &out_y : nullptr, interrupt);
   return {x_sums, y_sums, out_x.argmax.tensor, out_y.argmax.tensor};
@@ -267,7 +272,8 @@ void add_pair(int64_t m, int64_t n, T* out, int64_t own, const T* in, int64_t ot
   }
 }
 
-// Items [0, items) in groups, in parallel: as many at a time as have `kGradientElements`, fewer where threads lack work.
+// Items [0, items) in groups, in parallel: as many at a time as have `kGradientElements`, fewer where threads lack
+// work.
 template <class F>
 void for_each_group(int64_t items, int64_t elements, const F& f) {
   const int64_t for_cache = std::max<int64_t>(1, kGradientElements / elements);
@@ -277,8 +283,8 @@ void for_each_group(int64_t items, int64_t elements, const F& f) {
   });
 }
 
-// Adds the part of items [first, last) of x: to dx in parallel over x's items, to dy over y's, so that every sum has one
-// owner and one order.
+// Adds the part of items [first, last) of x: to dx in parallel over x's items, to dy over y's, so that every sum has
+// one owner and one order.
 template <class T>
 void accumulate(const Side& x, const Side& y, int64_t first, int64_t last, const Direction<T>& of_x,
                 const Direction<T>& of_y, T* dx, T* dy) {
@@ -289,16 +295,14 @@ void accumulate(const Side& x, const Side& y, int64_t first, int64_t last, const
       std::vector<int32_t> index(std::max(x.length, y.length));
       for (int64_t n = 0; n < y.items; ++n)
         for (int64_t m = first + begin; m < first + end; ++m)
-          add_pair(m, n, dx + x.start[m] * d, x.count(m), ys + y.start[n] * d, y.count(n), d, of_x, of_y,
-                   index.data());
+          add_pair(m, n, dx + x.start[m] * d, x.count(m), ys + y.start[n] * d, y.count(n), d, of_x, of_y, index.data());
     });
   if (dy)
     for_each_group(y.items, y.length * d, [&](int64_t begin, int64_t end) {
       std::vector<int32_t> index(std::max(x.length, y.length));
       for (int64_t m = first; m < last; ++m)
         for (int64_t n = begin; n < end; ++n)
-          add_pair(m, n, dy + y.start[n] * d, y.count(n), xs + x.start[m] * d, x.count(m), d, of_y, of_x,
-                   index.data());
+          add_pair(m, n, dy + y.start[n] * d, y.count(n), xs + x.start[m] * d, x.count(m), d, of_y, of_x, index.data());
     });
 }
 

@@ -74,8 +74,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> max_sim_forward(at::T
 
 std::array<at::Tensor, 2> max_sim_backward(at::Tensor x, at::Tensor y, fc::OptionalTensor x_lengths,
                                            fc::OptionalTensor y_lengths, at::Tensor argmax_x, at::Tensor argmax_y,
-                                           fc::OptionalTensor g_x, fc::OptionalTensor g_y,
-                                           std::array<bool, 2> needs) {
+                                           fc::OptionalTensor g_x, fc::OptionalTensor g_y, std::array<bool, 2> needs) {
   const auto interrupt = python_interrupt();
   py::gil_scoped_release release;
   const at::NoGradGuard no_grad;

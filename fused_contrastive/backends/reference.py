@@ -201,4 +201,5 @@ def max_sim_backward(
         flat = grad.transpose(1, 2).reshape(-1, n * p)  # (R T, N P)
         dx[rows] = (flat @ maxima.y.flatten(0, 1)).view_as(dx[rows])
         dy += (flat.T @ maxima.x[rows].flatten(0, 1)).view_as(dy)
+    dx, dy = dx.masked_fill_(~maxima.x_real[..., None], 0), dy.masked_fill_(~maxima.y_real[..., None], 0)  # 0 times inf
     return dx.to(x.dtype) if needs[0] else None, dy.to(y.dtype) if needs[1] else None

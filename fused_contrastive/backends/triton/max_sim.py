@@ -68,7 +68,7 @@ def maxima(
     If T > TB, no program has all of x's tokens at once: the maxima of the direction y and their indices go to
     part_best and part_index, (blocks of T, last - first, N, P), to be compared afterwards.
     """
-    ITEMS: tl.constexpr = BM // TB
+    ITEMS: tl.constexpr = BM // TB  # noqa: N806
     tile, n = tile_at(tl.program_id(0), tl.cdiv(last - first, ITEMS), N, GROUP)
     item0 = first + tile * ITEMS
     r = tl.arange(0, BM)
@@ -102,9 +102,9 @@ def maxima(
             best = tl.where(higher, top, best)
             index = tl.where(higher, at, index)
             if BOTH:
-                s = tl.reshape(tl.where(is_real[:, None], acc, float("-inf")), (ITEMS, TB, BN))
+                by_item = tl.reshape(tl.where(is_real[:, None], acc, float("-inf")), (ITEMS, TB, BN))
                 ts = (t0 + tl.arange(0, TB))[None, :, None]
-                top_y, at_y = _first_maximum(s, ts, 1, (argmax_y is not None) or (part_index is not None))
+                top_y, at_y = _first_maximum(by_item, ts, 1, (argmax_y is not None) or (part_index is not None))
                 counts = (own_length > 0)[:, None] & (p < y_length)[None, :]
                 if part_best is not None:
                     block = (t0 // TB) * (last - first).to(tl.int64) + (own - first)
@@ -125,9 +125,8 @@ def maxima(
             tl.store(argmax_x + where, index.to(argmax_x.dtype.element_ty), mask=held)
     if x_sums is not None:
         tl.store(x_sums + own_pair, x_total, mask=own_inside)
-    if y_sums is not None:
-        if part_best is None:
-            tl.store(y_sums + own_pair, y_total, mask=own_inside)
+    if y_sums is not None and part_best is None:
+        tl.store(y_sums + own_pair, y_total, mask=own_inside)
 
 
 @triton.jit(do_not_specialize=["others", "own_size", "other_size"])
@@ -139,8 +138,8 @@ def gradient(
     """Adds to out (items * own_size, D) the gradient of one side's tokens. One program per item, BT tokens, BD columns.
 
     index_own has, for each own token, which token of the other item it is paired with: that row is gathered.
-    index_other has, for each other token, which own one: a product with the matrix of zeros and ones that says so, exact
-    in any precision. Either may be None. The weight g of a pair multiplies after that, in float32. Other items in order.
+    index_other has, for each other token, which own one: a product with the matrix of zeros and ones that says so.
+    Either may be None. The weight g of a pair multiplies after that, in float32. Other items are taken in order.
 
     Strides, in own and in other items: g_step, g_other_step of g_own and g_other; own_step, own_other_step of
     index_own; other_step, other_other_step of index_other.
@@ -167,16 +166,16 @@ def gradient(
             value = tl.load(rows + at[:, None] * stride_other + d[None, :], mask=mask & held[:, None], other=0.0)
             acc += g * value.to(tl.float32)
         if index_other is not None:
-            g = tl.load(g_other + i * g_step + j * g_other_step)
+            g_pair = tl.load(g_other + i * g_step + j * g_other_step)
             for q0 in range(0, other_length, BQ):
                 q = q0 + tl.arange(0, BQ)
-                held = q < tl.where(own_length > 0, other_length, 0)
-                at = tl.load(index_other + i * other_step + j * other_other_step + q, mask=held, other=0)
-                is_pair = held[None, :] & (at.to(tl.int32)[None, :] == t[:, None])
-                value = tl.load(
+                paired = q < tl.where(own_length > 0, other_length, 0)
+                to = tl.load(index_other + i * other_step + j * other_other_step + q, mask=paired, other=0)
+                pairs = paired[None, :] & (to.to(tl.int32)[None, :] == t[:, None])
+                block = tl.load(
                     rows + q.to(tl.int64)[:, None] * stride_other + d[None, :],
-                    mask=held[:, None] & (d < D)[None, :], other=0.0,
+                    mask=paired[:, None] & (d < D)[None, :], other=0.0,
                 )  # fmt: skip
-                acc += g * tl.dot(is_pair.to(value.dtype), value, input_precision=PRECISION)
+                acc += g_pair * tl.dot(pairs.to(block.dtype), block, input_precision=PRECISION)
         j += 1
     tl.store(where, acc, mask=mask)

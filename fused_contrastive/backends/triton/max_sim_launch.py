@@ -39,21 +39,24 @@ class Tiles(NamedTuple):
     @property
     def of_maxima(self) -> dict[str, Any]:
         return {
-            "BM": self.m, "BN": self.n, "BK": self.k, "GROUP": 8, "num_warps": self.warps, "num_stages": self.stages
+            "BM": self.m, "BN": self.n, "BK": self.k, "GROUP": 8, "num_warps": self.warps, "num_stages": self.stages,
+            "enable_fp_fusion": True,
         }  # fmt: skip
 
     @property
     def of_gradient(self) -> dict[str, Any]:
-        return {"BT": self.own, "BQ": self.other, "BD": self.d, "num_warps": 4, "num_stages": 2}
+        return {
+            "BT": self.own, "BQ": self.other, "BD": self.d, "num_warps": 4, "num_stages": 2, "enable_fp_fusion": True
+        }  # fmt: skip
 
 
-def tiles(architecture: str, dtype: torch.dtype) -> Tiles:
-    """Chosen by what they compile to, not by timing."""
+def tiles(architecture: str, source: configs.Source) -> Tiles:
+    """Chosen by what they compile to, not by timing. "given" here is float32 at full precision, without matrix units
+    on NVIDIA, by these kernels all the same."""
     if architecture == "interpreter":  # small, so that small problems have several
         return Tiles(32, 16, 16, 4, 1, own=16, other=16, d=16)
-    half = dtype != torch.float32
-    stages = 2 if architecture == "gfx942" else 3
-    return Tiles(128, 64, 64 if half else 32, 8, stages, own=64, other=32, d=64)
+    k, own = 64 if source == "half" else 32, 32 if source == "given" else 64
+    return Tiles(128, 64, k, warps=8, stages=2 if architecture == "gfx942" else 3, own=own, other=32, d=64)
 
 
 def token_block(t: int, rows: int) -> int:
@@ -68,9 +71,9 @@ class _Problem:
     def __init__(self, spec: TokenSpec, x: Tensor, y: Tensor) -> None:
         self.spec = spec
         (self.m, self.t, self.d), (self.n, self.p, _) = x.shape, y.shape
-        architecture = configs.architecture(x.device)
-        self.tiles = tiles(architecture, x.dtype)
-        self.precision = "tf32" if products_from(x) == "tf32" else "ieee"
+        source = products_from(x)
+        self.tiles = tiles(configs.architecture(x.device), source)
+        self.precision = "tf32" if source == "tf32" else "ieee"
         if x.device.type == "cpu":  # the interpreter multiplies bfloat16 as if its bits were integers
             x, y = x.float(), y.float()
         self.x, self.y = aligned(x.flatten(0, 1)), aligned(y.flatten(0, 1))
@@ -162,7 +165,7 @@ def _add(
     p: _Problem, begin: int, end: int, g_x: Tensor | None, g_y: Tensor | None, argmax_x: Tensor, argmax_y: Tensor,
     dx: Tensor | None, dy: Tensor | None,
 ) -> None:  # fmt: skip
-    """The part of items [begin, end) of x: dx by x's items, dy by y's, so that every sum has one owner and one order."""
+    """The part of items [begin, end) of x: dx by x's items, dy by y's, so that every sum has one owner."""
     c, n = p.tiles, p.n
     x_lengths = None if p.x_lengths is None else p.x_lengths[begin:end]
     g_x, g_y = (None if g is None else g[begin:end] for g in (g_x, g_y))

@@ -73,7 +73,8 @@ def some_mask(items: int, tokens: int) -> Tensor:
 
 def random_case(m: int, n: int, t: int, p: int, d: int, dtype: torch.dtype, masked: bool, repeated: bool) -> Case:
     x, y = torch.randn(m, t, d, device="cpu"), torch.randn(n, p, d, device="cpu")
-    if repeated:  # ties: equal tokens in one item
+    if repeated:  # ties: equal tokens in one item, of quarters, whose products are exact in any order of their sums
+        x, y = (4 * x).round() / 4, (4 * y).round() / 4
         x, y = x[:, torch.randint(t, (t,), device="cpu")], y[:, torch.randint(p, (p,), device="cpu")]
     x_mask, y_mask = (some_mask(m, t), some_mask(n, p)) if masked else (None, None)
     if x_mask is not None and y_mask is not None:  # whatever padding holds

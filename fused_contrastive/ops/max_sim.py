@@ -173,7 +173,7 @@ def max_sim(
         score[m, n] = sum over p of max over t of x_tokens[m, t] . y_tokens[n, p]       direction "y"
 
     with the sum of ColBERT (Khattab & Zaharia 2020) or the mean of FILIP (Yao et al. 2021), over the tokens that the
-    masks call real. Differentiable once in both; the gradient of a maximum goes to the first of its equal tokens.
+    masks call real. Differentiable once in both; of equal products, the first is the maximum and gets the gradient.
 
     Args:
         x_tokens: (M, T, D), M items of T tokens (ColBERT's queries), float32, float64, bfloat16 or float16. Not

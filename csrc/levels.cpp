@@ -1,9 +1,10 @@
-// Compiles tile.inl once per instruction set and picks one when the extension is first used.
+// Compiles tile.inl and max_sim.inl once per instruction set and picks one when the extension is first used.
 #include <cstdlib>
 #include <cstring>
 #include <stdexcept>
 #include <string>
 
+#include "max_sim_kernels.h"
 #include "tile.h"
 
 #if defined(__x86_64__) && defined(__clang__)
@@ -23,6 +24,7 @@ namespace fc {
 namespace baseline {
 #define FC_VECTOR_BYTES 16
 #include "tile.inl"
+#include "max_sim.inl"
 #undef FC_VECTOR_BYTES
 }  // namespace baseline
 
@@ -31,6 +33,7 @@ FC_TARGET_BEGIN_AVX2
 namespace avx2 {
 #define FC_VECTOR_BYTES 32
 #include "tile.inl"
+#include "max_sim.inl"
 #undef FC_VECTOR_BYTES
 }  // namespace avx2
 FC_TARGET_END
@@ -39,6 +42,7 @@ FC_TARGET_BEGIN_AVX512
 namespace avx512 {
 #define FC_VECTOR_BYTES 64
 #include "tile.inl"
+#include "max_sim.inl"
 #undef FC_VECTOR_BYTES
 }  // namespace avx512
 FC_TARGET_END
@@ -88,7 +92,20 @@ const Kernels<T>& kernels() {
   return tables[chosen_level()];
 }
 
+template <class T>
+const MaxSimKernels<T>& max_sim_kernels() {
+#ifdef __x86_64__
+  static const MaxSimKernels<T> tables[] = {baseline::max_sim_table<T>(), avx2::max_sim_table<T>(),
+                                            avx512::max_sim_table<T>()};
+#else
+  static const MaxSimKernels<T> tables[] = {baseline::max_sim_table<T>()};
+#endif
+  return tables[chosen_level()];
+}
+
 template const Kernels<float>& kernels<float>();
 template const Kernels<double>& kernels<double>();
+template const MaxSimKernels<float>& max_sim_kernels<float>();
+template const MaxSimKernels<double>& max_sim_kernels<double>();
 
 }  // namespace fc

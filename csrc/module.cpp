@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "cross_entropy.h"
+#include "max_sim.h"
 #include "stats.h"
 #include "tile.h"
 
@@ -75,6 +76,26 @@ at::Tensor cross_entropy(const at::Tensor& pos, const std::vector<at::Tensor>& n
   return fc::cross_entropy(pos, normalisers, decoupled, reduction, dtype);
 }
 
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> max_sim_forward(at::Tensor x, at::Tensor y,
+                                                                           fc::OptionalTensor x_lengths,
+                                                                           fc::OptionalTensor y_lengths, bool both,
+                                                                           int64_t kept_rows) {
+  const auto interrupt = python_interrupt();
+  py::gil_scoped_release release;
+  const at::NoGradGuard no_grad;
+  return fc::max_sim_forward({x, y, x_lengths, y_lengths, both}, kept_rows, interrupt);
+}
+
+std::array<at::Tensor, 2> max_sim_backward(at::Tensor x, at::Tensor y, fc::OptionalTensor x_lengths,
+                                           fc::OptionalTensor y_lengths, at::Tensor argmax_x, at::Tensor argmax_y,
+                                           fc::OptionalTensor g_x, fc::OptionalTensor g_y, std::array<bool, 2> needs) {
+  const auto interrupt = python_interrupt();
+  py::gil_scoped_release release;
+  const at::NoGradGuard no_grad;
+  return fc::max_sim_backward({x, y, x_lengths, y_lengths, g_y.has_value()}, argmax_x, argmax_y, g_x, g_y, needs,
+                              interrupt);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
@@ -83,6 +104,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("stats_forward", &forward);
   m.def("stats_backward", &backward);
   m.def("cross_entropy", &cross_entropy);
+  m.def("max_sim_forward", &max_sim_forward);
+  m.def("max_sim_backward", &max_sim_backward);
   m.def("vector_level", &fc::vector_level, "instruction set of the vector kernels on this CPU");
 #ifdef _OPENMP
   m.attr("parallel") = true;

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fused_contrastive.core.reduction import Reduction
 from fused_contrastive.core.spec import Forward, Gradients, Needs, StatsSpec, Upstream
+from fused_contrastive.core.tokens import MaxSimForward, MaxSimUpstream, TokenSpec
 
 
 class Backend(Protocol):
@@ -37,3 +38,16 @@ class Backend(Protocol):
     ) -> Tensor:
         """Differentiable mean over the normalisers, each (M,), of ``softplus(normaliser - pos)``; or, where
         decoupled, of ``normaliser - pos``. Reduced over M and cast to ``dtype`` at the end."""
+
+    def max_sim_forward(self, spec: TokenSpec, x: Tensor, y: Tensor) -> MaxSimForward:
+        """Sums of maxima over the products of tokens; x (M, T, D), y (N, P, D) of one dtype and device."""
+
+    def max_sim_backward(
+        self, spec: TokenSpec, x: Tensor, y: Tensor, saved: MaxSimForward, upstream: MaxSimUpstream,
+        needs: tuple[bool, bool],
+    ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+        """Gradients of x and y, each in its dtype, None where not needed, given those of the sums.
+
+        Only the argmaxima of ``saved`` hold anything; those that were not kept are found again. Must not write to
+        ``saved``. A token that is not real gets 0.
+        """

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fused_contrastive.core.reduction import Reduction
 from fused_contrastive.core.spec import Forward, Gradients, Needs, StatsSpec, Upstream, compute_dtype
+from fused_contrastive.core.tokens import MaxSimForward, MaxSimUpstream, TokenSpec
 
 try:
     from fused_contrastive import _C
@@ -59,3 +60,15 @@ def cross_entropy(
     pos: Tensor, normalisers: Sequence[Tensor], decoupled: bool, reduction: Reduction, dtype: torch.dtype
 ) -> Tensor:
     return _C.cross_entropy(pos, normalisers, decoupled, reduction, dtype)
+
+
+def max_sim_forward(spec: TokenSpec, x: Tensor, y: Tensor) -> MaxSimForward:
+    return MaxSimForward(*_C.max_sim_forward(x, y, spec.x_lengths, spec.y_lengths, spec.both, spec.kept_rows))
+
+
+def max_sim_backward(
+    spec: TokenSpec, x: Tensor, y: Tensor, saved: MaxSimForward, upstream: MaxSimUpstream, needs: tuple[bool, bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    return _C.max_sim_backward(
+        x, y, spec.x_lengths, spec.y_lengths, saved.argmax_x, saved.argmax_y, upstream.x, upstream.y, needs
+    )

@@ -115,3 +115,44 @@ def unit_interval(name: str, value: object) -> None:
 def boolean(name: str, value: object) -> None:
     if not isinstance(value, bool):
         raise TypeError(f"{name}: got {value!r}, expected True or False")
+
+
+def tokens(name: str, value: object) -> None:
+    """A non-empty (items, tokens, D) floating tensor."""
+    expected = "(items, tokens, D)"
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: got {type(value).__name__}, expected a torch.Tensor of shape {expected}")
+    if value.dtype not in FEATURE_DTYPES:
+        raise TypeError(f"{name}: got dtype {value.dtype}, expected float32, float64, bfloat16 or float16")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name}: got layout {value.layout}, expected a dense tensor")
+    if value.dim() != 3:
+        raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected 3 dimensions {expected}")
+    if 0 in value.shape:
+        raise ValueError(f"{name}: got an empty batch of shape {tuple(value.shape)}, expected every size >= 1")
+
+
+def token_pair(x_name: str, x: Tensor, y_name: str, y: Tensor) -> None:
+    """Two sets of tokens that can be multiplied."""
+    tokens(x_name, x)
+    tokens(y_name, y)
+    same_device(y_name, y, x_name, x)
+    if x.dtype != y.dtype:
+        raise TypeError(f"{y_name}: got dtype {y.dtype}, expected {x.dtype}, the dtype of {x_name}")
+    if x.shape[2] != y.shape[2]:
+        raise ValueError(f"{y_name}: got D = {y.shape[2]}, expected {x.shape[2]}, the D of {x_name}")
+
+
+def token_mask(name: str, value: object, of_name: str, of: Tensor) -> None:
+    """A bool tensor with an entry for every token."""
+    shape = tuple(of.shape[:2])
+    expected = f"a bool tensor of shape {shape}, True for a real token of {of_name}"
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: got {type(value).__name__}, expected {expected}")
+    if value.dtype != torch.bool:
+        raise TypeError(f"{name}: got dtype {value.dtype}, expected {expected}")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name}: got layout {value.layout}, expected a dense tensor")
+    if tuple(value.shape) != shape:
+        raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected {expected}")
+    same_device(name, value, of_name, of)

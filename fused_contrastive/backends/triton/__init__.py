@@ -15,6 +15,7 @@ from torch import Tensor
 from fused_contrastive.backends.triton import storage
 from fused_contrastive.core.reduction import Reduction
 from fused_contrastive.core.spec import Forward, Gradients, Needs, StatsSpec, Upstream
+from fused_contrastive.core.tokens import MaxSimForward, MaxSimUpstream, TokenSpec
 
 INSTALLED = importlib.util.find_spec("triton") is not None
 # Whether Triton's interpreter runs the kernels, on CPU tensors: settled on import, as Triton settles it.
@@ -57,3 +58,17 @@ def cross_entropy(
     from fused_contrastive.backends.triton import loss_node
 
     return loss_node.cross_entropy(pos, normalisers, decoupled, reduction, dtype)
+
+
+def max_sim_forward(spec: TokenSpec, x: Tensor, y: Tensor) -> MaxSimForward:
+    from fused_contrastive.backends.triton import max_sim_launch
+
+    return max_sim_launch.forward(spec, x, y)
+
+
+def max_sim_backward(
+    spec: TokenSpec, x: Tensor, y: Tensor, saved: MaxSimForward, upstream: MaxSimUpstream, needs: tuple[bool, bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    from fused_contrastive.backends.triton import max_sim_launch
+
+    return max_sim_launch.backward(spec, x, y, saved, upstream, needs)

@@ -1,0 +1,144 @@
+// The vector kernels of late interaction; levels.cpp includes this after tile.inl, whose vectors it uses.
+
+template <class T>
+constexpr T kNaN = T(__builtin_nan(""));
+
+// The index lanes of n columns, n at most one vector.
+template <class T>
+static inline IntVec<T> load_index(const int32_t* index, int64_t n) {
+  IntVec<T> v{};
+  for (int64_t l = 0; l < n; ++l) v[l] = index[l];
+  return v;
+}
+template <class T>
+static inline void store_index(int32_t* index, int64_t n, IntVec<T> v) {
+  for (int64_t l = 0; l < n; ++l) index[l] = static_cast<int32_t>(v[l]);
+}
+
+// kVecs whole vectors of columns, or one with only `cols` of them (kTail).
+template <class T, int kVecs, bool kTail>
+static inline void down_strip(const T* products, int64_t stride, int64_t rows, int64_t cols, int64_t first, T* best,
+                              int32_t* index) {
+  using Int = typename Lanes<T>::Int;
+  constexpr int64_t kL = kLanes<T>;
+  const int64_t width = kTail ? cols : kVecs * kL;
+  Vec<T> top[kVecs];
+  IntVec<T> at[kVecs], nan[kVecs];
+#pragma GCC unroll 4
+  for (int v = 0; v < kVecs; ++v) {
+    top[v] = load_row(first ? best : products, v * kL, width);
+    at[v] = first ? load_index<T>(index + v * kL, kTail ? cols : kL) : IntVec<T>{};
+    nan[v] = top[v] != top[v];
+  }
+  for (int64_t i = first ? 0 : 1; i < rows; ++i) {
+    const Int here = static_cast<Int>(first + i);
+#pragma GCC unroll 4
+    for (int v = 0; v < kVecs; ++v) {
+      const Vec<T> s = load_row(products + i * stride, v * kL, width);
+      const IntVec<T> higher = s > top[v];
+      top[v] = higher ? s : top[v];
+      at[v] = higher ? IntVec<T>{} + here : at[v];
+      nan[v] |= s != s;
+    }
+  }
+#pragma GCC unroll 4
+  for (int v = 0; v < kVecs; ++v) {
+    store_row(best, v * kL, width, nan[v] ? fill<T>(kNaN<T>) : top[v]);
+    store_index<T>(index + v * kL, kTail ? cols : kL, at[v]);
+  }
+}
+
+template <class T>
+static void down(const T* products, int64_t stride, int64_t rows, int64_t cols, int64_t first, T* best,
+                 int32_t* index) {
+  constexpr int kVecs = 4;
+  int64_t j = 0;
+  for (; j + kVecs * kLanes<T> <= cols; j += kVecs * kLanes<T>)
+    down_strip<T, kVecs, false>(products + j, stride, rows, 0, first, best + j, index + j);
+  for (; j + kLanes<T> <= cols; j += kLanes<T>)
+    down_strip<T, 1, false>(products + j, stride, rows, 0, first, best + j, index + j);
+  if (j < cols) down_strip<T, 1, true>(products + j, stride, rows, cols - j, first, best + j, index + j);
+}
+
+// Column l of a square of as many rows as a vector has lanes.
+template <class V, class T>
+static inline V column(const T* square, int64_t l) {
+  constexpr int64_t kL = sizeof(V) / sizeof(T);
+  V v;
+#pragma GCC unroll 16
+  for (int64_t r = 0; r < kL; ++r) v[r] = square[r * kL + l];
+  return v;
+}
+
+// As many rows at a time as a vector has lanes. Of each row every lane finds the best of its columns; then the lanes
+// are compared, a lane of all rows at once. Of equal maxima the lowest column wins.
+template <class T>
+static void across(const T* products, int64_t stride, int64_t rows, int64_t cols, int64_t first, T* best,
+                   int32_t* index) {
+  using Int = typename Lanes<T>::Int;
+  constexpr int64_t kL = kLanes<T>;
+  alignas(64) T tops[kL * kL] = {};
+  alignas(64) Int ats[kL * kL] = {};
+  IntVec<T> lanes;
+  for (int64_t l = 0; l < kL; ++l) lanes[l] = static_cast<Int>(l);
+  for (int64_t i = 0; i < rows; i += kL) {
+    const int64_t count = smaller(kL, rows - i);
+    for (int64_t r = 0; r < count; ++r) {
+      const T* row = products + (i + r) * stride;
+      Vec<T> top = load_row(row, 0, cols);
+      IntVec<T> at = lanes, nan = top != top;
+      for (int64_t j = kL; j < cols; j += kL) {
+        const Vec<T> s = load_row(row, j, cols);
+        const IntVec<T> higher = s > top;
+        top = higher ? s : top;
+        at = higher ? lanes + static_cast<Int>(j) : at;
+        nan |= s != s;
+      }
+      store(tops + r * kL, nan ? fill<T>(kNaN<T>) : top);
+      __builtin_memcpy(ats + r * kL, &at, sizeof at);
+    }
+    Vec<T> top = column<Vec<T>>(tops, 0);
+    IntVec<T> at = column<IntVec<T>>(ats, 0), nan = top != top;
+    for (int64_t l = 1; l < smaller(kL, cols); ++l) {
+      const Vec<T> s = column<Vec<T>>(tops, l);
+      const IntVec<T> where = column<IntVec<T>>(ats, l);
+      const IntVec<T> better = (s > top) | ((s == top) & (where < at));
+      top = better ? s : top;
+      at = better ? where : at;
+      nan |= s != s;
+    }
+    at += static_cast<Int>(first);
+    if (first) {  // what was before wins where equal, and where it is NaN
+      const Vec<T> before = load_row(best, i, i + count);
+      const IntVec<T> higher = top > before;
+      at = higher ? at : load_index<T>(index + i, count);
+      top = higher ? top : before;
+      nan |= before != before;
+    }
+    store_row(best, i, i + count, nan ? fill<T>(kNaN<T>) : top);
+    store_index<T>(index + i, count, at);
+  }
+}
+
+// out += g * in
+template <class T>
+static inline void add_row(T* out, const T* in, int64_t d, T g) {
+  int64_t j = 0;
+  for (; j + kLanes<T> <= d; j += kLanes<T>) store(out + j, load(out + j) + load(in + j) * g);
+  for (; j < d; ++j) out[j] += in[j] * g;
+}
+
+template <class T>
+static void gather(T* out, const T* in, const int32_t* index, int64_t count, int64_t d, T g) {
+  for (int64_t i = 0; i < count; ++i) add_row(out + i * d, in + index[i] * d, d, g);
+}
+
+template <class T>
+static void scatter(T* out, const T* in, const int32_t* index, int64_t count, int64_t d, T g) {
+  for (int64_t i = 0; i < count; ++i) add_row(out + index[i] * d, in + i * d, d, g);
+}
+
+template <class T>
+static MaxSimKernels<T> max_sim_table() {
+  return {down<T>, across<T>, gather<T>, scatter<T>};
+}

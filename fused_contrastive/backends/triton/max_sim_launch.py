@@ -1,0 +1,183 @@
+"""Late interaction: launches the kernels of max_sim.py, forward and backward. Nothing here waits for the GPU."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from fused_contrastive.backends.triton import configs, max_sim
+from fused_contrastive.backends.triton.problem import aligned, products_from
+from fused_contrastive.core.tokens import (
+    MaxSimForward,
+    MaxSimUpstream,
+    TokenSpec,
+    argmaxima,
+    bytes_of_row,
+    real,
+)
+
+PROGRAMS = 2**30  # of one launch
+ROOM = 2**27  # bytes of partial maxima at a time, or of argmaxima that the backward makes again
+
+
+class Tiles(NamedTuple):
+    """How the kernels cut the problem."""
+
+    m: int  # rows, tokens of x
+    n: int
+    k: int
+    warps: int
+    stages: int
+    own: int  # the gradient kernel's blocks: tokens of its own side,
+    other: int  # of the other one,
+    d: int  # and columns
+
+    @property
+    def of_maxima(self) -> dict[str, Any]:
+        return {
+            "BM": self.m, "BN": self.n, "BK": self.k, "GROUP": 8, "num_warps": self.warps, "num_stages": self.stages,
+            "enable_fp_fusion": True,
+        }  # fmt: skip
+
+    @property
+    def of_gradient(self) -> dict[str, Any]:
+        return {
+            "BT": self.own, "BQ": self.other, "BD": self.d, "num_warps": 4, "num_stages": 2, "enable_fp_fusion": True
+        }  # fmt: skip
+
+
+def tiles(architecture: str, source: configs.Source) -> Tiles:
+    """Chosen by what they compile to, not by timing. "given" here is float32 at full precision, without matrix units
+    on NVIDIA, by these kernels all the same."""
+    if architecture == "interpreter":  # small, so that small problems have several
+        return Tiles(32, 16, 16, 4, 1, own=16, other=16, d=16)
+    k, own = 64 if source == "half" else 32, 32 if source == "given" else 64
+    return Tiles(128, 64, k, warps=8, stages=2 if architecture == "gfx942" else 3, own=own, other=32, d=64)
+
+
+def token_block(t: int, rows: int) -> int:
+    """Tokens of an item of x among a tile's rows: its T, up to a power of two, and at least 16 to bound the number of
+    kernels that are compiled."""
+    return min(max(16, 1 << (t - 1).bit_length()), rows)
+
+
+class _Problem:
+    """Arguments that all launches of one problem share."""
+
+    def __init__(self, spec: TokenSpec, x: Tensor, y: Tensor) -> None:
+        self.spec = spec
+        (self.m, self.t, self.d), (self.n, self.p, _) = x.shape, y.shape
+        source = products_from(x)
+        self.tiles = tiles(configs.architecture(x.device), source)
+        self.precision = "tf32" if source == "tf32" else "ieee"
+        if x.device.type == "cpu":  # the interpreter multiplies bfloat16 as if its bits were integers
+            x, y = x.float(), y.float()
+        self.x, self.y = aligned(x.flatten(0, 1)), aligned(y.flatten(0, 1))
+        self.block = token_block(self.t, self.tiles.m)
+        self.x_lengths, self.y_lengths = spec.x_lengths, spec.y_lengths
+
+    def on_device(self) -> AbstractContextManager[Any]:
+        return torch.cuda.device(self.x.device) if self.x.device.type == "cuda" else nullcontext()
+
+    def maxima(
+        self, first: int, last: int, x_sums: Tensor | None, y_sums: Tensor | None, argmax_x: Tensor | None,
+        argmax_y: Tensor | None, arg_first: int, arg_last: int, both: bool,
+    ) -> None:  # fmt: skip
+        """Items [first, last) of x. The argmaxima are those of [arg_first, arg_last), which they begin with."""
+        in_parts = both and self.t > self.block
+        items = self.tiles.m // self.block
+        step = max(1, PROGRAMS // self.n) * items
+        if in_parts:
+            step = min(step, max(1, ROOM // (8 * triton.cdiv(self.t, self.block) * self.n * self.p)))
+        for begin in range(first, last, step):
+            end = min(begin + step, last)
+            part_best = part_index = None
+            if in_parts:
+                shape = (triton.cdiv(self.t, self.block), end - begin, self.n, self.p)
+                part_best = self.x.new_empty(shape, dtype=torch.float32)
+                part_index = self.x.new_empty(shape, dtype=torch.int32)
+            max_sim.maxima[(triton.cdiv(end - begin, items) * self.n,)](
+                self.x, self.y, self.x_lengths, self.y_lengths, x_sums, y_sums, argmax_x, argmax_y, part_best,
+                part_index, begin, end, arg_first, arg_last, self.n, self.t, self.p, self.d, self.x.stride(0),
+                self.y.stride(0), BOTH=both, PRECISION=self.precision, TB=self.block, **self.tiles.of_maxima,
+            )  # fmt: skip
+            if part_best is not None and part_index is not None:
+                best, which = part_best.max(dim=0)  # the first block with the maximum
+                index = part_index.gather(0, which[None])[0]
+                if y_sums is not None:
+                    y_sums[begin:end] = torch.where(self._counts(begin, end), best, 0).sum(dim=2)
+                if argmax_y is not None:
+                    rows = slice(max(begin, arg_first) - arg_first, max(min(end, arg_last) - arg_first, 0))
+                    argmax_y[rows] = index[: argmax_y[rows].shape[0]].to(argmax_y.dtype)
+
+    def _counts(self, begin: int, end: int) -> Tensor:
+        """Which tokens of y have a maximum: real ones, where x has any. Broadcasts to (R, N, P)."""
+        counts = torch.ones(1, 1, 1, dtype=torch.bool, device=self.x.device)
+        if self.y_lengths is not None:
+            counts = real(self.y_lengths, self.p)[None]
+        if self.x_lengths is not None:
+            counts = counts & (self.x_lengths[begin:end] > 0)[:, None, None]
+        return counts
+
+
+def forward(spec: TokenSpec, x: Tensor, y: Tensor) -> MaxSimForward:
+    p = _Problem(spec, x, y)
+    x_sums = x.new_empty(p.m, p.n, dtype=torch.float32)
+    y_sums = x.new_empty((p.m, p.n) if spec.both else (0, 0), dtype=torch.float32)
+    argmax_x, argmax_y = argmaxima(spec.kept_rows, x, y, spec.both)
+    with p.on_device():
+        for begin, end, kept in ((0, spec.kept_rows, True), (spec.kept_rows, p.m, False)):
+            p.maxima(
+                begin, end, x_sums, y_sums if spec.both else None, argmax_x if kept else None,
+                argmax_y if kept and spec.both else None, 0, end, spec.both,
+            )  # fmt: skip
+    return MaxSimForward(x_sums, y_sums, argmax_x, argmax_y)
+
+
+def backward(
+    spec: TokenSpec, x: Tensor, y: Tensor, saved: MaxSimForward, upstream: MaxSimUpstream, needs: tuple[bool, bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    p = _Problem(spec, x, y)
+    dx, dy = (
+        torch.zeros(t.shape, dtype=torch.float32, device=x.device) if asked else None
+        for t, asked in zip((x, y), needs, strict=True)
+    )
+    g_x, g_y = (None if g is None else g.float().contiguous() for g in upstream)
+    both = g_y is not None
+    step = max(p.tiles.m // p.block, ROOM // bytes_of_row(x, y, both))
+    with p.on_device():
+        for begin in (*range(0, spec.kept_rows, step), *range(spec.kept_rows, p.m, step)):
+            end = min(begin + step, spec.kept_rows if begin < spec.kept_rows else p.m)
+            if begin < spec.kept_rows:
+                argmax_x, argmax_y = saved.argmax_x[begin:end], saved.argmax_y[begin:end]
+            else:
+                argmax_x, argmax_y = argmaxima(end - begin, x, y, both)
+                p.maxima(begin, end, None, None, argmax_x, argmax_y if both else None, begin, end, both)
+            _add(p, begin, end, g_x, g_y, argmax_x, argmax_y, dx, dy)
+    return None if dx is None else dx.to(x.dtype), None if dy is None else dy.to(y.dtype)
+
+
+def _add(
+    p: _Problem, begin: int, end: int, g_x: Tensor | None, g_y: Tensor | None, argmax_x: Tensor, argmax_y: Tensor,
+    dx: Tensor | None, dy: Tensor | None,
+) -> None:  # fmt: skip
+    """The part of items [begin, end) of x: dx by x's items, dy by y's, so that every sum has one owner."""
+    c, n = p.tiles, p.n
+    x_lengths = None if p.x_lengths is None else p.x_lengths[begin:end]
+    g_x, g_y = (None if g is None else g[begin:end] for g in (g_x, g_y))
+    of_x, of_y = None if g_x is None else argmax_x, None if g_y is None else argmax_y
+    columns = triton.cdiv(p.d, c.d)
+    if dx is not None:
+        max_sim.gradient[(end - begin, triton.cdiv(p.t, c.own), columns)](
+            dx[begin:end], p.y, x_lengths, p.y_lengths, g_x, g_y, of_x, of_y, n, p.t, p.p, p.d, p.y.stride(0),
+            n, 1, n * p.t, p.t, n * p.p, p.p, PRECISION=p.precision, **c.of_gradient,
+        )  # fmt: skip
+    if dy is not None:
+        max_sim.gradient[(n, triton.cdiv(p.p, c.own), columns)](
+            dy, p.x[begin * p.t : end * p.t], p.y_lengths, x_lengths, g_y, g_x, of_y, of_x, end - begin, p.p, p.t, p.d,
+            p.x.stride(0), 1, n, p.p, n * p.p, p.t, n * p.t, PRECISION=p.precision, **c.of_gradient,
+        )  # fmt: skip

@@ -1,0 +1,244 @@
+"""``max_sim``, late interaction: the operator, its one autograd formula and the public function.
+
+With ``P[m, n, t, p] = x[m, t] . y[n, p]`` and the maxima at p*(m, n, t) and, in the other direction, t*(m, n, p):
+
+    dx[m, t] = sum_n g_x[m, n] y[n, p*(m, n, t)] + sum over n and the p with t*(m, n, p) = t of g_y[m, n] y[n, p]
+
+and dy likewise, so that the backward needs the argmaxima alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple, overload
+
+import torch
+from torch import Tensor
+
+from fused_contrastive.core import checks
+from fused_contrastive.core.memory import rows_to_keep
+from fused_contrastive.core.spec import compute_dtype
+from fused_contrastive.core.tokens import (
+    MaxSimForward,
+    MaxSimUpstream,
+    TokenSpec,
+    argmaxima,
+    bytes_of_row,
+    ordered,
+    put_back,
+    valid_first,
+)
+from fused_contrastive.ops import dispatch
+from fused_contrastive.ops.autograd import _second_backward, is_plain
+from fused_contrastive.ops.schema import _without_autocast, library
+from fused_contrastive.ops.stats import autocast
+
+REDUCTIONS = ("sum", "mean")
+DIRECTIONS = ("x", "y", "both")
+INPUTS = 7  # of max_sim_forward
+
+_PROBLEM = "Tensor x, Tensor y, Tensor? x_mask, Tensor? y_mask, bool both, SymInt kept_rows, str backend"
+library.define(f"max_sim_forward({_PROBLEM}) -> (Tensor x_sums, Tensor y_sums, Tensor argmax_x, Tensor argmax_y)")
+library.define(
+    "max_sim_backward(Tensor? g_x, Tensor? g_y, Tensor argmax_x, Tensor argmax_y, bool[] needs, "
+    f"{_PROBLEM}) -> (Tensor dx, Tensor dy)"
+)
+
+
+def _forward(
+    x: Tensor, y: Tensor, x_mask: Tensor | None, y_mask: Tensor | None, both: bool, kept_rows: int, backend: str
+) -> MaxSimForward:
+    (x_order, x_lengths), (y_order, y_lengths) = ordered(x_mask), ordered(y_mask)
+    spec = TokenSpec(x_lengths, y_lengths, both, kept_rows)
+    with _without_autocast(x):
+        return dispatch.BACKENDS[backend].max_sim_forward(
+            spec, valid_first(x, x_order, x_lengths), valid_first(y, y_order, y_lengths)
+        )
+
+
+def _backward_of_sums(
+    g_x: Tensor | None, g_y: Tensor | None, argmax_x: Tensor, argmax_y: Tensor, needs: list[bool],
+    x: Tensor, y: Tensor, x_mask: Tensor | None, y_mask: Tensor | None, both: bool, kept_rows: int, backend: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Calls the backend. A gradient that is not asked comes back with 0 elements: an operator returns tensors."""
+    (x_order, x_lengths), (y_order, y_lengths) = ordered(x_mask), ordered(y_mask)
+    spec = TokenSpec(x_lengths, y_lengths, both, kept_rows)
+    nothing = x.new_empty(0)
+    with _without_autocast(x):
+        dx, dy = dispatch.BACKENDS[backend].max_sim_backward(
+            spec,
+            valid_first(x, x_order, x_lengths),
+            valid_first(y, y_order, y_lengths),
+            saved=MaxSimForward(nothing, nothing, argmax_x, argmax_y),
+            upstream=MaxSimUpstream(g_x, g_y if both else None),
+            needs=(needs[0], needs[1]),
+        )
+    return (
+        x.new_empty(0) if dx is None else put_back(dx, x_order),
+        x.new_empty(0) if dy is None else put_back(dy, y_order),
+    )
+
+
+library.impl("max_sim_forward", _forward, "CompositeExplicitAutograd")
+library.impl("max_sim_backward", _backward_of_sums, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("fused_contrastive::max_sim_forward", lib=library)
+def _fake_forward(x, y, x_mask, y_mask, both, kept_rows, backend):  # type: ignore[no-untyped-def]
+    m, n, dtype = x.shape[0], y.shape[0], compute_dtype(x.dtype)
+    y_sums = x.new_empty((m, n) if both else (0, 0), dtype=dtype)
+    return x.new_empty(m, n, dtype=dtype), y_sums, *argmaxima(kept_rows, x, y, both)
+
+
+@torch.library.register_fake("fused_contrastive::max_sim_backward", lib=library)
+def _fake_backward(g_x, g_y, argmax_x, argmax_y, needs, x, y, *rest):  # type: ignore[no-untyped-def]
+    return tuple(t.new_empty(t.shape if asked else 0) for t, asked in zip((x, y), needs, strict=True))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, y, x_mask, y_mask, *ctx.options = inputs
+    _, _, argmax_x, argmax_y = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(argmax_x, argmax_y)
+    ctx.save_for_backward(x, y, x_mask, y_mask, argmax_x, argmax_y)
+
+
+def _backward(ctx: Any, g_x: Tensor | None, g_y: Tensor | None, *_: None) -> tuple[Any, ...]:
+    if g_x is None and g_y is None:
+        return (None,) * INPUTS
+    x, y, x_mask, y_mask, argmax_x, argmax_y = ctx.saved_tensors
+    needs = list(ctx.needs_input_grad[:2])
+    direct = is_plain(x) and not torch.is_grad_enabled()
+    run = _backward_of_sums if direct else torch.ops.fused_contrastive.max_sim_backward
+    dx, dy = run(g_x, g_y, argmax_x, argmax_y, needs, x, y, x_mask, y_mask, *ctx.options)
+    return dx if needs[0] else None, dy if needs[1] else None, *(None,) * 5
+
+
+class _Eager(torch.autograd.Function):
+    """The same implementation and formula without the dispatcher's Python layers."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> MaxSimForward:
+        output = _forward(*inputs)
+        _setup_context(ctx, inputs, output)
+        return output
+
+    backward = staticmethod(_backward)
+
+
+torch.library.register_autograd(
+    "fused_contrastive::max_sim_forward", _backward, setup_context=_setup_context, lib=library
+)
+torch.library.register_autograd("fused_contrastive::max_sim_backward", _second_backward, lib=library)
+
+
+class MaxSimScores(NamedTuple):
+    """Scores in both directions."""
+
+    x: Tensor  # (M, N) maxima over y's tokens, reduced over x's
+    y: Tensor  # (M, N) maxima over x's tokens, reduced over y's
+
+
+@overload
+def max_sim(
+    x_tokens: Tensor, y_tokens: Tensor, x_mask: Tensor | None = None, y_mask: Tensor | None = None, *,
+    reduction: Literal["sum", "mean"] = "sum", direction: Literal["x", "y"] = "x",
+    memory_budget: int | Literal["auto"] = "auto", backend: str = "auto",
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def max_sim(
+    x_tokens: Tensor, y_tokens: Tensor, x_mask: Tensor | None = None, y_mask: Tensor | None = None, *,
+    reduction: Literal["sum", "mean"] = "sum", direction: Literal["both"],
+    memory_budget: int | Literal["auto"] = "auto", backend: str = "auto",
+) -> MaxSimScores: ...  # fmt: skip
+
+
+def max_sim(
+    x_tokens: Tensor,
+    y_tokens: Tensor,
+    x_mask: Tensor | None = None,
+    y_mask: Tensor | None = None,
+    *,
+    reduction: Literal["sum", "mean"] = "sum",
+    direction: Literal["x", "y", "both"] = "x",
+    memory_budget: int | Literal["auto"] = "auto",
+    backend: str = "auto",
+) -> Tensor | MaxSimScores:
+    """Late-interaction scores of all pairs of items, without the (M, N, T, P) tensor of their tokens' products.
+
+    Every token of one item meets its best match among the other's::
+
+        score[m, n] = sum over t of max over p of x_tokens[m, t] . y_tokens[n, p]       direction "x"
+        score[m, n] = sum over p of max over t of x_tokens[m, t] . y_tokens[n, p]       direction "y"
+
+    with the sum of ColBERT (Khattab & Zaharia 2020) or the mean of FILIP (Yao et al. 2021), over the tokens that the
+    masks call real. Differentiable once in both; of equal products, the first is the maximum and gets the gradient.
+
+    Args:
+        x_tokens: (M, T, D), M items of T tokens (ColBERT's queries), float32, float64, bfloat16 or float16. Not
+            normalised here.
+        y_tokens: (N, P, D) items to score them against (ColBERT's documents), same dtype and device.
+        x_mask, y_mask: (M, T) and (N, P) bool, True for a real token; the others count for nothing, whatever they
+            hold. Default: all are real.
+        reduction: "sum" or "mean", over the real tokens of x (direction "y": of y).
+        direction: "x", "y" or "both", which takes the products once.
+        memory_budget: bytes to keep for the backward, which needs only the index of each maximum: 1 byte for each of
+            M * N * T (2 where P > 256; direction "y": of M * N * P). What does not fit is computed again. "auto" is a
+            sixteenth of the machine's memory, of a GPU's a sixty-fourth.
+        backend: as in ``contrastive_stats``.
+
+    Returns:
+        (M, N) scores in float32 (float64 for float64 tokens), under autocast too; MaxSimScores(x, y) for "both".
+        Where an item of a pair has no real token its score is 0, with "mean" too, and its gradient zero. NaN and inf
+        in real tokens propagate: a score is NaN where one of its products is.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong kind, shape, dtype, device or value.
+        RuntimeError: the backend cannot run here; or a second derivative is asked.
+
+    Under autocast, float32 tokens are cast to autocast's dtype as for a matmul; the products accumulate in float32.
+    """
+    x, y = autocast(x_tokens), autocast(y_tokens)
+    checks.token_pair("x_tokens", x, "y_tokens", y)
+    if x_mask is not None:
+        checks.token_mask("x_mask", x_mask, "x_tokens", x)
+    if y_mask is not None:
+        checks.token_mask("y_mask", y_mask, "y_tokens", y)
+    checks.one_of("reduction", reduction, REDUCTIONS)
+    checks.one_of("direction", direction, DIRECTIONS)
+    checks.memory_budget(memory_budget)
+    chosen = dispatch.resolve(backend, x.device, x.dtype)
+    mean, both = reduction == "mean", direction == "both"
+    if direction == "y":
+        x_sums, _ = _sums(y, x, y_mask, x_mask, False, memory_budget, chosen)
+        return (_mean(x_sums, y, y_mask) if mean else x_sums).T
+    x_sums, y_sums = _sums(x, y, x_mask, y_mask, both, memory_budget, chosen)
+    scores = _mean(x_sums, x, x_mask) if mean else x_sums
+    if not both:
+        return scores
+    return MaxSimScores(scores, _mean(y_sums.T, y, y_mask).T if mean else y_sums)
+
+
+def _sums(
+    x: Tensor, y: Tensor, x_mask: Tensor | None, y_mask: Tensor | None, both: bool, budget: int | str, backend: str
+) -> tuple[Tensor, Tensor]:
+    """The operator: through torch.ops where something traces or intercepts, else directly."""
+    differentiable = torch.is_grad_enabled() and (x.requires_grad or y.requires_grad)
+    kept = 0
+    if differentiable:
+        row = bytes_of_row(x, y, both)
+        kept = rows_to_keep(x.shape[0], lambda rows: ((rows, row), torch.uint8), budget, x.device)
+    inputs = (x, y, x_mask, y_mask, both, kept, backend)
+    if not (is_plain(x) and is_plain(y)):
+        x_sums, y_sums, _, _ = torch.ops.fused_contrastive.max_sim_forward(*inputs)
+    elif differentiable:
+        x_sums, y_sums, _, _ = _Eager.apply(*inputs)  # type: ignore[no-untyped-call]
+    else:
+        x_sums, y_sums, _, _ = _forward(*inputs)
+    return x_sums, y_sums
+
+
+def _mean(sums: Tensor, tokens: Tensor, mask: Tensor | None) -> Tensor:
+    """Sums over the real tokens of the items of the rows -> means; 0 where there are none."""
+    return sums / (tokens.shape[1] if mask is None else mask.sum(dim=1, keepdim=True).clamp_min(1))

@@ -14,6 +14,7 @@
 #include "cross_entropy.h"
 #include "stats.h"
 #include "tile.h"
+#include "top_k.h"
 
 namespace py = pybind11;
 
@@ -61,6 +62,17 @@ at::Tensor cross_entropy(const at::Tensor& pos, const std::vector<at::Tensor>& n
   return fc::cross_entropy(pos, normalisers, decoupled, reduction, dtype);
 }
 
+void merge_top_k(const at::Tensor& scores, int64_t first_column, const at::Tensor& values, const at::Tensor& indices) {
+  py::gil_scoped_release release;
+  fc::merge_top_k(scores, first_column, values, indices);
+}
+
+void count_ahead(const at::Tensor& scores, int64_t first_column, const at::Tensor& target_scores,
+                 const at::Tensor& targets, const at::Tensor& counts) {
+  py::gil_scoped_release release;
+  fc::count_ahead(scores, first_column, target_scores, targets, counts);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
@@ -68,6 +80,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("stats_forward", &forward);
   m.def("stats_backward", &backward);
   m.def("cross_entropy", &cross_entropy);
+  m.def("merge_top_k", &merge_top_k);
+  m.def("count_ahead", &count_ahead);
   m.def("vector_level", &fc::vector_level, "instruction set of the vector kernels on this CPU");
 #ifdef _OPENMP
   m.attr("parallel") = true;

@@ -91,3 +91,11 @@ def cross_entropy(
     pos: Tensor, normalisers: Sequence[Tensor], decoupled: bool, reduction: Reduction, dtype: torch.dtype
 ) -> Tensor:
     return _C.cross_entropy(pos, normalisers, decoupled, reduction, dtype)
+
+
+def merge_top_k(scores: Tensor, first_column: int, values: Tensor, indices: Tensor) -> None:
+    _C.merge_top_k(scores, first_column, values, indices)
+
+
+def count_ahead(scores: Tensor, first_column: int, target_scores: Tensor, targets: Tensor, counts: Tensor) -> None:
+    _C.count_ahead(scores, first_column, target_scores, targets, counts)

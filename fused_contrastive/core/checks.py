@@ -110,3 +110,42 @@ def unit_interval(name: str, value: object) -> None:
         raise TypeError(f"{name}: got {value!r}, expected a number in [0, 1)")
     if not 0 <= value < 1:
         raise ValueError(f"{name}: got {value}, expected a number in [0, 1)")
+
+
+def count(name: str, value: object, most: int, of: str) -> None:
+    """An integer from 1 to ``most``, which is the problem's ``of``."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: got {value!r}, expected an integer from 1 to {most} ({of})")
+    if not 1 <= value <= most:
+        raise ValueError(f"{name}: got {value}, expected an integer from 1 to {most} ({of})")
+
+
+def positive(name: str, value: float) -> None:
+    """A finite number above 0."""
+    if not 0 < value < float("inf"):
+        raise ValueError(f"{name}: got {value}, expected a finite number above 0")
+
+
+def counts(name: str, value: object) -> None:
+    """A non-empty sequence of integers of at least 1."""
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        raise TypeError(f"{name}: got {value!r}, expected a sequence of integers of at least 1")
+    if len(value) == 0:
+        raise ValueError(f"{name}: got none, expected at least one integer")
+    for each in value:
+        if isinstance(each, bool) or not isinstance(each, int):
+            raise TypeError(f"{name}: got {each!r} in it, expected integers of at least 1")
+        if each < 1:
+            raise ValueError(f"{name}: got {each} in it, expected integers of at least 1")
+
+
+def prompts(name: str, value: object) -> None:
+    """A (C, D) or (C, P, D) floating tensor, not empty."""
+    if isinstance(value, Tensor) and value.dim() == 3:
+        if 0 in value.shape:
+            raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected (C, P, D) with none of them 0")
+        features(name, value[:, 0])
+    elif isinstance(value, Tensor) and value.dim() != 2:
+        raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected (C, D) or (C, P, D)")
+    else:
+        features(name, value)

@@ -57,3 +57,15 @@ def cross_entropy(
     from fused_contrastive.backends.triton import loss_node
 
     return loss_node.cross_entropy(pos, normalisers, decoupled, reduction, dtype)
+
+
+def merge_top_k(scores: Tensor, first_column: int, values: Tensor, indices: Tensor) -> None:
+    from fused_contrastive.backends.triton import top_k
+
+    top_k.merge_top_k(scores, first_column, values, indices)
+
+
+def count_ahead(scores: Tensor, first_column: int, target_scores: Tensor, targets: Tensor, counts: Tensor) -> None:
+    from fused_contrastive.backends.triton import top_k
+
+    top_k.count_ahead(scores, first_column, target_scores, targets, counts)

@@ -234,7 +234,9 @@ def test_zero_shot(backend: str, dtype: torch.dtype, normalize: bool, prompts: i
     shares = zero_shot(
         images, texts, k=50, scale=torch.tensor(20.0), normalize=normalize, probabilities=True, backend=backend
     )
-    torch.testing.assert_close(shares.scores.double(), logits.softmax(1).gather(1, shares.indices), rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(
+        shares.scores.double(), logits.softmax(1).gather(1, shares.indices), rtol=1e-3, atol=1e-5
+    )
     torch.testing.assert_close(shares.scores.sum(dim=1), torch.ones_like(shares.scores[:, 0]), rtol=0, atol=1e-5)
 
 
@@ -257,8 +259,8 @@ BAD = {
     "targets dtype": (lambda: median_rank(X, Y, targets=torch.ones(4)), TypeError, "targets: got dtype torch.float32"),
     "ks a number": (lambda: recall_at_k(X, Y, 5), TypeError, "ks: got 5, expected a sequence of integers"),
     "ks empty": (lambda: recall_at_k(X, Y, ()), ValueError, "ks: got none"),
-    "ks of 0": (lambda: recall_at_k(X, Y, (1, 0)), ValueError, "ks: got 0 in it, expected integers of at least 1"),
-    "ks floats": (lambda: recall_at_k(X, Y, (1.0,)), TypeError, "ks: got 1.0 in it"),
+    "ks of 0": (lambda: recall_at_k(X, Y, (1, 0)), ValueError, "ks[1]: got 0, expected an integer of at least 1"),
+    "ks floats": (lambda: recall_at_k(X, Y, (1.0,)), TypeError, "ks[0]: got 1.0, expected an integer"),
     "classes rank": (
         lambda: zero_shot(X, torch.randn(2, 2, 2, 3)),
         ValueError,

@@ -126,17 +126,21 @@ def positive(name: str, value: float) -> None:
         raise ValueError(f"{name}: got {value}, expected a finite number above 0")
 
 
+def at_least_1(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: got {value!r}, expected an integer of at least 1")
+    if value < 1:
+        raise ValueError(f"{name}: got {value}, expected an integer of at least 1")
+
+
 def counts(name: str, value: object) -> None:
     """A non-empty sequence of integers of at least 1."""
     if isinstance(value, str) or not isinstance(value, Sequence):
         raise TypeError(f"{name}: got {value!r}, expected a sequence of integers of at least 1")
     if len(value) == 0:
         raise ValueError(f"{name}: got none, expected at least one integer")
-    for each in value:
-        if isinstance(each, bool) or not isinstance(each, int):
-            raise TypeError(f"{name}: got {each!r} in it, expected integers of at least 1")
-        if each < 1:
-            raise ValueError(f"{name}: got {each} in it, expected integers of at least 1")
+    for i, each in enumerate(value):
+        at_least_1(f"{name}[{i}]", each)
 
 
 def prompts(name: str, value: object) -> None:

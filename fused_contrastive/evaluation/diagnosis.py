@@ -82,7 +82,7 @@ def diagnose(x: Tensor, y: Tensor, scale: float | Tensor, *, k: int = 10) -> Dia
     checks.scalar("scale", scale)
     factor = scale.item() if isinstance(scale, Tensor) else scale
     checks.positive("scale", factor)
-    checks.counts("k", (k,))
+    checks.at_least_1("k", k)
     with plain(x):
         x, y = x.to(compute_dtype(x.dtype)), y.to(compute_dtype(x.dtype))
         unit_x, unit_y = F.normalize(x, dim=1), F.normalize(y, dim=1)

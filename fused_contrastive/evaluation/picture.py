@@ -9,6 +9,7 @@ from typing import Any
 
 from matplotlib import colormaps
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
 
 from fused_contrastive.evaluation.temperature import HARDEST, Row
 
@@ -40,6 +41,8 @@ def draw(file: Path, rows: Sequence[Row], n: int, mark: float | None) -> None:
     for axes in (shares, effective, weights):
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(colors=INK, labelsize=10)
+    for axis in (effective.yaxis, weights.xaxis, weights.yaxis):
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     figure.savefig(file)
 
 
@@ -70,8 +73,8 @@ def _draw_shares(axes: Any, rows: Sequence[Row], n: int) -> None:
         axes.fill_between(temperatures, low, high, color=colour, label=name, linewidth=0)
     axes.set_ylim(0, 1)
     axes.set_yticks([0, 0.25, 0.5, 0.75, 1], ["0%", "25%", "50%", "75%", "100%"])
-    axes.legend(loc="lower left", fontsize=10, framealpha=0.92)
-    _title(axes, "Who pushes", "share of the negatives' gradient")
+    axes.legend(loc="upper right", fontsize=10, framealpha=0.92)
+    _title(axes, "Which negatives carry the gradient", "share of the negatives' gradient")
 
 
 def _draw_effective(axes: Any, rows: Sequence[Row], n: int) -> None:

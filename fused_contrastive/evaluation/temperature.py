@@ -65,9 +65,9 @@ def sweep(x: Tensor, y: Tensor, temperatures: Sequence[float]) -> list[Row]:
 
 
 def table(rows: Sequence[Row], n: int) -> Table:
-    shown = Table(title=f"{n} pairs: the weight of a row's {n - 1} negatives in its gradient, mean of both directions")
-    for column in ("temperature", "scale", "CLIP loss", "effective negatives", *(f"hardest {k}" for k in HARDEST)):
-        shown.add_column(column, justify="right")
+    shown = Table(title=f"{n} pairs: how a row's {n - 1} negatives share its gradient")
+    for column in ("temperature", "scale", "loss", "effective negatives", *(f"hardest {k}" for k in HARDEST)):
+        shown.add_column(column, justify="right", no_wrap=column == "temperature")
     for row in rows:
         shares = (f"{row.share(k):.1%}" for k in HARDEST)
         shown.add_row(
@@ -97,7 +97,10 @@ def run(
             raise ValueError(f"{name}: got NaN or infinite values, expected finite features")
     rows = sweep(x, y, [*temperatures, *([] if mark is None else [mark])])
     console.print(table(rows, len(x)))
-    console.print("features were normalised; scale = 1 / temperature", style="dim")
+    console.print(
+        "features normalised; scale = 1 / temperature; loss: CLIP's; shares are means over rows and directions",
+        style="dim",
+    )
     if out is not None:
         picture.draw(out, rows, len(x), mark)
         console.print(f"picture: {out}")

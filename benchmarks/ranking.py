@@ -1,15 +1,18 @@
 """Time and memory of ranking N queries against N candidates, in u: the time of the blocked GEMM alone.
 
-    python benchmarks/ranking.py [--n 100000] [--dim 256] [--k 10] [--rounds 2]
+    python benchmarks/ranking.py [--n 100000] [--dim 256] [--k 10]
 
-u makes the same blocks of products in the same process and does nothing with them. A sample of rows is checked against
-float64 before anything is timed. Memory is how far the resident peak rises during one call, its result included.
+u makes the same blocks of products in the same process and does nothing with them. All of it is timed a strip of
+queries at a time, in turns, so that a busy machine slows all alike; the ratios are of each strip. A sample of rows is
+checked against float64 before anything is timed. Memory is how far the resident peak rises during one call with all
+queries, its result included.
 """
 
 from __future__ import annotations
 
 import argparse
 import ctypes
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -19,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from common import features, interleaved, provenance, quantile
+from common import features, provenance, quantile
 from fused_contrastive import rank, target_ranks
 from fused_contrastive.ops import ranking
 from memory import resident
@@ -28,14 +31,12 @@ SAMPLE = 64  # rows that are checked
 ROUNDING = 1e-5  # of a float32 product of unit features, generously
 
 
-def gemm(x: Tensor, y: Tensor) -> None:
-    """The products of every block, overwritten one by one."""
-    height, width = ranking.BLOCK
-    room = x.new_empty(height, width)
-    for row in range(0, len(x), height):
-        for column in range(0, len(y), width):
-            a, b = x[row : row + height], y[column : column + width]
-            torch.mm(a, b.T, out=room.flatten()[: len(a) * len(b)].view(len(a), len(b)))
+def gemm(x: Tensor, y: Tensor, room: Tensor) -> None:
+    """The products of one strip with every block of candidates, overwritten one by one."""
+    width = ranking.BLOCK[1]
+    for column in range(0, len(y), width):
+        b = y[column : column + width]
+        torch.mm(x, b.T, out=room[: len(x) * len(b)].view(len(x), len(b)))
 
 
 def check(x: Tensor, y: Tensor, k: int) -> None:
@@ -63,15 +64,33 @@ def extra_memory(run: Callable[[], object]) -> int:
     return resident("VmHWM") - before
 
 
+def by_strips(x: Tensor, y: Tensor, k: int) -> dict[str, list[float]]:
+    """Seconds of each strip of queries against all candidates."""
+    height, width = ranking.BLOCK
+    room = x.new_empty(height * width)
+    times: dict[str, list[float]] = {}
+    for rows in torch.arange(len(x)).split(height):
+        strip = x[rows[0] : rows[-1] + 1]
+        runs: dict[str, Callable[[], object]] = {
+            "u": partial(gemm, strip, y, room),
+            "rank": partial(rank, strip, y, k),
+            "target_ranks": partial(target_ranks, strip, y, targets=rows),
+        }
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            times.setdefault(name, []).append(time.perf_counter() - start)
+    return times
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--n", type=int, default=100_000)
     parser.add_argument("--dim", type=int, default=256)
     parser.add_argument("--k", type=int, default=10)
-    parser.add_argument("--rounds", type=int, default=2, help="timed, after one of warm-up that measures memory")
     options = parser.parse_args()
 
-    console = Console(width=120)
+    console = Console(width=110)
     console.print(provenance())
     x, y, _ = (t.detach() for t in features(options.n, options.dim))
     check(x, y, options.k)
@@ -80,15 +99,16 @@ def main() -> None:
         "target_ranks": partial(target_ranks, x, y),
     }
     memory = {name: extra_memory(run) for name, run in runs.items()}
-    times = interleaved({"u": partial(gemm, x, y)} | runs, seconds=0, least=options.rounds)
-    u = quantile(times["u"], 0.5)
-    title = f"{options.n} queries x {options.n} candidates, fp32, D = {options.dim}; u = {u:.1f} s"
-    table = Table(title=f"{title}; matrix {options.n**2 * 4 / 2**30:.1f} GB")
-    for column in ("", "time in u", "each round", "extra peak memory"):
+    times = by_strips(x, y, options.k)
+    u = times.pop("u")
+    title = f"N = {options.n}, fp32, D = {options.dim}; u = {sum(u):.1f} s"
+    table = Table(title=f"{title}; the matrix has {options.n**2 * 4 / 2**30:.1f} GB")
+    for column in ("", "median u (20%..80%)", "sum of all in u", "extra peak memory"):
         table.add_column(column, justify="right")
-    for name in runs:
-        each = ", ".join(f"{t / v:.2f}" for t, v in zip(times[name], times["u"], strict=True))
-        table.add_row(name, f"{quantile(times[name], 0.5) / u:.2f}", each, f"{memory[name] / 2**20:.0f} MB")
+    for (name, extra), strips in zip(memory.items(), times.values(), strict=True):
+        ratios = [t / v for t, v in zip(strips, u, strict=True)]
+        median, low, high = (f"{quantile(ratios, q):.2f}" for q in (0.5, 0.2, 0.8))
+        table.add_row(name, f"{median} ({low}..{high})", f"{sum(strips) / sum(u):.2f}", f"{extra / 2**20:.0f} MB")
     console.print(table)
 
 

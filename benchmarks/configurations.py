@@ -69,7 +69,8 @@ def compile_one(arch: str, source: str, kernel: str, config: configs.Config, eve
     function = forward.tile_statistics if kernel == "statistics" else backward.tile_gradient
     types = signature(arch, source, kernel, config, every_option)
     constants = {
-        "SELF": every_option, "UPPER": every_option, "EQUAL_IDS": "exclude", "ROWS": True, "COLS": True, "FAST": source == "half", "TMA": "tensordesc" in types["x"],
+        "SELF": every_option, "UPPER": every_option, "EQUAL_IDS": "exclude",
+        "ROWS": True, "COLS": True, "FAST": source == "half", "TMA": "tensordesc" in types["x"],
         "PRECISION": "tf32" if source == "tf32" else "ieee", "TOP": 1.0, **config.options,
     }  # fmt: skip
     chosen, values, aligned = {}, {}, {}

@@ -16,6 +16,7 @@
 #include "max_sim.h"
 #include "stats.h"
 #include "tile.h"
+#include "top_k.h"
 
 namespace py = pybind11;
 
@@ -96,6 +97,17 @@ std::array<at::Tensor, 2> max_sim_backward(at::Tensor x, at::Tensor y, fc::Optio
                               interrupt);
 }
 
+void merge_top_k(const at::Tensor& scores, int64_t first_column, const at::Tensor& values, const at::Tensor& indices) {
+  py::gil_scoped_release release;
+  fc::merge_top_k(scores, first_column, values, indices);
+}
+
+void count_ahead(const at::Tensor& scores, int64_t first_column, const at::Tensor& target_scores,
+                 const at::Tensor& targets, const at::Tensor& counts) {
+  py::gil_scoped_release release;
+  fc::count_ahead(scores, first_column, target_scores, targets, counts);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
@@ -106,6 +118,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("cross_entropy", &cross_entropy);
   m.def("max_sim_forward", &max_sim_forward);
   m.def("max_sim_backward", &max_sim_backward);
+  m.def("merge_top_k", &merge_top_k);
+  m.def("count_ahead", &count_ahead);
   m.def("vector_level", &fc::vector_level, "instruction set of the vector kernels on this CPU");
 #ifdef _OPENMP
   m.attr("parallel") = true;

@@ -21,6 +21,7 @@ import time
 from pathlib import Path
 
 try:
+    import numpy as np
     import torch
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -44,6 +45,9 @@ def options() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of split, weights and order (default %(default)s)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch (default: its own)")
     parser.add_argument("--out", type=Path, default=Path("emoji_clip.png"), help="picture (default %(default)s)")
+    parser.add_argument(
+        "--save-embeddings", type=Path, metavar="DIR", help="write images.npy and texts.npy of all pairs"
+    )
     chosen = parser.parse_args()
     if chosen.steps < 1 or chosen.threads < 1 or chosen.batch < 2:
         parser.error("--steps and --threads take at least 1, --batch at least 2")
@@ -84,6 +88,14 @@ def measure_costs(console: Console, rows: int, threads: int) -> emoji_report.Cos
     return emoji_report.Costs(rows, by_loss)
 
 
+def save_embeddings(folder: Path, run: emoji_train.Run, pairs: emoji_data.Pairs) -> None:
+    """images.npy and texts.npy, (P, FEATURES) unit features of all pairs: what the command line's tools take."""
+    folder.mkdir(parents=True, exist_ok=True)
+    images, texts = emoji_train.features(run.model, pairs, torch.arange(len(pairs.captions)))
+    np.save(folder / "images.npy", images.numpy())
+    np.save(folder / "texts.npy", texts.numpy())
+
+
 def main() -> int:
     start = time.perf_counter()
     chosen = options()
@@ -107,6 +119,9 @@ def main() -> int:
         )
         for name, run in runs.items()
     }
+    if chosen.save_embeddings:
+        save_embeddings(chosen.save_embeddings, runs["fused"], pairs)
+        console.print(f"embeddings of all pairs: {chosen.save_embeddings}/images.npy and texts.npy")
     costs = [measure_costs(console, rows, chosen.threads) for rows in (chosen.batch, LARGE_BATCH)]
 
     console.print(emoji_report.recall_table(scores, held_out, everything))

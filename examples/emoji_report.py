@@ -16,7 +16,7 @@ from torch import Tensor
 
 from emoji_cost import LOSSES, Cost
 from emoji_data import CREDIT, Pairs, picture
-from emoji_train import Recall, Run, similarities
+from emoji_train import Recall, Run, features
 
 COMPARED_STEPS = 50
 MOST_DEVIATION = 1e-4  # relative, over the first COMPARED_STEPS steps
@@ -125,8 +125,8 @@ def verdict(console: Console, runs: dict[str, Run], score: Recall, held_out: int
 
 def draw(file: Path, run: Run, pairs: Pairs, held_out: Tensor, score: Recall, seed: int) -> None:
     """Cards of held-out images drawn at random, each with its top captions among all held-out ones."""
-    scale = 1 / run.model.temperature
-    probabilities = (scale * similarities(run.model, pairs, held_out, held_out)).softmax(dim=1)  # (H, H)
+    images, texts = features(run.model, pairs, held_out)
+    probabilities = (images @ texts.T / run.model.temperature).softmax(dim=1)  # (H, H)
     rows, columns = CARDS
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randperm(len(held_out), generator=generator)[: rows * columns].tolist()

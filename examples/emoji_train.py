@@ -14,6 +14,7 @@ from torch import Tensor
 from emoji_cost import LOSSES, loss_and_gradients
 from emoji_data import Pairs, Split
 from emoji_model import EmojiClip
+from fused_contrastive import recall_at_k
 
 LEARNING_RATE = 3e-3
 SCALE_LEARNING_RATE = 1e-2  # the temperature is one number and has far to go
@@ -95,31 +96,27 @@ def train(
     return runs
 
 
-def recall(similarities: Tensor, right: Tensor) -> tuple[float, float]:
-    """(Q, C) similarities and the (Q,) right columns -> shares of queries with the right one in the first 1 and 5."""
-    hits = similarities.topk(5, dim=1).indices == right.unsqueeze(1)  # (Q, 5)
-    return hits[:, 0].float().mean().item(), hits.any(dim=1).float().mean().item()
-
-
 @torch.no_grad()
-def similarities(model: EmojiClip, pairs: Pairs, images: Tensor, texts: Tensor) -> Tensor:
-    """(Q,) rows of images and (C,) rows of texts -> (Q, C) cosines."""
-    image_features = model(pairs.images[images], pairs.words[images])[0]
-    text_features = model(pairs.images[texts], pairs.words[texts])[1]
-    return image_features @ text_features.T
+def features(model: EmojiClip, pairs: Pairs, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """(R,) row numbers -> the unit features (R, FEATURES) of their images and of their texts."""
+    images, texts, _ = model(pairs.images[rows], pairs.words[rows])
+    return images, texts
+
+
+def recall(queries: Tensor, candidates: Tensor, right: Tensor) -> tuple[float, float]:
+    """(Q, D), (C, D), the (Q,) right candidates -> shares of queries with the right one in the first 1 and 5."""
+    shares = recall_at_k(queries, candidates, (1, 5), targets=right)
+    return shares[1], shares[5]
 
 
 def held_out_recall(model: EmojiClip, pairs: Pairs, held_out: Tensor) -> Recall:
     """Rank H unseen images against H unseen texts, and the reverse."""
-    matrix = similarities(model, pairs, held_out, held_out)
+    images, texts = features(model, pairs, held_out)
     right = torch.arange(len(held_out))
-    return Recall(recall(matrix, right), recall(matrix.T, right))
+    return Recall(recall(images, texts, right), recall(texts, images, right))
 
 
 def recall_among_all(model: EmojiClip, pairs: Pairs, held_out: Tensor) -> Recall:
     """The harder task: H unseen queries against all P texts or images, those of the training pairs included."""
-    everything = torch.arange(len(pairs.captions))
-    return Recall(
-        recall(similarities(model, pairs, held_out, everything), held_out),
-        recall(similarities(model, pairs, everything, held_out).T, held_out),
-    )
+    images, texts = features(model, pairs, torch.arange(len(pairs.captions)))
+    return Recall(recall(images[held_out], texts, held_out), recall(texts[held_out], images, held_out))

@@ -1,4 +1,4 @@
-"""The command line: ``python -m fused_contrastive verify | info``."""
+"""The command line: ``python -m fused_contrastive verify | temperature | info``."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from pathlib import Path
 from rich.console import Console
 
 from fused_contrastive import info
+from fused_contrastive.core import checks
+from fused_contrastive.evaluation import temperature
 from fused_contrastive.ops import dispatch
 from fused_contrastive.verify import run
 
@@ -26,7 +28,44 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--seed", type=int, default=None, help="of the random inputs; default: new each run, printed")
     verify.add_argument("--features", nargs=2, type=Path, metavar=("A.npy", "B.npy"), help="your own (N, D) features")
     verify.add_argument("--scale", type=float, default=100.0, help="the logit scale for --features (default 100)")
+    sweep = commands.add_parser(
+        "temperature",
+        help="how far each temperature concentrates the gradient on hard negatives: a table and a picture",
+    )
+    sweep.add_argument("features", nargs=2, type=Path, metavar=("A.npy", "B.npy"), help="(N, D) features, row by row")
+    values = sweep.add_mutually_exclusive_group()
+    values.add_argument("--temperatures", nargs="+", type=positive, metavar="T", help="default: 0.005 to 1")
+    values.add_argument("--scales", nargs="+", type=positive, metavar="S", help="the same as logit scales, 1 / T")
+    sweep.add_argument("--mark", type=positive, metavar="T", help="the model's own temperature, to be marked")
+    picture = sweep.add_mutually_exclusive_group()
+    picture.add_argument("--out", type=Path, default=Path("temperature.png"), help="picture (default %(default)s)")
+    picture.add_argument("--no-picture", action="store_true", help="the table alone, which needs no matplotlib")
     return parser
+
+
+def positive(text: str) -> float:
+    """A finite number above 0, or argparse's error that names the option."""
+    try:
+        value = float(text)
+        checks.positive("value", value)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"got {text}, expected a finite number above 0") from None
+    return value
+
+
+def _temperature(options: argparse.Namespace, console: Console) -> int:
+    chosen = options.temperatures or [1 / scale for scale in options.scales or ()] or temperature.TEMPERATURES
+    out = None if options.no_picture else options.out
+    try:
+        temperature.run(options.features[0], options.features[1], chosen, out, options.mark, console)
+    except ModuleNotFoundError as error:
+        why = f"the picture needs the package {error.name!r}: pip install matplotlib, or --no-picture for the table"
+        console.print(f"temperature: {why}", style="red", markup=False)
+        return 2
+    except (OSError, TypeError, ValueError) as error:
+        console.print(f"temperature: {error}", style="red", markup=False)
+        return 2
+    return 0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -35,6 +74,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.command == "info":
         info.show(console)
         return 0
+    if options.command == "temperature":
+        return _temperature(options, console)
     try:
         where = run.target(options.device, options.backend)
     except (RuntimeError, ValueError) as error:

@@ -1,7 +1,8 @@
-"""``python -m fused_contrastive``: verify tells right from wrong, info tells what can run."""
+"""``python -m fused_contrastive``: verify tells right from wrong, info what can run, temperature draws."""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -57,6 +58,101 @@ def test_verify_own_features(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 def test_verify_a_backend_that_cannot_run_there(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", "--device", "meta", "--backend", "cpp"]) == 2
     assert "got 'cpp' for torch.float32 features on meta" in capsys.readouterr().out.replace("\n", " ")
+
+
+@pytest.fixture
+def features(tmp_path: Path) -> list[str]:
+    """Two files of 200 pairs."""
+    generator = np.random.default_rng()
+    x = generator.normal(size=(200, 12)).astype(np.float32)
+    np.save(tmp_path / "a.npy", x)
+    np.save(tmp_path / "b.npy", x + 0.3 * generator.normal(size=x.shape).astype(np.float32))
+    return [str(tmp_path / "a.npy"), str(tmp_path / "b.npy")]
+
+
+def test_temperature(features: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib", reason="the picture needs matplotlib")
+    out = tmp_path / "sweep.png"
+    assert main(["temperature", *features, "--mark", "0.07", "--out", str(out)]) == 0
+    shown = capsys.readouterr().out
+    for part in ("200 pairs", "temperature", "hardest 1", "0.005", "0.07"):
+        assert part in shown
+    data = out.read_bytes()
+    assert data.startswith(b"\x89PNG")
+    assert len(data) > 20_000
+
+
+def test_temperature_of_one_pair_and_its_negative(tmp_path: Path) -> None:
+    """The smallest problem that has a picture: one negative, one temperature."""
+    pytest.importorskip("matplotlib", reason="the picture needs matplotlib")
+    np.save(tmp_path / "a.npy", np.eye(2))
+    out = tmp_path / "sweep.png"
+    paths = [str(tmp_path / "a.npy")] * 2
+    assert main(["temperature", *paths, "--temperatures", "0.5", "--out", str(out)]) == 0
+    assert out.is_file()
+
+
+def test_temperature_by_scale_without_picture(features: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["temperature", *features, "--scales", "100", "4", "--no-picture"]) == 0
+    shown = capsys.readouterr().out
+    assert "0.25" in shown
+    assert "picture" not in shown
+
+
+def test_temperature_without_matplotlib(
+    features: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(sys.modules, "fused_contrastive.evaluation.picture", raising=False)
+    monkeypatch.delattr("fused_contrastive.evaluation.picture", raising=False)
+    for name in ("matplotlib", "matplotlib.figure"):
+        monkeypatch.setitem(sys.modules, name, None)
+    assert main(["temperature", *features]) == 2
+    assert "pip install matplotlib" in capsys.readouterr().out.replace("\n", " ")
+    assert main(["temperature", *features, "--no-picture"]) == 0
+
+
+@pytest.mark.parametrize("option", ["--temperatures", "--scales", "--mark"])
+@pytest.mark.parametrize("value", ["0", "-0.1", "nan", "inf", "warm"])
+def test_temperature_bad_value(
+    option: str, value: str, features: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as error:
+        main(["temperature", *features, f"{option}={value}"])
+    assert error.value.code == 2
+    assert f"argument {option}: got {value}, expected a finite number above 0" in capsys.readouterr().err
+
+
+def bad_files(folder: Path) -> dict[str, tuple[str, str]]:
+    """Name -> a file that will not do beside a.npy (200, 12), and what is said."""
+    np.save(folder / "short.npy", np.zeros((3, 12), np.float32))
+    np.save(folder / "narrow.npy", np.zeros((200, 2), np.float32))
+    np.save(folder / "double.npy", np.zeros((200, 12)))
+    np.save(folder / "nan.npy", np.full((200, 12), np.nan, np.float32))
+    np.save(folder / "integers.npy", np.zeros((200, 12), np.int64))
+    np.savez(folder / "archive.npz", np.zeros((200, 12)))
+    (folder / "empty.npy").touch()
+    (folder / "text.npy").write_text("no array")
+    return {
+        "short.npy": "got 3 rows, expected 200",
+        "narrow.npy": "got D = 2, expected 12",
+        "double.npy": "got dtype torch.float64, expected torch.float32",
+        "nan.npy": "got NaN or infinite values",
+        "integers.npy": "got int64 of shape (200, 12), expected floats of shape (N, D)",
+        "archive.npz": "got an archive of arrays",
+        "empty.npy": "got no array",
+        "text.npy": "got no array",
+        "missing.npy": "No such file",
+    }
+
+
+def test_temperature_bad_files(features: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, message in bad_files(tmp_path).items():
+        assert main(["temperature", features[0], str(tmp_path / name), "--no-picture"]) == 2
+        shown = capsys.readouterr().out.replace("\n", "").replace(" ", "")
+        assert message.replace(" ", "") in shown, name
+        assert name in shown
+    assert main(["temperature", *features, "--out", str(tmp_path / "nowhere" / "sweep.png")]) == 2
+    assert "--out" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("array", [np.zeros((3, 2, 1), np.float32), np.zeros((3, 2), np.int64)], ids=["rank", "dtype"])

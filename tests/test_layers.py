@@ -12,7 +12,7 @@ import pytest
 import fused_contrastive
 
 ROOT = Path(fused_contrastive.__file__).parent
-LAYERS = ["core", "backends", "ops", "losses", "testing", "verify"]  # each may import those before it
+LAYERS = ["core", "backends", "ops", "losses", "evaluation", "testing", "verify"]  # each may import those before it
 MODULES = sorted(path.relative_to(ROOT) for path in ROOT.rglob("*.py"))
 
 

@@ -1,4 +1,4 @@
-"""What a backend provides: the primitive forward and backward, the loss on its statistics, whether it can run."""
+"""What a backend provides: the primitive forward and backward, the loss on its statistics, ranking, whether it runs."""
 
 from __future__ import annotations
 
@@ -50,4 +50,21 @@ class Backend(Protocol):
 
         Only the argmaxima of ``saved`` hold anything; those that were not kept are found again. Must not write to
         ``saved``. A token that is not real gets 0.
+        """
+
+    def merge_top_k(self, scores: Tensor, first_column: int, values: Tensor, indices: Tensor) -> None:
+        """Merges a block of scores (M, n), columns ``first_column`` and on, into each row's best k, in place.
+
+        ``values`` (M, k) in the scores' dtype, float32 or float64, and ``indices`` (M, k) int64 are sorted by the order
+        of ``core/order.py``. Blocks come in the order of their columns; of what earlier ones left, the first
+        min(first_column, k) places are filled, afterwards min(first_column + n, k). May write to ``scores``.
+        """
+
+    def count_ahead(
+        self, scores: Tensor, first_column: int, target_scores: Tensor, targets: Tensor, counts: Tensor
+    ) -> None:
+        """Adds to ``counts`` (M,) int64 how many of a block's columns stand ahead of each row's target.
+
+        The target is the column ``targets`` (M,) int64 of the whole matrix, with the score ``target_scores`` (M,). It
+        is never ahead of itself. Blocks may come in any order. Must not write to ``scores``.
         """

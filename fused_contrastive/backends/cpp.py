@@ -72,3 +72,11 @@ def max_sim_backward(
     return _C.max_sim_backward(
         x, y, spec.x_lengths, spec.y_lengths, saved.argmax_x, saved.argmax_y, upstream.x, upstream.y, needs
     )
+
+
+def merge_top_k(scores: Tensor, first_column: int, values: Tensor, indices: Tensor) -> None:
+    _C.merge_top_k(scores, first_column, values, indices)
+
+
+def count_ahead(scores: Tensor, first_column: int, target_scores: Tensor, targets: Tensor, counts: Tensor) -> None:
+    _C.count_ahead(scores, first_column, target_scores, targets, counts)

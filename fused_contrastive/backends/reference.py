@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fused_contrastive.core.order import ahead
 from fused_contrastive.core.reduction import Reduction, reduce
 from fused_contrastive.core.spec import Forward, Gradients, Needs, StatsSpec, Upstream, compute_dtype, statistics_dtype
 from fused_contrastive.core.tokens import MaxSimForward, MaxSimUpstream, TokenSpec, argmaxima, real
@@ -228,3 +229,20 @@ def max_sim_backward(
         dy += (flat.T @ maxima.x[rows].flatten(0, 1)).view_as(dy)
     dx, dy = dx.masked_fill_(~maxima.x_real[..., None], 0), dy.masked_fill_(~maxima.y_real[..., None], 0)  # 0 times inf
     return dx.to(x.dtype) if needs[0] else None, dy.to(y.dtype) if needs[1] else None
+
+
+def merge_top_k(scores: Tensor, first_column: int, values: Tensor, indices: Tensor) -> None:
+    (m, n), k = scores.shape, values.shape[1]
+    filled = min(first_column, k)
+    columns = torch.arange(first_column, first_column + n, device=scores.device)
+    scores = torch.cat((values[:, :filled], scores), dim=1)
+    columns = torch.cat((indices[:, :filled], columns.expand(m, n)), dim=1)
+    # Ascending by the negated score, NaN comes last; a stable sort leaves equal scores in the order of their columns.
+    best = torch.sort(0 - scores, dim=1, stable=True).indices[:, :k]
+    values[:, : best.shape[1]] = scores.gather(1, best)
+    indices[:, : best.shape[1]] = columns.gather(1, best)
+
+
+def count_ahead(scores: Tensor, first_column: int, target_scores: Tensor, targets: Tensor, counts: Tensor) -> None:
+    columns = torch.arange(first_column, first_column + scores.shape[1], device=scores.device)
+    counts += ahead(scores, columns, target_scores[:, None], targets[:, None]).sum(dim=1)

@@ -156,3 +156,46 @@ def token_mask(name: str, value: object, of_name: str, of: Tensor) -> None:
     if tuple(value.shape) != shape:
         raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected {expected}")
     same_device(name, value, of_name, of)
+
+
+def count(name: str, value: object, most: int, of: str) -> None:
+    """An integer from 1 to ``most``, which is the problem's ``of``."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: got {value!r}, expected an integer from 1 to {most} ({of})")
+    if not 1 <= value <= most:
+        raise ValueError(f"{name}: got {value}, expected an integer from 1 to {most} ({of})")
+
+
+def positive(name: str, value: float) -> None:
+    """A finite number above 0."""
+    if not 0 < value < float("inf"):
+        raise ValueError(f"{name}: got {value}, expected a finite number above 0")
+
+
+def at_least_1(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: got {value!r}, expected an integer of at least 1")
+    if value < 1:
+        raise ValueError(f"{name}: got {value}, expected an integer of at least 1")
+
+
+def counts(name: str, value: object) -> None:
+    """A non-empty sequence of integers of at least 1."""
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        raise TypeError(f"{name}: got {value!r}, expected a sequence of integers of at least 1")
+    if len(value) == 0:
+        raise ValueError(f"{name}: got none, expected at least one integer")
+    for i, each in enumerate(value):
+        at_least_1(f"{name}[{i}]", each)
+
+
+def prompts(name: str, value: object) -> None:
+    """A (C, D) or (C, P, D) floating tensor, not empty."""
+    if isinstance(value, Tensor) and value.dim() == 3:
+        if 0 in value.shape:
+            raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected (C, P, D) with none of them 0")
+        features(name, value[:, 0])
+    elif isinstance(value, Tensor) and value.dim() != 2:
+        raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected (C, D) or (C, P, D)")
+    else:
+        features(name, value)

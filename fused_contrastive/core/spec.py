@@ -7,7 +7,6 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-
 Reduction = Literal["logsumexp", "softplus"]
 EqualIds = Literal["exclude", "only", "negate"]
 

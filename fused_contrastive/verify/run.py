@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from fused_contrastive.core.files import load_features
 from fused_contrastive.ops import dispatch
 from fused_contrastive.testing import budget
 from fused_contrastive.testing.cases import CLIP_OPTIONS, DIMS, DTYPES, SCALES, SIZES, Case, Inputs, grid, sample
@@ -119,18 +120,9 @@ def verify_grid(which: str, seed: int, where: Target, console: Console) -> bool:
 
 def verify_features(x_path: Path, y_path: Path, scale: float, where: Target, console: Console) -> bool:
     """The same for the CLIP loss on a user's own features, (N, D) arrays of one shape."""
-    x, y = _load(x_path), _load(y_path)
+    x, y = load_features(x_path), load_features(y_path)
     cases = [Case(x.dtype, len(x), len(y), x.shape[1], scale, option, seed=0) for option in CLIP_OPTIONS]
     return _conclude(check(((case, replace(case.inputs(), x=x, y=y)) for case in cases), where), console)
-
-
-def _load(path: Path) -> torch.Tensor:
-    import numpy as np
-
-    array = np.load(path, allow_pickle=False)
-    if array.ndim != 2 or array.dtype.kind != "f":
-        raise ValueError(f"{path}: got {array.dtype} of shape {array.shape}, expected floats of shape (N, D)")
-    return torch.from_numpy(np.ascontiguousarray(array))
 
 
 def _conclude(report: Report, console: Console) -> bool:

@@ -72,3 +72,15 @@ def max_sim_backward(
     from fused_contrastive.backends.triton import max_sim_launch
 
     return max_sim_launch.backward(spec, x, y, saved, upstream, needs)
+
+
+def merge_top_k(scores: Tensor, first_column: int, values: Tensor, indices: Tensor) -> None:
+    from fused_contrastive.backends.triton import top_k
+
+    top_k.merge_top_k(scores, first_column, values, indices)
+
+
+def count_ahead(scores: Tensor, first_column: int, target_scores: Tensor, targets: Tensor, counts: Tensor) -> None:
+    from fused_contrastive.backends.triton import top_k
+
+    top_k.count_ahead(scores, first_column, target_scores, targets, counts)

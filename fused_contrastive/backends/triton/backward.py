@@ -69,7 +69,8 @@ def tile_gradient(
     x, y, given, kept, references, scale, targets, col_bias, row_ids, col_ids, row, col, g_row, g_col, largest, out,
     M, N, D, stride_x, stride_y, stride_given, stride_kept, stride_references, stride_out,
     row_begin, row_end, col_begin, col_end,
-    SELF: tl.constexpr, UPPER: tl.constexpr, EQUAL_IDS: tl.constexpr, FAST: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr, TOP: tl.constexpr,
+    SELF: tl.constexpr, UPPER: tl.constexpr, EQUAL_IDS: tl.constexpr, FAST: tl.constexpr, TMA: tl.constexpr,
+    PRECISION: tl.constexpr, TOP: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """G[i, j] = g_row[i] exp(S[i, j] - row[i]) + g_col[j] exp(S[i, j] - col[j]), 0 where excluded, times TOP / largest.

@@ -149,9 +149,8 @@ def merge(
     """Adds a block's partials to the running maxima and sums, in order; row, col = maximum + log(sum).
 
     Axis 1 of the grid is the direction: 0 rows, 1 columns; None where it is not asked. known_* is 0 for a direction's
-    first block, whose totals hold nothing yet, and its length after. PLAIN: the maxima are 0 and the values are the sums
-    themselves. The sums and the values are float64: next to a
-    maximum of 1000, float32 would round log(sum) to 6e-5.
+    first block, whose totals hold nothing yet, and its length after. PLAIN: the maxima are 0 and the values are the
+    sums. Sums and values are float64: next to a maximum of 1000, float32 would round log(sum) to 6e-5.
     """
     if tl.program_id(1) == 0:
         if row is not None:

@@ -1,0 +1,116 @@
+"""Time and memory of ranking N queries against N candidates, in u: the time of the blocked GEMM alone.
+
+    python benchmarks/ranking.py [--n 100000] [--dim 256] [--k 10]
+
+u makes the same blocks of products in the same process and does nothing with them. All of it is timed a strip of
+queries at a time, in turns, so that a busy machine slows all alike; the ratios are of each strip. A sample of rows is
+checked against float64 before anything is timed. Memory is how far the resident peak rises during one call with all
+queries, its result included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from common import features, provenance, quantile
+from fused_contrastive import rank, target_ranks
+from fused_contrastive.ops import ranking
+from memory import resident
+
+SAMPLE = 64  # rows that are checked
+ROUNDING = 1e-5  # of a float32 product of unit features, generously
+
+
+def gemm(x: Tensor, y: Tensor, room: Tensor) -> None:
+    """The products of one strip with every block of candidates, overwritten one by one."""
+    width = ranking.BLOCK[1]
+    for column in range(0, len(y), width):
+        b = y[column : column + width]
+        torch.mm(x, b.T, out=room[: len(x) * len(b)].view(len(x), len(b)))
+
+
+def check(x: Tensor, y: Tensor, k: int) -> None:
+    """A sample of the rows against float64."""
+    rows = torch.randperm(len(x))[:SAMPLE]
+    exact = x[rows].double() @ y.double().T
+    own = exact.gather(1, rows[:, None])
+    scores, indices = rank(x[rows], y, k)
+    right = (scores - exact.topk(k, dim=1).values).abs().max() < ROUNDING
+    right &= (scores - exact.gather(1, indices)).abs().max() < ROUNDING
+    ranks = target_ranks(x[rows], y, targets=rows)
+    right &= ((exact > own + ROUNDING).sum(dim=1) <= ranks).all()
+    right &= (ranks <= (exact > own - ROUNDING).sum(dim=1)).all()
+    if not right:
+        raise SystemExit("the sample differs from float64; a wrong ranking is not timed")
+
+
+def extra_memory(run: Callable[[], object]) -> int:
+    """Bytes that the resident peak rises by."""
+    ctypes.CDLL(None).malloc_trim(0)
+    before = resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    result = run()
+    del result
+    return resident("VmHWM") - before
+
+
+def by_strips(x: Tensor, y: Tensor, k: int) -> dict[str, list[float]]:
+    """Seconds of each strip of queries against all candidates."""
+    height, width = ranking.BLOCK
+    room = x.new_empty(height * width)
+    times: dict[str, list[float]] = {}
+    for rows in torch.arange(len(x)).split(height):
+        strip = x[rows[0] : rows[-1] + 1]
+        runs: dict[str, Callable[[], object]] = {
+            "u": partial(gemm, strip, y, room),
+            "rank": partial(rank, strip, y, k),
+            "target_ranks": partial(target_ranks, strip, y, targets=rows),
+        }
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            times.setdefault(name, []).append(time.perf_counter() - start)
+    return times
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--n", type=int, default=100_000)
+    parser.add_argument("--dim", type=int, default=256)
+    parser.add_argument("--k", type=int, default=10)
+    options = parser.parse_args()
+
+    console = Console(width=110)
+    console.print(provenance())
+    x, y, _ = (t.detach() for t in features(options.n, options.dim))
+    check(x, y, options.k)
+    runs: dict[str, Callable[[], object]] = {
+        f"rank, k = {options.k}": partial(rank, x, y, options.k),
+        "target_ranks": partial(target_ranks, x, y),
+    }
+    memory = {name: extra_memory(run) for name, run in runs.items()}
+    times = by_strips(x, y, options.k)
+    u = times.pop("u")
+    title = f"N = {options.n}, fp32, D = {options.dim}; u = {sum(u):.1f} s"
+    table = Table(title=f"{title}; the matrix has {options.n**2 * 4 / 2**30:.1f} GB")
+    for column in ("", "median u (20%..80%)", "sum of all in u", "extra peak memory"):
+        table.add_column(column, justify="right")
+    for (name, extra), strips in zip(memory.items(), times.values(), strict=True):
+        ratios = [t / v for t, v in zip(strips, u, strict=True)]
+        median, low, high = (f"{quantile(ratios, q):.2f}" for q in (0.5, 0.2, 0.8))
+        table.add_row(name, f"{median} ({low}..{high})", f"{sum(strips) / sum(u):.2f}", f"{extra / 2**20:.0f} MB")
+    console.print(table)
+
+
+if __name__ == "__main__":
+    main()

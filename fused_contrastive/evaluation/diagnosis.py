@@ -1,0 +1,117 @@
+"""``diagnose``: whether a feature space is aligned, spread out, and trained by many negatives or by few."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fused_contrastive.core import checks
+from fused_contrastive.core.spec import compute_dtype, statistics_dtype
+from fused_contrastive.evaluation.negatives import Negatives, chunks
+from fused_contrastive.ops.ranking import plain
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What ``diagnose`` found, as plain numbers. "x_to_y": rows of x against all of y."""
+
+    alignment: float  # mean squared distance of a pair, 0 (equal) to 4 (opposite)
+    uniformity_x: float  # 0 if all of x is one point, to about -4 if it is spread over the sphere
+    uniformity_y: float
+    top1_x_to_y: float  # the share of rows whose own partner comes first
+    top1_y_to_x: float
+    effective_negatives_x_to_y: float  # 1 to N - 1
+    effective_negatives_y_to_x: float
+    hardest_share_x_to_y: float  # the weight of the k hardest negatives, 0 to 1
+    hardest_share_y_to_x: float
+    k: int
+
+    @property
+    def effective_negatives(self) -> float:
+        """The mean of both directions."""
+        return (self.effective_negatives_x_to_y + self.effective_negatives_y_to_x) / 2
+
+    @property
+    def hardest_share(self) -> float:
+        """The mean of both directions."""
+        return (self.hardest_share_x_to_y + self.hardest_share_y_to_x) / 2
+
+
+def diagnose(x: Tensor, y: Tensor, scale: float | Tensor, *, k: int = 10) -> Diagnosis:
+    """Describes paired features (row i of x belongs to row i of y) and what the contrastive loss does with them.
+
+    On normalised features, the two properties of Wang & Isola 2020 ("Understanding Contrastive Representation Learning
+    through Alignment and Uniformity on the Hypersphere")::
+
+        alignment  = mean over i of |x_i - y_i|^2
+        uniformity = log of the mean over pairs i != j of exp(-2 |x_i - x_j|^2), for x and for y
+
+    On the features as given, as the loss has them, the weights of a row's negatives in its gradient::
+
+        w[i, j] = exp(scale x_i . y_j) / sum over l != i of exp(scale x_i . y_l)        j != i
+
+    (the relative penalty of Wang & Liu 2021, "Understanding the Behaviour of Contrastive Loss"), of which are reported,
+    as means over the rows, the effective number of negatives exp(-sum_j w log w) and the share of the k hardest, the
+    sum of the k largest. A weight is proportional to exp(similarity / temperature): dividing by a smaller temperature
+    stretches the differences of similarity, and the hardest negative outgrows all others. A few effective negatives of
+    thousands mean that the rest of the batch hardly trains; nearly N - 1 of them, that hard ones count no more than
+    easy ones. Wrong pairs and duplicates among the negatives, too, do the more harm the smaller the temperature is.
+
+    One pass over chunks of rows, in plain torch on any device, in O(chunk x N) memory: 4 matrix products in all.
+
+    Args:
+        x: (N, D) float32, float64, bfloat16 or float16, N >= 2.
+        y: (N, D), same dtype and device.
+        scale: the logit scale, 1 / temperature: a number or a 0-d tensor, above 0.
+        k: how many negatives count as hardest; from N - 1 on, their share is 1.
+
+    Returns:
+        Diagnosis; sums are taken in float64. NaN among the features gives NaN.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what was expected.
+    """
+    checks.feature_pair("x", x, "y", y)
+    checks.same_rows("x", x, "y", y)
+    n = len(x)
+    if n < 2:
+        raise ValueError(f"x: got {n} row, expected at least 2, so that there are negatives")
+    checks.scalar("scale", scale)
+    factor = scale.item() if isinstance(scale, Tensor) else scale
+    checks.positive("scale", factor)
+    checks.at_least_1("k", k)
+    with plain(x):
+        x, y = x.to(compute_dtype(x.dtype)), y.to(compute_dtype(x.dtype))
+        unit_x, unit_y = F.normalize(x, dim=1), F.normalize(y, dim=1)
+        of_x, of_y = (Negatives(n, [factor], k, x.device) for _ in range(2))
+        spread_x = spread_y = torch.zeros((), dtype=statistics_dtype(x.device), device=x.device)
+        for rows in chunks(n):
+            of_x.add(x[rows] @ y.T, rows.start)
+            of_y.add(y[rows] @ x.T, rows.start)
+            spread_x = spread_x + _spread(unit_x, rows)
+            spread_y = spread_y + _spread(unit_y, rows)
+        (x_to_y,), (y_to_x,) = of_x.means(), of_y.means()
+        distances = (unit_x - unit_y).square().sum(dim=1, dtype=spread_x.dtype)
+    return Diagnosis(
+        alignment=distances.mean().item(),
+        uniformity_x=(spread_x / n / (n - 1)).log().item(),
+        uniformity_y=(spread_y / n / (n - 1)).log().item(),
+        top1_x_to_y=of_x.accuracy(),
+        top1_y_to_x=of_y.accuracy(),
+        effective_negatives_x_to_y=x_to_y.effective,
+        effective_negatives_y_to_x=y_to_x.effective,
+        hardest_share_x_to_y=x_to_y.shares[-1].item(),
+        hardest_share_y_to_x=y_to_x.shares[-1].item(),
+        k=k,
+    )
+
+
+def _spread(unit: Tensor, rows: slice) -> Tensor:
+    """The sum of exp(-2 |a_i - a_j|^2) over some rows i and all j != i; -2 |a - b|^2 = 4 a.b - 2 |a|^2 - 2 |b|^2."""
+    squares = unit.square().sum(dim=1)
+    exponents = (unit[rows] @ unit.T).mul_(4).sub_(2 * squares).sub_(2 * squares[rows, None])
+    exponents.diagonal(rows.start).fill_(-torch.inf)
+    return exponents.exp_().sum(dtype=statistics_dtype(unit.device))

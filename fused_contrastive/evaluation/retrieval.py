@@ -1,0 +1,53 @@
+"""Retrieval scores. Both read ``target_ranks``; for more than one score of the same ranking, call that once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from fused_contrastive.core import checks
+from fused_contrastive.ops.ranking import target_ranks
+
+
+def recall_at_k(
+    queries: Tensor,
+    candidates: Tensor,
+    ks: Sequence[int] = (1, 5, 10),
+    *,
+    targets: Tensor | None = None,
+    backend: str = "auto",
+) -> dict[int, float]:
+    """The share of queries whose own candidate is among the first k, for each k.
+
+    ``recall_at_k(images, texts)`` is image-to-text retrieval, ``recall_at_k(texts, images)`` text-to-image. The first k
+    are those of ``rank``, so equal scores count by index: a model that gives one feature to everything has 1 / N at
+    k = 1, not 1.
+
+    Args:
+        queries: (M, D) float32, float64, bfloat16 or float16.
+        candidates: (N, D), same dtype and device.
+        ks: integers of at least 1; from k = N on, recall is 1.
+        targets: (M,) int64, the candidate that belongs to each query. Default: query i's is i, which needs M <= N.
+        backend: see ``contrastive_stats``.
+
+    Returns:
+        {k: recall} in the order of ``ks``.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what was expected.
+        RuntimeError: the backend cannot run here.
+    """
+    checks.counts("ks", ks)
+    ranks = target_ranks(queries, candidates, targets=targets, backend=backend)
+    return {k: (ranks < k).double().mean().item() for k in ks}
+
+
+def median_rank(queries: Tensor, candidates: Tensor, *, targets: Tensor | None = None, backend: str = "auto") -> float:
+    """The median place of the queries' own candidates, 1 at best; the mean of the two middle ones for an even M.
+
+    Arguments and errors as for ``recall_at_k``.
+    """
+    ranks = target_ranks(queries, candidates, targets=targets, backend=backend).sort().values.double()
+    middle = ranks[(len(ranks) - 1) // 2] + ranks[len(ranks) // 2]
+    return 1 + middle.item() / 2

@@ -4,9 +4,15 @@ from fused_contrastive.evaluation.diagnosis import Diagnosis, diagnose
 from fused_contrastive.evaluation.retrieval import median_rank, recall_at_k
 from fused_contrastive.evaluation.zero_shot import zero_shot
 from fused_contrastive.losses.clip import ClipLoss, clip_loss
+from fused_contrastive.losses.filip import FilipLoss, filip_loss
+from fused_contrastive.losses.info_nce import InfoNCELoss, info_nce_loss
+from fused_contrastive.losses.nt_xent import NTXentLoss, nt_xent_loss
+from fused_contrastive.losses.siglip import SigLipLoss, siglip_loss
+from fused_contrastive.losses.supcon import SupConLoss, supcon_loss
+from fused_contrastive.losses.x_clip import x_clip_loss
 from fused_contrastive.ops.max_sim import MaxSimScores, max_sim
 from fused_contrastive.ops.ranking import Ranking, rank, target_ranks
-from fused_contrastive.ops.stats import ContrastiveStats, contrastive_stats
+from fused_contrastive.ops.stats import ContrastiveStats, SigmoidStats, contrastive_stats, self_stats, sigmoid_stats
 
 __version__ = "0.1.0"
 
@@ -14,15 +20,29 @@ __all__ = [
     "ClipLoss",
     "ContrastiveStats",
     "Diagnosis",
+    "FilipLoss",
+    "InfoNCELoss",
     "MaxSimScores",
+    "NTXentLoss",
     "Ranking",
+    "SigLipLoss",
+    "SigmoidStats",
+    "SupConLoss",
     "clip_loss",
     "contrastive_stats",
     "diagnose",
+    "filip_loss",
+    "info_nce_loss",
     "max_sim",
     "median_rank",
+    "nt_xent_loss",
     "rank",
     "recall_at_k",
+    "self_stats",
+    "siglip_loss",
+    "sigmoid_stats",
+    "supcon_loss",
     "target_ranks",
+    "x_clip_loss",
     "zero_shot",
 ]

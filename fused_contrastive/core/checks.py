@@ -199,3 +199,11 @@ def prompts(name: str, value: object) -> None:
         raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected (C, D) or (C, P, D)")
     else:
         features(name, value)
+
+
+def non_negative(name: str, value: object) -> None:
+    """A finite number of at least 0."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: got {value!r}, expected a number of at least 0")
+    if not 0 <= value < float("inf"):
+        raise ValueError(f"{name}: got {value}, expected a finite number of at least 0")

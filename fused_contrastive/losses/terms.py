@@ -2,12 +2,51 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
+from fused_contrastive.core import checks
+from fused_contrastive.core.reduction import Reduction, reduce
 from fused_contrastive.core.spec import compute_dtype
+from fused_contrastive.ops.autograd import is_plain
 
 
 def mean_logit(scale: float | Tensor, x: Tensor, y: Tensor) -> Tensor:
     """(M,) mean of each row of ``scale * x @ y.T``, in closed form: ``scale * x_i . mean_j y_j``."""
     dtype = compute_dtype(x.dtype)
     return scale * (x.to(dtype) * y.to(dtype).mean(dim=0)).sum(dim=1)
+
+
+def pair_logit(scale: float | Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """(M,) ``scale * x_i . y_i``."""
+    dtype = compute_dtype(x.dtype)
+    return scale * (x.to(dtype) * y.to(dtype)).sum(dim=1)
+
+
+def scale_of(temperature: float | Tensor | None, logit_scale: float | Tensor | None, default: float) -> float | Tensor:
+    """What multiplies the similarities: ``logit_scale``, or 1 / temperature; 1 / default where neither is given."""
+    if temperature is not None and logit_scale is not None:
+        raise ValueError("temperature, logit_scale: got both, expected at most one of them")
+    if logit_scale is not None:
+        checks.scalar("logit_scale", logit_scale)
+        return logit_scale
+    temperature = default if temperature is None else temperature
+    checks.scalar("temperature", temperature)
+    known = not isinstance(temperature, Tensor) or (is_plain(temperature) and temperature.device.type == "cpu")
+    if known and not temperature > 0:
+        raise ValueError(f"temperature: got {float(temperature)}, expected a positive number")
+    return 1 / temperature
+
+
+def reduce_weighted(losses: Tensor, weight: Tensor | None, reduction: Reduction) -> Tensor:
+    """(M,) -> scalar, or (M,) for "none"; the mean is that of ``F.cross_entropy``, over the sum of the weights."""
+    if weight is None:
+        return reduce(losses, reduction)
+    weighted = losses * weight
+    return weighted.sum() / weight.sum() if reduction == "mean" else reduce(weighted, reduction)
+
+
+def dense_stats(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """(N, N) logits with the positives on the diagonal -> pos (N,), and row (N,), log sum exp of the others."""
+    own = torch.eye(len(logits), dtype=torch.bool, device=logits.device)
+    return logits.diagonal(), logits.masked_fill(own, -torch.inf).logsumexp(dim=1)

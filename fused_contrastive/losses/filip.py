@@ -1,0 +1,129 @@
+"""FILIP: the CLIP loss on token-level similarities."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import Tensor, nn
+
+from fused_contrastive.core import checks
+from fused_contrastive.core.reduction import REDUCTIONS, Reduction
+from fused_contrastive.losses import terms
+from fused_contrastive.ops.cross_entropy import cross_entropy
+from fused_contrastive.ops.max_sim import max_sim
+
+COMPAT = (None, "x_clip")
+DIRECTIONS: dict[str, Literal["x", "y", "both"]] = {"image": "x", "text": "y", "both": "both"}
+
+
+def filip_loss(
+    image_tokens: Tensor,
+    text_tokens: Tensor,
+    logit_scale: float | Tensor,
+    *,
+    image_mask: Tensor | None = None,
+    text_mask: Tensor | None = None,
+    decoupled: bool = False,
+    compat: Literal["x_clip"] | None = None,
+    direction: Literal["image", "text", "both"] = "both",
+    reduction: Reduction = "mean",
+    memory_budget: int | Literal["auto"] = "auto",
+    backend: str = "auto",
+) -> Tensor:
+    """The CLIP loss on scores of tokens: each finds its best match, and the mean over an item's tokens is its score.
+
+    With ``s_it`` the scores of images against texts (mean over image tokens of the maximum over text tokens) and
+    ``s_ti`` those of texts against images, both (N, N) and from one pass over the tokens' products::
+
+        (CE of the rows of logit_scale * s_it + CE of the rows of logit_scale * s_ti) / 2
+
+    (Yao et al. 2021, "FILIP: Fine-grained Interactive Language-Image Pre-Training"). The N x N scores are stored, the
+    products of all tokens, a T * P times larger tensor, are not.
+
+    Args:
+        image_tokens: (N, P, D) float32, float64, bfloat16 or float16; normalise them first.
+        text_tokens: (N, T, D), same dtype and device; item i is the caption of image i.
+        logit_scale: multiplies the scores; a number or a 0-d tensor, which gets a gradient.
+        image_mask, text_mask: (N, P) and (N, T) bool, True for a real token, by default all; items without any score 0.
+        decoupled: the positive stays out of both denominators (Yeh et al. 2022).
+        compat: "x_clip" for what x-clip 0.14 computes: its image-to-text scores are not transposed, so both softmaxes
+            run over images.
+        direction: "image" for the loss of images against texts alone, "text" for that of texts against images.
+        reduction: "mean", "sum" or "none" ((N,), the mean of a pair's two directions).
+        memory_budget, backend: see ``max_sim``.
+
+    Returns:
+        A scalar, or (N,) with ``reduction="none"``; float32 (float64 for float64 features).
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what was expected.
+    """
+    checks.tokens("image_tokens", image_tokens)
+    checks.tokens("text_tokens", text_tokens)
+    checks.same_rows("image_tokens", image_tokens, "text_tokens", text_tokens)
+    checks.scalar("logit_scale", logit_scale)
+    checks.boolean("decoupled", decoupled)
+    checks.one_of("compat", compat, COMPAT)  # type: ignore[arg-type]
+    checks.one_of("direction", direction, tuple(DIRECTIONS))
+    checks.one_of("reduction", reduction, REDUCTIONS)
+    for name, mask, of_name, of in (
+        ("image_mask", image_mask, "image_tokens", image_tokens),
+        ("text_mask", text_mask, "text_tokens", text_tokens),
+    ):
+        if mask is not None:
+            checks.token_mask(name, mask, of_name, of)
+    scores = max_sim(
+        image_tokens, text_tokens, image_mask, text_mask, reduction="mean", direction=DIRECTIONS[direction],
+        memory_budget=memory_budget, backend=backend,
+    )  # fmt: skip
+    parts = scores if direction == "both" else (scores,)
+    losses = []
+    for name, part in zip(("image", "text") if direction == "both" else (direction,), parts, strict=True):
+        of_rows = part.T if name == "text" or compat == "x_clip" else part
+        pos, row = terms.dense_stats(logit_scale * of_rows)
+        losses.append(
+            cross_entropy(
+                pos.double(), row.double(), dtype=part.dtype, decoupled=decoupled, reduction=reduction, backend=backend
+            )
+        )
+    return losses[0] if len(losses) == 1 else (losses[0] + losses[1]) / 2
+
+
+class FilipLoss(nn.Module):
+    """``filip_loss`` as a module. It holds no parameters: the model owns the logit scale."""
+
+    def __init__(
+        self,
+        *,
+        decoupled: bool = False,
+        compat: Literal["x_clip"] | None = None,
+        reduction: Reduction = "mean",
+        memory_budget: int | Literal["auto"] = "auto",
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        checks.one_of("compat", compat, COMPAT)  # type: ignore[arg-type]
+        checks.one_of("reduction", reduction, REDUCTIONS)
+        self.decoupled = decoupled
+        self.compat: Literal["x_clip"] | None = compat
+        self.reduction: Reduction = reduction
+        self.memory_budget: int | Literal["auto"] = memory_budget
+        self.backend = backend
+
+    def forward(
+        self,
+        image_tokens: Tensor,
+        text_tokens: Tensor,
+        logit_scale: float | Tensor,
+        image_mask: Tensor | None = None,
+        text_mask: Tensor | None = None,
+    ) -> Tensor:
+        """(N, P, D), (N, T, D), scalar -> loss; see ``filip_loss``."""
+        return filip_loss(
+            image_tokens, text_tokens, logit_scale, image_mask=image_mask, text_mask=text_mask,
+            decoupled=self.decoupled, compat=self.compat, reduction=self.reduction,
+            memory_budget=self.memory_budget, backend=self.backend,
+        )  # fmt: skip
+
+    def extra_repr(self) -> str:
+        return f"decoupled={self.decoupled}, compat={self.compat!r}, reduction={self.reduction!r}"

@@ -1,0 +1,223 @@
+"""InfoNCE: queries against keys, in one direction or both, with whatever else retrieval training adds."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fused_contrastive.core import checks
+from fused_contrastive.core.reduction import REDUCTIONS, Reduction
+from fused_contrastive.core.spec import compute_dtype
+from fused_contrastive.losses import terms
+from fused_contrastive.ops.cross_entropy import cross_entropy
+from fused_contrastive.ops.stats import autocast, contrastive_stats, log_add
+
+
+def info_nce_loss(
+    query: Tensor,
+    key: Tensor,
+    *,
+    temperature: float | Tensor | None = None,
+    logit_scale: float | Tensor | None = None,
+    targets: Tensor | None = None,
+    negatives: Tensor | None = None,
+    col_bias: Tensor | None = None,
+    row_ids: Tensor | None = None,
+    col_ids: Tensor | None = None,
+    symmetric: bool = False,
+    decoupled: bool = False,
+    margin: float = 0.0,
+    label_smoothing: float = 0.0,
+    weight: Tensor | None = None,
+    reduction: Reduction = "mean",
+    normalize: bool = False,
+    memory_budget: int | Literal["auto"] = "auto",
+    backend: str = "auto",
+) -> Tensor:
+    """Cross-entropy of every query's softmax over the keys, without the matrix of their similarities.
+
+    With ``S[i, j] = scale * query_i . column_j + col_bias[j]`` over the columns, which are the keys and then the shared
+    negatives, and t(i) the positive of query i::
+
+        loss_i = -log(exp(S[i, t(i)] - margin) / (exp(S[i, t(i)] - margin) + sum over j != t(i) of exp S[i, j]))
+
+    (van den Oord et al. 2018, "Representation Learning with Contrastive Predictive Coding"; MoCo's queue: He et al.
+    2020). ``decoupled`` leaves the positive out of the denominator (Yeh et al. 2022).
+
+    Args:
+        query: (M, D) float32, float64, bfloat16 or float16.
+        key: (N, D), same dtype and device.
+        temperature: divides the similarities, a positive number or 0-d tensor; default 0.07.
+        logit_scale: multiplies them, instead of the temperature. Whichever is a tensor gets a gradient.
+        targets: (M,) int64, the key of each query's positive. Default: t(i) = i, which needs M <= N.
+        negatives: (K, D) more columns for every query, such as hard negatives or a queue; or (M, K, D), K for each.
+        col_bias: (N,), or (N + K,) with shared negatives; added to each column's logits: minus log of the sampling
+            probability corrects a sampled softmax (logQ), -inf marks an empty slot of a queue.
+        row_ids, col_ids: (M,) and one per column, int64; pairs with equal ids are excluded (false negatives).
+        symmetric: the mean with the loss of keys against queries. Needs M = N and no targets; negatives are columns of
+            the queries' direction alone.
+        decoupled: the DCL form.
+        margin: subtracted from the positives' logits, at least 0.
+        label_smoothing: in [0, 1), as in ``F.cross_entropy``: this share of the target is spread over all columns. Not
+            together with ids.
+        weight: (M,) weights of the queries; the mean is over their sum, as in ``F.cross_entropy``.
+        reduction: "mean", "sum" or "none" ((M,)).
+        normalize: L2-normalise query, key and negatives first.
+        memory_budget, backend: see ``contrastive_stats``.
+
+    Returns:
+        A scalar, or (M,) with ``reduction="none"``; float32 (float64 for float64 features).
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what was expected.
+    """
+    query, key = autocast(query), autocast(key)
+    checks.feature_pair("query", query, "key", key)
+    _check_options(symmetric, decoupled, margin, label_smoothing, reduction, normalize)
+    scale = terms.scale_of(temperature, logit_scale, 0.07)
+    if symmetric:
+        if targets is not None:
+            raise ValueError(
+                "targets: got a tensor with symmetric=True, expected None: key i is the positive of query i"
+            )
+        checks.same_rows("query", query, "key", key)
+    if label_smoothing and row_ids is not None:
+        raise ValueError("label_smoothing: got it together with row_ids, expected 0: excluded pairs cannot be targets")
+    if weight is not None:
+        checks.vector("weight", weight, len(query), query, of="one per query", integer=False)
+    if negatives is not None:
+        negatives = _checked_negatives(autocast(negatives), query)
+    if normalize:
+        query, key = F.normalize(query, dim=-1), F.normalize(key, dim=-1)
+        negatives = None if negatives is None else F.normalize(negatives, dim=-1)
+    columns, own = key, None  # own: (M, K, D)
+    if negatives is not None and negatives.dim() == 2:
+        columns = torch.cat((key, negatives))
+    elif negatives is not None:
+        own = negatives
+
+    directions: list[Literal["row", "col"]] = ["row", "col"] if symmetric else ["row"]
+    pos, row, col = contrastive_stats(
+        query, columns, scale, targets=targets, col_bias=col_bias, row_ids=row_ids, col_ids=col_ids,
+        directions=directions, memory_budget=memory_budget, backend=backend,
+    )  # fmt: skip
+    assert row is not None
+    dtype = compute_dtype(query.dtype)
+    own_logits = None if own is None else scale * torch.einsum("md,mkd->mk", query.to(dtype), own.to(dtype))
+    if own_logits is not None:
+        row = log_add(row, own_logits.to(row.dtype).logsumexp(dim=1))
+    pos = pos - margin if margin else pos
+    normalisers = (row,) if col is None else (row, col[: len(key)])
+    plain = not label_smoothing and weight is None
+    losses = cross_entropy(
+        pos, *normalisers, dtype=dtype if plain else pos.dtype, decoupled=decoupled,
+        reduction=reduction if plain else "none", backend=backend,
+    )  # fmt: skip
+    if plain:
+        return losses
+    if label_smoothing:
+        mean = _mean_over_columns(scale, query, columns, col_bias, own_logits, margin)
+        if symmetric:
+            of_keys = terms.mean_logit(scale, key, query) - margin / len(query)
+            mean = (mean + (of_keys if col_bias is None else of_keys + col_bias[: len(key)])) / 2
+        losses = losses + label_smoothing * (pos - mean)
+    return terms.reduce_weighted(losses, weight, reduction).to(dtype)
+
+
+def _mean_over_columns(
+    scale: float | Tensor, query: Tensor, columns: Tensor, col_bias: Tensor | None, own_logits: Tensor | None,
+    margin: float,
+) -> Tensor:  # fmt: skip
+    """(M,) mean of each query's logits."""
+    shared = terms.mean_logit(scale, query, columns)
+    if col_bias is not None:
+        shared = shared + col_bias.mean()
+    total, count = len(columns) * shared - margin, len(columns)
+    if own_logits is not None:
+        total, count = total + own_logits.sum(dim=1), count + own_logits.shape[1]
+    return total / count
+
+
+def _checked_negatives(negatives: object, query: Tensor) -> Tensor:
+    m, d = query.shape
+    expected = f"a tensor of shape (K, {d}) or ({m}, K, {d})"
+    if not isinstance(negatives, Tensor):
+        raise TypeError(f"negatives: got {type(negatives).__name__}, expected {expected}")
+    if negatives.dtype != query.dtype:
+        raise TypeError(f"negatives: got dtype {negatives.dtype}, expected {query.dtype}, the dtype of query")
+    shape = tuple(negatives.shape)
+    if negatives.dim() not in (2, 3) or shape[-1] != d or 0 in shape or (negatives.dim() == 3 and shape[0] != m):
+        raise ValueError(f"negatives: got shape {shape}, expected {expected}")
+    checks.same_device("negatives", negatives, "query", query)
+    return negatives
+
+
+def _check_options(
+    symmetric: bool, decoupled: bool, margin: float, label_smoothing: float, reduction: str, normalize: bool
+) -> None:
+    for name, value in (("symmetric", symmetric), ("decoupled", decoupled), ("normalize", normalize)):
+        checks.boolean(name, value)
+    checks.non_negative("margin", margin)
+    checks.unit_interval("label_smoothing", label_smoothing)
+    checks.one_of("reduction", reduction, REDUCTIONS)
+
+
+class InfoNCELoss(nn.Module):
+    """``info_nce_loss`` as a module. It holds no parameters; options as there."""
+
+    def __init__(
+        self,
+        *,
+        temperature: float | None = None,
+        symmetric: bool = False,
+        decoupled: bool = False,
+        margin: float = 0.0,
+        label_smoothing: float = 0.0,
+        reduction: Reduction = "mean",
+        normalize: bool = False,
+        memory_budget: int | Literal["auto"] = "auto",
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        terms.scale_of(temperature, None, 0.07)
+        _check_options(symmetric, decoupled, margin, label_smoothing, reduction, normalize)
+        self.temperature = temperature
+        self.symmetric = symmetric
+        self.decoupled = decoupled
+        self.margin = margin
+        self.label_smoothing = label_smoothing
+        self.reduction: Reduction = reduction
+        self.normalize = normalize
+        self.memory_budget: int | Literal["auto"] = memory_budget
+        self.backend = backend
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        *,
+        logit_scale: float | Tensor | None = None,
+        targets: Tensor | None = None,
+        negatives: Tensor | None = None,
+        col_bias: Tensor | None = None,
+        row_ids: Tensor | None = None,
+        col_ids: Tensor | None = None,
+        weight: Tensor | None = None,
+    ) -> Tensor:
+        """(M, D), (N, D) -> loss; a ``logit_scale`` given here replaces the temperature. See ``info_nce_loss``."""
+        return info_nce_loss(
+            query, key, temperature=self.temperature if logit_scale is None else None, logit_scale=logit_scale,
+            targets=targets, negatives=negatives, col_bias=col_bias, row_ids=row_ids, col_ids=col_ids,
+            symmetric=self.symmetric, decoupled=self.decoupled, margin=self.margin,
+            label_smoothing=self.label_smoothing, weight=weight, reduction=self.reduction, normalize=self.normalize,
+            memory_budget=self.memory_budget, backend=self.backend,
+        )  # fmt: skip
+
+    def extra_repr(self) -> str:
+        return (
+            f"temperature={self.temperature}, symmetric={self.symmetric}, decoupled={self.decoupled}, "
+            f"margin={self.margin}, label_smoothing={self.label_smoothing}, reduction={self.reduction!r}"
+        )

@@ -1,0 +1,115 @@
+"""NT-Xent, SimCLR's loss: views of a batch against each other, one triangle of their symmetric matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fused_contrastive.core import checks
+from fused_contrastive.core.reduction import REDUCTIONS, Reduction, reduce
+from fused_contrastive.core.spec import compute_dtype
+from fused_contrastive.losses import terms
+from fused_contrastive.ops.cross_entropy import cross_entropy
+from fused_contrastive.ops.stats import autocast, log_add, self_stats
+
+
+def nt_xent_loss(
+    z1: Tensor,
+    z2: Tensor,
+    temperature: float | Tensor = 0.5,
+    *,
+    views: Sequence[Tensor] = (),
+    decoupled: bool = False,
+    reduction: Reduction = "mean",
+    normalize: bool = True,
+    memory_budget: int | Literal["auto"] = "auto",
+    backend: str = "auto",
+) -> Tensor:
+    """SimCLR's loss of two views of a batch, or of more, without the 2N x 2N matrix.
+
+    All views' V * N features z are compared with each other. For feature i, with p the same sample in another view::
+
+        loss_i = mean over p of -log(exp(z_i . z_p / T) / sum over k != i of exp(z_i . z_k / T))
+
+    (Chen et al. 2020, "A Simple Framework for Contrastive Learning of Visual Representations"; with more than two views
+    the mean over the positives of Khosla et al. 2020). ``decoupled`` leaves all views of the sample out of the
+    denominator (Yeh et al. 2022, "Decoupled Contrastive Learning").
+
+    Args:
+        z1, z2: (N, D) projections of two views, float32, float64, bfloat16 or float16; row i is sample i in each.
+        temperature: divides the similarities, a positive number or a 0-d tensor, which gets a gradient.
+        views: further views, each like z1.
+        decoupled: the DCL form.
+        reduction: "mean", "sum" or "none" ((V * N,), view by view), over the V * N features.
+        normalize: L2-normalise first, as SimCLR does.
+        memory_budget, backend: see ``contrastive_stats``.
+
+    Returns:
+        A scalar, or (V * N,) with ``reduction="none"``; float32 (float64 for float64 features).
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what was expected.
+    """
+    everything = [autocast(z1), autocast(z2), *map(autocast, views)]
+    names = ["z1", "z2", *(f"views[{k}]" for k in range(len(views)))]
+    for name, view in zip(names[1:], everything[1:], strict=True):
+        checks.feature_pair("z1", everything[0], name, view)
+        checks.same_rows("z1", everything[0], name, view)
+    checks.boolean("decoupled", decoupled)
+    checks.boolean("normalize", normalize)
+    checks.one_of("reduction", reduction, REDUCTIONS)
+    scale = terms.scale_of(temperature, None, 0.5)
+
+    n, count = len(z1), len(everything)
+    z = torch.cat(everything)
+    if normalize:
+        z = F.normalize(z, dim=1)
+    sample = torch.arange(n, device=z.device).repeat(count)
+    row = self_stats(z, scale, ids=sample, memory_budget=memory_budget, backend=backend)  # negatives alone
+    split = z.unflatten(0, (count, n))
+    dtype = compute_dtype(z.dtype)
+    if count == 2:
+        pos = terms.pair_logit(scale, split[0], split[1]).to(row.dtype).repeat(2)
+        return cross_entropy(pos, row, dtype=dtype, decoupled=decoupled, reduction=reduction, backend=backend)
+    turned = [terms.pair_logit(scale, z, split.roll(-k, dims=0).flatten(0, 1)) for k in range(1, count)]
+    positives = torch.stack(turned).to(row.dtype)  # (V - 1, V * N)
+    denominator = row if decoupled else log_add(row, positives.logsumexp(dim=0))
+    return reduce(denominator - positives.mean(dim=0), reduction).to(dtype)
+
+
+class NTXentLoss(nn.Module):
+    """``nt_xent_loss`` as a module. It holds no parameters; options as there."""
+
+    def __init__(
+        self,
+        temperature: float = 0.5,
+        *,
+        decoupled: bool = False,
+        reduction: Reduction = "mean",
+        normalize: bool = True,
+        memory_budget: int | Literal["auto"] = "auto",
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        terms.scale_of(temperature, None, 0.5)
+        checks.one_of("reduction", reduction, REDUCTIONS)
+        self.temperature = temperature
+        self.decoupled = decoupled
+        self.reduction: Reduction = reduction
+        self.normalize = normalize
+        self.memory_budget: int | Literal["auto"] = memory_budget
+        self.backend = backend
+
+    def forward(self, z1: Tensor, z2: Tensor, *views: Tensor) -> Tensor:
+        """(N, D) for each view -> loss; see ``nt_xent_loss``."""
+        return nt_xent_loss(
+            z1, z2, self.temperature, views=views, decoupled=self.decoupled, reduction=self.reduction,
+            normalize=self.normalize, memory_budget=self.memory_budget, backend=self.backend,
+        )  # fmt: skip
+
+    def extra_repr(self) -> str:
+        return f"temperature={self.temperature}, decoupled={self.decoupled}, reduction={self.reduction!r}"

@@ -1,0 +1,107 @@
+"""SigLIP: every pair is a logistic regression of its own."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import Tensor, nn
+
+from fused_contrastive.core import checks
+from fused_contrastive.core.reduction import REDUCTIONS, Reduction
+from fused_contrastive.core.spec import compute_dtype
+from fused_contrastive.losses import terms
+from fused_contrastive.ops.cross_entropy import cross_entropy
+from fused_contrastive.ops.stats import autocast, sigmoid_stats
+
+
+def siglip_loss(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: float | Tensor,
+    logit_bias: float | Tensor | None = None,
+    *,
+    row_ids: Tensor | None = None,
+    col_ids: Tensor | None = None,
+    reduction: Reduction = "mean",
+    memory_budget: int | Literal["auto"] = "auto",
+    backend: str = "auto",
+) -> Tensor:
+    """The sigmoid loss for language-image pre-training, without the N x N matrix.
+
+    With ``S[i, j] = logit_scale * image_i . text_j + logit_bias`` and z = 1 for positives, -1 for all other pairs::
+
+        loss_i = sum over j of log(1 + exp(-z[i, j] S[i, j]))
+
+    (Zhai et al. 2023, "Sigmoid Loss for Language Image Pre-Training"). Positives are the pairs i = j and, where ids are
+    given, those with ``row_ids[i] == col_ids[j]``.
+
+    Args:
+        image_features: (N, D) float32, float64, bfloat16 or float16; normalise them first.
+        text_features: (N, D), same dtype and device.
+        logit_scale: multiplies the similarities (already exponentiated); a number or a 0-d tensor, with a gradient.
+        logit_bias: added to all logits, a number or a 0-d tensor, with a gradient; the paper starts at -10.
+        row_ids, col_ids: (N,) int64; pairs with equal ids are positives too.
+        reduction: "mean" over the N images, as in the paper, "sum" or "none" ((N,)).
+        memory_budget, backend: see ``contrastive_stats``. One direction is all there is: a step costs 3 products
+            (nothing kept: 4).
+
+    Returns:
+        A scalar, or (N,) with ``reduction="none"``; float32 (float64 for float64 features).
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what was expected.
+    """
+    image_features, text_features = autocast(image_features), autocast(text_features)
+    checks.feature_pair("image_features", image_features, "text_features", text_features)
+    checks.same_rows("image_features", image_features, "text_features", text_features)
+    checks.scalar("logit_scale", logit_scale)
+    checks.one_of("reduction", reduction, REDUCTIONS)
+    bias = None
+    if logit_bias is not None:
+        checks.scalar("logit_bias", logit_bias)
+        dtype = compute_dtype(image_features.dtype)
+        zero = image_features.new_zeros((), dtype=dtype)
+        bias = (zero + logit_bias).to(dtype).expand(len(text_features))
+    pos, row = sigmoid_stats(
+        image_features, text_features, logit_scale, col_bias=bias, row_ids=row_ids, col_ids=col_ids,
+        memory_budget=memory_budget, backend=backend,
+    )  # fmt: skip
+    # softplus(-pos), as softplus(0 - pos).
+    own = cross_entropy(pos, pos.new_zeros(len(pos)), dtype=pos.dtype, reduction="none", backend=backend)
+    return terms.reduce_weighted(row + own, None, reduction).to(compute_dtype(image_features.dtype))
+
+
+class SigLipLoss(nn.Module):
+    """``siglip_loss`` as a module. It holds no parameters: the model owns scale and bias."""
+
+    def __init__(
+        self,
+        *,
+        reduction: Reduction = "mean",
+        memory_budget: int | Literal["auto"] = "auto",
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        checks.one_of("reduction", reduction, REDUCTIONS)
+        self.reduction: Reduction = reduction
+        self.memory_budget: int | Literal["auto"] = memory_budget
+        self.backend = backend
+
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: float | Tensor,
+        logit_bias: float | Tensor | None = None,
+        *,
+        row_ids: Tensor | None = None,
+        col_ids: Tensor | None = None,
+    ) -> Tensor:
+        """(N, D), (N, D), scalar, scalar -> loss; see ``siglip_loss``."""
+        return siglip_loss(
+            image_features, text_features, logit_scale, logit_bias, row_ids=row_ids, col_ids=col_ids,
+            reduction=self.reduction, memory_budget=self.memory_budget, backend=self.backend,
+        )  # fmt: skip
+
+    def extra_repr(self) -> str:
+        return f"reduction={self.reduction!r}, memory_budget={self.memory_budget!r}, backend={self.backend!r}"

@@ -1,0 +1,140 @@
+"""Supervised contrastive learning: positives are all features of the same label."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fused_contrastive.core import checks
+from fused_contrastive.core.reduction import REDUCTIONS, Reduction
+from fused_contrastive.core.spec import compute_dtype
+from fused_contrastive.losses import terms
+from fused_contrastive.ops.cross_entropy import cross_entropy
+from fused_contrastive.ops.stats import autocast, self_stats
+
+VARIANTS = ("out", "in")
+NO_POSITIVE = ("skip", "zero", "nan")
+
+
+def supcon_loss(
+    features: Tensor,
+    labels: Tensor,
+    temperature: float | Tensor = 0.1,
+    *,
+    variant: Literal["out", "in"] = "out",
+    no_positive: Literal["skip", "zero", "nan"] = "skip",
+    reduction: Reduction = "mean",
+    normalize: bool = False,
+    memory_budget: int | Literal["auto"] = "auto",
+    backend: str = "auto",
+) -> Tensor:
+    """Supervised contrastive loss without the N x N similarities or masks.
+
+    With P(i) the other features with the label of i, and A(i) all others::
+
+        out: loss_i = -mean over p in P(i) of log(exp(z_i . z_p / T) / sum over a in A(i) of exp(z_i . z_a / T))
+        in:  loss_i = -log(mean over p in P(i) of exp(z_i . z_p / T) / sum over a in A(i) of exp(z_i . z_a / T))
+
+    (Khosla et al. 2020, "Supervised Contrastive Learning", equations 2 and 3). The sum over the positives' logits is
+    closed form: each label's features are summed once.
+
+    Args:
+        features: (N, D), or (N, V, D) with V views of each sample; float32, float64, bfloat16 or float16.
+        labels: (N,) int64.
+        temperature: divides the similarities, a positive number or a 0-d tensor, which gets a gradient.
+        variant: "out" or "in".
+        no_positive: what becomes of features whose label nobody shares: "skip" leaves them out of the mean, "zero"
+            counts them with loss 0, "nan" with NaN (as 0 / 0 in the formula).
+        reduction: "mean", "sum" or "none" ((N * V,), sample by sample; 0 for skipped features).
+        normalize: L2-normalise first.
+        memory_budget, backend: see ``contrastive_stats``.
+
+    Returns:
+        A scalar, or (N * V,) with ``reduction="none"``; float32 (float64 for float64 features). 0 with zero gradients
+        where "skip" leaves nothing.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what was expected.
+    """
+    features = autocast(features)
+    if isinstance(features, Tensor) and features.dim() == 3:
+        count = features.shape[1]
+        checks.features("features", features[:, 0] if count else features.flatten(0, 1))
+    else:
+        count = 1
+        checks.features("features", features)
+    checks.vector("labels", labels, len(features), features, of="one per sample", integer=True)
+    checks.one_of("variant", variant, VARIANTS)
+    checks.one_of("no_positive", no_positive, NO_POSITIVE)
+    checks.one_of("reduction", reduction, REDUCTIONS)
+    checks.boolean("normalize", normalize)
+    scale = terms.scale_of(temperature, None, 0.1)
+
+    z = features.flatten(0, 1) if features.dim() == 3 else features
+    z = F.normalize(z, dim=1) if normalize else z
+    labels = labels.repeat_interleave(count) if count > 1 else labels
+    code = torch.searchsorted(labels.sort().values, labels.contiguous())  # below N, the same for equal labels
+    shared = torch.zeros_like(code).index_add_(0, code, torch.ones_like(code))[code] - 1  # |P(i)|
+    has = shared > 0
+    options = {"memory_budget": memory_budget, "backend": backend}
+    dtype = compute_dtype(z.dtype)
+    if variant == "out":
+        row = self_stats(z, scale, **options)  # type: ignore[arg-type]
+        wide = z.to(dtype)
+        sums = torch.zeros_like(wide).index_put((code,), wide, accumulate=True)
+        positives = terms.pair_logit(scale, wide, sums[code] - wide) / shared.clamp_min(1)
+        losses = row.masked_fill(~has, 0) - positives.masked_fill(~has, 0)
+    else:
+        negatives = self_stats(z, scale, ids=code, **options)  # type: ignore[arg-type]
+        positives = self_stats(z, scale, ids=code, equal_ids="only", **options)  # type: ignore[arg-type]
+        against = cross_entropy(
+            positives.masked_fill(~has, 0), negatives.masked_fill(~has, 0), dtype=positives.dtype, reduction="none",
+            backend=backend,
+        )  # fmt: skip
+        losses = (against + shared.clamp_min(1).to(against.dtype).log()).masked_fill(~has, 0)
+    if no_positive == "nan":
+        losses = losses.masked_fill(~has, torch.nan)
+    if reduction == "mean" and no_positive == "skip":
+        return (losses.sum() / has.sum().clamp_min(1)).to(dtype)
+    return terms.reduce_weighted(losses, None, reduction).to(dtype)
+
+
+class SupConLoss(nn.Module):
+    """``supcon_loss`` as a module. It holds no parameters; options as there."""
+
+    def __init__(
+        self,
+        temperature: float = 0.1,
+        *,
+        variant: Literal["out", "in"] = "out",
+        no_positive: Literal["skip", "zero", "nan"] = "skip",
+        reduction: Reduction = "mean",
+        normalize: bool = False,
+        memory_budget: int | Literal["auto"] = "auto",
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        terms.scale_of(temperature, None, 0.1)
+        checks.one_of("variant", variant, VARIANTS)
+        checks.one_of("no_positive", no_positive, NO_POSITIVE)
+        checks.one_of("reduction", reduction, REDUCTIONS)
+        self.temperature = temperature
+        self.variant: Literal["out", "in"] = variant
+        self.no_positive: Literal["skip", "zero", "nan"] = no_positive
+        self.reduction: Reduction = reduction
+        self.normalize = normalize
+        self.memory_budget: int | Literal["auto"] = memory_budget
+        self.backend = backend
+
+    def forward(self, features: Tensor, labels: Tensor) -> Tensor:
+        """(N, D) or (N, V, D), (N,) -> loss; see ``supcon_loss``."""
+        return supcon_loss(
+            features, labels, self.temperature, variant=self.variant, no_positive=self.no_positive,
+            reduction=self.reduction, normalize=self.normalize, memory_budget=self.memory_budget, backend=self.backend,
+        )  # fmt: skip
+
+    def extra_repr(self) -> str:
+        return f"temperature={self.temperature}, variant={self.variant!r}, no_positive={self.no_positive!r}"

@@ -1,0 +1,170 @@
+"""What x-clip's CLIP computes from its latents, with all of its switches."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fused_contrastive.core import checks
+from fused_contrastive.losses.clip import clip_loss
+from fused_contrastive.losses.filip import filip_loss
+from fused_contrastive.losses.info_nce import info_nce_loss
+
+
+class _Latents(NamedTuple):
+    """One text view and one image view: for text to image, and for image to text."""
+
+    text: Tensor
+    image: Tensor
+    text_extra: Tensor
+    image_extra: Tensor
+    text_mask: Tensor | None
+
+
+def x_clip_loss(
+    text_latents: Tensor,
+    image_latents: Tensor,
+    logit_scale: float | Tensor,
+    *,
+    text_mask: Tensor | None = None,
+    text_latents_extra: Tensor | None = None,
+    image_latents_extra: Tensor | None = None,
+    use_all_token_embeds: bool = False,
+    decoupled_contrastive_learning: bool = False,
+    multiview_loss_weight: float = 0.1,
+    sim_reg_loss_weight: float = 0.0,
+    ssl_loss_weight: float = 0.0,
+    memory_budget: int | Literal["auto"] = "auto",
+    backend: str = "auto",
+) -> Tensor:
+    """The loss of x-clip 0.14 from the latents its forward makes, stably: its raw exp overflows at logits of 89.
+
+    The CLIP loss of the first text view against the first image view; plus ``multiview_loss_weight`` times (and the
+    first as much less) the mean over all other pairs of a text and an image view; plus ``sim_reg_loss_weight`` times
+    the mean squared difference between the texts' and the images' similarities among themselves, the diagonal apart
+    (https://arxiv.org/abs/2309.08773), in closed form from D x D products.
+
+    Args:
+        text_latents: L2-normalised, (N, D) or, with V views, (V, N, D); (N, T, D) or (V, N, T, D) with
+            ``use_all_token_embeds``. float32, float64, bfloat16 or float16.
+        image_latents: likewise, with its own number of views and tokens.
+        logit_scale: x-clip's ``temperature.exp()``; a number or a 0-d tensor, which gets a gradient.
+        text_mask: (N, T) or (V, N, T) bool, for tokens alone.
+        text_latents_extra, image_latents_extra: like the others, from the second pair of projections, CLOOB's, for
+            image to text (``extra_latent_projection``). Both or neither.
+        use_all_token_embeds: FILIP's token-level similarity, as x-clip has it (``filip_loss(compat="x_clip")``).
+        decoupled_contrastive_learning: the positives stay out of the denominators (Yeh et al. 2022).
+        multiview_loss_weight: counts only where there are several views.
+        sim_reg_loss_weight: counts only for single views without tokens, where x-clip can compute it.
+        ssl_loss_weight: the sum of the weights of x-clip's self-supervised losses, which the main loss loses. Those
+            losses themselves are the caller's.
+        memory_budget, backend: see ``contrastive_stats``.
+
+    Returns:
+        A scalar; float32 (float64 for float64 latents).
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what was expected.
+    """
+    for name, flag in (
+        ("use_all_token_embeds", use_all_token_embeds),
+        ("decoupled_contrastive_learning", decoupled_contrastive_learning),
+    ):
+        checks.boolean(name, flag)
+    for name, weight in (
+        ("multiview_loss_weight", multiview_loss_weight),
+        ("sim_reg_loss_weight", sim_reg_loss_weight),
+        ("ssl_loss_weight", ssl_loss_weight),
+    ):
+        checks.non_negative(name, weight)
+    if (text_latents_extra is None) != (image_latents_extra is None):
+        raise ValueError("text_latents_extra, image_latents_extra: got only one of them, expected both or neither")
+    texts = _views("text_latents", text_latents, use_all_token_embeds)
+    images = _views("image_latents", image_latents, use_all_token_embeds)
+    extra = text_latents_extra is not None and image_latents_extra is not None
+    texts_extra = _views("text_latents_extra", text_latents_extra, use_all_token_embeds, texts) if extra else texts
+    images_extra = _views("image_latents_extra", image_latents_extra, use_all_token_embeds, images) if extra else images
+    masks = _masks(text_mask, texts, use_all_token_embeds)
+
+    def loss_of(latents: _Latents) -> Tensor:
+        options: dict[str, Any] = {
+            "decoupled": decoupled_contrastive_learning,
+            "memory_budget": memory_budget,
+            "backend": backend,
+        }
+        return _pair_loss(latents, logit_scale, use_all_token_embeds, extra, options)
+
+    losses = [
+        loss_of(_Latents(texts[m], images[n], texts_extra[m], images_extra[n], masks[m]))
+        for m in range(len(texts))
+        for n in range(len(images))
+    ]
+    others = torch.stack(losses[1:]).mean() if len(losses) > 1 else None
+    loss = losses[0] * (1 - ssl_loss_weight - (multiview_loss_weight if others is not None else 0))
+    if others is not None:
+        loss = loss + multiview_loss_weight * others
+    if sim_reg_loss_weight:
+        if use_all_token_embeds or others is not None:
+            raise ValueError(
+                f"sim_reg_loss_weight: got {sim_reg_loss_weight} with tokens or several views, expected 0 there"
+            )
+        pairs = ((texts[0], images[0]), (texts_extra[0], images_extra[0]))
+        regularisation = (_similarity_difference(*pairs[0]) + _similarity_difference(*pairs[1])) / 2
+        loss = loss + sim_reg_loss_weight * regularisation.to(loss.dtype)
+    return loss
+
+
+def _views(name: str, latents: object, tokens: bool, like: Tensor | None = None) -> Tensor:
+    """(V, N, D) or (V, N, T, D)."""
+    expected = "(N, T, D) or (V, N, T, D)" if tokens else "(N, D) or (V, N, D)"
+    if not isinstance(latents, Tensor):
+        raise TypeError(f"{name}: got {type(latents).__name__}, expected a torch.Tensor of shape {expected}")
+    dims = 3 if tokens else 2
+    if latents.dim() not in (dims, dims + 1) or 0 in latents.shape:
+        raise ValueError(f"{name}: got shape {tuple(latents.shape)}, expected {expected}, no size 0")
+    views = latents if latents.dim() == dims + 1 else latents[None]
+    if like is not None and views.shape[:-1] != like.shape[:-1]:
+        raise ValueError(f"{name}: got shape {tuple(latents.shape)}, expected the shape of the latents but for D")
+    return views
+
+
+def _masks(text_mask: Tensor | None, texts: Tensor, tokens: bool) -> list[Tensor | None]:
+    if text_mask is None:
+        return [None] * len(texts)
+    if not tokens:
+        raise ValueError("text_mask: got a tensor with use_all_token_embeds=False, expected None")
+    if not isinstance(text_mask, Tensor):
+        raise TypeError(f"text_mask: got {type(text_mask).__name__}, expected a bool tensor of shape (V, N, T)")
+    masks = text_mask[None] if text_mask.dim() == 2 else text_mask
+    if masks.shape != texts.shape[:3]:
+        raise ValueError(f"text_mask: got shape {tuple(text_mask.shape)}, expected {tuple(texts.shape[:3])}")
+    return list(masks)
+
+
+def _pair_loss(latents: _Latents, scale: float | Tensor, tokens: bool, extra: bool, options: dict[str, Any]) -> Tensor:
+    if not extra:
+        if tokens:
+            mask = latents.text_mask
+            return filip_loss(latents.image, latents.text, scale, text_mask=mask, compat="x_clip", **options)
+        return clip_loss(latents.image, latents.text, scale, **options)
+    if tokens:
+        options = dict(text_mask=latents.text_mask, compat="x_clip", **options)
+        to_image = filip_loss(latents.image, latents.text, scale, direction="text", **options)
+        to_text = filip_loss(latents.image_extra, latents.text_extra, scale, direction="image", **options)
+    else:
+        to_image = info_nce_loss(latents.text, latents.image, logit_scale=scale, **options)
+        to_text = info_nce_loss(latents.image_extra, latents.text_extra, logit_scale=scale, **options)
+    return (to_image + to_text) / 2
+
+
+def _similarity_difference(a: Tensor, b: Tensor) -> Tensor:
+    """Mean over i != j of (a_i . a_j - b_i . b_j)^2, from D x D products: |A A^T - B B^T|^2 = |A^T A|^2 - 2 |A^T B|^2
+    + |B^T B|^2, less the diagonal. In float64: what is left after cancelling is small. 0 for a single row.
+    """
+    a, b = a.double(), b.double()
+    whole = (a.T @ a).square().sum() - 2 * (a.T @ b).square().sum() + (b.T @ b).square().sum()
+    diagonal = (a.square().sum(dim=1) - b.square().sum(dim=1)).square().sum()
+    n = len(a)
+    return (whole - diagonal) / max(1, n * (n - 1))

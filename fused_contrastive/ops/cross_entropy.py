@@ -27,5 +27,7 @@ def cross_entropy(
     pos and each normaliser are (M,); the result is a scalar of ``dtype``, or (M,) with ``reduction="none"``. Where
     something traces, it is the plain formula, for the compiler to fuse.
     """
-    name = dispatch.resolve(backend, pos.device, dtype) if is_plain(pos) else "reference"
+    name = "reference"
+    if is_plain(pos):  # a backend that was named takes these vectors whatever the features' dtype
+        name = dispatch.resolve(backend, pos.device, dtype if backend == "auto" else torch.float32)
     return dispatch.BACKENDS[name].cross_entropy(pos, normalisers, decoupled, reduction, dtype)

@@ -1,0 +1,231 @@
+"""The papers' formulas on materialised matrices, in whatever dtype they are given: float64 is the oracle.
+
+``logits`` is how x, y and a scale become scale * x @ y.T: a form of ``oracle.LOGITS``, or the oracle's own. Nothing
+here is shared with the losses under test.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fused_contrastive.testing.oracle import Logits, _reduce, logsumexp
+
+
+def _softmax_loss(logits: Tensor, targets: Tensor, excluded: Tensor, decoupled: bool, smoothing: float) -> Tensor:
+    """(M,) -log softmax at the targets; ``excluded`` (M, N) never counts."""
+    i = torch.arange(len(logits), device=logits.device)
+    positive = F.one_hot(targets, logits.shape[1]).bool()
+    drop = (excluded & ~positive) | (positive if decoupled else torch.zeros_like(positive))
+    goal = logits[i, targets]
+    if smoothing:
+        goal = (1 - smoothing) * goal + smoothing * logits.mean(dim=1)
+    return logsumexp(logits.masked_fill(drop, -torch.inf), 1) - goal
+
+
+def _weighted(losses: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
+    if weight is None:
+        return _reduce(losses, reduction)
+    weight = weight.to(losses.dtype)
+    return (losses * weight).sum() / weight.sum() if reduction == "mean" else _reduce(losses * weight, reduction)
+
+
+def info_nce(
+    logits: Logits,
+    query: Tensor,
+    key: Tensor,
+    logit_scale: Tensor,
+    *,
+    negatives: Tensor | None = None,
+    col_bias: Tensor | None = None,
+    targets: Tensor | None = None,
+    row_ids: Tensor | None = None,
+    col_ids: Tensor | None = None,
+    symmetric: bool = False,
+    decoupled: bool = False,
+    margin: float = 0.0,
+    label_smoothing: float = 0.0,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    normalize: bool = False,
+) -> Tensor:
+    if normalize:
+        query, key = F.normalize(query, dim=-1), F.normalize(key, dim=-1)
+        negatives = None if negatives is None else F.normalize(negatives, dim=-1)
+    m, n = len(query), len(key)
+    t = torch.arange(m, device=query.device) if targets is None else targets
+    shared = negatives is not None and negatives.dim() == 2
+    columns = torch.cat((key, negatives)) if shared and negatives is not None else key
+    s = logits(query, columns, logit_scale)
+    if col_bias is not None:
+        s = s + col_bias.to(s.dtype)
+    excluded = torch.zeros_like(s, dtype=torch.bool)
+    if row_ids is not None and col_ids is not None:
+        excluded = row_ids[:, None] == col_ids
+    s = s - margin * F.one_hot(t, s.shape[1]).to(s.dtype)
+    both = s[:, :n].T
+    if negatives is not None and not shared:
+        own = logit_scale * (query[:, None] * negatives).sum(dim=2)
+        s = torch.cat((s, own), dim=1)
+        excluded = torch.cat((excluded, torch.zeros_like(own, dtype=torch.bool)), dim=1)
+    losses = _softmax_loss(s, t, excluded, decoupled, label_smoothing)
+    if symmetric:
+        losses = (losses + _softmax_loss(both, t, excluded[:, :n].T, decoupled, label_smoothing)) / 2
+    return _weighted(losses, weight, reduction)
+
+
+def nt_xent(
+    logits: Logits,
+    *views: Tensor,
+    temperature: Tensor,
+    decoupled: bool = False,
+    reduction: str = "mean",
+    normalize: bool = True,
+) -> Tensor:
+    z = torch.cat([F.normalize(v, dim=1) if normalize else v for v in views])
+    s = logits(z, z, 1 / temperature)
+    sample = torch.arange(len(views[0]), device=z.device).repeat(len(views))
+    own = torch.eye(len(z), dtype=torch.bool, device=z.device)
+    same = sample[:, None] == sample
+    positives = same & ~own
+    denominator = logsumexp(s.masked_fill(same if decoupled else own, -torch.inf), 1)
+    mean = torch.where(positives, s, 0).sum(dim=1) / positives.sum(dim=1)
+    return _reduce(denominator - mean, reduction)
+
+
+def supcon(
+    logits: Logits,
+    features: Tensor,
+    temperature: Tensor,
+    *,
+    labels: Tensor,
+    variant: str = "out",
+    no_positive: str = "skip",
+    reduction: str = "mean",
+    normalize: bool = False,
+) -> Tensor:
+    if features.dim() == 3:
+        labels = labels.repeat_interleave(features.shape[1])
+        features = features.flatten(0, 1)
+    z = F.normalize(features, dim=1) if normalize else features
+    s = logits(z, z, 1 / temperature)
+    own = torch.eye(len(z), dtype=torch.bool, device=z.device)
+    positives = (labels[:, None] == labels) & ~own
+    count = positives.sum(dim=1)
+    log_prob = s - logsumexp(s.masked_fill(own, -torch.inf), 1)[:, None]
+    if variant == "out":
+        losses = -torch.where(positives, log_prob, 0).sum(dim=1) / count.clamp_min(1)
+    else:
+        losses = count.clamp_min(1).to(s.dtype).log() - logsumexp(log_prob.masked_fill(~positives, -torch.inf), 1)
+    losses = torch.where(count > 0, losses, torch.nan if no_positive == "nan" else 0)
+    if reduction == "mean" and no_positive == "skip":
+        return losses.sum() / (count > 0).sum().clamp_min(1)
+    return _reduce(losses, reduction)
+
+
+def siglip(
+    logits: Logits,
+    image: Tensor,
+    text: Tensor,
+    logit_scale: Tensor,
+    logit_bias: Tensor | None = None,
+    *,
+    row_ids: Tensor | None = None,
+    col_ids: Tensor | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    s = logits(image, text, logit_scale)
+    if logit_bias is not None:
+        s = s + logit_bias
+    positive = torch.eye(len(image), dtype=torch.bool, device=s.device)
+    if row_ids is not None and col_ids is not None:
+        positive = positive | (row_ids[:, None] == col_ids)
+    z = torch.where(positive, 1.0, -1.0).to(s.dtype)
+    return _reduce(-F.logsigmoid(z * s).sum(dim=1), reduction)
+
+
+def _max_sim(
+    logits: Logits, image: Tensor, text: Tensor, scale: Tensor, image_mask: Tensor | None, text_mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Images against texts, and texts against images transposed to (images, texts) too."""
+    (n, p, d), t = image.shape, text.shape[1]
+    s = logits(image.reshape(-1, d), text.reshape(-1, d), scale).reshape(n, p, len(text), t)
+    real_p = image.new_ones(n, p) if image_mask is None else image_mask.to(s.dtype)
+    real_t = text.new_ones(len(text), t) if text_mask is None else text_mask.to(s.dtype)
+    of_image = s.masked_fill(real_t[None, None] == 0, -torch.inf).amax(dim=3)  # (n, p, texts)
+    of_text = s.masked_fill(real_p[:, :, None, None] == 0, -torch.inf).amax(dim=1)  # (n, texts, t)
+    image_score = torch.where(real_p[:, :, None] > 0, of_image, 0).sum(dim=1) / real_p.sum(dim=1)[:, None]
+    text_score = torch.where(real_t[None] > 0, of_text, 0).sum(dim=2) / real_t.sum(dim=1)
+    return image_score, text_score
+
+
+def filip(
+    logits: Logits,
+    image: Tensor,
+    text: Tensor,
+    logit_scale: Tensor,
+    *,
+    image_mask: Tensor | None = None,
+    text_mask: Tensor | None = None,
+    decoupled: bool = False,
+    compat: str | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    image_score, text_score = _max_sim(logits, image, text, logit_scale, image_mask, text_mask)
+    t = torch.arange(len(image), device=image.device)
+    nothing = torch.zeros(len(t), len(t), dtype=torch.bool, device=image.device)
+    rows = image_score.T if compat == "x_clip" else image_score
+    losses = [_softmax_loss(s, t, nothing, decoupled, 0.0) for s in (rows, text_score.T)]
+    return _reduce((losses[0] + losses[1]) / 2, reduction)
+
+
+def x_clip(
+    logits: Logits,
+    text: Tensor,
+    image: Tensor,
+    logit_scale: Tensor,
+    text_extra: Tensor | None = None,
+    image_extra: Tensor | None = None,
+    *,
+    text_mask: Tensor | None = None,
+    use_all_token_embeds: bool = False,
+    decoupled_contrastive_learning: bool = False,
+    multiview_loss_weight: float = 0.1,
+    sim_reg_loss_weight: float = 0.0,
+) -> Tensor:
+    """x-clip's forward from the latents on, view by view."""
+    dims = 4 if use_all_token_embeds else 3
+    views = [t if t is None or t.dim() == dims else t[None] for t in (text, image, text_extra, image_extra)]
+    texts, images = views[0], views[1]
+    assert texts is not None
+    assert images is not None
+    texts_extra = texts if views[2] is None else views[2]
+    images_extra = images if views[3] is None else views[3]
+    masks = None if text_mask is None else text_mask if text_mask.dim() == 3 else text_mask[None]
+    losses = []
+    for m in range(len(texts)):
+        for n in range(len(images)):
+            mask = None if masks is None else masks[m]
+            if use_all_token_embeds:  # both with texts as rows
+                _, to_image = _max_sim(logits, images[n], texts[m], logit_scale, None, mask)
+                to_text, _ = _max_sim(logits, images_extra[n], texts_extra[m], logit_scale, None, mask)
+                pair = (to_image.T, to_text.T)
+            else:
+                pair = (logits(texts[m], images[n], logit_scale), logits(images_extra[n], texts_extra[m], logit_scale))
+            i = torch.arange(len(pair[0]), device=text.device)
+            nothing = torch.zeros(len(i), len(i), dtype=torch.bool, device=text.device)
+            parts = [_softmax_loss(s, i, nothing, decoupled_contrastive_learning, 0.0).mean() for s in pair]
+            losses.append((parts[0] + parts[1]) / 2)
+    weight = multiview_loss_weight if len(losses) > 1 else 0.0
+    loss = losses[0] * (1 - weight)
+    if len(losses) > 1:
+        loss = loss + weight * torch.stack(losses[1:]).mean()
+    if sim_reg_loss_weight:
+        off = ~torch.eye(len(texts[0]), dtype=torch.bool, device=text.device)
+        regularisation = [
+            F.mse_loss((a[0] @ a[0].T)[off], (b[0] @ b[0].T)[off])
+            for a, b in ((texts, images), (texts_extra, images_extra))
+        ]
+        loss = loss + sim_reg_loss_weight * (regularisation[0] + regularisation[1]) / 2
+    return loss

@@ -13,11 +13,12 @@ from rich.table import Table
 
 from fused_contrastive.core.files import load_features
 from fused_contrastive.ops import dispatch
-from fused_contrastive.testing import budget
+from fused_contrastive.testing import budget, family
 from fused_contrastive.testing.cases import CLIP_OPTIONS, DIMS, DTYPES, SCALES, SIZES, Case, Inputs, grid, sample
 
 GRIDS = ("quick", "full")
 QUICK_CASES = 400
+FAMILY_CASES = {"quick": 210, "full": 2100}
 
 
 @dataclass
@@ -30,7 +31,7 @@ class Cell:
     worst: budget.Deviation | None = None
     worst_case: str = ""
 
-    def add(self, case: Case, deviations: Sequence[budget.Deviation]) -> None:
+    def add(self, case: Case | family.FamilyCase, deviations: Sequence[budget.Deviation]) -> None:
         self.cases += 1
         for deviation in deviations:
             self.checks += 1
@@ -59,7 +60,7 @@ class Report:
     def breaches(self) -> int:
         return sum(cell.breaches for cell in self.cells)
 
-    def add(self, case: Case, backend: str, deviations: Sequence[budget.Deviation]) -> None:
+    def add(self, case: Case | family.FamilyCase, backend: str, deviations: Sequence[budget.Deviation]) -> None:
         row = self.rows.setdefault((backend, case.option), {dtype: Cell() for dtype in DTYPES})
         row[case.dtype].add(case, deviations)
 
@@ -79,6 +80,9 @@ class Target:
     device: torch.device
     backends: tuple[str, ...]
 
+    def backends_for(self, dtype: torch.dtype) -> list[str]:
+        return [name for name in self.backends if dispatch.BACKENDS[name].supports(self.device.type, dtype)]
+
     def __str__(self) -> str:
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else str(self.device)
         return f"on {name}, backends: {', '.join(self.backends)}"
@@ -96,33 +100,44 @@ def target(device: str | None, backends: Sequence[str] | None) -> Target:
     return Target(where, tuple(backends or usable))
 
 
-def check(cases: Iterable[tuple[Case, Inputs]], where: Target) -> Report:
+def check(cases: Iterable[tuple[Case, Inputs]], where: Target, report: Report) -> None:
     """Every case on every backend; the oracle and eager are evaluated once per case."""
-    report = Report()
     for case, inputs in cases:
-        backends = [b for b in where.backends if dispatch.BACKENDS[b].supports(where.device.type, case.dtype)]
+        backends = where.backends_for(case.dtype)
         if not backends:
             continue
         inputs = inputs.on(where.device)
         expectation = budget.expected(case, inputs)
         for backend in backends:
             report.add(case, backend, budget.deviations(case, backend, inputs, expectation))
-    return report
+
+
+def check_family(cases: Iterable[family.FamilyCase], where: Target, report: Report) -> None:
+    """The same for the losses on top of the primitives."""
+    for case in cases:
+        for backend in where.backends_for(case.dtype):
+            report.add(case, backend, family.deviations(case, backend, where.device))
 
 
 def verify_grid(which: str, seed: int, where: Target, console: Console) -> bool:
     """Prints the table for a grid of cases; True if nothing broke the budget."""
     cases = list(sample(QUICK_CASES, seed)) if which == "quick" else list(grid(DTYPES, SIZES, DIMS, SCALES, seed))
-    console.print(f"{len(cases)} cases, seed {seed}, {where}")
+    losses = list(family.sample(FAMILY_CASES[which], seed))
+    console.print(f"{len(cases)} cases of the primitive and CLIP, {len(losses)} of other losses, seed {seed}, {where}")
+    report = Report()
     shown = track(cases, description="verify", console=console, transient=True)
-    return _conclude(check(((case, case.inputs()) for case in shown), where), console)
+    check(((case, case.inputs()) for case in shown), where, report)
+    check_family(track(losses, description="losses", console=console, transient=True), where, report)
+    return _conclude(report, console)
 
 
 def verify_features(x_path: Path, y_path: Path, scale: float, where: Target, console: Console) -> bool:
     """The same for the CLIP loss on a user's own features, (N, D) arrays of one shape."""
     x, y = load_features(x_path), load_features(y_path)
     cases = [Case(x.dtype, len(x), len(y), x.shape[1], scale, option, seed=0) for option in CLIP_OPTIONS]
-    return _conclude(check(((case, replace(case.inputs(), x=x, y=y)) for case in cases), where), console)
+    report = Report()
+    check(((case, replace(case.inputs(), x=x, y=y)) for case in cases), where, report)
+    return _conclude(report, console)
 
 
 def _conclude(report: Report, console: Console) -> bool:

@@ -10,6 +10,7 @@ from the cuobjdump in Triton's own package, and from the assembly for AMD.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import re
@@ -25,7 +26,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fused_contrastive.backends.triton import backward, configs, forward
+from fused_contrastive.backends.triton import backward, configs, forward, sigmoid
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -42,6 +43,15 @@ INTEGERS = [
 ]
 
 
+# What a row of the table is for, by reduction.
+FUNCTIONS = {
+    "statistics": {"softmax": forward.tile_statistics},
+    "sums": {"softplus": sigmoid.sigmoid_statistics},
+    "gradient": {"softmax": backward.tile_gradient, "softplus": sigmoid.sigmoid_gradient},
+    "kept": {"softmax": backward.tile_gradient, "softplus": sigmoid.sigmoid_gradient},
+}
+
+
 def signature(arch: str, source: str, kernel: str, config: configs.Config, every_option: bool) -> dict[str, Any]:
     """Triton's types of all arguments; None for an absent tensor."""
     half, given = source == "half", source == "given"
@@ -54,7 +64,7 @@ def signature(arch: str, source: str, kernel: str, config: configs.Config, every
     def optional(kind: str) -> str | None:
         return kind if every_option else None
 
-    keeps = kernel == "kept" or (kernel == "statistics" and not given)
+    keeps = kernel == "kept" or (kernel in ("statistics", "sums") and not given)
     return {
         "x": rows_of(config.block_m), "y": rows_of(config.block_n), "given": "*fp32" if given else None,
         "scale": "*fp32", "targets": optional("*i64"), "col_bias": optional("*fp32"), "row_ids": optional("*i64"),
@@ -65,11 +75,11 @@ def signature(arch: str, source: str, kernel: str, config: configs.Config, every
     }  # fmt: skip
 
 
-def compile_one(arch: str, source: str, kernel: str, config: configs.Config, every_option: bool) -> Any:
-    function = forward.tile_statistics if kernel == "statistics" else backward.tile_gradient
+def compile_one(arch: str, source: str, kernel: str, config: configs.Config, every_option: bool, reduction: str) -> Any:
+    function = FUNCTIONS[kernel][reduction]
     types = signature(arch, source, kernel, config, every_option)
     constants = {
-        "SELF": every_option, "UPPER": every_option, "EQUAL_IDS": "exclude",
+        "SELF": every_option, "UPPER": every_option, "EQUAL_IDS": "negate" if reduction == "softplus" else "exclude",
         "ROWS": True, "COLS": True, "FAST": source == "half", "TMA": "tensordesc" in types["x"],
         "PRECISION": "tf32" if source == "tf32" else "ieee", "TOP": 1.0, **config.options,
     }  # fmt: skip
@@ -117,14 +127,15 @@ def measure(architectures: list[str]) -> Iterator[dict[str, Any]]:
     for (arch, source, kernel), config in configs.CONFIGS.items():
         if arch not in architectures:
             continue
-        for every_option in (False, True):
-            compiled = compile_one(arch, source, kernel, config, every_option)
+        for every_option, reduction in itertools.product((False, True), FUNCTIONS[kernel]):
+            compiled = compile_one(arch, source, kernel, config, every_option, reduction)
             text = compiled.asm["amdgcn" if arch == "gfx942" else "ptx"]
             used, spilled = registers(compiled, arch)
             yield {
                 "arch": arch,
                 "source": source,
                 "kernel": kernel,
+                "reduction": reduction,
                 "options": "every" if every_option else "none",
                 "tile": f"{config.block_m} x {config.block_n} x {config.block_k}",
                 "warps": config.warps,
@@ -144,10 +155,10 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         count = row["matrix_instructions"]
         cells = (
-            *(row[name] for name in ("arch", "source", "kernel", "options", "tile", "warps", "stages")),
+            *(row[name] for name in ("arch", "source", "kernel", "reduction", "options", "tile", "warps", "stages")),
             f"{row['shared']:,} of {row['shared_limit']:,}",
             *(row[name] for name in ("registers", "spilled")),
-            f"{count} {row['matrix_instruction']}" if count else "none: given",
+            f"{count} {row['matrix_instruction']}" if count else "none needed",
         )
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines) + "\n"
@@ -160,13 +171,15 @@ Triton {version}, compiled without a GPU; remake with `make configurations`. Non
 
 - source: products from half-precision features (bf16 here), from float32 features as tf32, or given by the vendor GEMM
   (float32 at full precision).
-- kernel: the forward's statistics; the backward's gradient, from products made again or given, or from kept tiles.
-- options: none, or targets, col_bias, ids and exclude_self at once.
+- kernel: the forward's statistics, or sums of softplus; the backward's gradient, from products made again or given, or
+  from kept tiles.
+- reduction: the softmax's log-sum-exps, or the sums of softplus that SigLIP needs.
+- options: none, or targets, col_bias, ids, exclude_self and one triangle alone at once.
 - spilled: stores of registers to memory for want of room, counted in the code. With every option at once some
   configurations have them; without, none may.
 
-| arch | source | kernel | options | tile | warps | stages | shared memory | registers | spilled | matrix units |
-| --- | --- | --- | --- | --- | ---: | ---: | ---: | ---: | ---: | --- |"""
+| arch | source | kernel | reduction | options | tile | warps | stages | shared | registers | spilled | matrix units |
+| --- | --- | --- | --- | --- | --- | ---: | ---: | ---: | ---: | ---: | --- |"""
 
 
 def main() -> None:

@@ -7,17 +7,18 @@
 
 u is the time of one N x N x D torch.mm of the same dtype, measured between the others in the same process; by some
 rows at a time where the N x N result would not fit. No speed is printed for an implementation whose loss or gradients
-are wrong: ours stops the run; another's is reported as wrong. The error allowed, against the float64 reference, is
-twice eager's and 4 roundings of the dtype.
+are wrong: ours stops the run; another's is reported with the reason. The error allowed, against the float64 reference,
+is twice eager's and 4 roundings of the dtype.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -53,13 +54,17 @@ def wait() -> None:
         torch.cuda.synchronize()
 
 
+AHEAD = 4_000_000  # clocks that the device waits, about 2 ms, while the host queues what is timed
+
+
 def elapsed(run: Callable[[], object]) -> float:
-    """Seconds on the device."""
+    """Seconds on the device, the host ahead of it: else a small problem's time would be that of its launches."""
     if not torch.cuda.is_available():
         start = time.perf_counter()
         run()
         return time.perf_counter() - start
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(AHEAD)
     begin.record()
     run()
     end.record()
@@ -81,17 +86,21 @@ def errors(loss: peers.Loss, leaves: tuple[Tensor, ...], truth: list[Tensor]) ->
     return [relative(a, b) for a, b in zip(gradients(loss, leaves), truth, strict=True)]
 
 
+def described(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+
+
 def wrong(name: str, loss: peers.Loss, leaves: tuple[Tensor, ...], truth: list[Tensor], allowed: list[float]) -> str:
     """What is wrong with an implementation, or ""."""
     try:
         found = errors(loss, leaves, truth)
     except Exception as error:
-        return f"raised {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        return f"cannot run: {described(error)}"
     for what, error, limit in zip(("loss", "dx", "dy", "dscale"), found, allowed, strict=True):
         if what == "dscale" and name == "memeff":
             continue  # it has none
         if not error <= limit:
-            return f"{what} is off by {error:.1e}, allowed {limit:.1e}"
+            return f"WRONG: {what} is off by {error:.1e}, allowed {limit:.1e}"
     return ""
 
 
@@ -159,47 +168,49 @@ def fits(name: str, n: int, dtype: torch.dtype) -> bool:
     return N_BY_N.get(name, 0) * n * n * dtype.itemsize < MEMORY_FULL * total
 
 
-def sweep(options: argparse.Namespace) -> list[dict[str, Any]]:
+def sweep(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """A row for each implementation, dtype and size."""
     others, missing = peers.available()
     if options.no_compile:
         del others["torch.compile"]
     for name, why in missing.items():
         print(f"not here: {name}: {why}")
     losses = {**OURS, **others}
-    rows = []
-    checked: dict[tuple[torch.dtype, int, int], dict[str, str]] = {}
-    for dtype_name in options.dtypes:
-        dtype = DTYPES[dtype_name]
-        for d in options.dims:
-            for n in options.sizes:
-                if (dtype, d, min(n, CHECKED)) not in checked:
-                    checked[dtype, d, min(n, CHECKED)] = check(losses, min(n, CHECKED), d, dtype)
-                broken = checked[dtype, d, min(n, CHECKED)]
-                for name in OURS:
-                    if name in broken:
-                        raise SystemExit(f"{name}, {dtype_name}, N = {n}, D = {d}: {broken[name]}; nothing is timed")
-                for name, loss in losses.items():
-                    row = {"implementation": name, "dtype": dtype_name, "n": n, "d": d}
-                    if name in broken:
-                        row["wrong"] = broken[name]
-                    elif not fits(name, n, dtype):
-                        row["skipped"] = "would not fit in memory"
-                    else:
-                        try:
-                            row |= measure(loss, n, d, dtype, options.seconds)
-                        except torch.OutOfMemoryError:
-                            row["skipped"] = "out of memory"
-                    rows.append(row)
-                    print(line(row), flush=True)
-                    if torch.cuda.is_available():
-                        torch.cuda.empty_cache()
-    return rows
+    for dtype_name, d in itertools.product(options.dtypes, options.dims):
+        dtype, checked = DTYPES[dtype_name], {}
+        for n in options.sizes:
+            torch._dynamo.reset()  # after 8 shapes of one function it would run uncompiled, and say nothing
+            if min(n, CHECKED) not in checked:
+                checked[min(n, CHECKED)] = check(losses, min(n, CHECKED), d, dtype)
+            broken = checked[min(n, CHECKED)]
+            for name in OURS:
+                if name in broken:
+                    raise SystemExit(f"{name}, {dtype_name}, N = {n}, D = {d}: {broken[name]}; nothing is timed")
+            for name, loss in losses.items():
+                row = {"implementation": name, "dtype": dtype_name, "n": n, "d": d}
+                if name in broken:
+                    row["failed"] = broken[name]
+                elif not fits(name, n, dtype):
+                    row["failed"] = "would not fit in memory"
+                else:
+                    try:
+                        row |= measure(loss, n, d, dtype, options.seconds)
+                    except torch.OutOfMemoryError:
+                        row["failed"] = "out of memory"
+                    except Exception as error:
+                        if name in OURS:
+                            raise
+                        row["failed"] = described(error)
+                yield row
+                print(line(row), flush=True)
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()
 
 
 def line(row: dict[str, Any]) -> str:
     head = f"{row['dtype']} N={row['n']:<7} D={row['d']:<5} {row['implementation']:<28}"
     if "both_ms" not in row:
-        return f"{head} {(row.get('wrong') and 'WRONG: ' + row['wrong']) or row['skipped']}"
+        return f"{head} {row['failed']}"
     memory = "" if row["extra_bytes"] is None else f", {row['extra_bytes'] / 2**20:.0f} MiB extra"
     return (
         f"{head} {row['both_ms']:9.3f} ms = {row['both_u']:.2f} u (forward {row['forward_u']:.2f}, backward "
@@ -207,17 +218,18 @@ def line(row: dict[str, Any]) -> str:
     )
 
 
-def million(n: int, d: int) -> list[dict[str, Any]]:
+def million(n: int, d: int) -> Iterator[dict[str, Any]]:
     """One step at a batch no N x N matrix of which would fit anywhere."""
     leaves = features(n, d, torch.bfloat16, device())
     loss = OURS["ours, recompute"]
-    gradients(loss, tuple(t[:4096].detach().requires_grad_() if t.dim() else t for t in leaves))  # compiles
+    # Compiles all that the whole needs: several blocks, and long vectors.
+    gradients(loss, tuple(t[:65536].detach().requires_grad_() if t.dim() else t for t in leaves))
     seconds = elapsed(lambda: gradients(loss, leaves))
     row = {"implementation": "ours, recompute", "dtype": "bf16", "n": n, "d": d, "both_ms": 1e3 * seconds}
     row["extra_bytes"] = extra_memory(loss, leaves)
     row["loss"] = float(loss(*leaves).detach())
     print(row)
-    return [row]
+    yield row
 
 
 def plot(path: Path) -> None:
@@ -268,7 +280,10 @@ def main() -> None:
     stem = f"{name.replace(' ', '-').lower()}-{time.strftime('%Y-%m-%d')}{'-million' if options.million else ''}"
     out = options.out or RESULTS / f"{stem}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps({"provenance": head, "rows": rows}, indent=1))
+    done: list[dict[str, Any]] = []
+    for row in rows:  # written after each, so that a run cut short has lost nothing
+        done.append(row)
+        out.write_text(json.dumps({"provenance": head, "rows": done}, indent=1))
     print(out)
     if not options.million:
         try:

@@ -31,7 +31,11 @@ def linear_cross_entropy(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
 def inf_cl(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
     from inf_cl import cal_inf_loss
 
-    return (cal_inf_loss(x, y, scale=scale) + cal_inf_loss(y, x, scale=scale)) / 2
+    head = max(
+        h for h in (32, 64, 128, 256) if x.shape[1] % h == 0
+    )  # D in parts of this, 256 unless that does not divide
+    options = {"scale": scale, "head_dim": head}
+    return (cal_inf_loss(x, y, **options) + cal_inf_loss(y, x, **options)) / 2
 
 
 def memeff(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:

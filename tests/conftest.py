@@ -9,6 +9,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+# cuBLAS of torch before 2.10 refuses deterministic algorithms (below) without it.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 # Without a GPU, Triton's interpreter runs its kernels on CPU tensors; Triton must know before it is imported.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"

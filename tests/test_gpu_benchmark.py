@@ -45,7 +45,7 @@ gpu.main()
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600, env=INTERPRETED)
     assert result.returncode != 0
-    assert "ours, kept, bf16, N = 65, D = 20: loss is off by" in result.stderr
+    assert "ours, kept, bf16, N = 65, D = 20: WRONG: loss is off by" in result.stderr
     assert not (tmp_path / "toy.json").exists()
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.torch_version import TorchVersion as Version
 
 from fused_contrastive.backends.triton import configs
 
@@ -31,12 +32,12 @@ def compiled() -> list[dict[str, Any]]:
 
 
 def name(row: dict[str, Any]) -> str:
-    return f"{row['arch']} {row['source']} {row['kernel']}, options {row['options']}"
+    return f"{row['arch']} {row['source']} {row['kernel']} {row['reduction']}, options {row['options']}"
 
 
 def test_every_architecture_is_there(compiled: list[dict[str, Any]]) -> None:
     assert {row["arch"] for row in compiled} == {"sm_80", "sm_90", "sm_100", "gfx942"}
-    assert {row["kernel"] for row in compiled} == {"statistics", "gradient", "kept"}
+    assert {row["kernel"] for row in compiled} == {"statistics", "sums", "gradient", "kept"}
 
 
 def test_shared_memory_fits(compiled: list[dict[str, Any]]) -> None:
@@ -45,15 +46,20 @@ def test_shared_memory_fits(compiled: list[dict[str, Any]]) -> None:
 
 
 def test_defaults_spill_no_registers(compiled: list[dict[str, Any]]) -> None:
+    import triton
+
+    if Version(triton.__version__) < Version("3.9"):
+        pytest.skip(f"Triton {triton.__version__}: the table is of 3.9, what older ones spill is in docs/triton.md")
     for row in compiled:
         if row["options"] == "none":
             assert row["spilled"] == 0, name(row)
 
 
 def test_matrix_units_are_used(compiled: list[dict[str, Any]]) -> None:
-    """mma.sync, wgmma, tcgen05 and mfma; where the vendor GEMM gives the products, none."""
+    """mma.sync, wgmma, tcgen05 and mfma; where the vendor GEMM gives the products, or sigmoids were kept, none."""
     for row in compiled:
-        assert (row["matrix_instructions"] > 0) == (row["source"] != "given"), name(row)
+        without = row["source"] == "given" or (row["kernel"], row["reduction"]) == ("kept", "softplus")
+        assert (row["matrix_instructions"] > 0) == (not without), name(row)
 
 
 def test_offsets_of_rows_are_64_bit(compiled: list[dict[str, Any]]) -> None:
@@ -66,7 +72,8 @@ def test_the_page_shows_the_shipped_configurations() -> None:
     for (arch, source, kernel), c in configs.CONFIGS.items():
         if arch != "interpreter":
             tile = f"{c.block_m} x {c.block_n} x {c.block_k} | {c.warps} | {c.stages}"
-            assert f"| {arch} | {source} | {kernel} | none | {tile} |" in page, (
+            reduction = "softplus" if kernel == "sums" else "softmax"
+            assert f"| {arch} | {source} | {kernel} | {reduction} | none | {tile} |" in page, (
                 f"{arch} {source} {kernel}: remake with make configurations"
             )
 

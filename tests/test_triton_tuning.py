@@ -14,10 +14,12 @@ CODE = """
 import torch
 from fused_contrastive import clip_loss
 x, y = (torch.randn(70, 20).to(torch.bfloat16).requires_grad_() for _ in range(2))
+before = torch.get_rng_state()
 for budget in (0, 10**6):
     loss = clip_loss(x, y, 5.0, backend="triton", memory_budget=budget)
     loss.backward()
     torch.testing.assert_close(loss, clip_loss(x, y, 5.0, backend="cpp"))
+assert torch.equal(before, torch.get_rng_state()), "tuning drew from the caller's random numbers"
 """
 
 

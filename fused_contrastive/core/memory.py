@@ -39,9 +39,10 @@ def total_memory(device_type: str, index: int | None) -> int:
 
 
 def rows_to_keep(m: int, layout: Layout, budget: int | str, device: torch.device) -> int:
-    """How many of m rows fit the budget."""
+    """How many of m rows fit the budget; none where the backend keeps none."""
     size = budget
     if isinstance(size, str):
         size = total_memory(device.type, device.index) // AUTO_SHARE.get(device.type, AUTO_SHARE_ELSEWHERE)
     shape, dtype = layout(64)
-    return min(m, 64 * size // (math.prod(shape) * dtype.itemsize))
+    of_64 = math.prod(shape) * dtype.itemsize
+    return min(m, 64 * size // of_64) if of_64 else 0

@@ -34,8 +34,8 @@ class Config(NamedTuple):
         }
 
 
-Kernel = Literal["statistics", "gradient", "kept"]
-"""tile_statistics; tile_gradient; tile_gradient from what was kept."""
+Kernel = Literal["statistics", "sums", "gradient", "kept"]
+"""Statistics of a softmax; sums of softplus, which take more registers; G of either; G from what was kept."""
 
 # Blocks of S begin at its multiples; no tile is larger, so each lies in one of another configuration or apart.
 TILE = 256
@@ -43,38 +43,52 @@ TILE = 256
 # By architecture: "sm_80" is compute capability 8.x, and so on. docs/triton-configurations.md has what they compile to.
 CONFIGS: dict[tuple[str, Source, Kernel], Config] = {
     ("sm_80", "half", "statistics"): Config(128, 128, 64, warps=8, stages=3),
+    ("sm_80", "half", "sums"): Config(128, 64, 64, warps=8, stages=3),
     ("sm_80", "half", "gradient"): Config(128, 128, 64, warps=8, stages=3),
     ("sm_80", "half", "kept"): Config(128, 128, 64, warps=8, stages=3),
     ("sm_80", "tf32", "statistics"): Config(128, 128, 32, warps=8, stages=3),
+    ("sm_80", "tf32", "sums"): Config(128, 64, 32, warps=8, stages=3),
     ("sm_80", "tf32", "gradient"): Config(128, 128, 32, warps=8, stages=3),
     ("sm_80", "given", "statistics"): Config(64, 64, 32, warps=4, stages=1),
+    ("sm_80", "given", "sums"): Config(64, 64, 32, warps=4, stages=1),
     ("sm_80", "given", "gradient"): Config(64, 64, 32, warps=4, stages=1),
     ("sm_90", "half", "statistics"): Config(256, 128, 64, warps=8, stages=3),
+    ("sm_90", "half", "sums"): Config(128, 64, 64, warps=8, stages=3),
     ("sm_90", "half", "gradient"): Config(128, 256, 64, warps=8, stages=3),
     ("sm_90", "half", "kept"): Config(128, 128, 64, warps=8, stages=3),
     ("sm_90", "tf32", "statistics"): Config(128, 128, 32, warps=8, stages=3),
+    ("sm_90", "tf32", "sums"): Config(128, 128, 32, warps=8, stages=3),
     ("sm_90", "tf32", "gradient"): Config(128, 128, 32, warps=8, stages=3),
     ("sm_90", "given", "statistics"): Config(64, 64, 32, warps=4, stages=1),
+    ("sm_90", "given", "sums"): Config(64, 64, 32, warps=4, stages=1),
     ("sm_90", "given", "gradient"): Config(64, 64, 32, warps=4, stages=1),
     ("sm_100", "half", "statistics"): Config(128, 128, 64, warps=8, stages=3),
+    ("sm_100", "half", "sums"): Config(128, 64, 64, warps=8, stages=3),
     ("sm_100", "half", "gradient"): Config(128, 64, 64, warps=8, stages=3),
     ("sm_100", "half", "kept"): Config(128, 64, 64, warps=8, stages=3),
     ("sm_100", "tf32", "statistics"): Config(128, 128, 32, warps=8, stages=3),
+    ("sm_100", "tf32", "sums"): Config(128, 64, 32, warps=8, stages=3),
     ("sm_100", "tf32", "gradient"): Config(128, 64, 32, warps=8, stages=3),
     ("sm_100", "given", "statistics"): Config(64, 64, 32, warps=4, stages=1),
+    ("sm_100", "given", "sums"): Config(64, 64, 32, warps=4, stages=1),
     ("sm_100", "given", "gradient"): Config(64, 64, 32, warps=4, stages=1),
     ("gfx942", "half", "statistics"): Config(128, 128, 64, warps=8, stages=2),
+    ("gfx942", "half", "sums"): Config(128, 128, 64, warps=8, stages=2),
     ("gfx942", "half", "gradient"): Config(128, 128, 64, warps=8, stages=2),
     ("gfx942", "half", "kept"): Config(128, 128, 64, warps=8, stages=2),
     ("gfx942", "given", "statistics"): Config(64, 64, 32, warps=4, stages=1),
+    ("gfx942", "given", "sums"): Config(64, 64, 32, warps=4, stages=1),
     ("gfx942", "given", "gradient"): Config(64, 64, 32, warps=4, stages=1),
     # Small, so that small problems have several tiles; of different shapes, as a GPU's are.
     ("interpreter", "half", "statistics"): Config(64, 64, 32, warps=4, stages=1, group=2),
+    ("interpreter", "half", "sums"): Config(64, 32, 32, warps=4, stages=1, group=2),
     ("interpreter", "half", "gradient"): Config(32, 128, 32, warps=4, stages=1, group=2),
     ("interpreter", "half", "kept"): Config(64, 32, 32, warps=4, stages=1, group=2),
     ("interpreter", "tf32", "statistics"): Config(32, 128, 32, warps=4, stages=1, group=2),
+    ("interpreter", "tf32", "sums"): Config(64, 64, 32, warps=4, stages=1, group=2),
     ("interpreter", "tf32", "gradient"): Config(64, 64, 32, warps=4, stages=1, group=2),
     ("interpreter", "given", "statistics"): Config(64, 64, 32, warps=4, stages=1, group=2),
+    ("interpreter", "given", "sums"): Config(32, 64, 32, warps=4, stages=1, group=2),
     ("interpreter", "given", "gradient"): Config(64, 64, 32, warps=4, stages=1, group=2),
 }
 

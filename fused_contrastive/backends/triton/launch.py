@@ -23,6 +23,8 @@ MERGE_PARTS, MERGE_LENGTH = 32, 64
 FINISH_ROWS, FINISH_D = 16, 64
 FP16_TOP = 2.0**14  # G's largest entry in float16 is at most twice this: 1/N of it is far from underflow at N = 1e6
 
+TARGET_ROWS = 65536
+
 SMALLEST = 1e-30  # a largest |g| below this counts as this: its reciprocal must be finite in float32
 
 
@@ -69,7 +71,7 @@ def forward(spec: StatsSpec, x: Tensor, y: Tensor) -> Forward:
 def _block_statistics(
     p: Problem, b: Block, given: Tensor | None, keep: storage.View, pos: Tensor, row: _Totals, col: _Totals
 ) -> None:
-    config = p.config("statistics")
+    config = p.config("sums" if p.softplus else "statistics")
     down, across = b.tiles(config)
     row_parts = row.partials(across, b.height)
     col_parts = col.partials(down, b.width)
@@ -213,8 +215,12 @@ def backward(spec: StatsSpec, x: Tensor, y: Tensor, saved: Forward, upstream: Up
                 if largest is not None:
                     dy *= largest / run.top
                     largest = None
-                # Sorted, so deterministic where several rows share a positive; index_add_ on a GPU is not.
-                dy.index_put_((targets,), run.g_pos.float()[:, None] * p.x.float(), accumulate=True)
+                # Sorted, so deterministic where several rows share a positive; index_add_ on a GPU is not. In
+                # parts, as the terms are float32.
+                for i in range(0, p.m, TARGET_ROWS):
+                    rows = slice(i, i + TARGET_ROWS)
+                    terms = run.g_pos[rows, None].float() * p.x[rows].float()
+                    dy.index_put_((targets[rows],), terms, accumulate=True)
                 paired = 0
             run.finish(dy, gy, p.y, p.x, None, 0, paired, needs.scale and not run.by_rows, largest)
         if needs.col_bias and run.g_pos is not None:

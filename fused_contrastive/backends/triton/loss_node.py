@@ -38,12 +38,16 @@ def _slope(normaliser, pos, DECOUPLED: tl.constexpr):
     return slope
 
 
-@triton.jit(do_not_specialize=["M", "weight"])
+@triton.jit(do_not_specialize=["M", "averaged"])
 def _forward(
-    pos, first, second, losses, sums, M, weight,
+    pos, first, second, losses, sums, M, averaged,
     DECOUPLED: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """weight * the sum over directions of each row's loss: to ``losses`` (M,), or summed to ``sums`` (programs,)."""
+    """The sum over directions of each row's loss / averaged: to ``losses`` (M,), or summed to ``sums`` (programs,).
+
+    The divisor is an integer: Triton would take a weight of the caller's as float32.
+    """
+    weight = 1.0 / averaged.to(tl.float64)
     begin = tl.program_id(0).to(tl.int64) * BLOCK * BLOCKS
     total = tl.zeros((BLOCK,), tl.float64)
     for block in range(min(BLOCKS, tl.cdiv(M - begin, BLOCK))):
@@ -60,14 +64,15 @@ def _forward(
         tl.store(sums + tl.program_id(0), (tl.sum(total, axis=0) * weight).to(sums.dtype.element_ty))
 
 
-@triton.jit(do_not_specialize=["M", "weight"])
+@triton.jit(do_not_specialize=["M", "averaged"])
 def _backward(
-    pos, first, second, g, g_pos, g_first, g_second, M, weight, DECOUPLED: tl.constexpr, EACH: tl.constexpr,
+    pos, first, second, g, g_pos, g_first, g_second, M, averaged, DECOUPLED: tl.constexpr, EACH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Gradients of pos and the normalisers from g: one for each row (EACH) or one for all."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = i < M
+    weight = 1.0 / averaged.to(tl.float64)
     by = (tl.load(g + i, mask=inside, other=0.0) if EACH else tl.load(g)).to(tl.float64) * weight
     p = tl.load(pos + i, mask=inside, other=0.0)
     slope = _slope(tl.load(first + i, mask=inside, other=0.0), p, DECOUPLED) * by
@@ -90,7 +95,7 @@ class _CrossEntropy(torch.autograd.Function):
         second = None if second is None else second.contiguous()
         ctx.save_for_backward(pos, first, second)
         m = pos.shape[0]
-        ctx.weight = (0.5 if second is not None else 1.0) / (m if reduction == "mean" else 1)
+        ctx.averaged = (1 if second is None else 2) * (m if reduction == "mean" else 1)
         ctx.flags = {"DECOUPLED": decoupled, "BLOCK": BLOCK}
         programs = triton.cdiv(m, BLOCK * BLOCKS_PER_PROGRAM)
         each = reduction == "none"
@@ -98,7 +103,7 @@ class _CrossEntropy(torch.autograd.Function):
         sums = None if each else pos.new_empty(programs, dtype=dtype if programs == 1 else torch.float64)
         with _on_device(pos):
             _forward[(programs,)](
-                pos, first, second, losses, sums, m, ctx.weight, BLOCKS=BLOCKS_PER_PROGRAM, **ctx.flags
+                pos, first, second, losses, sums, m, ctx.averaged, BLOCKS=BLOCKS_PER_PROGRAM, **ctx.flags
             )
         if losses is not None:
             return losses
@@ -109,14 +114,14 @@ class _CrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
         pos, first, second = ctx.saved_tensors
         if torch.is_grad_enabled():  # a second derivative is asked, which plain operations record
-            return (*_recorded(pos, first, second, g * ctx.weight, ctx.flags["DECOUPLED"]), None, None, None)
+            return (*_recorded(pos, first, second, g / ctx.averaged, ctx.flags["DECOUPLED"]), None, None, None)
         g_pos, g_first = torch.empty_like(pos), torch.empty_like(pos)
         g_second = None if second is None else torch.empty_like(pos)
         each = g.dim() == 1
         m = pos.shape[0]
         with _on_device(pos):
             _backward[(triton.cdiv(m, BLOCK),)](
-                pos, first, second, g.contiguous(), g_pos, g_first, g_second, m, ctx.weight, EACH=each, **ctx.flags
+                pos, first, second, g.contiguous(), g_pos, g_first, g_second, m, ctx.averaged, EACH=each, **ctx.flags
             )
         return g_pos, g_first, g_second, None, None, None
 

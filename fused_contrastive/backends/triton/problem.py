@@ -13,8 +13,6 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from fused_contrastive.backends.triton import configs, storage, tune
 from fused_contrastive.core.spec import StatsSpec
 
-LONGEST_KEPT_ROW = 2**23  # beyond it, offsets in a tile of kept rows would pass 2^31: nothing is kept
-
 
 class Block(NamedTuple):
     """Rows and columns of S that one launch covers."""
@@ -79,6 +77,16 @@ def tf32() -> bool:
     return bool(matmul.allow_tf32)
 
 
+def rounded_to_tf32(t: Tensor) -> Tensor:
+    """Float32 to the nearest tf32, ties to even; inf and NaN stay.
+
+    What the copy engine brings, the matrix units cut off below the 10th bit, which makes all products too small.
+    """
+    bits = t.view(torch.int32)
+    rounded = (bits + (0xFFF + ((bits >> 13) & 1))) & ~0x1FFF
+    return torch.where(t.isfinite(), rounded.view(torch.float32), t)
+
+
 def products_from(x: Tensor) -> configs.Source:
     """Float32 at full precision has no matrix units on NVIDIA: the vendor GEMM makes those products, block by block."""
     if x.dtype != torch.float32:
@@ -96,9 +104,12 @@ class Problem:
         if x.device.type == "cpu":  # the interpreter multiplies bfloat16 as if its bits were integers
             x, y = x.float(), y.float()
         self.x, self.y = aligned(x), aligned(y)
+        self.multiplied = self.x, self.y  # by the kernels
+        if self.source == "tf32" and self.x.device.type != "cpu":
+            self.multiplied = aligned(rounded_to_tf32(self.x)), aligned(rounded_to_tf32(self.y))
         self.exact = self.source != "half"
         self.softplus = spec.reduction == "softplus"
-        self.kept_rows = spec.kept_rows if self.n < LONGEST_KEPT_ROW else 0
+        self.kept_rows = spec.kept_rows if self.n < storage.LONGEST_ROW else 0
         self.kept = storage.Kept(kept_buffer, self.kept_rows, self.n, self.exact)
         self.vectors = [
             None if t is None else t.contiguous() for t in (spec.targets, spec.col_bias, spec.row_ids, spec.col_ids)
@@ -115,18 +126,20 @@ class Problem:
 
     @property
     def sizes(self) -> tuple[int, int, int, int, int]:
-        return self.m, self.n, self.d, self.x.stride(0), self.y.stride(0)
+        x, y = self.multiplied
+        return self.m, self.n, self.d, x.stride(0), y.stride(0)
 
     def config(self, kernel: configs.Kernel) -> configs.Config:
         return tune.choose(self.x.device, self.source, kernel, self.dtype, self.d)
 
     def features(self, c: configs.Config) -> tuple[Any, Any]:
         """x and y as a kernel of this configuration loads them."""
+        x, y = self.multiplied
         if not self.tma:
-            return self.x, self.y
+            return x, y
         return (
-            TensorDescriptor.from_tensor(self.x, [c.block_m, c.block_k]),
-            TensorDescriptor.from_tensor(self.y, [c.block_n, c.block_k]),
+            TensorDescriptor.from_tensor(x, [c.block_m, c.block_k]),
+            TensorDescriptor.from_tensor(y, [c.block_n, c.block_k]),
         )
 
     def blocks(self, height: int, width: int) -> list[Block]:

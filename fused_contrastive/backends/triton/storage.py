@@ -12,10 +12,13 @@ import torch
 from torch import Tensor
 
 CELL = 32  # as in tiles.py
+LONGEST_ROW = 2**23  # from it on, offsets in a tile of kept rows would pass 2^31: nothing is kept
 
 
 def layout(rows: int, n: int, features: torch.dtype) -> tuple[tuple[int, ...], torch.dtype]:
-    """Shape and dtype of the tensor that keeps ``rows`` rows of an (M, n) problem."""
+    """Shape and dtype of the tensor that keeps ``rows`` rows of an (M, n) problem: of too long ones, none."""
+    if n >= LONGEST_ROW:
+        rows = 0
     if features == torch.float32:
         return (rows, n), torch.float32
     return (_even(rows * n) + 2 * _cells(rows) * _cells(n),), torch.bfloat16

@@ -126,10 +126,14 @@ def _work(device: torch.device, kernel: Kernel, dtype: torch.dtype, d: int) -> C
     from fused_contrastive.backends.triton import launch
 
     size = 64 if device.type == "cpu" else SIZE
-    x, y = (torch.nn.functional.normalize(torch.randn(size, d, device=device), dim=1).to(dtype) for _ in range(2))
+    generator = torch.Generator(device).manual_seed(0)  # the user's random numbers stay as they are
+    features = (torch.randn(size, d, device=device, generator=generator) for _ in range(2))
+    x, y = (torch.nn.functional.normalize(t, dim=1).to(dtype) for t in features)
     scale = torch.full((), 20.0, device=device)
     spec = StatsSpec(scale, kept_rows=size if kernel == "kept" else 0)
-    if kernel == "statistics":
+    if kernel == "sums":
+        spec = spec._replace(cols=False, reduction="softplus")
+    if kernel in ("statistics", "sums"):
         return lambda: launch.forward(spec, x, y)
     saved: Forward = launch.forward(spec, x, y)
     g = torch.full((size,), 1 / size, dtype=torch.float64, device=device)

@@ -1,0 +1,52 @@
+"""Parts of the Triton backend that need no kernel, or one alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fused_contrastive.core.memory import rows_to_keep
+
+pytest.importorskip("triton")
+
+from fused_contrastive.backends.triton import problem, storage
+from fused_contrastive.ops import dispatch
+
+
+def test_rounding_to_tf32() -> None:
+    """10 bits after the point, ties to even; inf, NaN and signs stay."""
+    step = 2.0**-10
+    cases = {
+        1.0: 1.0, 1 + step: 1 + step, 1 + 0.49 * step: 1.0, 1 + 0.51 * step: 1 + step,
+        1 + 0.5 * step: 1.0, 1 + 1.5 * step: 1 + 2 * step,  # ties
+        -(1 + 0.51 * step): -(1 + step), 0.0: 0.0, torch.inf: torch.inf, -torch.inf: -torch.inf,
+    }  # fmt: skip
+    assert problem.rounded_to_tf32(torch.tensor(list(cases))).tolist() == list(cases.values())
+    assert problem.rounded_to_tf32(torch.tensor([torch.nan])).isnan().all()
+    x = torch.randn(1000)
+    assert ((problem.rounded_to_tf32(x) - x).abs() <= x.abs() * step / 2).all()
+
+
+def test_rows_too_long_to_keep_cost_nothing() -> None:
+    def layout(rows: int) -> tuple[tuple[int, ...], torch.dtype]:
+        return storage.layout(rows, storage.LONGEST_ROW, torch.bfloat16)
+
+    assert rows_to_keep(1000, layout, 10**12, torch.device("cpu")) == 0
+    kept = storage.Kept(torch.empty(layout(1000)[0], dtype=torch.bfloat16), 0, storage.LONGEST_ROW, exact=False)
+    assert kept.block(slice(0, 256), slice(0, 256)) == (None, None, None)
+
+
+@pytest.mark.parametrize("m", [3, 7, 1000])
+def test_the_mean_is_taken_in_float64(m: int) -> None:
+    """1 / M as float32 would cost 3e-8."""
+    name = "triton"
+    if (reason := dispatch.BACKENDS[name].unavailable()) is not None:
+        pytest.skip(reason)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    pos, row = (torch.randn(m, dtype=torch.float64, device=device, requires_grad=True) for _ in range(2))
+    found = []
+    for backend in (name, "reference"):
+        loss = dispatch.BACKENDS[backend].cross_entropy(pos, [row, 2 * row], False, "mean", torch.float64)
+        found.append([loss.detach(), *torch.autograd.grad(loss, (pos, row))])
+    for ours, exact in zip(*found, strict=True):
+        torch.testing.assert_close(ours, exact, rtol=1e-13, atol=1e-15)

@@ -6,6 +6,7 @@ Called as their documentation has it, on the same tensors; a loss of one directi
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Callable
 
 import torch
@@ -13,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common import eager
+
+os.environ.setdefault("MEMEFF_INPUT_PRECISION", "ieee")  # read when it is imported; its default for float32 is tf32
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 

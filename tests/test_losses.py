@@ -129,6 +129,23 @@ def test_temperature_and_scale_are_the_same(backend: str) -> None:
     )
 
 
+def test_own_negatives_are_float32_under_autocast(backend: str) -> None:
+    q, k, own = torch.randn(6, 16), torch.randn(6, 16), torch.randn(6, 3, 16)
+    with torch.autocast(q.device.type, dtype=torch.bfloat16):
+        loss = fc.info_nce_loss(q, k, negatives=own, temperature=0.02, backend=backend)
+    half = [t.bfloat16() for t in (q, k, own)]
+    expected = fc.info_nce_loss(*half[:2], negatives=half[2], temperature=0.02, backend=backend)
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_zero_rows_are_normalised_to_zero(backend: str) -> None:
+    x, y = torch.randn(4, 8).half(), torch.randn(4, 8).half()
+    x[2] = 0
+    assert fc.nt_xent_loss(x, y, backend=backend).isfinite()
+    assert fc.info_nce_loss(x, y, normalize=True, backend=backend).isfinite()
+    assert fc.supcon_loss(x, torch.tensor([0, 0, 1, 1]), normalize=True, backend=backend).isfinite()
+
+
 def test_queue_with_empty_slots(backend: str) -> None:
     """MoCo: a queue's empty slots have bias -inf and count for nothing."""
     q, k, queue = torch.randn(4, 6), torch.randn(4, 6), torch.randn(10, 6)
@@ -237,6 +254,17 @@ BAD = [
     ("negatives: got list", TypeError, lambda: fc.info_nce_loss(x43, x43, negatives=[1])),
     ("col_bias: got shape", ValueError, lambda: fc.info_nce_loss(x43, x43, negatives=x43, col_bias=torch.zeros(4))),
     ("targets: got a tensor", ValueError, lambda: fc.info_nce_loss(x43, x43, targets=labels4, symmetric=True)),
+    ("targets: got None for 4 queries", ValueError, lambda: fc.info_nce_loss(x43, x43[:2], negatives=x43)),
+    ("targets: got values from 0 to 5", ValueError,
+     lambda: fc.info_nce_loss(x43, x43, negatives=x43, targets=torch.tensor([0, 1, 2, 5]))),
+    ("views: got int", TypeError, lambda: fc.nt_xent_loss(x43, x43, views=5)),
+    ("backend: got 'gpu'", ValueError, lambda: fc.SigLipLoss(backend="gpu")),
+    ("memory_budget: got -1", ValueError, lambda: fc.InfoNCELoss(memory_budget=-1)),
+    ("decoupled: got 1", TypeError, lambda: fc.NTXentLoss(decoupled=1)),
+    ("text_tokens: got D = 5", ValueError, lambda: fc.filip_loss(torch.randn(2, 3, 4), torch.randn(2, 5, 5), 1.0)),
+    ("image_latents: got D = 2", ValueError, lambda: fc.x_clip_loss(x43, x43[:, :2], 1.0)),
+    ("logit_scale: got NoneType", TypeError,
+     lambda: fc.x_clip_loss(x43, x43, None, text_latents_extra=x43, image_latents_extra=x43)),
     ("margin: got -1", ValueError, lambda: fc.info_nce_loss(x43, x43, margin=-1)),
     ("weight: got shape", ValueError, lambda: fc.info_nce_loss(x43, x43, weight=torch.ones(3))),
     ("label_smoothing: got it", ValueError,

@@ -11,6 +11,7 @@ from fused_contrastive.core.reduction import REDUCTIONS, Reduction
 from fused_contrastive.losses import terms
 from fused_contrastive.ops.cross_entropy import cross_entropy
 from fused_contrastive.ops.max_sim import max_sim
+from fused_contrastive.ops.stats import autocast
 
 COMPAT = (None, "x_clip")
 DIRECTIONS: dict[str, Literal["x", "y", "both"]] = {"image": "x", "text": "y", "both": "both"}
@@ -58,8 +59,8 @@ def filip_loss(
     Raises:
         TypeError, ValueError: naming the argument, what came and what was expected.
     """
-    checks.tokens("image_tokens", image_tokens)
-    checks.tokens("text_tokens", text_tokens)
+    image_tokens, text_tokens = autocast(image_tokens), autocast(text_tokens)
+    checks.token_pair("image_tokens", image_tokens, "text_tokens", text_tokens)
     checks.same_rows("image_tokens", image_tokens, "text_tokens", text_tokens)
     checks.scalar("logit_scale", logit_scale)
     checks.boolean("decoupled", decoupled)
@@ -103,7 +104,7 @@ class FilipLoss(nn.Module):
     ) -> None:
         super().__init__()
         checks.one_of("compat", compat, COMPAT)  # type: ignore[arg-type]
-        checks.one_of("reduction", reduction, REDUCTIONS)
+        terms.check_module(reduction, memory_budget, backend, decoupled=decoupled)
         self.decoupled = decoupled
         self.compat: Literal["x_clip"] | None = compat
         self.reduction: Reduction = reduction

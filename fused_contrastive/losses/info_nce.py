@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fused_contrastive.core import checks
 from fused_contrastive.core.reduction import REDUCTIONS, Reduction
 from fused_contrastive.core.spec import compute_dtype
 from fused_contrastive.losses import terms
+from fused_contrastive.ops.autograd import is_plain
 from fused_contrastive.ops.cross_entropy import cross_entropy
 from fused_contrastive.ops.stats import autocast, contrastive_stats, log_add
 
@@ -61,8 +61,8 @@ def info_nce_loss(
             the queries' direction alone.
         decoupled: the DCL form.
         margin: subtracted from the positives' logits, at least 0.
-        label_smoothing: in [0, 1), as in ``F.cross_entropy``: this share of the target is spread over all columns. Not
-            together with ids.
+        label_smoothing: in [0, 1), as in ``F.cross_entropy``: this share of the target is spread over all columns, so
+            that an empty slot makes the loss inf. Not together with ids.
         weight: (M,) weights of the queries; the mean is over their sum, as in ``F.cross_entropy``.
         reduction: "mean", "sum" or "none" ((M,)).
         normalize: L2-normalise query, key and negatives first.
@@ -84,6 +84,12 @@ def info_nce_loss(
                 "targets: got a tensor with symmetric=True, expected None: key i is the positive of query i"
             )
         checks.same_rows("query", query, "key", key)
+    elif targets is None and len(query) > len(key):
+        raise ValueError(f"targets: got None for {len(query)} queries and {len(key)} keys, expected targets")
+    elif targets is not None and negatives is not None:  # the primitive's own check would take negatives for keys
+        checks.vector("targets", targets, len(query), query, of="one key per query", integer=True)
+        if is_plain(targets):
+            checks.target_range(targets, len(key))
     if label_smoothing and row_ids is not None:
         raise ValueError("label_smoothing: got it together with row_ids, expected 0: excluded pairs cannot be targets")
     if weight is not None:
@@ -91,8 +97,8 @@ def info_nce_loss(
     if negatives is not None:
         negatives = _checked_negatives(autocast(negatives), query)
     if normalize:
-        query, key = F.normalize(query, dim=-1), F.normalize(key, dim=-1)
-        negatives = None if negatives is None else F.normalize(negatives, dim=-1)
+        query, key = terms.normalized(query), terms.normalized(key)
+        negatives = None if negatives is None else terms.normalized(negatives)
     columns, own = key, None  # own: (M, K, D)
     if negatives is not None and negatives.dim() == 2:
         columns = torch.cat((key, negatives))
@@ -106,7 +112,7 @@ def info_nce_loss(
     )  # fmt: skip
     assert row is not None
     dtype = compute_dtype(query.dtype)
-    own_logits = None if own is None else scale * torch.einsum("md,mkd->mk", query.to(dtype), own.to(dtype))
+    own_logits = None if own is None else scale * (query[:, None].to(dtype) * own.to(dtype)).sum(dim=-1)
     if own_logits is not None:
         row = log_add(row, own_logits.to(row.dtype).logsumexp(dim=1))
     pos = pos - margin if margin else pos
@@ -184,6 +190,7 @@ class InfoNCELoss(nn.Module):
         super().__init__()
         terms.scale_of(temperature, None, 0.07)
         _check_options(symmetric, decoupled, margin, label_smoothing, reduction, normalize)
+        terms.check_module(reduction, memory_budget, backend)
         self.temperature = temperature
         self.symmetric = symmetric
         self.decoupled = decoupled

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fused_contrastive.core import checks
@@ -54,6 +53,8 @@ def nt_xent_loss(
     Raises:
         TypeError, ValueError: naming the argument, what came and what was expected.
     """
+    if isinstance(views, Tensor) or not isinstance(views, Sequence):
+        raise TypeError(f"views: got {type(views).__name__}, expected a sequence of tensors like z1")
     everything = [autocast(z1), autocast(z2), *map(autocast, views)]
     names = ["z1", "z2", *(f"views[{k}]" for k in range(len(views)))]
     for name, view in zip(names[1:], everything[1:], strict=True):
@@ -67,7 +68,7 @@ def nt_xent_loss(
     n, count = len(z1), len(everything)
     z = torch.cat(everything)
     if normalize:
-        z = F.normalize(z, dim=1)
+        z = terms.normalized(z)
     sample = torch.arange(n, device=z.device).repeat(count)
     row = self_stats(z, scale, ids=sample, memory_budget=memory_budget, backend=backend)  # negatives alone
     split = z.unflatten(0, (count, n))
@@ -96,7 +97,7 @@ class NTXentLoss(nn.Module):
     ) -> None:
         super().__init__()
         terms.scale_of(temperature, None, 0.5)
-        checks.one_of("reduction", reduction, REDUCTIONS)
+        terms.check_module(reduction, memory_budget, backend, decoupled=decoupled, normalize=normalize)
         self.temperature = temperature
         self.decoupled = decoupled
         self.reduction: Reduction = reduction

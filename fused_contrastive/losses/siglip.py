@@ -59,6 +59,8 @@ def siglip_loss(
     bias = None
     if logit_bias is not None:
         checks.scalar("logit_bias", logit_bias)
+        if isinstance(logit_bias, Tensor):
+            logit_bias = logit_bias.to(image_features.device)
         dtype = compute_dtype(image_features.dtype)
         zero = image_features.new_zeros((), dtype=dtype)
         bias = (zero + logit_bias).to(dtype).expand(len(text_features))
@@ -82,7 +84,7 @@ class SigLipLoss(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        checks.one_of("reduction", reduction, REDUCTIONS)
+        terms.check_module(reduction, memory_budget, backend)
         self.reduction: Reduction = reduction
         self.memory_budget: int | Literal["auto"] = memory_budget
         self.backend = backend

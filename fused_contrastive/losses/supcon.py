@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fused_contrastive.core import checks
@@ -74,7 +73,7 @@ def supcon_loss(
     scale = terms.scale_of(temperature, None, 0.1)
 
     z = features.flatten(0, 1) if features.dim() == 3 else features
-    z = F.normalize(z, dim=1) if normalize else z
+    z = terms.normalized(z) if normalize else z
     labels = labels.repeat_interleave(count) if count > 1 else labels
     code = torch.searchsorted(labels.sort().values, labels.contiguous())  # below N, the same for equal labels
     shared = torch.zeros_like(code).index_add_(0, code, torch.ones_like(code))[code] - 1  # |P(i)|
@@ -120,7 +119,7 @@ class SupConLoss(nn.Module):
         terms.scale_of(temperature, None, 0.1)
         checks.one_of("variant", variant, VARIANTS)
         checks.one_of("no_positive", no_positive, NO_POSITIVE)
-        checks.one_of("reduction", reduction, REDUCTIONS)
+        terms.check_module(reduction, memory_budget, backend, normalize=normalize)
         self.temperature = temperature
         self.variant: Literal["out", "in"] = variant
         self.no_positive: Literal["skip", "zero", "nan"] = no_positive

@@ -3,12 +3,28 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fused_contrastive.core import checks
-from fused_contrastive.core.reduction import Reduction, reduce
+from fused_contrastive.core.reduction import REDUCTIONS, Reduction, reduce
 from fused_contrastive.core.spec import compute_dtype
+from fused_contrastive.ops import dispatch
 from fused_contrastive.ops.autograd import is_plain
+
+
+def check_module(reduction: object, memory_budget: object, backend: object, **flags: object) -> None:
+    """What modules share, when they are made and not only when first called."""
+    checks.one_of("reduction", reduction, REDUCTIONS)
+    checks.memory_budget(memory_budget)
+    checks.one_of("backend", backend, ("auto", *dispatch.BACKENDS))
+    for name, value in flags.items():
+        checks.boolean(name, value)
+
+
+def normalized(x: Tensor) -> Tensor:
+    """L2-normalised along the last dimension, by way of float32: in float16 a row of zeros would become NaN."""
+    return F.normalize(x.to(compute_dtype(x.dtype)), dim=-1).to(x.dtype)
 
 
 def mean_logit(scale: float | Tensor, x: Tensor, y: Tensor) -> Tensor:

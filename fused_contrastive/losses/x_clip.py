@@ -11,6 +11,7 @@ from fused_contrastive.core import checks
 from fused_contrastive.losses.clip import clip_loss
 from fused_contrastive.losses.filip import filip_loss
 from fused_contrastive.losses.info_nce import info_nce_loss
+from fused_contrastive.ops.stats import autocast
 
 
 class _Latents(NamedTuple):
@@ -73,6 +74,7 @@ def x_clip_loss(
         ("decoupled_contrastive_learning", decoupled_contrastive_learning),
     ):
         checks.boolean(name, flag)
+    checks.scalar("logit_scale", logit_scale)
     for name, weight in (
         ("multiview_loss_weight", multiview_loss_weight),
         ("sim_reg_loss_weight", sim_reg_loss_weight),
@@ -86,6 +88,11 @@ def x_clip_loss(
     extra = text_latents_extra is not None and image_latents_extra is not None
     texts_extra = _views("text_latents_extra", text_latents_extra, use_all_token_embeds, texts) if extra else texts
     images_extra = _views("image_latents_extra", image_latents_extra, use_all_token_embeds, images) if extra else images
+    pair_of = checks.token_pair if use_all_token_embeds else checks.feature_pair
+    for suffix, a, b in (("", texts, images), ("_extra", texts_extra, images_extra)):
+        names = f"text_latents{suffix}", f"image_latents{suffix}"
+        pair_of(names[0], autocast(a[0]), names[1], autocast(b[0]))
+        checks.same_rows(names[0], a[0], names[1], b[0])
     masks = _masks(text_mask, texts, use_all_token_embeds)
 
     def loss_of(latents: _Latents) -> Tensor:

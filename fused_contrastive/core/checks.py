@@ -18,16 +18,20 @@ def one_of(name: str, value: object, valid: Sequence[str]) -> None:
 
 def features(name: str, value: object) -> None:
     """A non-empty (rows, D) floating tensor."""
+    _floating(name, value, 2, "(rows, D)", "rows >= 1 and D >= 1")
+
+
+def _floating(name: str, value: object, dims: int, shape: str, sizes: str) -> None:
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: got {type(value).__name__}, expected a torch.Tensor of shape (rows, D)")
+        raise TypeError(f"{name}: got {type(value).__name__}, expected a torch.Tensor of shape {shape}")
     if value.dtype not in FEATURE_DTYPES:
         raise TypeError(f"{name}: got dtype {value.dtype}, expected float32, float64, bfloat16 or float16")
     if value.layout != torch.strided:
         raise TypeError(f"{name}: got layout {value.layout}, expected a dense tensor")
-    if value.dim() != 2:
-        raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected 2 dimensions (rows, D)")
-    if value.shape[0] == 0 or value.shape[1] == 0:
-        raise ValueError(f"{name}: got an empty batch of shape {tuple(value.shape)}, expected rows >= 1 and D >= 1")
+    if value.dim() != dims:
+        raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected {dims} dimensions {shape}")
+    if 0 in value.shape:
+        raise ValueError(f"{name}: got an empty batch of shape {tuple(value.shape)}, expected {sizes}")
 
 
 def feature_pair(x_name: str, x: Tensor, y_name: str, y: Tensor) -> None:
@@ -119,17 +123,7 @@ def boolean(name: str, value: object) -> None:
 
 def tokens(name: str, value: object) -> None:
     """A non-empty (items, tokens, D) floating tensor."""
-    expected = "(items, tokens, D)"
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: got {type(value).__name__}, expected a torch.Tensor of shape {expected}")
-    if value.dtype not in FEATURE_DTYPES:
-        raise TypeError(f"{name}: got dtype {value.dtype}, expected float32, float64, bfloat16 or float16")
-    if value.layout != torch.strided:
-        raise TypeError(f"{name}: got layout {value.layout}, expected a dense tensor")
-    if value.dim() != 3:
-        raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected 3 dimensions {expected}")
-    if 0 in value.shape:
-        raise ValueError(f"{name}: got an empty batch of shape {tuple(value.shape)}, expected every size >= 1")
+    _floating(name, value, 3, "(items, tokens, D)", "every size >= 1")
 
 
 def token_pair(x_name: str, x: Tensor, y_name: str, y: Tensor) -> None:

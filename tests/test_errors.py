@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 
-from fused_contrastive import ClipLoss, clip_loss, contrastive_stats
+from fused_contrastive import ClipLoss, clip_loss, contrastive_stats, max_sim
 
 X, Y = torch.randn(4, 3), torch.randn(5, 3)
 LONG = torch.arange(4)
@@ -16,7 +16,7 @@ STATS = {
     "x not a tensor": (dict(x=[[1.0]]), TypeError, "x: got list, expected a torch.Tensor"),
     "x integer": (dict(x=torch.ones(4, 3, dtype=torch.long)), TypeError, "x: got dtype torch.int64, expected float32"),
     "x complex": (dict(x=torch.ones(4, 3, dtype=torch.cfloat)), TypeError, "x: got dtype torch.complex64"),
-    "x sparse": (dict(x=torch.eye(4, 3).to_sparse()), TypeError, "x: got layout torch.sparse_coo, expected a dense"),
+    "x sparse": (dict(x=torch.eye(4, 3).to_sparse()), TypeError, "x: got layout torch.sparse_coo, expected a d"),
     "x rank": (dict(x=torch.randn(3)), ValueError, "x: got shape (3,), expected 2 dimensions"),
     "y rank": (dict(y=torch.randn(1, 5, 3)), ValueError, "y: got shape (1, 5, 3), expected 2 dimensions"),
     "empty batch": (dict(x=torch.randn(0, 3)), ValueError, "x: got an empty batch of shape (0, 3)"),
@@ -98,3 +98,36 @@ def test_targets_are_checked_under_compile() -> None:
     compiled = torch.compile(lambda t: contrastive_stats(X, Y, targets=t).row, fullgraph=True, backend="aot_eager")
     with pytest.raises(ValueError, match="targets: got values from 2 to 5"):
         compiled(LONG + 2)
+
+
+X_TOKENS, Y_TOKENS = torch.randn(4, 3, 2), torch.randn(5, 6, 2)
+MASK = torch.ones(4, 3, dtype=torch.bool)
+MAX_SIM = {
+    "x a list": (dict(x_tokens=[[[1.0]]]), TypeError, "x_tokens: got list, expected a torch.Tensor of shape (items, t"),
+    "x integer": (dict(x_tokens=X_TOKENS.long()), TypeError, "x_tokens: got dtype torch.int64, expected float32"),
+    "x sparse": (dict(x_tokens=X_TOKENS.to_sparse()), TypeError, "x_tokens: got layout torch.sparse_coo, expected a d"),
+    "x rank": (dict(x_tokens=X_TOKENS[0]), ValueError, "x_tokens: got shape (3, 2), expected 3 dim"),
+    "y empty": (dict(y_tokens=Y_TOKENS[:, :0]), ValueError, "y_tokens: got an empty batch of shape (5, 0, 2)"),
+    "D differs": (dict(y_tokens=torch.randn(5, 6, 3)), ValueError, "y_tokens: got D = 3, expected 2, the D of x_tok"),
+    "dtypes differ": (
+        dict(y_tokens=Y_TOKENS.double()),
+        TypeError,
+        "y_tokens: got dtype torch.float64, expected torch.fl",
+    ),
+    "devices differ": (dict(y_tokens=Y_TOKENS.to("meta")), ValueError, "y_tokens: got device meta, expected cpu"),
+    "mask a list": (dict(x_mask=[True]), TypeError, "x_mask: got list, expected a bool tensor of shape (4, 3)"),
+    "mask of floats": (dict(x_mask=MASK.float()), TypeError, "x_mask: got dtype torch.float32, expected a bool tensor"),
+    "mask shape": (dict(y_mask=MASK), ValueError, "y_mask: got shape (4, 3), expected a bool tensor of shape (5, 6)"),
+    "mask device": (dict(x_mask=MASK.to("meta")), ValueError, "x_mask: got device meta, expected cpu"),
+    "reduction": (dict(reduction="none"), ValueError, "reduction: got 'none', expected one of 'sum', 'mean'"),
+    "direction": (dict(direction="row"), ValueError, "direction: got 'row', expected one of 'x', 'y', 'both'"),
+    "budget": (dict(memory_budget=-1), ValueError, "memory_budget: got -1, expected at least 0 bytes"),
+    "backend": (dict(backend="cuda"), ValueError, "backend: got 'cuda', expected one of 'auto', 'reference'"),
+}
+
+
+@pytest.mark.parametrize("name", MAX_SIM)
+def test_max_sim(name: str) -> None:
+    changes, error, message = MAX_SIM[name]
+    with pytest.raises(error, match=re.escape(message)):
+        max_sim(**{"x_tokens": X_TOKENS, "y_tokens": Y_TOKENS, **changes})

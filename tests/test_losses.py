@@ -37,25 +37,43 @@ def test_budget(loss: str, option: str, dtype: torch.dtype, backend: str, seed: 
         assert_within_budget(family.FamilyCase(loss, option, family.Sizes(n, d, dtype, scale), seed), backend)
 
 
-@hypothesis_seed(SEED)
-@settings(max_examples=150, deadline=None, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    option=st.sampled_from(family.OPTIONS),
-    n=st.integers(1, 90),
-    d=st.integers(1, 40),
-    dtype=st.sampled_from(DTYPES),
-    scale=st.floats(0.01, 1000.0),
-    duplicates=st.booleans(),
-    backend=st.sampled_from(["reference", "cpp"]),
-    seed=st.integers(0, 2**31),
-)
-def test_random_problems(option, n, d, dtype, scale, duplicates, backend, seed) -> None:  # type: ignore[no-untyped-def]
+DRAWN = {
+    "option": st.sampled_from(family.OPTIONS),
+    "d": st.integers(1, 40),
+    "dtype": st.sampled_from(DTYPES),
+    "scale": st.floats(0.01, 1000.0),
+    "duplicates": st.booleans(),
+    "seed": st.integers(0, 2**31),
+}
+
+
+def drawn_case(option, n, d, dtype, scale, duplicates, seed) -> family.FamilyCase:  # type: ignore[no-untyped-def]
     loss, variant = option
     if variant == "regularised" or "decoupled" in variant:
         n = max(n, 2)  # of a single sample, NaN (a mean over nothing) or -inf (an empty denominator)
-    if loss in ("filip", "x_clip") and duplicates:
+    if loss in ("filip", "x_clip"):
         duplicates = False  # equal tokens tie, and their gradient is anyone's
-    assert_within_budget(family.FamilyCase(loss, variant, family.Sizes(n, d, dtype, scale, duplicates), seed), backend)
+    return family.FamilyCase(loss, variant, family.Sizes(n, d, dtype, scale, duplicates), seed)
+
+
+@hypothesis_seed(SEED)
+@settings(max_examples=150, deadline=None, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(n=st.integers(1, 90), backend=st.sampled_from(["reference", "cpp"]), **DRAWN)
+def test_random_problems(backend, **drawn) -> None:  # type: ignore[no-untyped-def]
+    assert_within_budget(drawn_case(**drawn), backend)
+
+
+@hypothesis_seed(SEED)
+@settings(max_examples=80, deadline=None, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(n=st.integers(1, 24), **DRAWN)
+@pytest.mark.parametrize("backend", ["triton"], indirect=True)
+def test_random_problems_triton(backend, **drawn) -> None:  # type: ignore[no-untyped-def]
+    """Under the interpreter, which is slow: small, one tile."""
+    if drawn["dtype"] == torch.float64:
+        drawn["dtype"] = torch.float32  # float64 is the reference's on a GPU
+    if drawn["option"][0] == "filip" or "tokens" in drawn["option"][1]:
+        drawn["n"] = min(drawn["n"], 4)
+    assert_within_budget(drawn_case(**drawn), backend)
 
 
 def gradients(loss: torch.Tensor, *leaves: torch.Tensor) -> tuple[torch.Tensor, ...]:

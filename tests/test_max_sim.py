@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -373,32 +372,3 @@ def test_only_the_gradient_that_is_asked(backend: str) -> None:
     assert x.grad is not None
     max_sim(y, x, backend=backend)[0].sum().backward()
     assert max_sim(y, y, backend=backend).grad_fn is None
-
-
-X, Y = torch.randn(4, 3, 2), torch.randn(5, 6, 2)
-MASK = torch.ones(4, 3, dtype=torch.bool)
-ERRORS = {
-    "x a list": (dict(x_tokens=[[[1.0]]]), TypeError, "x_tokens: got list, expected a torch.Tensor of shape (items, t"),
-    "x integer": (dict(x_tokens=X.long()), TypeError, "x_tokens: got dtype torch.int64, expected float32"),
-    "x sparse": (dict(x_tokens=X.to_sparse()), TypeError, "x_tokens: got layout torch.sparse_coo, expected a dense"),
-    "x rank": (dict(x_tokens=X[0]), ValueError, "x_tokens: got shape (3, 2), expected 3 dimensions (items, tokens, D)"),
-    "y empty": (dict(y_tokens=Y[:, :0]), ValueError, "y_tokens: got an empty batch of shape (5, 0, 2)"),
-    "D differs": (dict(y_tokens=torch.randn(5, 6, 3)), ValueError, "y_tokens: got D = 3, expected 2, the D of x_tok"),
-    "dtypes differ": (dict(y_tokens=Y.double()), TypeError, "y_tokens: got dtype torch.float64, expected torch.float3"),
-    "devices differ": (dict(y_tokens=Y.to("meta")), ValueError, "y_tokens: got device meta, expected cpu"),
-    "mask a list": (dict(x_mask=[True]), TypeError, "x_mask: got list, expected a bool tensor of shape (4, 3)"),
-    "mask of floats": (dict(x_mask=MASK.float()), TypeError, "x_mask: got dtype torch.float32, expected a bool tensor"),
-    "mask shape": (dict(y_mask=MASK), ValueError, "y_mask: got shape (4, 3), expected a bool tensor of shape (5, 6)"),
-    "mask device": (dict(x_mask=MASK.to("meta")), ValueError, "x_mask: got device meta, expected cpu"),
-    "reduction": (dict(reduction="none"), ValueError, "reduction: got 'none', expected one of 'sum', 'mean'"),
-    "direction": (dict(direction="row"), ValueError, "direction: got 'row', expected one of 'x', 'y', 'both'"),
-    "budget": (dict(memory_budget=-1), ValueError, "memory_budget: got -1, expected at least 0 bytes"),
-    "backend": (dict(backend="cuda"), ValueError, "backend: got 'cuda', expected one of 'auto', 'reference'"),
-}
-
-
-@pytest.mark.parametrize("name", ERRORS)
-def test_errors(name: str) -> None:
-    changes, error, message = ERRORS[name]
-    with pytest.raises(error, match=re.escape(message)):
-        max_sim(**{"x_tokens": X, "y_tokens": Y, **changes})

@@ -74,7 +74,7 @@ def stats_forward(x: Tensor, *rest: Any, differentiable: bool) -> tuple[Tensor, 
     return _Eager.apply(x, *rest) if differentiable else schema.stats_forward(x, *rest)  # type: ignore[no-untyped-call]
 
 
-def _second_backward(ctx: Any, *_: Tensor) -> None:
+def second_backward(ctx: Any, *_: Tensor) -> None:
     raise RuntimeError(
         "fused_contrastive: double backward is not supported (the gradients' own gradient was asked, for example by "
         "create_graph=True or a gradient penalty); use the eager formula for that term"
@@ -84,4 +84,4 @@ def _second_backward(ctx: Any, *_: Tensor) -> None:
 torch.library.register_autograd(
     "fused_contrastive::stats_forward", backward, setup_context=setup_context, lib=schema.library
 )
-torch.library.register_autograd("fused_contrastive::stats_backward", _second_backward, lib=schema.library)
+torch.library.register_autograd("fused_contrastive::stats_backward", second_backward, lib=schema.library)

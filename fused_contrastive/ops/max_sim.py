@@ -28,8 +28,8 @@ from fused_contrastive.core.tokens import (
     valid_first,
 )
 from fused_contrastive.ops import dispatch
-from fused_contrastive.ops.autograd import _second_backward, is_plain
-from fused_contrastive.ops.schema import _without_autocast, library
+from fused_contrastive.ops.autograd import is_plain, second_backward
+from fused_contrastive.ops.schema import library, without_autocast
 from fused_contrastive.ops.stats import autocast
 
 REDUCTIONS = ("sum", "mean")
@@ -49,7 +49,7 @@ def _forward(
 ) -> MaxSimForward:
     (x_order, x_lengths), (y_order, y_lengths) = ordered(x_mask), ordered(y_mask)
     spec = TokenSpec(x_lengths, y_lengths, both, kept_rows)
-    with _without_autocast(x):
+    with without_autocast(x):
         return dispatch.BACKENDS[backend].max_sim_forward(
             spec, valid_first(x, x_order, x_lengths), valid_first(y, y_order, y_lengths)
         )
@@ -63,7 +63,7 @@ def _backward_of_sums(
     (x_order, x_lengths), (y_order, y_lengths) = ordered(x_mask), ordered(y_mask)
     spec = TokenSpec(x_lengths, y_lengths, both, kept_rows)
     nothing = x.new_empty(0)
-    with _without_autocast(x):
+    with without_autocast(x):
         dx, dy = dispatch.BACKENDS[backend].max_sim_backward(
             spec,
             valid_first(x, x_order, x_lengths),
@@ -128,7 +128,7 @@ class _Eager(torch.autograd.Function):
 torch.library.register_autograd(
     "fused_contrastive::max_sim_forward", _backward, setup_context=_setup_context, lib=library
 )
-torch.library.register_autograd("fused_contrastive::max_sim_backward", _second_backward, lib=library)
+torch.library.register_autograd("fused_contrastive::max_sim_backward", second_backward, lib=library)
 
 
 class MaxSimScores(NamedTuple):

@@ -35,7 +35,7 @@ library.define(
 _NOTHING: AbstractContextManager[None] = nullcontext()
 
 
-def _without_autocast(x: Tensor) -> AbstractContextManager[None]:
+def without_autocast(x: Tensor) -> AbstractContextManager[None]:
     """Features come cast already; a backend's own products stay in the compute dtype."""
     return torch.autocast(x.device.type, enabled=False) if autocast_enabled(x.device) else _NOTHING
 
@@ -46,7 +46,7 @@ def stats_forward(x: Tensor, y: Tensor, *problem: Any) -> Forward:
     spec = StatsSpec(*fields)
     if spec.targets is not None:
         checks.target_range(spec.targets, y.shape[0])
-    with _without_autocast(x):
+    with without_autocast(x):
         return BACKENDS[backend].stats_forward(spec, x, y)
 
 
@@ -66,7 +66,7 @@ def stats_backward(
     *fields, backend = problem
     spec = StatsSpec(*fields)
     upstream = Upstream(g_pos, g_row if spec.rows else None, g_col if spec.cols else None)
-    with _without_autocast(x):
+    with without_autocast(x):
         gradients = BACKENDS[backend].stats_backward(
             spec, x, y, saved=Forward(row, row, col, kept), upstream=upstream, needs=Needs(*needs)
         )

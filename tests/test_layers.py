@@ -12,7 +12,7 @@ import pytest
 import fused_contrastive
 
 ROOT = Path(fused_contrastive.__file__).parent
-LAYERS = ["core", "backends", "ops", "losses", "evaluation", "testing", "verify"]  # each may import those before it
+LAYERS = ["core", "backends", "ops", "losses", "evaluation", "testing", "verify", "adapters"]  # each may import earlier
 MODULES = sorted(path.relative_to(ROOT) for path in ROOT.rglob("*.py"))
 
 
@@ -61,6 +61,17 @@ fused_contrastive.clip_loss(x, torch.randn(6, 4), 2.0, backend="reference").back
 assert x.grad.isfinite().all()
 """
     result = run_blocking("numpy rich triton fused_contrastive._C", code)
+    assert result.returncode == 0, result.stderr
+
+
+def test_importing_the_package_imports_no_other_library() -> None:
+    code = """
+import fused_contrastive
+libraries = "open_clip transformers sentence_transformers lightly pytorch_metric_learning x_clip torchvision"
+assert not set(libraries.split()) & set(sys.modules)
+assert "fused_contrastive.adapters" not in sys.modules
+"""
+    result = run_blocking("", code)
     assert result.returncode == 0, result.stderr
 
 

@@ -1,0 +1,5 @@
+"""Other libraries' losses with this package's kernels: one module per library, importing it only when it is imported.
+
+Each class has the name, constructor and call of the library's own and gives its value and gradients; ``backend`` and
+``memory_budget`` are attributes (see ``contrastive_stats``). What is not covered raises NotImplementedError.
+"""

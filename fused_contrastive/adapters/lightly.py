@@ -1,0 +1,111 @@
+"""lightly's contrastive losses (lightly 1.6)."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from lightly.loss import dcl_loss, ntx_ent_loss
+from lightly.utils import dist
+from torch import Tensor
+
+from fused_contrastive.adapters.patching import Patch
+from fused_contrastive.core.spec import compute_dtype
+from fused_contrastive.losses.terms import normalized, pair_logit
+from fused_contrastive.ops.cross_entropy import cross_entropy
+from fused_contrastive.ops.stats import autocast, contrastive_stats, self_stats
+
+
+class NTXentLoss(ntx_ent_loss.NTXentLoss):
+    """lightly's NTXentLoss without the logits: SimCLR's, or MoCo's where there is a memory bank.
+
+    Constructor, call and memory bank as there, ``gather_distributed`` included: out0, out1 of shape (N, D), normalised
+    here. The loss is float32 (float64) whatever the features.
+    """
+
+    backend = "auto"
+    memory_budget: int | Literal["auto"] = "auto"
+
+    def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
+        """(N, D), (N, D) -> scalar."""
+        out0, out1 = normalized(autocast(out0)), normalized(autocast(out1))
+        out1, bank = self.memory_bank.forward(out1, update=out0.requires_grad)
+        if bank is not None:
+            pos, row = self._against_bank(out0, out1, bank.T.to(out0))
+        else:
+            gathers = self.gather_distributed and dist.world_size() > 1
+            pos, row = _both_views(out0, out1, 1 / self.temperature, gathers, self._options())
+        return cross_entropy(pos, row, dtype=compute_dtype(out0.dtype), backend=self.backend)
+
+    def _options(self) -> dict[str, Any]:
+        return {"memory_budget": self.memory_budget, "backend": self.backend}
+
+    def _against_bank(self, query: Tensor, key: Tensor, bank: Tensor) -> tuple[Tensor, Tensor]:
+        """The positive is among the columns, the other keys of the batch are not negatives: excluded by their id."""
+        n = len(query)
+        col_ids = torch.ones(n + len(bank), dtype=torch.long, device=query.device).index_fill_(
+            0, torch.arange(n, device=query.device), 0
+        )
+        stats = contrastive_stats(
+            query, torch.cat((key, bank)), 1 / self.temperature, row_ids=torch.zeros_like(col_ids[:n]),
+            col_ids=col_ids, directions=["row"], **self._options(),
+        )  # fmt: skip
+        assert stats.row is not None
+        return stats.pos, stats.row
+
+
+class DCLLoss(dcl_loss.DCLLoss):
+    """lightly's DCLLoss without the logits: decoupled, the other view is not in the denominator.
+
+    Constructor and call as there, ``weight_fn`` included: out0, out1 of shape (N, D), normalised here.
+    """
+
+    backend = "auto"
+    memory_budget: int | Literal["auto"] = "auto"
+
+    def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
+        """(N, D), (N, D) -> scalar."""
+        out0, out1 = normalized(autocast(out0)), normalized(autocast(out1))
+        gathers = self.gather_distributed and dist.world_size() > 1
+        options = {"memory_budget": self.memory_budget, "backend": self.backend}
+        pos, row = _both_views(out0, out1, 1 / self.temperature, gathers, options)
+        if self.weight_fn:
+            pos = pos * torch.cat((self.weight_fn(out0, out1), self.weight_fn(out1, out0)))
+        return (row - pos).mean().to(compute_dtype(out0.dtype))
+
+
+class DCLWLoss(dcl_loss.DCLWLoss, DCLLoss):
+    """lightly's DCLWLoss: DCLLoss weighted by negative von Mises-Fisher weights of the positives."""
+
+
+def _both_views(
+    out0: Tensor, out1: Tensor, scale: float, gathers: bool, options: dict[str, Any]
+) -> tuple[Tensor, Tensor]:
+    """pos and row (2N,): each feature of both views against all others, the positive apart."""
+    n = len(out0)
+    own = torch.arange(n, device=out0.device)
+    if not gathers:
+        sample = own.repeat(2)
+        row = self_stats(torch.cat((out0, out1)), scale, ids=sample, **options)
+        return pair_logit(scale, out0, out1).to(row.dtype).repeat(2), row
+    all0, all1 = torch.cat(dist.gather(out0), 0), torch.cat(dist.gather(out1), 0)
+    first = own + dist.rank() * n
+    second = first + len(all0)
+    stats = contrastive_stats(
+        torch.cat((out0, out1)), torch.cat((all0, all1)), scale, targets=torch.cat((second, first)),
+        row_ids=torch.cat((first, second)), col_ids=torch.arange(2 * len(all0), device=out0.device),
+        directions=["row"], **options,
+    )  # fmt: skip
+    assert stats.row is not None
+    return stats.pos, stats.row
+
+
+def patch_lightly() -> Patch:
+    """Makes ``lightly.loss`` hold the classes of this module.
+
+    Call it before the losses are created. Returns a ``Patch``, which ``undo()`` or leaving a ``with`` block takes back.
+    """
+    patch = Patch()
+    originals = {ntx_ent_loss.NTXentLoss: NTXentLoss, dcl_loss.DCLLoss: DCLLoss, dcl_loss.DCLWLoss: DCLWLoss}
+    patch.replace_everywhere("lightly", originals)
+    return patch

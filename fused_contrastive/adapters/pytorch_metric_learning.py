@@ -1,0 +1,231 @@
+"""pytorch-metric-learning's NTXentLoss, SupConLoss and CrossBatchMemory (2.9)."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
+
+import torch
+from pytorch_metric_learning import distances, losses
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from fused_contrastive.adapters.patching import Patch
+from fused_contrastive.core.spec import compute_dtype
+from fused_contrastive.losses.terms import pair_logit
+from fused_contrastive.ops.cross_entropy import cross_entropy
+from fused_contrastive.ops.stats import autocast, contrastive_stats, log_add, self_stats
+
+PAIRS = 1 << 18  # positive pairs whose features are gathered at a time
+
+
+class _LabelLoss:
+    """What both losses share: labels in place of N x N masks. Mixed in before the library's class."""
+
+    backend = "auto"
+    memory_budget: int | Literal["auto"] = "auto"
+    distance: Any
+    temperature: Any
+
+    def compute_loss(
+        self, embeddings: Tensor, labels: Tensor, indices_tuple: Any, ref_emb: Tensor, ref_labels: Tensor
+    ) -> Any:
+        """The library's hook: loss dict of (M, D) embeddings against (N, D) references."""
+        own = torch.arange(len(embeddings), device=embeddings.device) if ref_labels is labels else None
+        if isinstance(indices_tuple, OwnSlots):
+            own = indices_tuple.slots
+        elif indices_tuple is not None:
+            raise NotImplementedError(
+                "indices_tuple: got one, which is not covered: a miner's pairs are no function of labels; use "
+                "pytorch_metric_learning's own class with it, or leave the miner out: every pair counts here"
+            )
+        if labels is None:
+            raise ValueError("labels: got None, expected a tensor of shape (M,)")
+        x, y = self._features(embeddings, ref_emb)
+        problem = _Labelled(x, y, *_codes(labels, ref_labels), own)
+        positives, negatives = int(problem.positives.sum()), int(problem.negatives.sum())
+        if not positives or not negatives or positives + negatives <= 2:
+            return self.zero_losses()  # type: ignore[attr-defined]
+        return self._loss_dict(problem)
+
+    def _features(self, embeddings: Tensor, ref_emb: Tensor) -> tuple[Tensor, Tensor]:
+        if type(self.distance) not in (distances.CosineSimilarity, distances.DotProductSimilarity):
+            raise NotImplementedError(
+                f"distance: got {type(self.distance).__name__}, which is not covered, expected CosineSimilarity or "
+                "DotProductSimilarity: use pytorch_metric_learning's own class"
+            )
+        if self.distance.power != 1:
+            raise NotImplementedError(f"distance: got power = {self.distance.power}, which is not covered, expected 1")
+        self.distance.reset_stats()
+        self.distance.check_shapes(embeddings, ref_emb)
+        x = self.distance.maybe_normalize(embeddings)
+        y = x if ref_emb is embeddings else self.distance.maybe_normalize(ref_emb)
+        self.distance.set_default_stats(embeddings, ref_emb, x, y)
+        x = autocast(x)
+        return x, x if ref_emb is embeddings else autocast(y)
+
+    def _options(self) -> dict[str, Any]:
+        return {"memory_budget": self.memory_budget, "backend": self.backend}
+
+    def _loss_dict(self, problem: _Labelled) -> dict[str, Any]:
+        raise NotImplementedError
+
+
+class NTXentLoss(_LabelLoss, losses.NTXentLoss):
+    """pytorch-metric-learning's NTXentLoss without the N x N matrix: one term for each positive pair.
+
+    Each pair of the same label against the anchor's features of other labels, which the kernel tells by the labels.
+    Constructor, call, reducers, regularisers and ``ref_emb`` as there; it works in SelfSupervisedLoss, and in the
+    CrossBatchMemory of this module.
+
+    Raises:
+        NotImplementedError: a distance other than cosine or dot product, or an ``indices_tuple``.
+    """
+
+    def _loss_dict(self, problem: _Labelled) -> dict[str, Any]:
+        x, y, codes, ref_codes, own = problem
+        scale = 1 / self.temperature
+        if own is not None and y is x:
+            row = self_stats(x, scale, ids=codes, **self._options())
+        else:  # the target, one of the positives, is excluded by its id anyhow; where there is none the row is not read
+            one_of = torch.zeros_like(problem.counts).index_put((ref_codes,), torch.arange(len(y), device=y.device))
+            stats = contrastive_stats(
+                x, y, scale, targets=one_of[codes], row_ids=codes, col_ids=ref_codes, directions=["row"],
+                **self._options(),
+            )  # fmt: skip
+            assert stats.row is not None
+            row = stats.row
+        anchors, partners = problem.positive_pairs()
+        chunks = zip(anchors.split(PAIRS), partners.split(PAIRS), strict=True)
+        logits = [checkpoint(_logits_of_pairs, x, y, scale, a, p, use_reentrant=False) for a, p in chunks]
+        pos = torch.cat(logits).to(row.dtype)
+        per_pair = cross_entropy(pos, row[anchors], dtype=pos.dtype, reduction="none", backend=self.backend)
+        return _loss_info(per_pair, x, (anchors, partners), "pos_pair")
+
+
+class SupConLoss(_LabelLoss, losses.SupConLoss):
+    """pytorch-metric-learning's SupConLoss without the N x N matrices: the positives' sum is closed form.
+
+    Constructor, call, reducers, regularisers and ``ref_emb`` as there; it works in SelfSupervisedLoss, and in the
+    CrossBatchMemory of this module.
+
+    Raises:
+        NotImplementedError: a distance other than cosine or dot product, or an ``indices_tuple``.
+    """
+
+    def _loss_dict(self, problem: _Labelled) -> dict[str, Any]:
+        x, y, codes, ref_codes, own = problem
+        scale = 1 / self.temperature
+        if own is not None and y is x:
+            row = self_stats(x, scale, **self._options())
+        else:
+            targets = torch.zeros_like(codes) if own is None else own
+            stats = contrastive_stats(x, y, scale, targets=targets, directions=["row"], **self._options())
+            assert stats.row is not None
+            row = log_add(stats.pos, stats.row) if own is None else stats.row
+        wide = y.to(compute_dtype(y.dtype))
+        sums = wide.new_zeros(len(problem.counts), wide.shape[1]).index_put((ref_codes,), wide, accumulate=True)[codes]
+        if own is not None:
+            sums = sums - wide[own]
+        mean = pair_logit(scale, x.to(wide.dtype), sums) / problem.positives.clamp_min(1)
+        has = problem.positives > 0
+        per_row = row.masked_fill(~has, 0) - mean.masked_fill(~has, 0)
+        return _loss_info(per_row, x, torch.arange(len(x), device=x.device), "element")
+
+
+class OwnSlots(NamedTuple):
+    """In place of an indices_tuple: all pairs count, but each embedding with the reference that is itself."""
+
+    slots: Tensor | None  # (M,) that reference
+
+
+class CrossBatchMemory(losses.CrossBatchMemory):
+    """pytorch-metric-learning's CrossBatchMemory for the losses of this module, without the list of all pairs.
+
+    Constructor, call, queue and ``enqueue_mask`` as there.
+
+    Raises:
+        NotImplementedError: a loss that is not of this module, a miner, or an ``indices_tuple``.
+    """
+
+    def __init__(self, loss: Any, *args: Any, **options: Any) -> None:
+        super().__init__(loss, *args, **options)
+        if not isinstance(loss, _LabelLoss):
+            raise NotImplementedError(
+                f"loss: got {type(loss).__module__}.{type(loss).__name__}, which is not covered, expected NTXentLoss "
+                "or SupConLoss of fused_contrastive.adapters.pytorch_metric_learning"
+            )
+        if self.miner is not None:
+            raise NotImplementedError("miner: got one, which is not covered, expected None: every pair counts here")
+
+    def create_indices_tuple(
+        self, embeddings: Any, labels: Any, E_mem: Any, L_mem: Any, input_indices_tuple: Any,  # noqa: N803
+        do_remove_self_comparisons: bool,
+    ) -> OwnSlots:  # fmt: skip
+        """The library's hook: what the loss gets as its indices_tuple."""
+        if input_indices_tuple is not None:
+            raise NotImplementedError("indices_tuple: got one, which is not covered, expected None")
+        return OwnSlots(self.curr_batch_idx if do_remove_self_comparisons else None)
+
+
+class _Labelled(NamedTuple):
+    """Rows against references, whose labels decide which pairs are positives."""
+
+    x: Tensor  # (M, D)
+    y: Tensor  # (N, D)
+    codes: Tensor  # (M,) labels as small numbers
+    ref_codes: Tensor  # (N,)
+    own: Tensor | None  # (M,) the reference that is the row itself, and no positive
+
+    @property
+    def counts(self) -> Tensor:
+        """(codes,) references of each label."""
+        counts = torch.zeros(len(self.x) + len(self.y), dtype=torch.long, device=self.x.device)
+        return counts.index_add_(0, self.ref_codes, torch.ones_like(self.ref_codes))
+
+    @property
+    def positives(self) -> Tensor:
+        """(M,) how many."""
+        return self.counts[self.codes] - (0 if self.own is None else 1)
+
+    @property
+    def negatives(self) -> Tensor:
+        return len(self.y) - self.counts[self.codes]
+
+    def positive_pairs(self) -> tuple[Tensor, Tensor]:
+        """(P,) rows and (P,) their positives, row by row in ascending order, as ``torch.where`` of the mask."""
+        order = self.ref_codes.argsort(stable=True)
+        counts = self.counts
+        starts = counts.cumsum(0) - counts
+        each = counts[self.codes]
+        rows = torch.arange(len(self.x), device=each.device).repeat_interleave(each)
+        within = torch.arange(len(rows), device=each.device) - (each.cumsum(0) - each)[rows]
+        partners = order[starts[self.codes[rows]] + within]
+        if self.own is None:
+            return rows, partners
+        others = partners != self.own[rows]
+        return rows[others], partners[others]
+
+
+def _codes(labels: Tensor, ref_labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Labels of any integer type -> numbers below M + N, the same for equal labels."""
+    _, codes = torch.unique(torch.cat((labels, ref_labels.to(labels.device))), return_inverse=True)
+    return codes[: len(labels)], codes[len(labels) :]
+
+
+def _logits_of_pairs(x: Tensor, y: Tensor, scale: float, rows: Tensor, partners: Tensor) -> Tensor:
+    return pair_logit(scale, x[rows], y[partners])
+
+
+def _loss_info(values: Tensor, x: Tensor, indices: Any, kind: str) -> dict[str, Any]:
+    return {"loss": {"losses": values.to(compute_dtype(x.dtype)), "indices": indices, "reduction_type": kind}}
+
+
+def patch_pytorch_metric_learning() -> Patch:
+    """Makes ``pytorch_metric_learning.losses`` hold the classes of this module.
+
+    Call it before the losses are created. Returns a ``Patch``, which ``undo()`` or leaving a ``with`` block takes back.
+    """
+    patch = Patch()
+    ours = (NTXentLoss, SupConLoss, CrossBatchMemory)
+    patch.replace_everywhere("pytorch_metric_learning", {getattr(losses, cls.__name__): cls for cls in ours})
+    return patch

@@ -1,0 +1,290 @@
+"""sentence-transformers' ranking losses with in-batch negatives (6.2)."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from sentence_transformers import util
+from sentence_transformers.multi_vector_encoder import losses as multi_vector
+from sentence_transformers.multi_vector_encoder.scoring import colbert_scores, mean_colbert_scores
+from sentence_transformers.sentence_transformer import losses
+from torch import Tensor
+
+from fused_contrastive.adapters.patching import Patch
+from fused_contrastive.core.spec import compute_dtype
+from fused_contrastive.losses.terms import normalized, pair_logit
+from fused_contrastive.ops.cross_entropy import cross_entropy
+from fused_contrastive.ops.max_sim import max_sim
+from fused_contrastive.ops.stats import autocast, contrastive_stats, log_add, self_stats
+
+NO_TOKEN_SCORE = -1e9  # what sentence-transformers gives a document without a real token
+
+
+class MultipleNegativesRankingLoss(losses.MultipleNegativesRankingLoss):
+    """sentence-transformers' MultipleNegativesRankingLoss without the matrices of scores.
+
+    Constructor and call as there: directions, partition modes, hardness and ``gather_across_devices`` included. The
+    loss is float32 (float64) whatever the embeddings.
+
+    Raises:
+        NotImplementedError: a ``similarity_fct`` other than ``util.cos_sim`` and ``util.dot_score``.
+    """
+
+    backend = "auto"
+    memory_budget: int | Literal["auto"] = "auto"
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        if self.similarity_fct not in (util.cos_sim, util.dot_score):
+            raise NotImplementedError(
+                f"similarity_fct: got {self.similarity_fct!r}, which is not covered, expected util.cos_sim or "
+                "util.dot_score: use sentence_transformers' own class"
+            )
+
+    def compute_loss_from_embeddings(self, embeddings: list[Tensor], labels: Tensor | None) -> Tensor:
+        """[(B, D) queries, (B, D) positives, (B, D) hard negatives, ...] -> scalar."""
+        if len(embeddings) < 2:
+            raise ValueError(f"Expected at least 2 embeddings, got {len(embeddings)}")
+        batch = _Batch(embeddings, self)
+        pos, denominators = batch.query_to_doc()
+        if "query_to_query" in self.directions:
+            denominators["query_to_query"] = batch.query_to_query()
+        if "doc_to_query" in self.directions:
+            denominators["doc_to_query"] = batch.doc_to_query(denominators.get("doc_to_query"))
+        else:
+            denominators.pop("doc_to_query", None)
+        if "doc_to_doc" in self.directions:
+            denominators["doc_to_doc"] = batch.doc_to_doc()
+        dtype = compute_dtype(embeddings[0].dtype)
+        if self.partition_mode == "per_direction":
+            return cross_entropy(pos, *denominators.values(), dtype=dtype, backend=self.backend)
+        # The positive is in the denominator once for query_to_doc, and once more for doc_to_query.
+        times = 2.0 if "doc_to_query" in self.directions else 1.0
+        shift = torch.tensor(times, dtype=pos.dtype, device=pos.device).log()
+        rest = next(iter(denominators.values()))
+        for denominator in list(denominators.values())[1:]:
+            rest = log_add(rest, denominator)
+        return cross_entropy(pos + shift, rest, dtype=dtype, backend=self.backend) + shift.to(dtype)
+
+
+class _Batch:
+    """Embeddings of all processes and this process's rows, for the four blocks of scores.
+
+    Every block's denominator leaves out the positive, which the caller adds.
+    """
+
+    def __init__(self, embeddings: list[Tensor], loss: MultipleNegativesRankingLoss) -> None:
+        prepare = normalized if loss.similarity_fct is util.cos_sim else _same
+        queries, *docs = (prepare(autocast(e)) for e in embeddings)
+        count, offset = len(queries), 0
+        if loss.gather_across_devices:
+            queries, *docs = (util.all_gather_with_grad(e) for e in (queries, *docs))
+            offset = util.get_rank() * count
+        self.gathered = len(queries) != count
+        self.queries, self.docs = queries, docs  # (W, D), W the queries of all processes
+        self.documents = torch.cat(docs) if len(docs) > 1 else docs[0]  # column by column, as in the library
+        self.own = torch.arange(offset, offset + count, device=queries.device)
+        self.query_of_column = torch.arange(len(queries), device=queries.device).repeat(len(docs))
+        self.own_queries = queries[self.own] if self.gathered else queries
+        self.own_docs = docs[0][self.own] if self.gathered else docs[0]
+        self.scale = loss.scale
+        self.strength = loss.hardness_strength if loss.hardness_mode else 0.0
+        self.mode = loss.hardness_mode if self.strength else None
+        self.both = "doc_to_query" in loss.directions
+        self.options: dict[str, Any] = {"memory_budget": loss.memory_budget, "backend": loss.backend}
+
+    def query_to_doc(self) -> tuple[Tensor, dict[str, Tensor]]:
+        """The positives' logits and the denominators of this block, and of doc_to_query where it comes with it."""
+        x, y = self.own_queries, self.documents
+        if self.mode is None or (self.mode == "hard_negatives" and len(self.docs) == 1):
+            both = self.both and not self.gathered
+            pos, row, col = contrastive_stats(
+                x, y, self.scale, targets=self.own, directions=["row", "col"] if both else ["row"], **self.options
+            )
+            assert row is not None
+            found = {"query_to_doc": row}
+            if col is not None:
+                found["doc_to_query"] = col[: len(self.queries)]
+            return pos, found
+        # Hardness adds strength * stop_gradient(cosine) to some negatives' logits: their scale is larger than that of
+        # their gradients. The query's own documents, of another scale than the others, are a few pairs of their own.
+        in_batch = self._scaled(x, y, self.mode != "hard_negatives")
+        pos = pair_logit(self.scale, x, self.own_docs).to(in_batch.dtype)
+        if len(self.docs) > 1:
+            hard = torch.stack([pair_logit(self.scale, x, doc[self.own]) for doc in self.docs[1:]])
+            if self.mode != "in_batch_negatives":
+                hard = hard + self.strength / self.scale * hard.detach()
+            in_batch = log_add(in_batch, hard.to(in_batch.dtype).logsumexp(dim=0))
+        return pos, {"query_to_doc": in_batch}
+
+    def _scaled(self, x: Tensor, y: Tensor, harder: bool) -> Tensor:
+        """Denominator over the documents of other queries."""
+        scale = self.scale
+        if harder:
+            scale = scale + self.strength
+            x, y = (_scale_gradient(t, self.scale / scale) for t in (x, y))
+        stats = contrastive_stats(
+            x, y, scale, targets=self.own, row_ids=self.own, col_ids=self.query_of_column, directions=["row"],
+            **self.options,
+        )  # fmt: skip
+        assert stats.row is not None
+        return stats.row
+
+    def query_to_query(self) -> Tensor:
+        return self._row(self.own_queries, self.queries)
+
+    def doc_to_query(self, known: Tensor | None) -> Tensor:
+        return self._row(self.own_docs, self.queries) if known is None else known
+
+    def doc_to_doc(self) -> Tensor:
+        if len(self.docs) == 1:
+            return self._row(self.own_docs, self.documents)
+        return self._scaled(self.own_docs, self.documents, False)
+
+    def _row(self, x: Tensor, y: Tensor) -> Tensor:
+        """Denominator over all rows of y but the row's own."""
+        if x is y:
+            return self_stats(x, self.scale, **self.options)
+        row = contrastive_stats(x, y, self.scale, targets=self.own, directions=["row"], **self.options).row
+        assert row is not None
+        return row
+
+
+def _same(x: Tensor) -> Tensor:
+    return x
+
+
+def _scale_gradient(x: Tensor, factor: float) -> Tensor:
+    """x, whose gradient is multiplied by ``factor``."""
+    return x.detach() + factor * (x - x.detach())
+
+
+class MultipleNegativesSymmetricRankingLoss(losses.MultipleNegativesSymmetricRankingLoss, MultipleNegativesRankingLoss):
+    """sentence-transformers' MultipleNegativesSymmetricRankingLoss: both directions, in one pass."""
+
+
+class CachedMultipleNegativesRankingLoss(losses.CachedMultipleNegativesRankingLoss):
+    """sentence-transformers' CachedMultipleNegativesRankingLoss (GradCache) without the matrices of scores.
+
+    Embedding goes mini-batch by mini-batch as there. The loss of the whole batch is one call, where the library's goes
+    through ``mini_batch_size`` rows at a time.
+    """
+
+    backend = "auto"
+    memory_budget: int | Literal["auto"] = "auto"
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.loss = MultipleNegativesRankingLoss(self.model, **_options_of(self))
+
+    def calculate_loss(
+        self, reps: list[list[Tensor]], labels: Tensor | None = None, *, with_backward: bool = False
+    ) -> Tensor:
+        """The library's hook: each column's embeddings, mini-batch by mini-batch."""
+        self.loss.backend, self.loss.memory_budget = self.backend, self.memory_budget
+        loss: Tensor = self.loss.compute_loss_from_embeddings([torch.cat(column) for column in reps], labels)
+        if with_backward:
+            loss.backward()
+            loss = loss.detach()
+        return loss
+
+
+class CachedMultipleNegativesSymmetricRankingLoss(
+    losses.CachedMultipleNegativesSymmetricRankingLoss, CachedMultipleNegativesRankingLoss
+):
+    """sentence-transformers' CachedMultipleNegativesSymmetricRankingLoss."""
+
+
+def _options_of(loss: Any) -> dict[str, Any]:
+    names = (
+        "scale", "similarity_fct", "gather_across_devices", "directions", "partition_mode", "hardness_mode",
+        "hardness_strength",
+    )  # fmt: skip
+    return {name: getattr(loss, name) for name in names}
+
+
+def fused_colbert_scores(
+    queries_embeddings: Tensor,
+    documents_embeddings: Tensor,
+    queries_mask: Tensor | None = None,
+    documents_mask: Tensor | None = None,
+    chunk_elements: int | None = None,
+    length_normalize: bool = False,
+    backend: str = "auto",
+) -> Tensor:
+    """sentence-transformers' ``colbert_scores`` by ``max_sim``: no tensor of token similarities, whatever the batch.
+
+    (Q, T, D) queries and (Q', N, P, D) documents -> (Q, Q' * N) float32 scores, query-major. ``chunk_elements`` is not
+    needed here.
+    """
+    items, per_item = documents_embeddings.shape[:2]
+    mask = None if documents_mask is None else documents_mask.bool().flatten(0, 1)
+    scores = max_sim(
+        queries_embeddings, documents_embeddings.flatten(0, 1),
+        None if queries_mask is None else queries_mask.bool(), mask,
+        reduction="mean" if length_normalize else "sum", backend=backend,
+    )  # fmt: skip
+    if mask is not None:
+        scores = scores.masked_fill(~mask.any(dim=1), NO_TOKEN_SCORE)
+    return scores.reshape(-1, items * per_item)
+
+
+def _fused_scorer(similarity_fct: Any) -> Any:
+    if similarity_fct is None or similarity_fct is colbert_scores:
+        return fused_colbert_scores
+    if similarity_fct is mean_colbert_scores:
+        return partial(fused_colbert_scores, length_normalize=True)
+    raise NotImplementedError(
+        f"similarity_fct: got {similarity_fct!r}, which is not covered, expected colbert_scores or "
+        "mean_colbert_scores: use sentence_transformers' own class"
+    )
+
+
+class MultiVectorMultipleNegativesRankingLoss(multi_vector.MultiVectorMultipleNegativesRankingLoss):
+    """sentence-transformers' MultiVectorMultipleNegativesRankingLoss, its scores by ``max_sim``."""
+
+    def __init__(self, model: Any, *, similarity_fct: Any = None, **options: Any) -> None:
+        super().__init__(model, similarity_fct=_fused_scorer(similarity_fct), **options)
+
+
+class CachedMultiVectorMultipleNegativesRankingLoss(multi_vector.CachedMultiVectorMultipleNegativesRankingLoss):
+    """sentence-transformers' CachedMultiVectorMultipleNegativesRankingLoss, its scores by ``max_sim``."""
+
+    def __init__(self, model: Any, *, similarity_fct: Any = None, **options: Any) -> None:
+        super().__init__(model, similarity_fct=_fused_scorer(similarity_fct), **options)
+
+
+class GISTEmbedLoss(losses.GISTEmbedLoss):
+    """Not covered: a guide model masks pairs by comparing its own similarities, which no vector of ids can express.
+
+    Raises:
+        NotImplementedError: always.
+    """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        raise NotImplementedError(
+            "guide: a guide model's masking of pairs is not covered: use sentence_transformers' GISTEmbedLoss, or "
+            "where false negatives can be named, fused_contrastive.info_nce_loss with row_ids and col_ids"
+        )
+
+
+def patch_sentence_transformers() -> Patch:
+    """Makes sentence_transformers hold the ranking losses of this module (GISTEmbedLoss stays the library's).
+
+    Call it before the losses are created. Returns a ``Patch``, which ``undo()`` or leaving a ``with`` block takes back.
+    """
+    patch = Patch()
+    of = {
+        losses: (
+            MultipleNegativesRankingLoss,
+            MultipleNegativesSymmetricRankingLoss,
+            CachedMultipleNegativesRankingLoss,
+            CachedMultipleNegativesSymmetricRankingLoss,
+        ),
+        multi_vector: (MultiVectorMultipleNegativesRankingLoss, CachedMultiVectorMultipleNegativesRankingLoss),
+    }
+    originals = {getattr(module, cls.__name__): cls for module, classes in of.items() for cls in classes}
+    patch.replace_everywhere("sentence_transformers", originals)
+    return patch

@@ -1,0 +1,52 @@
+"""One problem, given to a library's own class and to ours: value and every gradient under the error budget."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fused_contrastive.testing.budget import difference
+from fused_contrastive.testing.family import evaluate
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16]
+
+
+def features(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Near the unit sphere, not on it: what normalises must be seen to."""
+    unit = F.normalize(torch.randn(*shape, dtype=torch.float64), dim=-1)
+    return (unit * torch.empty(*shape[:-1], 1, dtype=torch.float64).uniform_(0.7, 1.4)).to(dtype)
+
+
+def assert_same(
+    theirs: Callable[..., Tensor], ours: Callable[..., Tensor], leaves: dict[str, Tensor], scale: float
+) -> None:
+    """|ours - theirs in float64| <= 2 |theirs - theirs in float64| + 8 eps (largest value + largest term)."""
+    truth = evaluate(theirs, {name: t.double() for name, t in leaves.items()}, {})
+    eager = evaluate(theirs, leaves, {})
+    found = evaluate(ours, leaves, {})
+    matrix = next(t for t in leaves.values() if t.dim() > 1)
+    eps = torch.finfo(matrix.dtype).eps
+    for name, value in found.items():
+        leaf = leaves.get(name[1:])
+        term = 4 * scale if leaf is None else 4.0 if leaf.dim() < 2 else 4 * scale / len(matrix)
+        if matrix.dtype == torch.float64:  # whose truth is float64 itself
+            term *= max(1.0, scale, len(matrix) ** 0.5)
+        allowed = 2 * difference(eager[name], truth[name]) + 8 * eps * (truth[name].abs().max().item() + term)
+        error = difference(value, truth[name])
+        assert error <= allowed, f"{name}: off by {error:.2g}, {allowed:.2g} allowed"
+
+
+def assert_close_results(theirs: Tensor | dict | tuple, ours: Tensor | dict | tuple) -> None:
+    """Whatever a call returns: the same keys or length, the same values."""
+    if isinstance(theirs, dict):
+        assert list(theirs) == list(ours)
+        theirs, ours = tuple(theirs.values()), tuple(ours.values())
+    if isinstance(theirs, tuple):
+        assert len(theirs) == len(ours)
+        for a, b in zip(theirs, ours, strict=True):
+            torch.testing.assert_close(b, a, rtol=1e-5, atol=1e-6)
+        return
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)

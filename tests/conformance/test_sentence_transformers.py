@@ -1,0 +1,155 @@
+"""sentence-transformers' ranking losses, over directions, partition modes, hardness and numbers of hard negatives."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from against import assert_same, features
+
+pytest.importorskip("sentence_transformers", reason="sentence_transformers is not installed: make conformance")
+
+from sentence_transformers import util
+from sentence_transformers.multi_vector_encoder import losses as multi_vector
+from sentence_transformers.multi_vector_encoder import scoring
+from sentence_transformers.sentence_transformer import losses
+
+from fused_contrastive.adapters import sentence_transformers as ours
+
+OTHERS = ("query_to_query", "doc_to_query", "doc_to_doc")
+DIRECTIONS = [("query_to_doc", *c) for k in range(4) for c in itertools.combinations(OTHERS, k)]
+HARDNESS = [None, "in_batch_negatives", "hard_negatives", "all_negatives"]
+
+
+class Model(torch.nn.Sequential):
+    """What GradCache needs of a model: embeddings from features."""
+
+    def __init__(self) -> None:
+        super().__init__(torch.nn.Linear(12, 8))
+
+    def forward(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {"sentence_embedding": self[0](batch["input_ids"])}
+
+
+def pair(name: str, backend: str, model: torch.nn.Module, **options: object) -> tuple[torch.nn.Module, torch.nn.Module]:
+    theirs, adapted = getattr(losses, name)(model, **options), getattr(ours, name)(model, **options)
+    adapted.backend = backend
+    return theirs, adapted
+
+
+def columns(loss: torch.nn.Module):  # type: ignore[no-untyped-def]
+    return lambda **leaves: loss.compute_loss_from_embeddings(list(leaves.values()), None)
+
+
+@pytest.mark.parametrize("negatives", [0, 2])
+@pytest.mark.parametrize("hardness", HARDNESS, ids=str)
+@pytest.mark.parametrize(
+    "directions", DIRECTIONS, ids=lambda d: "+".join("".join(p[0] for p in x.split("_")) for x in d)
+)
+@pytest.mark.parametrize("mode", ["joint", "per_direction"])
+def test_multiple_negatives(mode: str, directions: tuple, hardness: str | None, negatives: int, backend: str) -> None:
+    if mode == "per_direction" and set(directions) & {"query_to_query", "doc_to_doc"}:
+        for cls in (losses.MultipleNegativesRankingLoss, ours.MultipleNegativesRankingLoss):
+            with pytest.raises(ValueError, match="partition_mode"):
+                cls(Model(), directions=directions, partition_mode=mode)
+        return
+    options = {"directions": directions, "partition_mode": mode, "hardness_mode": hardness, "hardness_strength": 4.0}
+    theirs, adapted = pair("MultipleNegativesRankingLoss", backend, Model(), **options)
+    for dtype in (torch.float32, torch.float64):
+        leaves = {f"column{k}": features(9, 8, dtype=dtype) for k in range(2 + negatives)}
+        assert_same(columns(theirs), columns(adapted), leaves, 24.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_dot_score_and_symmetric(dtype: torch.dtype, backend: str) -> None:
+    leaves = {f"column{k}": features(30, 8, dtype=dtype) for k in range(2)}
+    options = {"scale": 3.0, "similarity_fct": util.dot_score}
+    assert_same(*map(columns, pair("MultipleNegativesRankingLoss", backend, Model(), **options)), leaves, 6.0)
+    assert_same(*map(columns, pair("MultipleNegativesSymmetricRankingLoss", backend, Model())), leaves, 20.0)
+
+
+@pytest.mark.parametrize("name", ["CachedMultipleNegativesRankingLoss", "CachedMultipleNegativesSymmetricRankingLoss"])
+@pytest.mark.parametrize("grad", [True, False])
+def test_cached(name: str, grad: bool, backend: str) -> None:
+    """The model's gradients, through GradCache's hook."""
+    model, found = Model(), []
+    inputs = [{"input_ids": torch.randn(10, 12)} for _ in range(2)]
+    for loss in pair(name, backend, model, mini_batch_size=4):
+        model.zero_grad()
+        with torch.set_grad_enabled(grad):
+            value = loss([dict(i) for i in inputs], torch.empty(0))
+        if grad:
+            value.backward()
+        found.append((value.detach(), model[0].weight.grad))
+    torch.testing.assert_close(found[1][0], found[0][0], rtol=1e-5, atol=1e-6)
+    if grad:
+        torch.testing.assert_close(found[1][1], found[0][1], rtol=1e-3, atol=1e-5)
+
+
+def test_cached_options_reach_the_loss() -> None:
+    loss = ours.CachedMultipleNegativesRankingLoss(
+        Model(), scale=7.0, hardness_mode="all_negatives", hardness_strength=2
+    )
+    loss.scale = 8.0
+    assert isinstance(loss.loss, ours.MultipleNegativesRankingLoss)
+    assert loss.loss.scale == 8.0
+    assert loss.loss.hardness_strength == 2
+    assert loss.get_config_dict()["scale"] == 8.0
+
+
+class Tokens(torch.nn.Module):
+    """A MultiVectorEncoder's part in the loss: token embeddings and their mask."""
+
+    def forward(self, batch: dict[str, torch.Tensor], task: str | None = None) -> dict[str, torch.Tensor]:
+        return {"token_embeddings": batch["token_embeddings"], "attention_mask": batch["attention_mask"]}
+
+
+@pytest.mark.parametrize("score", [None, scoring.colbert_scores, scoring.mean_colbert_scores])
+@pytest.mark.parametrize("documents", [1, 2])
+def test_multi_vector(documents: int, score: object) -> None:
+    masks = [torch.rand(6, 5 + k) < 0.8 for k in range(1 + documents)]
+    for mask in masks:
+        mask[:, 0] = True
+    found = []
+    leaves = {f"tokens{k}": features(6, 5 + k, 16) for k in range(1 + documents)}
+
+    def call(loss: torch.nn.Module):  # type: ignore[no-untyped-def]
+        return lambda **leaves: loss([
+            {"token_embeddings": t, "attention_mask": m, "input_ids": m.long()}
+            for t, m in zip(leaves.values(), masks, strict=True)
+        ])  # fmt: skip
+
+    for module in (multi_vector, ours):
+        found.append(call(module.MultiVectorMultipleNegativesRankingLoss(Tokens(), scale=2.0, similarity_fct=score)))
+    assert_same(*found, leaves, 20.0)
+
+
+def test_a_document_without_tokens_scores_as_in_the_library() -> None:
+    queries, documents = features(3, 4, 8), features(2, 2, 5, 8)
+    mask = torch.ones(2, 2, 5, dtype=torch.bool)
+    mask[1, 0] = False
+    for length_normalize in (False, True):
+        torch.testing.assert_close(
+            ours.fused_colbert_scores(
+                queries, documents, documents_mask=mask, length_normalize=length_normalize
+            ).clamp_min(-1e7),
+            scoring.colbert_scores(
+                queries, documents, documents_mask=mask, length_normalize=length_normalize
+            ).clamp_min(-1e7),
+        )  # fmt: skip
+
+
+def test_what_is_not_covered() -> None:
+    with pytest.raises(NotImplementedError, match="similarity_fct: got"):
+        ours.MultipleNegativesRankingLoss(Model(), similarity_fct=util.euclidean_sim)
+    with pytest.raises(NotImplementedError, match="similarity_fct: got"):
+        ours.MultiVectorMultipleNegativesRankingLoss(Tokens(), similarity_fct=scoring.XTRScores())
+    with pytest.raises(NotImplementedError, match="guide: a guide model's masking"):
+        ours.GISTEmbedLoss(Model(), Model())
+
+
+def test_patch() -> None:
+    with ours.patch_sentence_transformers():
+        assert losses.MultipleNegativesRankingLoss is ours.MultipleNegativesRankingLoss
+    assert losses.MultipleNegativesRankingLoss is not ours.MultipleNegativesRankingLoss

@@ -1,0 +1,140 @@
+"""transformers' CLIP-like models from tiny random configurations: ``return_loss=True`` with and without the patch."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers", reason="transformers is not installed: make conformance")
+
+from fused_contrastive.adapters import transformers as ours  # noqa: E402
+
+TOWER = {
+    "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32, "projection_dim": 8,
+}  # fmt: skip
+TEXT = {
+    **TOWER,
+    "vocab_size": 50,
+    "max_position_embeddings": 20,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+VISION = {**TOWER, "image_size": 16, "patch_size": 8}
+N = 6
+
+
+def model_of(name: str) -> torch.nn.Module:
+    torch.manual_seed(0)
+    model_class = getattr(importlib.import_module(f"transformers.models.{name}.modeling_{name}"), ours.MODELS[name])
+    if name == "vision_text_dual_encoder":
+        vision, text = transformers.ViTConfig(**VISION), transformers.BertConfig(**TEXT)
+        config = transformers.VisionTextDualEncoderConfig.from_vision_text_configs(vision, text, projection_dim=8)
+    else:
+        vision, text = dict(VISION), dict(TEXT)
+        if name == "siglip2":
+            vision["num_patches"] = 4
+            del vision["image_size"]
+        if name == "altclip":
+            text["project_dim"] = 16
+        config = model_class.config_class(text_config=text, vision_config=vision, projection_dim=8)
+    return model_class(config).eval()  # no dropout
+
+
+def inputs_of(name: str) -> dict[str, Any]:
+    ids = torch.randint(3, 50, (N, 7))
+    ids[:, -1] = 2
+    mask = torch.ones_like(ids)
+    inputs = {"input_ids": ids, "attention_mask": mask, "pixel_values": torch.randn(N, 3, 16, 16)}
+    if name == "siglip2":
+        inputs["pixel_values"] = torch.randn(N, 4, 3 * 8 * 8)
+        inputs["pixel_attention_mask"] = torch.ones(N, 4, dtype=torch.int32)
+        inputs["spatial_shapes"] = torch.tensor([[2, 2]] * N)
+    return inputs
+
+
+def gradients(model: torch.nn.Module, loss: torch.Tensor) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("name", ours.MODELS)
+def test_loss_and_gradients(name: str, dtype: torch.dtype) -> None:
+    model, inputs = model_of(name).to(dtype), inputs_of(name)
+    inputs["pixel_values"] = inputs["pixel_values"].to(dtype)
+    theirs = model(**inputs, return_loss=True)
+    wanted = gradients(model, theirs.loss)
+    with ours.patch_transformers():
+        adapted = model(**inputs, return_loss=True, output_hidden_states=True)
+        found = gradients(model, adapted.loss)
+        asked = model(**inputs, return_loss=True, output_logits=True)
+        without = model(**inputs)
+        loss, *rest = model(**inputs, return_loss=True, return_dict=False)
+    assert type(adapted) is type(theirs)
+    tolerance = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 1e-9, "atol": 1e-10}
+    assert found.keys() == wanted.keys()
+    for key, gradient in wanted.items():
+        torch.testing.assert_close(found[key], gradient, **tolerance, msg=lambda m, key=key: f"{key}: {m}")
+    for key in ("loss", "text_embeds", "image_embeds"):
+        torch.testing.assert_close(adapted[key], theirs[key], **tolerance)
+    torch.testing.assert_close(adapted.text_model_output[0], theirs.text_model_output[0])
+    torch.testing.assert_close(adapted.vision_model_output[0], theirs.vision_model_output[0])
+    assert adapted.vision_model_output.hidden_states is not None
+    assert adapted.logits_per_image is None
+    torch.testing.assert_close(asked.logits_per_image, theirs.logits_per_image, **tolerance)
+    torch.testing.assert_close(without.logits_per_text, theirs.logits_per_text)
+    assert without.loss is None
+    torch.testing.assert_close(loss, theirs.loss, **tolerance)
+    assert torch.equal(rest[0], adapted.text_embeds)
+
+
+def test_trainer(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    """A few steps of Trainer: the same losses and weights with our loss and with theirs."""
+    pytest.importorskip("accelerate")
+    data = [{k: v[0] for k, v in inputs_of("clip").items()} for _ in range(32)]
+
+    def train() -> tuple[list[float], dict[str, torch.Tensor]]:
+        model = model_of("clip")
+        arguments = transformers.TrainingArguments(
+            output_dir=str(tmp_path), max_steps=6, per_device_train_batch_size=8, learning_rate=0.1, logging_steps=1,
+            optim="sgd",
+            report_to=[], seed=0, use_cpu=True, save_strategy="no", disable_tqdm=True, eval_strategy="steps",
+            eval_steps=3,
+        )  # fmt: skip
+        trainer = transformers.Trainer(
+            model=model, args=arguments, train_dataset=data, eval_dataset=data[:8],
+            data_collator=lambda rows: {
+                **{k: torch.stack([row[k] for row in rows]) for k in rows[0]}, "return_loss": True
+            },
+        )  # fmt: skip
+        trainer.train()
+        logged = [row.get("loss", row.get("eval_loss")) for row in trainer.state.log_history[:-1]]
+        return logged, dict(model.named_parameters())
+
+    theirs = train()
+    with ours.patch_transformers():
+        adapted = train()
+    assert len(theirs[0]) == 8
+    assert adapted[0] == pytest.approx(theirs[0], rel=1e-3)
+    for key, value in theirs[1].items():
+        torch.testing.assert_close(adapted[1][key], value, rtol=1e-3, atol=1e-5, msg=key)
+
+
+def test_errors_and_undo() -> None:
+    from transformers.models.clip.modeling_clip import CLIPModel
+
+    original = CLIPModel.forward
+    patch = ours.patch_transformers(["clip"])
+    assert CLIPModel.forward is not original
+    patch.undo()
+    assert CLIPModel.forward is original
+    with pytest.raises(NotImplementedError, match="models: got 'x_clip', which is not covered: each video"):
+        ours.patch_transformers(["clip", "x_clip"])
+    with pytest.raises(ValueError, match="models: got 'bert', expected one of 'clip'"):
+        ours.patch_transformers(["bert"])
+    assert CLIPModel.forward is original

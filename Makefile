@@ -2,6 +2,8 @@
 # and make. If no virtual environment is active, .venv is made and filled.
 
 TORCH ?= torch==2.13.0
+# What the libraries that adapters are compared with import; torchvision 0.29.1 goes with torch 2.14.1.
+CONFORMANCE_TORCH ?= torch==2.14.1 torchvision==0.29.1
 PYTHON ?= python3
 
 ifdef VIRTUAL_ENV
@@ -11,7 +13,7 @@ BIN := .venv/bin
 endif
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test verify bench configurations lint format build clean
+.PHONY: help demo test conformance verify bench configurations lint format build clean
 help:
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile
 
@@ -29,6 +31,19 @@ demo: $(BIN)/.fused_contrastive-demo ## train a small CLIP on emoji and their na
 
 test: $(BIN)/.fused_contrastive-test ## run the tests
 	$(BIN)/python -m pytest
+
+# An environment of its own, with this package installed and not linked: its extension is built for another torch.
+CONFORMANCE := .venv-conformance/bin
+$(CONFORMANCE)/.libraries: pyproject.toml
+	$(PYTHON) -m venv .venv-conformance
+	$(CONFORMANCE)/python -m pip install -q $(CONFORMANCE_TORCH)
+	$(CONFORMANCE)/python -m pip install -q "setuptools>=77" wheel ninja pybind11 numpy
+	$(CONFORMANCE)/python -m pip install -q --no-build-isolation ".[conformance]"
+	touch $@
+
+conformance: $(CONFORMANCE)/.libraries ## compare the adapters with the libraries themselves (several GB of them)
+	$(CONFORMANCE)/python -m pip install -q --no-build-isolation --no-deps --force-reinstall .
+	$(CONFORMANCE)/pytest tests/conformance
 
 verify: $(BIN)/.fused_contrastive-test ## compare every backend with the float64 oracle on the full grid of cases
 	$(BIN)/python -m fused_contrastive verify --grid full

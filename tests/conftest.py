@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-import random
 from collections.abc import Iterator
 
 import pytest
 import torch
+from seeds import SEED
 
 # cuBLAS of torch before 2.10 refuses deterministic algorithms (below) without it.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -16,8 +16,6 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 from fused_contrastive.ops import dispatch
-
-SEED = int(os.environ.get("FUSED_CONTRASTIVE_TEST_SEED", random.randrange(2**31)))
 
 
 def pytest_report_header() -> list[str]:

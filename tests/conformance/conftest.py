@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # models and data are made here, not fetched
 
 
 @pytest.fixture(params=["reference", "cpp"])

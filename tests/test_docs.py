@@ -1,0 +1,30 @@
+"""Pages' snippets run, and their links lead somewhere. Those that need other libraries are in conformance/."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from snippets import ROOT, run_page
+
+PAGES = sorted(str(p.relative_to(ROOT)) for p in (*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")))
+
+
+def test_readme() -> None:
+    features = {name: F.normalize(torch.randn(12, 8), dim=-1).requires_grad_() for name in ("images", "texts")}
+    prompts = F.normalize(torch.randn(6, 3, 8), dim=-1)
+    assert run_page("README.md", {**features, "scale": torch.tensor(10.0), "class_prompts": prompts}) >= 2
+
+
+def test_recipes() -> None:
+    assert run_page("docs/adapters/recipes.md") >= 8
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links(page: str) -> None:
+    for link in re.findall(r"\]\(([^)#]+)[^)]*\)", (ROOT / page).read_text()):
+        if "://" not in link:
+            assert (ROOT / Path(page).parent / link).exists(), f"{page}: {link}"

@@ -1,5 +1,6 @@
 """Exact contrastive losses for PyTorch at any batch size, without the N x N similarity matrix."""
 
+from fused_contrastive.distributed.batch import GlobalBatch
 from fused_contrastive.evaluation.diagnosis import Diagnosis, diagnose
 from fused_contrastive.evaluation.retrieval import median_rank, recall_at_k
 from fused_contrastive.evaluation.zero_shot import zero_shot
@@ -21,6 +22,7 @@ __all__ = [
     "ContrastiveStats",
     "Diagnosis",
     "FilipLoss",
+    "GlobalBatch",
     "InfoNCELoss",
     "MaxSimScores",
     "NTXentLoss",

@@ -12,7 +12,17 @@ import pytest
 import fused_contrastive
 
 ROOT = Path(fused_contrastive.__file__).parent
-LAYERS = ["core", "backends", "ops", "losses", "evaluation", "testing", "verify", "adapters"]  # each may import earlier
+LAYERS = [
+    "core",
+    "backends",
+    "distributed",
+    "ops",
+    "losses",
+    "evaluation",
+    "testing",
+    "verify",
+    "adapters",
+]  # each may import earlier
 MODULES = sorted(path.relative_to(ROOT) for path in ROOT.rglob("*.py"))
 
 

@@ -16,12 +16,12 @@ def one_of(name: str, value: object, valid: Sequence[str]) -> None:
         raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(repr, valid))}")
 
 
-def features(name: str, value: object) -> None:
-    """A non-empty (rows, D) floating tensor."""
-    _floating(name, value, 2, "(rows, D)", "rows >= 1 and D >= 1")
+def features(name: str, value: object, empty: bool = False) -> None:
+    """A (rows, D) floating tensor, not empty, or with ``empty`` perhaps without rows."""
+    _floating(name, value, 2, "(rows, D)", "rows >= 1 and D >= 1", empty)
 
 
-def _floating(name: str, value: object, dims: int, shape: str, sizes: str) -> None:
+def _floating(name: str, value: object, dims: int, shape: str, sizes: str, empty: bool = False) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: got {type(value).__name__}, expected a torch.Tensor of shape {shape}")
     if value.dtype not in FEATURE_DTYPES:
@@ -30,14 +30,14 @@ def _floating(name: str, value: object, dims: int, shape: str, sizes: str) -> No
         raise TypeError(f"{name}: got layout {value.layout}, expected a dense tensor")
     if value.dim() != dims:
         raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected {dims} dimensions {shape}")
-    if 0 in value.shape:
+    if 0 in value.shape[1 if empty else 0 :]:
         raise ValueError(f"{name}: got an empty batch of shape {tuple(value.shape)}, expected {sizes}")
 
 
-def feature_pair(x_name: str, x: Tensor, y_name: str, y: Tensor) -> None:
+def feature_pair(x_name: str, x: Tensor, y_name: str, y: Tensor, empty: bool = False) -> None:
     """Two sets of features that can be multiplied."""
-    features(x_name, x)
-    features(y_name, y)
+    features(x_name, x, empty)
+    features(y_name, y, empty)
     same_device(y_name, y, x_name, x)
     if x.dtype != y.dtype:
         raise TypeError(f"{y_name}: got dtype {y.dtype}, expected {x.dtype}, the dtype of {x_name}")

@@ -7,13 +7,15 @@ from typing import Literal
 from torch import Tensor, nn
 
 from fused_contrastive.core import checks
-from fused_contrastive.core.reduction import REDUCTIONS, Reduction, reduce
+from fused_contrastive.core.reduction import REDUCTIONS, Reduction
 from fused_contrastive.core.spec import compute_dtype
+from fused_contrastive.distributed.agreement import Group, agree, collective
 from fused_contrastive.losses import terms
 from fused_contrastive.ops.cross_entropy import cross_entropy
 from fused_contrastive.ops.stats import autocast, contrastive_stats
 
 
+@collective
 def clip_loss(
     image_features: Tensor,
     text_features: Tensor,
@@ -24,6 +26,7 @@ def clip_loss(
     reduction: Reduction = "mean",
     memory_budget: int | Literal["auto"] = "auto",
     backend: str = "auto",
+    group: Group = None,
 ) -> Tensor:
     """The CLIP loss, without the N x N matrix.
 
@@ -45,7 +48,7 @@ def clip_loss(
         decoupled: the DCL form.
         label_smoothing: in [0, 1), as in ``F.cross_entropy``: this share of the target is spread over all N.
         reduction: "mean", "sum" (over the N pairs) or "none" ((N,), the mean of a pair's two directions).
-        memory_budget, backend: see ``contrastive_stats``.
+        memory_budget, backend, group: see ``contrastive_stats``. Over a group, the loss is that of the whole batch.
 
     Returns:
         A scalar, or (N,) with ``reduction="none"``; float32 (float64 for float64 features), under autocast too.
@@ -54,23 +57,32 @@ def clip_loss(
         TypeError, ValueError: naming the argument, what came and what was expected.
     """
     image_features, text_features = autocast(image_features), autocast(text_features)
-    checks.feature_pair("image_features", image_features, "text_features", text_features)
+    checks.feature_pair("image_features", image_features, "text_features", text_features, group is not None)
     checks.same_rows("image_features", image_features, "text_features", text_features)
     checks.scalar("logit_scale", logit_scale)
     checks.one_of("reduction", reduction, REDUCTIONS)
     checks.unit_interval("label_smoothing", label_smoothing)
+    options = {"decoupled": decoupled, "label_smoothing": label_smoothing, "reduction": reduction}
+    agreed = agree(group, "clip_loss", image_features, text_features, options, logit_scale)
     pos, row, col = contrastive_stats(
-        image_features, text_features, logit_scale, memory_budget=memory_budget, backend=backend
+        image_features, text_features, logit_scale, memory_budget=memory_budget, backend=backend, group=group
     )
     assert row is not None
     assert col is not None
     dtype = compute_dtype(image_features.dtype)
-    loss = cross_entropy(pos, row, col, dtype=dtype, decoupled=decoupled, reduction=reduction, backend=backend)
+    plain = not label_smoothing and agreed is None
+    losses = cross_entropy(
+        pos, row, col, dtype=dtype if plain else pos.dtype, decoupled=decoupled,
+        reduction=reduction if plain else "none", backend=backend,
+    )  # fmt: skip
+    if plain:
+        return losses
     if label_smoothing:
-        of_images = terms.mean_logit(logit_scale, image_features, text_features)
-        of_texts = terms.mean_logit(logit_scale, text_features, image_features)
-        loss = loss + label_smoothing * reduce(pos - (of_images + of_texts) / 2, reduction).to(dtype)
-    return loss
+        count = 0 if agreed is None else sum(agreed.rows)
+        of_images = terms.mean_logit(logit_scale, image_features, text_features, agreed, count)
+        of_texts = terms.mean_logit(logit_scale, text_features, image_features, agreed, count)
+        losses = losses + label_smoothing * (pos - (of_images + of_texts) / 2)
+    return terms.reduce_weighted(losses, None, reduction, agreed).to(dtype)
 
 
 class ClipLoss(nn.Module):

@@ -10,12 +10,14 @@ from torch import Tensor, nn
 from fused_contrastive.core import checks
 from fused_contrastive.core.reduction import REDUCTIONS, Reduction
 from fused_contrastive.core.spec import compute_dtype
+from fused_contrastive.distributed.agreement import Agreed, Group, agree, collective
 from fused_contrastive.losses import terms
 from fused_contrastive.ops.autograd import is_plain
 from fused_contrastive.ops.cross_entropy import cross_entropy
 from fused_contrastive.ops.stats import autocast, contrastive_stats, log_add
 
 
+@collective
 def info_nce_loss(
     query: Tensor,
     key: Tensor,
@@ -36,6 +38,7 @@ def info_nce_loss(
     normalize: bool = False,
     memory_budget: int | Literal["auto"] = "auto",
     backend: str = "auto",
+    group: Group = None,
 ) -> Tensor:
     """Cross-entropy of every query's softmax over the keys, without the matrix of their similarities.
 
@@ -66,7 +69,10 @@ def info_nce_loss(
         weight: (M,) weights of the queries; the mean is over their sum, as in ``F.cross_entropy``.
         reduction: "mean", "sum" or "none" ((M,)).
         normalize: L2-normalise query, key and negatives first.
-        memory_budget, backend: see ``contrastive_stats``.
+        memory_budget, backend, group: see ``contrastive_stats``. Over a group, the loss is that of the whole batch: the
+            columns of process 0, its keys and then its shared negatives, those of process 1, and so on. ``targets``
+            count the keys of all processes, without the negatives. Of a queue that every process holds, give each a
+            part.
 
     Returns:
         A scalar, or (M,) with ``reduction="none"``; float32 (float64 for float64 features).
@@ -75,7 +81,7 @@ def info_nce_loss(
         TypeError, ValueError: naming the argument, what came and what was expected.
     """
     query, key = autocast(query), autocast(key)
-    checks.feature_pair("query", query, "key", key)
+    checks.feature_pair("query", query, "key", key, group is not None)
     _check_options(symmetric, decoupled, margin, label_smoothing, reduction, normalize)
     scale = terms.scale_of(temperature, logit_scale, 0.07)
     if symmetric:
@@ -84,18 +90,19 @@ def info_nce_loss(
                 "targets: got a tensor with symmetric=True, expected None: key i is the positive of query i"
             )
         checks.same_rows("query", query, "key", key)
-    elif targets is None and len(query) > len(key):
+    elif targets is None and group is None and len(query) > len(key):
         raise ValueError(f"targets: got None for {len(query)} queries and {len(key)} keys, expected targets")
-    elif targets is not None and negatives is not None:  # the primitive's own check would take negatives for keys
+    elif targets is not None and (negatives is not None or group is not None):
+        # The primitive's own check would take negatives for keys.
         checks.vector("targets", targets, len(query), query, of="one key per query", integer=True)
-        if is_plain(targets):
+        if group is None and is_plain(targets):
             checks.target_range(targets, len(key))
     if label_smoothing and row_ids is not None:
         raise ValueError("label_smoothing: got it together with row_ids, expected 0: excluded pairs cannot be targets")
     if weight is not None:
         checks.vector("weight", weight, len(query), query, of="one per query", integer=False)
     if negatives is not None:
-        negatives = _checked_negatives(autocast(negatives), query)
+        negatives = _checked_negatives(autocast(negatives), query, group is not None)
     if normalize:
         query, key = terms.normalized(query), terms.normalized(key)
         negatives = None if negatives is None else terms.normalized(negatives)
@@ -105,10 +112,23 @@ def info_nce_loss(
     elif negatives is not None:
         own = negatives
 
+    agreed = None
+    if group is not None:
+        said = {
+            "symmetric": symmetric, "decoupled": decoupled, "margin": margin, "label_smoothing": label_smoothing,
+            "reduction": reduction, "normalize": normalize, "ids": row_ids is not None,
+            "negatives": None if negatives is None else negatives.dim(), "col_bias": col_bias is not None,
+            "weight": weight is not None,
+        }  # fmt: skip
+        agreed = agree(
+            group, "info_nce_loss", query, columns, said, scale, negatives, col_bias, targets=targets, keys=len(key)
+        )
+        assert agreed is not None
+        targets = agreed.columns_of(targets, query.device)
     directions: list[Literal["row", "col"]] = ["row", "col"] if symmetric else ["row"]
     pos, row, col = contrastive_stats(
         query, columns, scale, targets=targets, col_bias=col_bias, row_ids=row_ids, col_ids=col_ids,
-        directions=directions, memory_budget=memory_budget, backend=backend,
+        directions=directions, memory_budget=memory_budget, backend=backend, group=group,
     )  # fmt: skip
     assert row is not None
     dtype = compute_dtype(query.dtype)
@@ -117,7 +137,7 @@ def info_nce_loss(
         row = log_add(row, own_logits.to(row.dtype).logsumexp(dim=1))
     pos = pos - margin if margin else pos
     normalisers = (row,) if col is None else (row, col[: len(key)])
-    plain = not label_smoothing and weight is None
+    plain = not label_smoothing and weight is None and agreed is None
     losses = cross_entropy(
         pos, *normalisers, dtype=dtype if plain else pos.dtype, decoupled=decoupled,
         reduction=reduction if plain else "none", backend=backend,
@@ -125,29 +145,31 @@ def info_nce_loss(
     if plain:
         return losses
     if label_smoothing:
-        mean = _mean_over_columns(scale, query, columns, col_bias, own_logits, margin)
+        mean = _mean_over_columns(scale, query, columns, col_bias, own_logits, margin, agreed)
         if symmetric:
-            of_keys = terms.mean_logit(scale, key, query) - margin / len(query)
+            queries = len(query) if agreed is None else sum(agreed.rows)
+            of_keys = terms.mean_logit(scale, key, query, agreed, queries) - margin / queries
             mean = (mean + (of_keys if col_bias is None else of_keys + col_bias[: len(key)])) / 2
         losses = losses + label_smoothing * (pos - mean)
-    return terms.reduce_weighted(losses, weight, reduction).to(dtype)
+    return terms.reduce_weighted(losses, weight, reduction, agreed).to(dtype)
 
 
 def _mean_over_columns(
     scale: float | Tensor, query: Tensor, columns: Tensor, col_bias: Tensor | None, own_logits: Tensor | None,
-    margin: float,
+    margin: float, agreed: Agreed | None,
 ) -> Tensor:  # fmt: skip
     """(M,) mean of each query's logits."""
-    shared = terms.mean_logit(scale, query, columns)
+    count = len(columns) if agreed is None else sum(agreed.cols)
+    shared = terms.mean_logit(scale, query, columns, agreed, count)
     if col_bias is not None:
-        shared = shared + col_bias.mean()
-    total, count = len(columns) * shared - margin, len(columns)
+        shared = shared + (col_bias.mean() if agreed is None else agreed.sum(col_bias.sum()) / count)
+    total = count * shared - margin
     if own_logits is not None:
         total, count = total + own_logits.sum(dim=1), count + own_logits.shape[1]
     return total / count
 
 
-def _checked_negatives(negatives: object, query: Tensor) -> Tensor:
+def _checked_negatives(negatives: object, query: Tensor, empty: bool) -> Tensor:
     m, d = query.shape
     expected = f"a tensor of shape (K, {d}) or ({m}, K, {d})"
     if not isinstance(negatives, Tensor):
@@ -155,7 +177,12 @@ def _checked_negatives(negatives: object, query: Tensor) -> Tensor:
     if negatives.dtype != query.dtype:
         raise TypeError(f"negatives: got dtype {negatives.dtype}, expected {query.dtype}, the dtype of query")
     shape = tuple(negatives.shape)
-    if negatives.dim() not in (2, 3) or shape[-1] != d or 0 in shape or (negatives.dim() == 3 and shape[0] != m):
+    if (
+        negatives.dim() not in (2, 3)
+        or shape[-1] != d
+        or 0 in shape[1 if empty else 0 :]
+        or (negatives.dim() == 3 and shape[0] != m)
+    ):
         raise ValueError(f"negatives: got shape {shape}, expected {expected}")
     checks.same_device("negatives", negatives, "query", query)
     return negatives

@@ -9,13 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from fused_contrastive.core import checks
-from fused_contrastive.core.reduction import REDUCTIONS, Reduction, reduce
+from fused_contrastive.core.reduction import REDUCTIONS, Reduction
 from fused_contrastive.core.spec import compute_dtype
+from fused_contrastive.distributed.agreement import Group, agree, collective
 from fused_contrastive.losses import terms
 from fused_contrastive.ops.cross_entropy import cross_entropy
 from fused_contrastive.ops.stats import autocast, log_add, self_stats
 
 
+@collective
 def nt_xent_loss(
     z1: Tensor,
     z2: Tensor,
@@ -27,6 +29,7 @@ def nt_xent_loss(
     normalize: bool = True,
     memory_budget: int | Literal["auto"] = "auto",
     backend: str = "auto",
+    group: Group = None,
 ) -> Tensor:
     """SimCLR's loss of two views of a batch, or of more, without the 2N x 2N matrix.
 
@@ -45,7 +48,8 @@ def nt_xent_loss(
         decoupled: the DCL form.
         reduction: "mean", "sum" or "none" ((V * N,), view by view), over the V * N features.
         normalize: L2-normalise first, as SimCLR does.
-        memory_budget, backend: see ``contrastive_stats``.
+        memory_budget, backend, group: see ``contrastive_stats``. Over a group, the loss is that of the whole batch; all
+            views of a sample are in one process.
 
     Returns:
         A scalar, or (V * N,) with ``reduction="none"``; float32 (float64 for float64 features).
@@ -58,7 +62,7 @@ def nt_xent_loss(
     everything = [autocast(z1), autocast(z2), *map(autocast, views)]
     names = ["z1", "z2", *(f"views[{k}]" for k in range(len(views)))]
     for name, view in zip(names[1:], everything[1:], strict=True):
-        checks.feature_pair("z1", everything[0], name, view)
+        checks.feature_pair("z1", everything[0], name, view, group is not None)
         checks.same_rows("z1", everything[0], name, view)
     checks.boolean("decoupled", decoupled)
     checks.boolean("normalize", normalize)
@@ -69,17 +73,23 @@ def nt_xent_loss(
     z = torch.cat(everything)
     if normalize:
         z = terms.normalized(z)
-    sample = torch.arange(n, device=z.device).repeat(count)
-    row = self_stats(z, scale, ids=sample, memory_budget=memory_budget, backend=backend)  # negatives alone
+    options = {"views": count, "decoupled": decoupled, "reduction": reduction, "normalize": normalize}
+    agreed = agree(group, "nt_xent_loss", z, z, options, scale)
+    first = 0 if agreed is None else agreed.first_row // count
+    sample = torch.arange(first, first + n, device=z.device).repeat(count)
+    row = self_stats(z, scale, ids=sample, memory_budget=memory_budget, backend=backend, group=group)  # negatives alone
     split = z.unflatten(0, (count, n))
     dtype = compute_dtype(z.dtype)
     if count == 2:
         pos = terms.pair_logit(scale, split[0], split[1]).to(row.dtype).repeat(2)
-        return cross_entropy(pos, row, dtype=dtype, decoupled=decoupled, reduction=reduction, backend=backend)
+        if agreed is None:
+            return cross_entropy(pos, row, dtype=dtype, decoupled=decoupled, reduction=reduction, backend=backend)
+        losses = cross_entropy(pos, row, dtype=pos.dtype, decoupled=decoupled, reduction="none", backend=backend)
+        return agreed.reduce(losses, reduction).to(dtype)
     turned = [terms.pair_logit(scale, z, split.roll(-k, dims=0).flatten(0, 1)) for k in range(1, count)]
     positives = torch.stack(turned).to(row.dtype)  # (V - 1, V * N)
     denominator = row if decoupled else log_add(row, positives.logsumexp(dim=0))
-    return reduce(denominator - positives.mean(dim=0), reduction).to(dtype)
+    return terms.reduce_weighted(denominator - positives.mean(dim=0), None, reduction, agreed).to(dtype)
 
 
 class NTXentLoss(nn.Module):

@@ -9,11 +9,13 @@ from torch import Tensor, nn
 from fused_contrastive.core import checks
 from fused_contrastive.core.reduction import REDUCTIONS, Reduction
 from fused_contrastive.core.spec import compute_dtype
+from fused_contrastive.distributed.agreement import Group, agree, collective
 from fused_contrastive.losses import terms
 from fused_contrastive.ops.cross_entropy import cross_entropy
 from fused_contrastive.ops.stats import autocast, sigmoid_stats
 
 
+@collective
 def siglip_loss(
     image_features: Tensor,
     text_features: Tensor,
@@ -25,6 +27,7 @@ def siglip_loss(
     reduction: Reduction = "mean",
     memory_budget: int | Literal["auto"] = "auto",
     backend: str = "auto",
+    group: Group = None,
 ) -> Tensor:
     """The sigmoid loss for language-image pre-training, without the N x N matrix.
 
@@ -42,8 +45,8 @@ def siglip_loss(
         logit_bias: added to all logits, a number or a 0-d tensor, with a gradient; the paper starts at -10.
         row_ids, col_ids: (N,) int64; pairs with equal ids are positives too.
         reduction: "mean" over the N images, as in the paper, "sum" or "none" ((N,)).
-        memory_budget, backend: see ``contrastive_stats``. One direction is all there is: a step costs 3 products
-            (nothing kept: 4).
+        memory_budget, backend, group: see ``contrastive_stats``. One direction is all there is: a step costs 3 products
+            (nothing kept: 4). Over a group, the loss is that of the whole batch.
 
     Returns:
         A scalar, or (N,) with ``reduction="none"``; float32 (float64 for float64 features).
@@ -52,7 +55,7 @@ def siglip_loss(
         TypeError, ValueError: naming the argument, what came and what was expected.
     """
     image_features, text_features = autocast(image_features), autocast(text_features)
-    checks.feature_pair("image_features", image_features, "text_features", text_features)
+    checks.feature_pair("image_features", image_features, "text_features", text_features, group is not None)
     checks.same_rows("image_features", image_features, "text_features", text_features)
     checks.scalar("logit_scale", logit_scale)
     checks.one_of("reduction", reduction, REDUCTIONS)
@@ -64,13 +67,15 @@ def siglip_loss(
         dtype = compute_dtype(image_features.dtype)
         zero = image_features.new_zeros((), dtype=dtype)
         bias = (zero + logit_bias).to(dtype).expand(len(text_features))
+    given = {"reduction": reduction, "ids": row_ids is not None, "bias": bias is not None}
+    agreed = agree(group, "siglip_loss", image_features, text_features, given, logit_scale, bias)
     pos, row = sigmoid_stats(
         image_features, text_features, logit_scale, col_bias=bias, row_ids=row_ids, col_ids=col_ids,
-        memory_budget=memory_budget, backend=backend,
+        memory_budget=memory_budget, backend=backend, group=group,
     )  # fmt: skip
     # softplus(-pos), as softplus(0 - pos).
     own = cross_entropy(pos, pos.new_zeros(len(pos)), dtype=pos.dtype, reduction="none", backend=backend)
-    return terms.reduce_weighted(row + own, None, reduction).to(compute_dtype(image_features.dtype))
+    return terms.reduce_weighted(row + own, None, reduction, agreed).to(compute_dtype(image_features.dtype))
 
 
 class SigLipLoss(nn.Module):

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from fused_contrastive.core import checks
 from fused_contrastive.core.reduction import REDUCTIONS, Reduction
 from fused_contrastive.core.spec import compute_dtype
+from fused_contrastive.distributed.agreement import Group, agree, collective
+from fused_contrastive.distributed.collectives import gather_rows
 from fused_contrastive.losses import terms
 from fused_contrastive.ops.cross_entropy import cross_entropy
 from fused_contrastive.ops.stats import autocast, self_stats
@@ -18,6 +20,7 @@ VARIANTS = ("out", "in")
 NO_POSITIVE = ("skip", "zero", "nan")
 
 
+@collective
 def supcon_loss(
     features: Tensor,
     labels: Tensor,
@@ -29,6 +32,7 @@ def supcon_loss(
     normalize: bool = False,
     memory_budget: int | Literal["auto"] = "auto",
     backend: str = "auto",
+    group: Group = None,
 ) -> Tensor:
     """Supervised contrastive loss without the N x N similarities or masks.
 
@@ -49,7 +53,7 @@ def supcon_loss(
             counts them with loss 0, "nan" with NaN (as 0 / 0 in the formula).
         reduction: "mean", "sum" or "none" ((N * V,), sample by sample; 0 for skipped features).
         normalize: L2-normalise first.
-        memory_budget, backend: see ``contrastive_stats``.
+        memory_budget, backend, group: see ``contrastive_stats``. Over a group, the loss is that of the whole batch.
 
     Returns:
         A scalar, or (N * V,) with ``reduction="none"``; float32 (float64 for float64 features). 0 with zero gradients
@@ -61,10 +65,10 @@ def supcon_loss(
     features = autocast(features)
     if isinstance(features, Tensor) and features.dim() == 3:
         count = features.shape[1]
-        checks.features("features", features[:, 0] if count else features.flatten(0, 1))
+        checks.features("features", features[:, 0] if count else features.flatten(0, 1), group is not None)
     else:
         count = 1
-        checks.features("features", features)
+        checks.features("features", features, group is not None)
     checks.vector("labels", labels, len(features), features, of="one per sample", integer=True)
     checks.one_of("variant", variant, VARIANTS)
     checks.one_of("no_positive", no_positive, NO_POSITIVE)
@@ -75,15 +79,21 @@ def supcon_loss(
     z = features.flatten(0, 1) if features.dim() == 3 else features
     z = terms.normalized(z) if normalize else z
     labels = labels.repeat_interleave(count) if count > 1 else labels
-    code = torch.searchsorted(labels.sort().values, labels.contiguous())  # below N, the same for equal labels
-    shared = torch.zeros_like(code).index_add_(0, code, torch.ones_like(code))[code] - 1  # |P(i)|
+    said = {"views": count, "variant": variant, "no_positive": no_positive, "reduction": reduction}
+    agreed = agree(group, "supcon_loss", z, z, {**said, "normalize": normalize}, scale)
+    everyone = labels if agreed is None else gather_rows(labels, agreed.rows, agreed.group)
+    known = everyone.sort().values
+    codes = torch.searchsorted(known, everyone.contiguous())  # below N, the same for equal labels
+    code = codes if agreed is None else codes[agreed.own_cols]
+    shared = torch.zeros_like(codes).index_add_(0, codes, torch.ones_like(codes))[code] - 1  # |P(i)|
     has = shared > 0
-    options = {"memory_budget": memory_budget, "backend": backend}
+    options = {"memory_budget": memory_budget, "backend": backend, "group": group}
     dtype = compute_dtype(z.dtype)
     if variant == "out":
         row = self_stats(z, scale, **options)  # type: ignore[arg-type]
         wide = z.to(dtype)
-        sums = torch.zeros_like(wide).index_put((code,), wide, accumulate=True)
+        sums = wide.new_zeros(len(codes), wide.shape[1]).index_put((code,), wide, accumulate=True)
+        sums = sums if agreed is None else agreed.sum(sums)
         positives = terms.pair_logit(scale, wide, sums[code] - wide) / shared.clamp_min(1)
         losses = row.masked_fill(~has, 0) - positives.masked_fill(~has, 0)
     else:
@@ -97,8 +107,10 @@ def supcon_loss(
     if no_positive == "nan":
         losses = losses.masked_fill(~has, torch.nan)
     if reduction == "mean" and no_positive == "skip":
-        return (losses.sum() / has.sum().clamp_min(1)).to(dtype)
-    return terms.reduce_weighted(losses, None, reduction).to(dtype)
+        counted = has.sum() if agreed is None else agreed.sum(has.sum())
+        counted = counted.clamp_min(1)
+        return (losses.sum() / counted if agreed is None else agreed.reduce(losses, "mean", counted)).to(dtype)
+    return terms.reduce_weighted(losses, None, reduction, agreed).to(dtype)
 
 
 class SupConLoss(nn.Module):

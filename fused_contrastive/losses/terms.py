@@ -9,6 +9,7 @@ from torch import Tensor
 from fused_contrastive.core import checks
 from fused_contrastive.core.reduction import REDUCTIONS, Reduction, reduce
 from fused_contrastive.core.spec import compute_dtype
+from fused_contrastive.distributed.agreement import Agreed
 from fused_contrastive.ops import dispatch
 from fused_contrastive.ops.autograd import is_plain
 
@@ -27,10 +28,14 @@ def normalized(x: Tensor) -> Tensor:
     return F.normalize(x.to(compute_dtype(x.dtype)), dim=-1).to(x.dtype)
 
 
-def mean_logit(scale: float | Tensor, x: Tensor, y: Tensor) -> Tensor:
-    """(M,) mean of each row of ``scale * x @ y.T``, in closed form: ``scale * x_i . mean_j y_j``."""
+def mean_logit(scale: float | Tensor, x: Tensor, y: Tensor, agreed: Agreed | None = None, count: int = 0) -> Tensor:
+    """(M,) mean of each row of ``scale * x @ y.T``, in closed form: ``scale * x_i . mean_j y_j``.
+
+    Over the processes of a group, the mean is over the ``count`` rows of all of them.
+    """
     dtype = compute_dtype(x.dtype)
-    return scale * (x.to(dtype) * y.to(dtype).mean(dim=0)).sum(dim=1)
+    mean = y.to(dtype).mean(dim=0) if agreed is None else agreed.sum(y.to(dtype).sum(dim=0)) / count
+    return scale * (x.to(dtype) * mean).sum(dim=1)
 
 
 def pair_logit(scale: float | Tensor, x: Tensor, y: Tensor) -> Tensor:
@@ -54,8 +59,17 @@ def scale_of(temperature: float | Tensor | None, logit_scale: float | Tensor | N
     return 1 / temperature
 
 
-def reduce_weighted(losses: Tensor, weight: Tensor | None, reduction: Reduction) -> Tensor:
-    """(M,) -> scalar, or (M,) for "none"; the mean is that of ``F.cross_entropy``, over the sum of the weights."""
+def reduce_weighted(
+    losses: Tensor, weight: Tensor | None, reduction: Reduction, agreed: Agreed | None = None
+) -> Tensor:
+    """(M,) -> scalar, or (M,) for "none"; the mean is that of ``F.cross_entropy``, over the sum of the weights.
+
+    Over the processes of a group, losses and weights are all of theirs.
+    """
+    if agreed is not None:
+        if weight is None:
+            return agreed.reduce(losses, reduction)
+        return agreed.reduce(losses * weight, reduction, agreed.sum(weight.sum()))
     if weight is None:
         return reduce(losses, reduction)
     weighted = losses * weight

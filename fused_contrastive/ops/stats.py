@@ -11,7 +11,8 @@ from torch import Tensor
 from fused_contrastive.core import checks
 from fused_contrastive.core.memory import rows_to_keep
 from fused_contrastive.core.spec import StatsSpec, autocast_enabled, compute_dtype
-from fused_contrastive.ops import autograd, dispatch
+from fused_contrastive.distributed.agreement import Call, Group, agree, collective
+from fused_contrastive.ops import autograd, dispatch, global_stats
 
 
 class ContrastiveStats(NamedTuple):
@@ -22,6 +23,7 @@ class ContrastiveStats(NamedTuple):
     col: Tensor | None  # (N,) likewise over each column's
 
 
+@collective
 def contrastive_stats(
     x: Tensor,
     y: Tensor,
@@ -35,6 +37,7 @@ def contrastive_stats(
     directions: Sequence[Literal["row", "col"]] = ("row", "col"),
     memory_budget: int | Literal["auto"] = "auto",
     backend: str = "auto",
+    group: Group = None,
 ) -> ContrastiveStats:
     """Positives and masked denominators of a similarity matrix that is never stored, in one fused pass.
 
@@ -64,6 +67,10 @@ def contrastive_stats(
         backend: "cpp" (CPU), "triton" (NVIDIA and AMD GPUs; not float64), "reference" (plain torch, any device), or
             "auto": "cpp" for CPU tensors, "triton" for GPU tensors but "reference" for float64 ones, elsewhere
             "reference".
+        group: a ``torch.distributed`` process group or a ``GlobalBatch``: x and y are this process's rows and columns
+            of a problem spread over the group (any number of them, 0 included), ``targets`` count the columns of all
+            processes, bias and ids are its own, and so are the results. Gradients are those of the sum of what all
+            processes make of their results.
 
     Returns:
         ContrastiveStats(pos (M,), row (M,), col (N,)) in float64 (float32 on devices without it), whatever the
@@ -78,7 +85,7 @@ def contrastive_stats(
     """
     rows, cols = checks.directions(directions)
     checks.boolean("exclude_self", exclude_self)
-    problem = _Problem(x, y, scale, targets, col_bias, row_ids, col_ids, memory_budget, backend)
+    problem = _Problem(x, y, scale, targets, col_bias, row_ids, col_ids, memory_budget, backend, group=group)
     pos, row, col = problem.run(exclude_self=exclude_self, rows=rows, cols=cols)
     return ContrastiveStats(pos, row if rows else None, col if cols else None)
 
@@ -90,6 +97,7 @@ class SigmoidStats(NamedTuple):
     row: Tensor  # (M,) sum of softplus over each row's other logits
 
 
+@collective
 def sigmoid_stats(
     x: Tensor,
     y: Tensor,
@@ -101,6 +109,7 @@ def sigmoid_stats(
     col_ids: Tensor | None = None,
     memory_budget: int | Literal["auto"] = "auto",
     backend: str = "auto",
+    group: Group = None,
 ) -> SigmoidStats:
     """Sums of the pairwise logistic loss over a similarity matrix that is never stored, in one fused pass.
 
@@ -119,11 +128,12 @@ def sigmoid_stats(
 
     Raises: as ``contrastive_stats``.
     """
-    problem = _Problem(x, y, scale, targets, col_bias, row_ids, col_ids, memory_budget, backend)
+    problem = _Problem(x, y, scale, targets, col_bias, row_ids, col_ids, memory_budget, backend, group=group)
     pos, row, _ = problem.run(cols=False, equal_ids="negate", reduction="softplus")
     return SigmoidStats(pos, row)
 
 
+@collective
 def self_stats(
     x: Tensor,
     scale: float | Tensor = 1.0,
@@ -132,6 +142,7 @@ def self_stats(
     equal_ids: Literal["exclude", "only"] = "exclude",
     memory_budget: int | Literal["auto"] = "auto",
     backend: str = "auto",
+    group: Group = None,
 ) -> Tensor:
     """Denominators of a set of features against itself: of the symmetric matrix, only one triangle is computed.
 
@@ -147,7 +158,8 @@ def self_stats(
         scale: multiplies the products; a number or a 0-d tensor, which gets a gradient.
         ids: (N,) int64, which pairs are excluded (or kept). Default: only self-pairs are excluded.
         equal_ids: "exclude" or "only".
-        memory_budget, backend: see ``contrastive_stats``; enough to keep N * N products saves half a product.
+        memory_budget, backend, group: see ``contrastive_stats``; enough to keep N * N products saves half a product.
+            Over a group the whole block of a process's rows is computed.
 
     Returns:
         (N,) in float64 (float32 on devices without it); -inf where no pair is left.
@@ -157,7 +169,9 @@ def self_stats(
     checks.one_of("equal_ids", equal_ids, ("exclude", "only"))
     if ids is None and equal_ids == "only":
         raise ValueError("ids: got None with equal_ids='only', expected an int64 tensor of shape (N,)")
-    problem = _Problem(x, x, scale, None, None, ids, ids, memory_budget, backend, ids_name=("ids", "ids"))
+    problem = _Problem(x, x, scale, None, None, ids, ids, memory_budget, backend, ("ids", "ids"), group)
+    if group is not None:  # a row's positive, always excluded, is itself
+        return problem.run(cols=False, equal_ids=equal_ids)[1]
     _, row, col = problem.run(upper=True, equal_ids=equal_ids)
     return log_add(row, col)
 
@@ -168,17 +182,17 @@ class _Problem:
     def __init__(
         self, x: Tensor, y: Tensor, scale: float | Tensor, targets: Tensor | None, col_bias: Tensor | None,
         row_ids: Tensor | None, col_ids: Tensor | None, memory_budget: int | str, backend: str,
-        ids_name: tuple[str, str] = ("row_ids", "col_ids"),
+        ids_name: tuple[str, str] = ("row_ids", "col_ids"), group: Group = None,
     ) -> None:  # fmt: skip
         same = y is x
         x = autocast(x)
         y = x if same else autocast(y)
-        checks.feature_pair("x", x, "y", y)
+        checks.feature_pair("x", x, "y", y, empty=group is not None)
         m, n, dtype = x.shape[0], y.shape[0], compute_dtype(x.dtype)
         checks.memory_budget(memory_budget)
         if targets is not None:
             checks.vector("targets", targets, m, x, of="one column index per row", integer=True)
-        elif m > n:
+        elif m > n and group is None:
             raise ValueError(f"targets: got None for M = {m} rows and N = {n} columns, expected targets because M > N")
         if col_bias is not None:
             checks.vector("col_bias", col_bias, n, x, of="one per column", integer=False)
@@ -191,9 +205,14 @@ class _Problem:
         self.x, self.y = x, y
         self.spec = StatsSpec(_scale(scale, x, dtype), targets, col_bias, row_ids, col_ids)
         self.memory_budget, self.backend = memory_budget, dispatch.resolve(backend, x.device, x.dtype)
+        self.group = group
 
     def run(self, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
         """pos, row and col; ``options`` are fields of the StatsSpec."""
+        if self.group is not None:
+            if options.get("exclude_self"):
+                raise NotImplementedError("exclude_self: got True with a group, which is not covered: use self_stats")
+            return self._run_globally(options)
         x, y, (scale, _, col_bias, *_) = self.x, self.y, self.spec
         differentiable = torch.is_grad_enabled() and (
             x.requires_grad
@@ -208,6 +227,23 @@ class _Problem:
         spec = self.spec._replace(kept_rows=kept, **options)
         pos, row, col, _ = autograd.stats_forward(x, y, *spec, self.backend, differentiable=differentiable)
         return pos, row, col
+
+    def _run_globally(self, options: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+        spec = self.spec._replace(**options)
+        said = {
+            "col_bias": "given" if spec.col_bias is not None else None,
+            "ids": "given" if spec.row_ids is not None else None,
+            **options,
+        }
+        made_here = isinstance(self.group, Call) and self.group.agreed is None
+        agreed = agree(
+            self.group, "contrastive_stats", self.x, self.y, said, spec.scale, spec.col_bias, targets=spec.targets
+        )
+        assert agreed is not None
+        if made_here or spec.targets is None:  # else the loss that agreed made columns of its targets
+            spec = spec._replace(targets=agreed.columns_of(spec.targets, self.x.device))
+        problem = global_stats.Problem(agreed, spec, self.memory_budget, self.backend)
+        return global_stats.global_stats(self.x, self.y, problem)
 
 
 def log_add(a: Tensor, b: Tensor) -> Tensor:

@@ -278,8 +278,10 @@ def evaluate(function: Callable[..., Tensor], leaves: Leaves, options: dict[str,
     return results
 
 
-def deviations(case: FamilyCase, backend: str, device: torch.device) -> list[Deviation]:
-    """The loss and every gradient of one backend against the budget."""
+def deviations(
+    case: FamilyCase, backend: str, device: torch.device, results: dict[str, Tensor] | None = None
+) -> list[Deviation]:
+    """The loss and every gradient of one backend, or those given, against the budget."""
     member = FAMILY[case.loss]
     leaves, options = case.inputs(device)
     double = {name: t.double() for name, t in leaves.items()}
@@ -289,7 +291,8 @@ def deviations(case: FamilyCase, backend: str, device: torch.device) -> list[Dev
     for form in oracle.LOGITS.values():
         found = evaluate(lambda form=form, **a: member.textbook(form, **a), same, options)
         eager = {name: max(error, difference(found[name], truth[name])) for name, error in eager.items()}
-    results = evaluate(lambda **a: member.ours(**a, backend=backend), leaves, options)
+    if results is None:
+        results = evaluate(lambda **a: member.ours(**a, backend=backend), leaves, options)
     terms = _largest_terms(case, leaves, truth)
     deviations = []
     for name, value in results.items():

@@ -1,0 +1,226 @@
+"""Before anything is exchanged, the processes agree on sizes and options; or all raise the same error.
+
+One all-gather of a few integers. A process whose own input is bad takes part in it and says so, so that no other waits
+for it in vain.
+"""
+
+from __future__ import annotations
+
+import functools
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fused_contrastive.core.memory import total_memory
+from fused_contrastive.core.reduction import Reduction
+from fused_contrastive.distributed.batch import GlobalBatch
+from fused_contrastive.distributed.collectives import all_gather_single, reported, summed
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+GATHER_SHARE = 8  # "auto" gathers while columns and their gradient take at most memory divided by this
+
+
+@dataclass(frozen=True)
+class Agreed:
+    """What all processes of the group know of one call."""
+
+    batch: GlobalBatch
+    rank: int
+    rows: tuple[int, ...]  # of every process
+    cols: tuple[int, ...]
+    keys: tuple[int, ...]  # the first of the columns, which targets count
+    differentiable: bool
+    ring: bool
+
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        return self.batch.group
+
+    @property
+    def world(self) -> int:
+        return len(self.rows)
+
+    @property
+    def first_row(self) -> int:
+        """The place of this process's first row in the whole batch."""
+        return sum(self.rows[: self.rank])
+
+    @property
+    def first_col(self) -> int:
+        return sum(self.cols[: self.rank])
+
+    def columns_of(self, targets: Tensor | None, device: torch.device) -> Tensor:
+        """(m,) the whole problem's columns of targets, which count the keys of all processes. Default: t(i) = i."""
+        if targets is None:
+            targets = torch.arange(self.first_row, self.first_row + self.rows[self.rank], device=device)
+        if self.keys == self.cols:
+            return targets
+        keys, cols = (torch.tensor(sizes, device=device) for sizes in (self.keys, self.cols))
+        last = keys.cumsum(0)
+        owner = torch.searchsorted(last, targets, right=True)
+        return targets - (last - keys)[owner] + (cols.cumsum(0) - cols)[owner]
+
+    @property
+    def own_cols(self) -> slice:
+        return slice(self.first_col, self.first_col + self.cols[self.rank])
+
+    def reduce(self, losses: Tensor, reduction: Reduction, count: int | Tensor | None = None) -> Tensor:
+        """(m,) losses of this process's rows -> the loss of the whole batch, the same in every process.
+
+        ``count`` is what "mean" divides by, the sum of the weights; by default the number of rows. "none" gives (m,).
+        """
+        if reduction == "none":
+            return losses
+        part = losses.sum()
+        if reduction == "mean":
+            part = part / (sum(self.rows) if count is None else count)
+        return reported(part, self.world if self.batch.gradients == "mean" else 1, self.group)
+
+    def sum(self, value: Tensor) -> Tensor:
+        """Over the processes, with gradient."""
+        return summed(value, self.group)
+
+
+class Call:
+    """One call of a loss in this process, until and after the processes have agreed."""
+
+    def __init__(self, batch: GlobalBatch) -> None:
+        self.batch = batch
+        self.agreed: Agreed | None = None
+        self._closed = False
+
+    def agree(
+        self, name: str, x: Tensor, y: Tensor, options: dict[str, Any], *inputs: object,
+        targets: Tensor | None = None, keys: int | None = None,
+    ) -> Agreed:  # fmt: skip
+        """The agreement of this call, which the first of nested functions makes.
+
+        ``x`` (m, D) and ``y`` (n, D) are this process's rows and columns; ``options`` must be the same everywhere;
+        ``inputs`` are what else may require a gradient. ``targets`` count the first ``keys`` columns of each process.
+        """
+        if self.agreed is not None:
+            return self.agreed
+        differentiable = torch.is_grad_enabled() and any(
+            isinstance(t, Tensor) and t.requires_grad for t in (x, y, *inputs)
+        )
+        said = {
+            "D": x.shape[-1],
+            "dtype": str(x.dtype),
+            "requires_grad": differentiable,
+            "exchange": self.batch.exchange,
+            "gradients": self.batch.gradients,
+            "targets": "given" if targets is not None else None,
+            **options,
+        }
+        memory = total_memory(x.device.type, x.device.index)
+        keys = len(y) if keys is None else keys
+        lowest, highest = 0, -1  # unknown without waiting for a GPU
+        if targets is not None and len(targets) and targets.device.type == "cpu":
+            lowest, highest = (int(t) for t in targets.aminmax())
+        options_hash = zlib.crc32(repr((name, said)).encode())
+        headers = self._exchange(0, len(x), len(y), memory, options_hash, keys, lowest, highest)
+        if len({row[4] for row in headers}) > 1:
+            self._raise_difference(name, said)
+        rank, _ = _place(self.batch.group)
+        rows, cols = tuple(row[1] for row in headers), tuple(row[2] for row in headers)
+        held = 2 * sum(cols) * x.shape[-1] * x.element_size()
+        ring = self.batch.exchange == "ring" or (
+            self.batch.exchange == "auto" and held > min(row[3] for row in headers) // GATHER_SHARE
+        )
+        for what, sizes in (("row", rows), ("column", cols)):
+            if not sum(sizes):
+                raise ValueError(f"{name}: got no {what} in any of {len(rows)} processes, expected at least one")
+        every_key = tuple(row[5] for row in headers)
+        columns = sum(every_key)
+        if targets is None and sum(rows) > columns:
+            raise ValueError(
+                f"targets: got None for {sum(rows)} rows and {columns} columns of all processes, expected targets"
+            )
+        for r, row in enumerate(headers):
+            if row[6] < 0 or row[7] >= columns:
+                raise ValueError(f"targets: rank {r} has values from {row[6]} to {row[7]}, expected 0 to {columns - 1}")
+        self.agreed = Agreed(self.batch, rank, rows, cols, every_key, differentiable, ring)
+        return self.agreed
+
+    def fail(self, error: Exception) -> None:
+        """Tells the others, if they are still waiting to agree."""
+        if self._closed:
+            return
+        self._exchange(1, 0, 0, 0, 0, 0, 0, -1, message=f"{type(error).__name__}: {error}")
+
+    def _exchange(self, failed: int, *values: int, message: str = "") -> list[list[int]]:
+        self._closed = True
+        group = self.batch.group
+        _, world = _place(group)
+        device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend(group) == "nccl" else "cpu"
+        ours = torch.tensor([failed, *values], dtype=torch.int64, device=device)
+        everyone = ours.new_empty(world * len(ours))
+        all_gather_single(everyone, ours, group=group)
+        headers: list[list[int]] = everyone.view(world, -1).tolist()
+        if any(row[0] for row in headers):
+            messages: list[Any] = [None] * world
+            dist.all_gather_object(messages, message, group=group)
+            if not failed:
+                said = "; ".join(f"rank {r}: {text}" for r, text in enumerate(messages) if text)
+                raise RuntimeError(f"group: another process's input was refused: {said}")
+        return headers
+
+    def _raise_difference(self, name: str, said: dict[str, Any]) -> None:
+        _, world = _place(self.batch.group)
+        everyone: list[Any] = [None] * world
+        dist.all_gather_object(everyone, (name, {k: repr(v) for k, v in said.items()}), group=self.batch.group)
+        names = [each for each, _ in everyone]
+        if len(set(names)) > 1:
+            raise ValueError(f"group: the processes call different losses: {_by_rank(names)}")
+        keys = [k for k in everyone[0][1] if len({options.get(k) for _, options in everyone}) > 1]
+        text = "; ".join(f"{key}: {_by_rank([options.get(key) for _, options in everyone])}" for key in keys)
+        raise ValueError(f"group: the processes of {name} disagree on {text}; expected the same in all")
+
+
+# What a ``group`` argument may be. A Call is for nested calls.
+Group = dist.ProcessGroup | GlobalBatch | Call | None
+
+
+def agree(
+    group: Group, name: str, x: Tensor, y: Tensor, options: dict[str, Any], *inputs: object, **columns: Any
+) -> Agreed | None:
+    """``Call.agree`` for the ``group`` of a function that is ``collective``; None without a group."""
+    if group is None:
+        return None
+    assert isinstance(group, Call)
+    return group.agree(name, x, y, options, *inputs, **columns)
+
+
+def _by_rank(values: list[Any]) -> str:
+    return ", ".join(f"rank {rank} has {value}" for rank, value in enumerate(values))
+
+
+def _place(group: dist.ProcessGroup | None) -> tuple[int, int]:
+    """This process's rank in the group, and the group's size."""
+    return dist.get_rank(group), dist.get_world_size(group)
+
+
+def collective(function: Callable[P, R]) -> Callable[P, R]:
+    """Makes ``group`` of a loss a ``Call``, and lets no process wait for one whose input was refused."""
+
+    @functools.wraps(function)
+    def wrapper(*args: P.args, **options: P.kwargs) -> R:
+        group = options.get("group")
+        if group is None or isinstance(group, Call):
+            return function(*args, **options)
+        call = Call(GlobalBatch.of(group))
+        options["group"] = call
+        try:
+            return function(*args, **options)
+        except Exception as error:
+            call.fail(error)
+            raise
+
+    return wrapper

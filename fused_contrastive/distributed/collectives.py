@@ -1,0 +1,137 @@
+"""Collectives on rows of several sizes, and those with a gradient. Every process of the group calls them together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+Group = dist.ProcessGroup | None
+
+# (n, ...) of each process -> (world * n, ...); torch 2.13 renamed it.
+all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+def gather_rows(rows: Tensor, sizes: Sequence[int], group: Group) -> Tensor:
+    """(n, ...) here, ``sizes`` everywhere -> (N, ...), process by process."""
+    most, rest = max(sizes), rows.shape[1:]
+    ours = rows.contiguous()
+    if len(ours) < most:
+        ours = torch.cat((ours, ours.new_zeros(most - len(ours), *rest)))
+    everywhere = ours.new_empty(len(sizes) * most, *rest)
+    all_gather_single(everywhere, ours, group=group)
+    if min(sizes) == most:
+        return everywhere
+    return torch.cat([part[:size] for part, size in zip(everywhere.split(most), sizes, strict=True)])
+
+
+def scatter_sum(rows: Tensor, sizes: Sequence[int], rank: int, group: Group) -> Tensor:
+    """(N, ...) here and in every process -> (n, ...): the sum over processes of the rows that are this one's.
+
+    As many bytes as a reduce-scatter, but rows of half precision are summed in float32, and in one order.
+    """
+    own, rest = sizes[rank], rows.shape[1:]
+    received = rows.new_empty(len(sizes) * own, *rest)
+    dist.all_to_all_single(received, rows.contiguous(), [own] * len(sizes), list(sizes), group=group)
+    parts = received.view(len(sizes), own, *rest)
+    wide = torch.float32 if rows.dtype in (torch.float16, torch.bfloat16) else rows.dtype
+    return parts.sum(dim=0, dtype=wide).to(rows.dtype)
+
+
+def merge_log_sums(partial: Tensor, exact: bool, group: Group) -> Tensor:
+    """(N,) logs of each process's sums -> logs of the sums over processes, by two all-reduces of 4 N bytes.
+
+    The reference that is subtracted before exp may be any number near the maximum, so float32 serves; ``exact`` sends
+    the sums in the statistics' dtype, for float64 features.
+    """
+    reference = partial.float()
+    dist.all_reduce(reference, dist.ReduceOp.MAX, group=group)
+    limit = torch.finfo(torch.float32).max
+    reference = reference.clamp(-limit, limit).to(partial.dtype)
+    sums = (partial - reference).exp()
+    sums = sums if exact else sums.float()
+    dist.all_reduce(sums, group=group)
+    return sums.to(partial.dtype).log() + reference
+
+
+class _Gathered(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, sizes: Sequence[int], rank: int, group: Group) -> Tensor:
+        ctx.options = sizes, rank, group
+        return gather_rows(rows, sizes, group)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+        return scatter_sum(gradient, *ctx.options), None, None, None
+
+
+class _Summed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, group: Group) -> Tensor:
+        ctx.group = group
+        total = value.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+        gradient = gradient.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(gradient, group=ctx.group)
+        return gradient, None
+
+
+class _Merged(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, partial: Tensor, exact: bool, group: Group) -> Tensor:
+        ctx.group = group
+        merged = merge_log_sums(partial, exact, group)
+        ctx.save_for_backward(partial, merged)
+        return merged
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+        partial, merged = ctx.saved_tensors
+        gradient = gradient.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(gradient, group=ctx.group)
+        share = (partial - merged).exp().masked_fill(partial == -torch.inf, 0)
+        return gradient * share, None, None
+
+
+class _Reported(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, part: Tensor, factor: float, group: Group) -> Tensor:
+        ctx.factor = factor
+        total = part.clone()
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+        return gradient * ctx.factor, None, None
+
+
+def gathered(rows: Tensor, sizes: Sequence[int], rank: int, group: Group) -> Tensor:
+    """``gather_rows`` with a gradient: each row gets the sum of what all processes have for it."""
+    result: Tensor = _Gathered.apply(rows, sizes, rank, group)  # type: ignore[no-untyped-call]
+    return result
+
+
+def summed(value: Tensor, group: Group) -> Tensor:
+    """The sum over processes, which all of them use: the gradient is the sum of theirs."""
+    result: Tensor = _Summed.apply(value, group)  # type: ignore[no-untyped-call]
+    return result
+
+
+def merged(partial: Tensor, exact: bool, group: Group) -> Tensor:
+    """``merge_log_sums`` with a gradient."""
+    result: Tensor = _Merged.apply(partial, exact, group)  # type: ignore[no-untyped-call]
+    return result
+
+
+def reported(part: Tensor, factor: float, group: Group) -> Tensor:
+    """The sum over processes of their parts of the loss; the gradient goes to the own part, times ``factor``."""
+    result: Tensor = _Reported.apply(part, factor, group)  # type: ignore[no-untyped-call]
+    return result

@@ -1,0 +1,142 @@
+"""The primitive over the processes of a group: each has rows of x and of y, S is that of all rows against all columns.
+
+A process computes its own rows' block of S once. The rows' statistics are final; the columns' are merged over the
+processes by two all-reduces of N numbers, or travel round the ring with the columns. In the backward a process gets the
+gradients of all columns' statistics, makes its block of G once, and gives away its part of dy:
+
+    gather    all-gather y             1 block of (n, N)      dy: all-to-all, summed
+    ring      y passes by, a block     world blocks (n, n)    dy travels home with its block
+              of columns at a time
+
+Each block is the backend's own forward and backward, so the one autograd formula holds here too.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fused_contrastive.core import checks
+from fused_contrastive.core.memory import rows_to_keep
+from fused_contrastive.core.spec import Forward, Gradients, Needs, StatsSpec, Upstream, compute_dtype, statistics_dtype
+from fused_contrastive.distributed.agreement import Agreed
+from fused_contrastive.distributed.collectives import gather_rows, merge_log_sums, scatter_sum
+from fused_contrastive.ops import ring
+from fused_contrastive.ops.dispatch import BACKENDS
+from fused_contrastive.ops.schema import without_autocast
+
+
+class Problem(NamedTuple):
+    """What does not change from block to block, and is no tensor of the graph."""
+
+    agreed: Agreed
+    spec: StatsSpec  # of this process: targets are columns of the whole, ids and bias its own
+    budget: int | str
+    backend: str
+
+
+def global_stats(x: Tensor, y: Tensor, problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
+    """pos (m,), row (m,) and col (n,) of this process's rows and columns."""
+    spec = problem.spec
+    stats = _Ring if problem.agreed.ring else _Gather
+    pos, row, col = stats.apply(x, y, spec.scale, spec.col_bias, problem)  # type: ignore[no-untyped-call]
+    return pos, row, col
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, y: Tensor, scale: Tensor, col_bias: Tensor | None, problem: Problem
+    ) -> tuple[Tensor, ...]:
+        agreed, spec, backend = problem.agreed, problem.spec, BACKENDS[problem.backend]
+        sizes, group = agreed.cols, agreed.group
+        everything = gather_rows(y, sizes, group)
+        columns = len(everything)
+        kept = 0
+        if agreed.differentiable:
+            kept = rows_to_keep(len(x), lambda r: backend.kept(r, columns, x.dtype), problem.budget, x.device)
+        spec = spec._replace(
+            scale=scale,
+            col_bias=None if col_bias is None else gather_rows(col_bias, sizes, group),
+            col_ids=None if spec.col_ids is None else gather_rows(spec.col_ids, sizes, group),
+            kept_rows=kept,
+        )
+        if spec.targets is not None and len(x):
+            checks.target_range(spec.targets, columns)
+        if len(x):
+            with without_autocast(x):
+                pos, row, col, products = backend.stats_forward(spec, x, everything)
+        else:
+            pos, row, col, products = _of_no_rows(spec, x, columns)
+        if spec.cols:
+            col = merge_log_sums(col, x.dtype == torch.float64, group)
+        ctx.set_materialize_grads(False)
+        ctx.problem, ctx.spec, ctx.needs = problem, spec, ctx.needs_input_grad
+        ctx.save_for_backward(x, everything, row, col, products)
+        return pos, row, col[agreed.own_cols].clone() if spec.cols else col
+
+    @staticmethod
+    def backward(ctx: Any, g_pos: Tensor | None, g_row: Tensor | None, g_col: Tensor | None) -> tuple[Any, ...]:
+        x, everything, row, col, products = ctx.saved_tensors
+        spec, agreed = ctx.spec, ctx.problem.agreed
+        sizes, group = agreed.cols, agreed.group
+        if spec.cols:
+            g_col = gather_rows(_or_zeros(g_col, sizes[agreed.rank], row), sizes, group)
+        needs = Needs(ctx.needs[0], True, ctx.needs[2], spec.col_bias is not None)
+        if len(x):
+            with without_autocast(x):
+                dx, dy, dscale, dcol_bias = BACKENDS[ctx.problem.backend].stats_backward(
+                    spec, x, everything, saved=Forward(row, row, col, products),
+                    upstream=Upstream(g_pos, g_row if spec.rows else None, g_col), needs=needs,
+                )  # fmt: skip
+        else:
+            dx, dy, dscale, dcol_bias = _zeros(spec, x, everything)
+        assert dy is not None
+        dy = scatter_sum(dy, sizes, agreed.rank, group)
+        if dcol_bias is not None:
+            dcol_bias = scatter_sum(dcol_bias, sizes, agreed.rank, group)
+        return dx, dy, dscale if ctx.needs[2] else None, dcol_bias if ctx.needs[3] else None, None
+
+
+class _Ring(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, y: Tensor, scale: Tensor, col_bias: Tensor | None, problem: Problem
+    ) -> tuple[Tensor, ...]:
+        spec = problem.spec._replace(scale=scale, col_bias=col_bias)
+        with without_autocast(x):
+            pos, row, col = ring.forward(problem.agreed, spec, BACKENDS[problem.backend], x, y)
+        ctx.set_materialize_grads(False)
+        ctx.problem, ctx.spec, ctx.needs = problem, spec, ctx.needs_input_grad
+        ctx.save_for_backward(x, y, row, col)
+        return pos, row, col
+
+    @staticmethod
+    def backward(ctx: Any, g_pos: Tensor | None, g_row: Tensor | None, g_col: Tensor | None) -> tuple[Any, ...]:
+        x, y, row, col = ctx.saved_tensors
+        if ctx.spec.cols:
+            g_col = _or_zeros(g_col, len(y), row)
+        with without_autocast(x):
+            dx, dy, dscale, dcol_bias = ring.backward(
+                ctx.problem.agreed, ctx.spec, BACKENDS[ctx.problem.backend], x, y, (row, col),
+                Upstream(g_pos, g_row if ctx.spec.rows else None, g_col),
+            )  # fmt: skip
+        needs = ctx.needs
+        return dx, dy, dscale if needs[2] else None, dcol_bias if needs[3] else None, None
+
+
+def _or_zeros(gradient: Tensor | None, size: int, like: Tensor) -> Tensor:
+    return like.new_zeros(size) if gradient is None else gradient
+
+
+def _of_no_rows(spec: StatsSpec, x: Tensor, columns: int) -> Forward:
+    nothing = x.new_empty(0, dtype=statistics_dtype(x.device))
+    return Forward(nothing, nothing, nothing.new_full((columns if spec.cols else 0,), -torch.inf), nothing)
+
+
+def _zeros(spec: StatsSpec, x: Tensor, y: Tensor) -> Gradients:
+    dtype = compute_dtype(x.dtype)
+    bias = None if spec.col_bias is None else y.new_zeros(len(y), dtype=dtype)
+    return Gradients(torch.zeros_like(x), torch.zeros_like(y), x.new_zeros((), dtype=dtype), bias)

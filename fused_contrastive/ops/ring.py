@@ -1,0 +1,148 @@
+"""The primitive with the columns passing by: two processes' columns at a time in memory, the next on its way.
+
+Processes send to the next rank and receive from the one before. A block is one process's columns, padded to the largest
+process's number and one more: a row of zeros with bias -inf, which takes part in nothing and serves as the positive of
+the rows whose positive is in another block.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fused_contrastive.backends.contract import Backend
+from fused_contrastive.core.spec import (
+    Forward,
+    Gradients,
+    Needs,
+    StatsSpec,
+    Upstream,
+    compute_dtype,
+    statistics_dtype,
+)
+from fused_contrastive.distributed.agreement import Agreed
+
+
+def forward(agreed: Agreed, spec: StatsSpec, backend: Backend, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """pos (m,), row (m,) and col (n,) of this process's rows and columns."""
+    stats, m = statistics_dtype(x.device), len(x)
+    sums = spec.reduction == "softplus"
+    pos = x.new_zeros(m, dtype=stats)
+    row = x.new_full((m if spec.rows else 0,), 0 if sums else -torch.inf, dtype=stats)
+    block, size = _block(agreed, spec, y)
+    col = x.new_full((size if spec.cols else 0,), -torch.inf, dtype=stats)
+    for step in range(agreed.world):
+        waiting = None if step == agreed.world - 1 else _pass_on(agreed, block)
+        here, part = _of_block(agreed, spec, step, block)
+        if m:
+            found = backend.stats_forward(part, x, block[0])
+            pos = torch.where(here, found.pos, pos)
+            if spec.rows:
+                row = row + found.row if sums else torch.logaddexp(row, found.row)
+            if spec.cols:
+                col = torch.logaddexp(col, found.col)
+        if spec.cols:  # its last step brings it home
+            (col,) = _received(_pass_on(agreed, [col]))
+        if waiting is not None:
+            block = _received(waiting)
+    return pos, row, col[: len(y)].clone() if spec.cols else col
+
+
+def backward(
+    agreed: Agreed, spec: StatsSpec, backend: Backend, x: Tensor, y: Tensor, saved: tuple[Tensor, Tensor],
+    upstream: Upstream,
+) -> Gradients:  # fmt: skip
+    """Gradients of this process's rows and columns; of scale, the part of its rows."""
+    dtype, m = compute_dtype(x.dtype), len(x)
+    row, col = saved
+    block, size = _block(agreed, spec, y)
+    if spec.cols:
+        assert upstream.col is not None
+        block += [_padded(col, size, 0.0), _padded(upstream.col, size, 0.0)]
+    dx = torch.zeros_like(x, dtype=dtype)
+    travelling = [y.new_zeros(size, y.shape[1], dtype=dtype), y.new_zeros(size, dtype=dtype)]
+    dscale = x.new_zeros((), dtype=dtype)
+    for step in range(agreed.world):
+        waiting = None if step == agreed.world - 1 else _pass_on(agreed, block)
+        here, part = _of_block(agreed, spec, step, block)
+        if m:
+            # Rows whose positive is elsewhere have none of its gradient here.
+            g_pos = None if upstream.pos is None else torch.where(here, upstream.pos, 0)
+            columns = (block[-2], block[-1]) if spec.cols else (col, None)
+            found = backend.stats_backward(
+                part, x, block[0], saved=Forward(row, row, columns[0], x.new_empty(0)),
+                upstream=Upstream(g_pos, upstream.row, columns[1]), needs=Needs(True, True, True, True),
+            )  # fmt: skip
+            assert found.x is not None
+            assert found.y is not None
+            assert found.scale is not None
+            assert found.col_bias is not None
+            dx += found.x
+            travelling[0] += found.y
+            travelling[1] += found.col_bias
+            dscale += found.scale
+        travelling = _received(_pass_on(agreed, travelling))
+        if waiting is not None:
+            block = _received(waiting)
+    dy, dcol_bias = (t[: len(y)] for t in travelling)
+    return Gradients(dx.to(x.dtype), dy.to(y.dtype), dscale, dcol_bias)
+
+
+def _padded(values: Tensor, size: int, fill: float) -> Tensor:
+    rest = values.shape[1:]
+    return torch.cat((values, values.new_full((size - len(values), *rest), fill)))
+
+
+def _block(agreed: Agreed, spec: StatsSpec, y: Tensor) -> tuple[list[Tensor], int]:
+    """What of the columns goes round: features, bias, and ids if there are any; and how many rows each has."""
+    size, dtype = max(agreed.cols) + 1, compute_dtype(y.dtype)
+    bias = y.new_zeros(len(y), dtype=dtype) if spec.col_bias is None else spec.col_bias.detach()
+    block = [_padded(y, size, 0.0), _padded(bias, size, -torch.inf)]
+    if spec.col_ids is not None:
+        block.append(_padded(spec.col_ids, size, 0))
+    return block, size
+
+
+def _of_block(agreed: Agreed, spec: StatsSpec, step: int, block: list[Tensor]) -> tuple[Tensor, StatsSpec]:
+    """Which rows have their positive in the block that is here at this step, and its problem."""
+    owner = (agreed.rank - step) % agreed.world
+    assert spec.targets is not None
+    place = spec.targets - sum(agreed.cols[:owner])
+    here = (place >= 0) & (place < agreed.cols[owner])
+    targets = torch.where(here, place, len(block[0]) - 1)
+    ids = None
+    if spec.col_ids is not None:
+        ids = block[2].clone()
+        if spec.row_ids is not None and len(spec.row_ids):  # what pads the block has no row's id
+            ids[agreed.cols[owner] :] = spec.row_ids.max() + 1
+    return here, spec._replace(targets=targets, col_bias=block[1], col_ids=ids, kept_rows=0)
+
+
+def _pass_on(agreed: Agreed, tensors: list[Tensor]) -> tuple[list[Tensor], list[dist.Work]]:
+    """Starts sending to the next process and receiving from the one before."""
+    received = [torch.empty_like(t) for t in tensors]
+    if agreed.world == 1:
+        return tensors, []
+    group, world, rank = agreed.group, agreed.world, agreed.rank
+    after, before = (_global_rank(group, (rank + step) % world) for step in (1, -1))
+    operations = [
+        operation
+        for ours, theirs in zip(tensors, received, strict=True)
+        for operation in (
+            dist.P2POp(dist.isend, ours.contiguous(), after, group),
+            dist.P2POp(dist.irecv, theirs, before, group),
+        )
+    ]
+    return received, dist.batch_isend_irecv(operations)
+
+
+def _received(passing: tuple[list[Tensor], list[dist.Work]]) -> list[Tensor]:
+    received, works = passing
+    for work in works:
+        work.wait()
+    return received
+
+
+def _global_rank(group: dist.ProcessGroup | None, rank: int) -> int:
+    return rank if group is None else dist.get_global_rank(group, rank)

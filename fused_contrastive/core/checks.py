@@ -121,15 +121,15 @@ def boolean(name: str, value: object) -> None:
         raise TypeError(f"{name}: got {value!r}, expected True or False")
 
 
-def tokens(name: str, value: object) -> None:
-    """A non-empty (items, tokens, D) floating tensor."""
-    _floating(name, value, 3, "(items, tokens, D)", "every size >= 1")
+def tokens(name: str, value: object, empty: bool = False) -> None:
+    """An (items, tokens, D) floating tensor, not empty, or with ``empty`` perhaps without items."""
+    _floating(name, value, 3, "(items, tokens, D)", "every size >= 1", empty)
 
 
-def token_pair(x_name: str, x: Tensor, y_name: str, y: Tensor) -> None:
+def token_pair(x_name: str, x: Tensor, y_name: str, y: Tensor, empty: bool = False) -> None:
     """Two sets of tokens that can be multiplied."""
-    tokens(x_name, x)
-    tokens(y_name, y)
+    tokens(x_name, x, empty)
+    tokens(y_name, y, empty)
     same_device(y_name, y, x_name, x)
     if x.dtype != y.dtype:
         raise TypeError(f"{y_name}: got dtype {y.dtype}, expected {x.dtype}, the dtype of {x_name}")

@@ -107,13 +107,11 @@ class Call:
         """
         if self.agreed is not None:
             return self.agreed
-        differentiable = torch.is_grad_enabled() and any(
-            isinstance(t, Tensor) and t.requires_grad for t in (x, y, *inputs)
-        )
+        needs = [torch.is_grad_enabled() and isinstance(t, Tensor) and t.requires_grad for t in (x, y, *inputs)]
         said = {
             "D": x.shape[-1],
             "dtype": str(x.dtype),
-            "requires_grad": differentiable,
+            "requires_grad": needs,
             "exchange": self.batch.exchange,
             "gradients": self.batch.gradients,
             "targets": "given" if targets is not None else None,
@@ -146,7 +144,7 @@ class Call:
         for r, row in enumerate(headers):
             if row[6] < 0 or row[7] >= columns:
                 raise ValueError(f"targets: rank {r} has values from {row[6]} to {row[7]}, expected 0 to {columns - 1}")
-        self.agreed = Agreed(self.batch, rank, rows, cols, every_key, differentiable, ring)
+        self.agreed = Agreed(self.batch, rank, rows, cols, every_key, any(needs), ring)
         return self.agreed
 
     def fail(self, error: Exception) -> None:

@@ -47,7 +47,7 @@ def merge_log_sums(partial: Tensor, exact: bool, group: Group) -> Tensor:
     The reference that is subtracted before exp may be any number near the maximum, so float32 serves; ``exact`` sends
     the sums in the statistics' dtype, for float64 features.
     """
-    reference = partial.float()
+    reference = partial.to(torch.float32, copy=True)
     dist.all_reduce(reference, dist.ReduceOp.MAX, group=group)
     limit = torch.finfo(torch.float32).max
     reference = reference.clamp(-limit, limit).to(partial.dtype)

@@ -96,6 +96,7 @@ class ClipLoss(nn.Module):
         reduction: Reduction = "mean",
         memory_budget: int | Literal["auto"] = "auto",
         backend: str = "auto",
+        group: Group = None,
     ) -> None:
         super().__init__()
         checks.one_of("reduction", reduction, REDUCTIONS)
@@ -105,6 +106,7 @@ class ClipLoss(nn.Module):
         self.reduction = reduction
         self.memory_budget = memory_budget
         self.backend = backend
+        self.group = group
 
     def forward(self, image_features: Tensor, text_features: Tensor, logit_scale: float | Tensor) -> Tensor:
         """(N, D), (N, D), scalar -> loss; see ``clip_loss``."""
@@ -117,6 +119,7 @@ class ClipLoss(nn.Module):
             reduction=self.reduction,
             memory_budget=self.memory_budget,
             backend=self.backend,
+            group=self.group,
         )
 
     def extra_repr(self) -> str:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from fused_contrastive.core import checks
 from fused_contrastive.core.reduction import REDUCTIONS, Reduction
+from fused_contrastive.core.spec import compute_dtype
+from fused_contrastive.distributed.agreement import Agreed, Group, agree, collective
+from fused_contrastive.distributed.collectives import gather_rows, gathered, merged
 from fused_contrastive.losses import terms
 from fused_contrastive.ops.cross_entropy import cross_entropy
 from fused_contrastive.ops.max_sim import max_sim
@@ -17,6 +21,7 @@ COMPAT = (None, "x_clip")
 DIRECTIONS: dict[str, Literal["x", "y", "both"]] = {"image": "x", "text": "y", "both": "both"}
 
 
+@collective
 def filip_loss(
     image_tokens: Tensor,
     text_tokens: Tensor,
@@ -30,6 +35,7 @@ def filip_loss(
     reduction: Reduction = "mean",
     memory_budget: int | Literal["auto"] = "auto",
     backend: str = "auto",
+    group: Group = None,
 ) -> Tensor:
     """The CLIP loss on scores of tokens: each finds its best match, and the mean over an item's tokens is its score.
 
@@ -52,6 +58,8 @@ def filip_loss(
         direction: "image" for the loss of images against texts alone, "text" for that of texts against images.
         reduction: "mean", "sum" or "none" ((N,), the mean of a pair's two directions).
         memory_budget, backend: see ``max_sim``.
+        group: see ``contrastive_stats``. The loss is that of the whole batch; each process gathers the texts' tokens
+            and stores its own rows of the scores.
 
     Returns:
         A scalar, or (N,) with ``reduction="none"``; float32 (float64 for float64 features).
@@ -60,7 +68,7 @@ def filip_loss(
         TypeError, ValueError: naming the argument, what came and what was expected.
     """
     image_tokens, text_tokens = autocast(image_tokens), autocast(text_tokens)
-    checks.token_pair("image_tokens", image_tokens, "text_tokens", text_tokens)
+    checks.token_pair("image_tokens", image_tokens, "text_tokens", text_tokens, group is not None)
     checks.same_rows("image_tokens", image_tokens, "text_tokens", text_tokens)
     checks.scalar("logit_scale", logit_scale)
     checks.boolean("decoupled", decoupled)
@@ -73,21 +81,62 @@ def filip_loss(
     ):
         if mask is not None:
             checks.token_mask(name, mask, of_name, of)
-    scores = max_sim(
+    options = {"decoupled": decoupled, "compat": compat, "direction": direction, "reduction": reduction}
+    agreed = agree(group, "filip_loss", image_tokens, text_tokens, options, logit_scale)
+    if agreed is not None:
+        text_tokens, text_mask = _gathered_tokens(agreed, text_tokens, text_mask)
+    scores = _scores(
         image_tokens, text_tokens, image_mask, text_mask, reduction="mean", direction=DIRECTIONS[direction],
         memory_budget=memory_budget, backend=backend,
     )  # fmt: skip
     parts = scores if direction == "both" else (scores,)
-    losses = []
+    losses: list[Tensor] = []
     for name, part in zip(("image", "text") if direction == "both" else (direction,), parts, strict=True):
-        of_rows = part.T if name == "text" or compat == "x_clip" else part
-        pos, row = terms.dense_stats(logit_scale * of_rows)
-        losses.append(
-            cross_entropy(
-                pos.double(), row.double(), dtype=part.dtype, decoupled=decoupled, reduction=reduction, backend=backend
-            )
-        )
+        by_columns = name == "text" or compat == "x_clip"
+        if agreed is None:
+            pos, row = terms.dense_stats(logit_scale * (part.T if by_columns else part))
+        else:
+            pos, row = _global_stats(agreed, logit_scale * part, by_columns)
+        each = cross_entropy(
+            pos.double(), row.double(), dtype=part.dtype, decoupled=decoupled,
+            reduction=reduction if agreed is None else "none", backend=backend,
+        )  # fmt: skip
+        losses.append(each if agreed is None else agreed.reduce(each, reduction))
     return losses[0] if len(losses) == 1 else (losses[0] + losses[1]) / 2
+
+
+def _scores(image_tokens: Tensor, text_tokens: Tensor, *masks: Tensor | None, **options: Any) -> Any:
+    """``max_sim``, of no images too."""
+    if len(image_tokens):
+        return max_sim(image_tokens, text_tokens, *masks, **options)
+    none = image_tokens.sum(dim=(1, 2))[:, None] + text_tokens.sum(dim=(1, 2))[None]  # (0, N), with its graph
+    none = none.to(compute_dtype(none.dtype))
+    return (none, none) if options["direction"] == "both" else none
+
+
+def _gathered_tokens(agreed: Agreed, tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(N, T, D) tokens of all processes and their mask, padded to the longest process's T."""
+    n, length, d = tokens.shape
+    lengths = gather_rows(torch.tensor([length], device=tokens.device), (1,) * agreed.world, agreed.group)
+    longest = int(lengths.max())
+    mask = tokens.new_ones(n, length, dtype=torch.bool) if mask is None else mask
+    if longest > length:
+        tokens = torch.cat((tokens, tokens.new_zeros(n, longest - length, d)), dim=1)
+        mask = torch.cat((mask, mask.new_zeros(n, longest - length)), dim=1)
+    mask = gather_rows(mask.to(torch.uint8), agreed.cols, agreed.group).bool()
+    return gathered(tokens, agreed.cols, agreed.rank, agreed.group), mask
+
+
+def _global_stats(agreed: Agreed, logits: Tensor, by_columns: bool) -> tuple[Tensor, Tensor]:
+    """(m, N) logits of this process's rows -> pos and denominators (m,) of its rows, or of its columns."""
+    m = len(logits)
+    rows = torch.arange(m, device=logits.device)
+    own = torch.zeros_like(logits, dtype=torch.bool)
+    own[rows, agreed.first_col + rows] = True
+    pos, rest = logits[own], logits.masked_fill(own, -torch.inf)
+    if not by_columns:
+        return pos, rest.logsumexp(dim=1)
+    return pos, merged(rest.logsumexp(dim=0), logits.dtype == torch.float64, agreed.group)[agreed.own_cols]
 
 
 class FilipLoss(nn.Module):
@@ -101,6 +150,7 @@ class FilipLoss(nn.Module):
         reduction: Reduction = "mean",
         memory_budget: int | Literal["auto"] = "auto",
         backend: str = "auto",
+        group: Group = None,
     ) -> None:
         super().__init__()
         checks.one_of("compat", compat, COMPAT)  # type: ignore[arg-type]
@@ -110,6 +160,7 @@ class FilipLoss(nn.Module):
         self.reduction: Reduction = reduction
         self.memory_budget: int | Literal["auto"] = memory_budget
         self.backend = backend
+        self.group = group
 
     def forward(
         self,
@@ -123,7 +174,7 @@ class FilipLoss(nn.Module):
         return filip_loss(
             image_tokens, text_tokens, logit_scale, image_mask=image_mask, text_mask=text_mask,
             decoupled=self.decoupled, compat=self.compat, reduction=self.reduction,
-            memory_budget=self.memory_budget, backend=self.backend,
+            memory_budget=self.memory_budget, backend=self.backend, group=self.group,
         )  # fmt: skip
 
     def extra_repr(self) -> str:

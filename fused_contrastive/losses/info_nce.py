@@ -213,6 +213,7 @@ class InfoNCELoss(nn.Module):
         normalize: bool = False,
         memory_budget: int | Literal["auto"] = "auto",
         backend: str = "auto",
+        group: Group = None,
     ) -> None:
         super().__init__()
         terms.scale_of(temperature, None, 0.07)
@@ -227,6 +228,7 @@ class InfoNCELoss(nn.Module):
         self.normalize = normalize
         self.memory_budget: int | Literal["auto"] = memory_budget
         self.backend = backend
+        self.group = group
 
     def forward(
         self,
@@ -247,7 +249,7 @@ class InfoNCELoss(nn.Module):
             targets=targets, negatives=negatives, col_bias=col_bias, row_ids=row_ids, col_ids=col_ids,
             symmetric=self.symmetric, decoupled=self.decoupled, margin=self.margin,
             label_smoothing=self.label_smoothing, weight=weight, reduction=self.reduction, normalize=self.normalize,
-            memory_budget=self.memory_budget, backend=self.backend,
+            memory_budget=self.memory_budget, backend=self.backend, group=self.group,
         )  # fmt: skip
 
     def extra_repr(self) -> str:

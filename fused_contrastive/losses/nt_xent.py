@@ -104,6 +104,7 @@ class NTXentLoss(nn.Module):
         normalize: bool = True,
         memory_budget: int | Literal["auto"] = "auto",
         backend: str = "auto",
+        group: Group = None,
     ) -> None:
         super().__init__()
         terms.scale_of(temperature, None, 0.5)
@@ -114,12 +115,13 @@ class NTXentLoss(nn.Module):
         self.normalize = normalize
         self.memory_budget: int | Literal["auto"] = memory_budget
         self.backend = backend
+        self.group = group
 
     def forward(self, z1: Tensor, z2: Tensor, *views: Tensor) -> Tensor:
         """(N, D) for each view -> loss; see ``nt_xent_loss``."""
         return nt_xent_loss(
             z1, z2, self.temperature, views=views, decoupled=self.decoupled, reduction=self.reduction,
-            normalize=self.normalize, memory_budget=self.memory_budget, backend=self.backend,
+            normalize=self.normalize, memory_budget=self.memory_budget, backend=self.backend, group=self.group,
         )  # fmt: skip
 
     def extra_repr(self) -> str:

@@ -87,12 +87,14 @@ class SigLipLoss(nn.Module):
         reduction: Reduction = "mean",
         memory_budget: int | Literal["auto"] = "auto",
         backend: str = "auto",
+        group: Group = None,
     ) -> None:
         super().__init__()
         terms.check_module(reduction, memory_budget, backend)
         self.reduction: Reduction = reduction
         self.memory_budget: int | Literal["auto"] = memory_budget
         self.backend = backend
+        self.group = group
 
     def forward(
         self,
@@ -107,7 +109,7 @@ class SigLipLoss(nn.Module):
         """(N, D), (N, D), scalar, scalar -> loss; see ``siglip_loss``."""
         return siglip_loss(
             image_features, text_features, logit_scale, logit_bias, row_ids=row_ids, col_ids=col_ids,
-            reduction=self.reduction, memory_budget=self.memory_budget, backend=self.backend,
+            reduction=self.reduction, memory_budget=self.memory_budget, backend=self.backend, group=self.group,
         )  # fmt: skip
 
     def extra_repr(self) -> str:

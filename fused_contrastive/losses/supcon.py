@@ -126,6 +126,7 @@ class SupConLoss(nn.Module):
         normalize: bool = False,
         memory_budget: int | Literal["auto"] = "auto",
         backend: str = "auto",
+        group: Group = None,
     ) -> None:
         super().__init__()
         terms.scale_of(temperature, None, 0.1)
@@ -139,12 +140,14 @@ class SupConLoss(nn.Module):
         self.normalize = normalize
         self.memory_budget: int | Literal["auto"] = memory_budget
         self.backend = backend
+        self.group = group
 
     def forward(self, features: Tensor, labels: Tensor) -> Tensor:
         """(N, D) or (N, V, D), (N,) -> loss; see ``supcon_loss``."""
         return supcon_loss(
             features, labels, self.temperature, variant=self.variant, no_positive=self.no_positive,
-            reduction=self.reduction, normalize=self.normalize, memory_budget=self.memory_budget, backend=self.backend,
+            reduction=self.reduction, normalize=self.normalize, memory_budget=self.memory_budget,
+            backend=self.backend, group=self.group,
         )  # fmt: skip
 
     def extra_repr(self) -> str:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fused_contrastive.core import checks
+from fused_contrastive.distributed.agreement import Agreed, Group, agree, collective
 from fused_contrastive.losses.clip import clip_loss
 from fused_contrastive.losses.filip import filip_loss
 from fused_contrastive.losses.info_nce import info_nce_loss
@@ -24,6 +25,7 @@ class _Latents(NamedTuple):
     text_mask: Tensor | None
 
 
+@collective
 def x_clip_loss(
     text_latents: Tensor,
     image_latents: Tensor,
@@ -39,6 +41,7 @@ def x_clip_loss(
     ssl_loss_weight: float = 0.0,
     memory_budget: int | Literal["auto"] = "auto",
     backend: str = "auto",
+    group: Group = None,
 ) -> Tensor:
     """The loss of x-clip 0.14 from the latents its forward makes, stably: its raw exp overflows at logits of 89.
 
@@ -61,7 +64,7 @@ def x_clip_loss(
         sim_reg_loss_weight: counts only for single views without tokens, where x-clip can compute it.
         ssl_loss_weight: the sum of the weights of x-clip's self-supervised losses, which the main loss loses. Those
             losses themselves are the caller's.
-        memory_budget, backend: see ``contrastive_stats``.
+        memory_budget, backend, group: see ``contrastive_stats``. Over a group, the loss is that of the whole batch.
 
     Returns:
         A scalar; float32 (float64 for float64 latents).
@@ -83,23 +86,44 @@ def x_clip_loss(
         checks.non_negative(name, weight)
     if (text_latents_extra is None) != (image_latents_extra is None):
         raise ValueError("text_latents_extra, image_latents_extra: got only one of them, expected both or neither")
-    texts = _views("text_latents", text_latents, use_all_token_embeds)
-    images = _views("image_latents", image_latents, use_all_token_embeds)
+    texts = _views("text_latents", text_latents, use_all_token_embeds, empty=group is not None)
+    images = _views("image_latents", image_latents, use_all_token_embeds, empty=group is not None)
     extra = text_latents_extra is not None and image_latents_extra is not None
-    texts_extra = _views("text_latents_extra", text_latents_extra, use_all_token_embeds, texts) if extra else texts
-    images_extra = _views("image_latents_extra", image_latents_extra, use_all_token_embeds, images) if extra else images
+    texts_extra = (
+        _views("text_latents_extra", text_latents_extra, use_all_token_embeds, texts, group is not None)
+        if extra
+        else texts
+    )
+    images_extra = (
+        _views("image_latents_extra", image_latents_extra, use_all_token_embeds, images, group is not None)
+        if extra
+        else images
+    )
     pair_of = checks.token_pair if use_all_token_embeds else checks.feature_pair
     for suffix, a, b in (("", texts, images), ("_extra", texts_extra, images_extra)):
         names = f"text_latents{suffix}", f"image_latents{suffix}"
-        pair_of(names[0], autocast(a[0]), names[1], autocast(b[0]))
+        pair_of(names[0], autocast(a[0]), names[1], autocast(b[0]), group is not None)
         checks.same_rows(names[0], a[0], names[1], b[0])
     masks = _masks(text_mask, texts, use_all_token_embeds)
+    if sim_reg_loss_weight and (use_all_token_embeds or len(texts) * len(images) > 1):
+        raise ValueError(
+            f"sim_reg_loss_weight: got {sim_reg_loss_weight} with tokens or several views, expected 0 there"
+        )
+    said = {
+        "views": (len(texts), len(images)),
+        "extra": extra,
+        "use_all_token_embeds": use_all_token_embeds,
+        "decoupled_contrastive_learning": decoupled_contrastive_learning,
+        "weights": (multiview_loss_weight, sim_reg_loss_weight, ssl_loss_weight),
+    }
+    agreed = agree(group, "x_clip_loss", images[0], texts[0], said, logit_scale)
 
     def loss_of(latents: _Latents) -> Tensor:
         options: dict[str, Any] = {
             "decoupled": decoupled_contrastive_learning,
             "memory_budget": memory_budget,
             "backend": backend,
+            "group": group,
         }
         return _pair_loss(latents, logit_scale, use_all_token_embeds, extra, options)
 
@@ -113,23 +137,19 @@ def x_clip_loss(
     if others is not None:
         loss = loss + multiview_loss_weight * others
     if sim_reg_loss_weight:
-        if use_all_token_embeds or others is not None:
-            raise ValueError(
-                f"sim_reg_loss_weight: got {sim_reg_loss_weight} with tokens or several views, expected 0 there"
-            )
         pairs = ((texts[0], images[0]), (texts_extra[0], images_extra[0]))
-        regularisation = (_similarity_difference(*pairs[0]) + _similarity_difference(*pairs[1])) / 2
+        regularisation = (_similarity_difference(*pairs[0], agreed) + _similarity_difference(*pairs[1], agreed)) / 2
         loss = loss + sim_reg_loss_weight * regularisation.to(loss.dtype)
     return loss
 
 
-def _views(name: str, latents: object, tokens: bool, like: Tensor | None = None) -> Tensor:
+def _views(name: str, latents: object, tokens: bool, like: Tensor | None = None, empty: bool = False) -> Tensor:
     """(V, N, D) or (V, N, T, D)."""
     expected = "(N, T, D) or (V, N, T, D)" if tokens else "(N, D) or (V, N, D)"
     if not isinstance(latents, Tensor):
         raise TypeError(f"{name}: got {type(latents).__name__}, expected a torch.Tensor of shape {expected}")
     dims = 3 if tokens else 2
-    if latents.dim() not in (dims, dims + 1) or 0 in latents.shape:
+    if latents.dim() not in (dims, dims + 1) or (0 in latents.shape and not empty):
         raise ValueError(f"{name}: got shape {tuple(latents.shape)}, expected {expected}, no size 0")
     views = latents if latents.dim() == dims + 1 else latents[None]
     if like is not None and views.shape[:-1] != like.shape[:-1]:
@@ -166,12 +186,17 @@ def _pair_loss(latents: _Latents, scale: float | Tensor, tokens: bool, extra: bo
     return (to_image + to_text) / 2
 
 
-def _similarity_difference(a: Tensor, b: Tensor) -> Tensor:
+def _similarity_difference(a: Tensor, b: Tensor, agreed: Agreed | None) -> Tensor:
     """Mean over i != j of (a_i . a_j - b_i . b_j)^2, from D x D products: |A A^T - B B^T|^2 = |A^T A|^2 - 2 |A^T B|^2
     + |B^T B|^2, less the diagonal. In float64: what is left after cancelling is small. 0 for a single row.
     """
     a, b = a.double(), b.double()
-    whole = (a.T @ a).square().sum() - 2 * (a.T @ b).square().sum() + (b.T @ b).square().sum()
+    aa, ab, bb, n = a.T @ a, a.T @ b, b.T @ b, len(a)
     diagonal = (a.square().sum(dim=1) - b.square().sum(dim=1)).square().sum()
-    n = len(a)
-    return (whole - diagonal) / max(1, n * (n - 1))
+    if agreed is not None:
+        aa, ab, bb, diagonal = (agreed.sum(t) for t in (aa, ab, bb, diagonal))
+        n = sum(agreed.rows)
+    whole = aa.square().sum() - 2 * ab.square().sum() + bb.square().sum()
+    difference = (whole - diagonal) / max(1, n * (n - 1))
+    # Every process has the whole term, and counts a share of it.
+    return difference if agreed is None else agreed.reduce(difference[None] / agreed.world, "sum")

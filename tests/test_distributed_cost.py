@@ -1,0 +1,91 @@
+"""Counted, not claimed: the products a process makes and the bytes it sends, beside open_clip's way."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing
+import torch.nn.functional as F
+from spread import start
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import fused_contrastive as fc
+from traffic import SentBytes, as_open_clip
+
+WORLD, N, D = 4, 64, 32
+BLOCK = 2 * N * (WORLD * N) * D  # flops of one process's block of S
+
+
+def work(rank: int, folder: str) -> None:
+    start(rank, WORLD, folder)
+    torch.manual_seed(rank)
+    leaves = [F.normalize(torch.randn(N, D), dim=1).requires_grad_() for _ in range(2)]
+    leaves.append(torch.tensor(20.0, requires_grad=True))
+
+    def ours(exchange: str):  # type: ignore[no-untyped-def]
+        group = fc.GlobalBatch(exchange=exchange)
+        return lambda x, y, s: fc.clip_loss(x, y, s, group=group, memory_budget=0, backend="reference")
+
+    found = {}
+    for name, loss in {"open_clip": as_open_clip, "gather": ours("gather"), "ring": ours("ring")}.items():
+        with SentBytes() as sent, FlopCounterMode(display=False) as forward:
+            value = loss(*leaves)
+        with sent_again(sent), FlopCounterMode(display=False) as backward:
+            gradients = torch.autograd.grad(value, leaves)
+        found[name] = (forward.get_total_flops(), backward.get_total_flops(), sent.total, value, gradients)
+    torch.save(found, f"{folder}/{rank}.pt")
+
+
+class sent_again:  # noqa: N801
+    """Goes on counting."""
+
+    def __init__(self, counter: SentBytes) -> None:
+        self.counter = counter
+
+    def __enter__(self) -> None:
+        self.before = self.counter.total
+        self.counter.__enter__()
+
+    def __exit__(self, *_: object) -> None:
+        self.counter.__exit__()
+        self.counter.total += self.before
+
+
+@pytest.fixture(scope="module")
+def counted() -> list[dict]:
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.spawn(work, (folder,), nprocs=WORLD)
+        return [torch.load(f"{folder}/{rank}.pt") for rank in range(WORLD)]
+
+
+def test_products(counted: list[dict]) -> None:
+    """One block forward, where open_clip makes two; backward the block again and two products of its size, not four."""
+    for of_rank in counted:
+        forward, backward, *_ = of_rank["gather"]
+        assert forward == BLOCK
+        assert backward == 3 * BLOCK
+        forward, backward, *_ = of_rank["open_clip"]
+        assert forward == 2 * BLOCK
+        assert backward == 4 * BLOCK
+        forward, backward, *_ = of_rank["ring"]
+        padded = BLOCK * (N + 1) / N  # a row of each block is nobody's
+        assert forward == padded
+        assert backward == 3 * padded
+
+
+def test_bytes(counted: list[dict]) -> None:
+    for of_rank in counted:
+        theirs = of_rank["open_clip"][2]
+        assert theirs == 4 * 4 * N * D * (WORLD - 1)  # two matrices there, their gradients back, float32
+        assert of_rank["gather"][2] <= 0.55 * theirs
+
+
+def test_same_gradients(counted: list[dict]) -> None:
+    for of_rank in counted:
+        for name in ("gather", "ring"):
+            torch.testing.assert_close(of_rank[name][4][:2], of_rank["open_clip"][4][:2], rtol=1e-4, atol=1e-6)

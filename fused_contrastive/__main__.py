@@ -1,4 +1,4 @@
-"""The command line: ``python -m fused_contrastive verify | temperature | info``."""
+"""The command line: ``python -m fused_contrastive verify | temperature | plan | info``."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from rich.console import Console
 
 from fused_contrastive import info
 from fused_contrastive.core import checks
+from fused_contrastive.distributed import plan, show_plan
 from fused_contrastive.evaluation import temperature
 from fused_contrastive.ops import dispatch
 from fused_contrastive.verify import run
@@ -40,7 +41,29 @@ def _parser() -> argparse.ArgumentParser:
     picture = sweep.add_mutually_exclusive_group()
     picture.add_argument("--out", type=Path, default=Path("temperature.png"), help="picture (default %(default)s)")
     picture.add_argument("--no-picture", action="store_true", help="the table alone, which needs no matplotlib")
+    planned = commands.add_parser("plan", help="what a batch over many GPUs costs each of them, by a model")
+    planned.add_argument(
+        "--batch", nargs="+", type=count, required=True, metavar="N", help="rows of all processes together"
+    )
+    planned.add_argument("--dim", type=count, required=True, metavar="D", help="features")
+    planned.add_argument("--world", nargs="+", type=count, required=True, metavar="W", help="processes, one GPU each")
+    planned.add_argument("--bytes", type=int, choices=(2, 4), default=2, help="of a feature (default %(default)s)")
+    planned.add_argument(
+        "--tflops", type=positive, default=600.0, help="of half-precision products (default %(default)s)"
+    )
+    planned.add_argument(
+        "--gbytes", type=positive, default=40.0, help="a second that a GPU sends (default %(default)s)"
+    )
+    planned.add_argument("--memory", type=positive, default=20.0, help="GB left for the loss (default %(default)s)")
+    planned.add_argument("--markdown", action="store_true", help="a table for a page")
     return parser
+
+
+def count(text: str) -> int:
+    """An integer of at least 1, or argparse's error that names the option."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"got {text}, expected an integer of at least 1")
+    return int(text)
 
 
 def positive(text: str) -> float:
@@ -74,6 +97,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.command == "info":
         info.show(console)
         return 0
+    if options.command == "plan":
+        machine = plan.Machine(1e12 * options.tflops, 1e9 * options.gbytes, 1e9 * options.memory)
+        return show_plan.run(
+            options.batch, options.world, options.dim, options.bytes, machine, options.markdown, console
+        )
     if options.command == "temperature":
         return _temperature(options, console)
     try:

@@ -164,3 +164,17 @@ def test_verify_bad_features(array: np.ndarray, tmp_path: Path, capsys: pytest.C
 
 def test_verify_missing_file(tmp_path: Path) -> None:
     assert main(["verify", "--features", str(tmp_path / "a.npy"), str(tmp_path / "b.npy")]) == 2
+
+
+def test_plan(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--batch", "1048576", "--dim", "768", "--world", "256", "--markdown"]) == 0
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| 1,048,576")]
+    figures = {row[2]: row for row in rows}
+    assert set(figures) == {"gather", "ring", "open_clip", "inf-cl, ring"}
+    assert "fastest of ours" in figures["gather"][7]
+    assert "does not fit" in figures["open_clip"][7]
+    assert float(figures["gather"][4]) < 0.55 * float(figures["open_clip"][4])
+    assert main(["plan", "--batch", "4194304", "--dim", "768", "--world", "8", "--memory", "0.1"]) == 1
+    assert "fits with neither" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["plan", "--batch", "0", "--dim", "768", "--world", "8"])

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import fused_contrastive as fc
+from fused_contrastive.distributed import plan
 from traffic import SentBytes, as_open_clip
 
 WORLD, N, D = 4, 64, 32
@@ -89,3 +90,13 @@ def test_same_gradients(counted: list[dict]) -> None:
     for of_rank in counted:
         for name in ("gather", "ring"):
             torch.testing.assert_close(of_rank[name][4][:2], of_rank["open_clip"][4][:2], rtol=1e-4, atol=1e-6)
+
+
+def test_the_plan_counts_the_same(counted: list[dict]) -> None:
+    """The model's bytes of each strategy, against those of a real step; a header and the reported loss apart."""
+    machine = plan.Machine(flops=1e12, bandwidth=1e9, memory=1e9)
+    planned = {cost.strategy: cost for cost in plan.costs(WORLD * N, D, WORLD, 4, machine)}
+    for name in ("gather", "ring", "open_clip"):
+        assert counted[0][name][2] == pytest.approx(planned[name].sent, rel=0.03), name
+        blocks = sum(counted[0][name][:2]) / BLOCK
+        assert planned[name].flops == pytest.approx(blocks * BLOCK, rel=0.02)

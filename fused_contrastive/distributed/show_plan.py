@@ -1,0 +1,55 @@
+"""``python -m fused_contrastive plan``: the model's figures as a table, and which strategy it would take."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from fused_contrastive.distributed.plan import Cost, Machine, choose, costs
+
+COLUMNS = ("batch", "GPUs", "strategy", "PFLOP", "sent, GB", "memory, GB", "ms", "")
+
+
+def run(
+    batches: Sequence[int], worlds: Sequence[int], dim: int, itemsize: int, machine: Machine, markdown: bool,
+    console: Console,
+) -> int:  # fmt: skip
+    """Prints a row per strategy, for every batch on every number of GPUs. 1 if none of ours fits somewhere, else 0."""
+    head = (
+        f"per GPU, forward + backward, D = {dim}, {itemsize} bytes a feature; taken for granted: "
+        f"{machine.flops / 1e12:g} TFLOP/s, {machine.bandwidth / 1e9:g} GB/s sent, {machine.memory / 1e9:g} GB free"
+    )
+    rows, short = [], False
+    for batch in batches:
+        for world in worlds:
+            found = costs(batch, dim, world, itemsize, machine)
+            best = choose(found)
+            short |= best is None
+            for cost in found:
+                remark = "" if cost.fits else "does not fit"
+                rows.append(
+                    (f"{batch:,}", f"{world:,}", *_figures(cost), "fastest of ours" if cost is best else remark)
+                )
+    if markdown:
+        console.print(head + "\n", markup=False, soft_wrap=True)
+        for row in (COLUMNS, ("---:", "---:", "---", *("---:",) * 4, "---"), *rows):
+            console.print("| " + " | ".join(row) + " |", markup=False, soft_wrap=True)
+        return int(short)
+    table = Table(title=head)
+    for k, column in enumerate(COLUMNS):
+        table.add_column(column, justify="left" if k in (2, 7) else "right")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+    if short:
+        console.print("some batch fits with neither gather nor ring: use more GPUs", style="red")
+    return int(short)
+
+
+def _figures(cost: Cost) -> tuple[str, ...]:
+    return (
+        cost.strategy, f"{cost.flops / 1e15:.3g}", f"{cost.sent / 1e9:.3g}", f"{cost.memory / 1e9:.3g}",
+        f"{1e3 * cost.seconds:.3g}",
+    )  # fmt: skip

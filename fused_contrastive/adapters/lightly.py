@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fused_contrastive.adapters.patching import Patch
 from fused_contrastive.core.spec import compute_dtype
+from fused_contrastive.distributed.batch import GlobalBatch
 from fused_contrastive.losses.terms import normalized, pair_logit
 from fused_contrastive.ops.cross_entropy import cross_entropy
 from fused_contrastive.ops.stats import autocast, contrastive_stats, self_stats
@@ -82,22 +83,11 @@ def _both_views(
     out0: Tensor, out1: Tensor, scale: float, gathers: bool, options: dict[str, Any]
 ) -> tuple[Tensor, Tensor]:
     """pos and row (2N,): each feature of both views against all others, the positive apart."""
-    n = len(out0)
-    own = torch.arange(n, device=out0.device)
-    if not gathers:
-        sample = own.repeat(2)
-        row = self_stats(torch.cat((out0, out1)), scale, ids=sample, **options)
-        return pair_logit(scale, out0, out1).to(row.dtype).repeat(2), row
-    all0, all1 = torch.cat(dist.gather(out0), 0), torch.cat(dist.gather(out1), 0)
-    first = own + dist.rank() * n
-    second = first + len(all0)
-    stats = contrastive_stats(
-        torch.cat((out0, out1)), torch.cat((all0, all1)), scale, targets=torch.cat((second, first)),
-        row_ids=torch.cat((first, second)), col_ids=torch.arange(2 * len(all0), device=out0.device),
-        directions=["row"], **options,
-    )  # fmt: skip
-    assert stats.row is not None
-    return stats.pos, stats.row
+    n, group = len(out0), GlobalBatch(exchange="gather", gradients="sum") if gathers else None
+    first = dist.rank() * n if gathers else 0  # the library takes as many rows in every process
+    sample = torch.arange(first, first + n, device=out0.device).repeat(2)
+    row = self_stats(torch.cat((out0, out1)), scale, ids=sample, group=group, **options)
+    return pair_logit(scale, out0, out1).to(row.dtype).repeat(2), row
 
 
 def patch_lightly() -> Patch:

@@ -12,11 +12,13 @@ from torch.utils.checkpoint import checkpoint
 
 from fused_contrastive.adapters.patching import Patch
 from fused_contrastive.core.spec import compute_dtype
+from fused_contrastive.distributed.batch import GlobalBatch
 from fused_contrastive.losses.clip import clip_loss
 from fused_contrastive.losses.info_nce import info_nce_loss
+from fused_contrastive.losses.siglip import siglip_loss
 from fused_contrastive.losses.terms import pair_logit
 from fused_contrastive.ops.cross_entropy import cross_entropy
-from fused_contrastive.ops.stats import autocast, contrastive_stats, log_add, sigmoid_stats
+from fused_contrastive.ops.stats import autocast, contrastive_stats, log_add
 
 TEACHER_LOGITS = 1 << 24  # of the teacher's logits, this many at a time where torch has no streaming attention kernel
 
@@ -25,8 +27,9 @@ class ClipLoss(library.ClipLoss):
     """open_clip's ClipLoss without the logits.
 
     Constructor and call as there: (N, D) features, ``logit_scale`` already exponentiated (0-d, or of shape (1,) as
-    FSDP2 keeps it). ``local_loss`` and ``gather_with_grad`` gather as there, through its own function. The loss is
-    float32 (float64) whatever the features; a ``logit_bias`` cancels in the softmax and gets a gradient of 0.
+    FSDP2 keeps it). Over processes, ``local_loss`` and ``gather_with_grad`` give value and gradients as there, of the
+    scale after DDP's mean. The loss is float32 (float64) whatever the features; a ``logit_bias`` cancels in the softmax
+    and gets a gradient of 0.
 
     Raises:
         NotImplementedError: ``use_horovod``.
@@ -49,19 +52,42 @@ class ClipLoss(library.ClipLoss):
         output_dict: bool = False,
     ) -> Tensor | dict[str, Tensor]:
         """(N, D), (N, D), scalar -> the mean of both directions' cross-entropies."""
-        images, texts = self._gathered(image_features, text_features)
         scale, options = _scalar(logit_scale), {"memory_budget": self.memory_budget, "backend": self.backend}
-        own = self._own_rows(image_features)
-        if own is None:
-            total = clip_loss(images, texts, scale, **options)  # type: ignore[arg-type]
+        if self.world_size > 1:
+            total = self._over_processes(image_features, text_features, scale, options)
         else:
-            total = (
-                info_nce_loss(image_features, texts, logit_scale=scale, targets=own, **options)  # type: ignore[arg-type]
-                + info_nce_loss(text_features, images, logit_scale=scale, targets=own, **options)  # type: ignore[arg-type]
-            ) / 2
+            total = clip_loss(image_features, text_features, scale, **options)  # type: ignore[arg-type]
         if isinstance(logit_bias, Tensor) and logit_bias.requires_grad:
             total = total + 0 * logit_bias.sum()
         return {"contrastive_loss": total} if output_dict else total
+
+    def _over_processes(
+        self, image_features: Tensor, text_features: Tensor, scale: float | Tensor, options: dict[str, Any]
+    ) -> Tensor:
+        """What each flag means there, gradients included, with one block of the logits where it means the whole batch.
+
+        local_loss  gather_with_grad   value          features' gradient, in units of the whole batch's mean loss
+        False       False              whole batch    1: after DDP's mean, 1 / world
+        False       True               whole batch    world: after DDP's mean, exact
+        True        True               own rows       world: after DDP's mean, exact
+        True        False              own rows       of the own features as rows alone
+        """
+        if self.local_loss and not self.gather_with_grad:
+            images, texts = self._gathered(image_features, text_features)
+            own = self._own_rows(image_features)
+            return (
+                info_nce_loss(image_features, texts, logit_scale=scale, targets=own, **options)
+                + info_nce_loss(text_features, images, logit_scale=scale, targets=own, **options)
+            ) / 2
+        if self.local_loss:
+            losses = clip_loss(
+                image_features, text_features, scale, reduction="none", group=GlobalBatch(gradients="sum"), **options
+            )
+            return losses.mean()
+        if not self.gather_with_grad and isinstance(scale, Tensor):  # every process has the whole of its gradient there
+            scale = scale.detach() + self.world_size * (scale - scale.detach())
+        group = GlobalBatch(gradients="mean" if self.gather_with_grad else "sum")
+        return clip_loss(image_features, text_features, scale, group=group, **options)
 
     def _gathered(self, image_features: Tensor, text_features: Tensor) -> tuple[Tensor, Tensor]:
         if self.world_size == 1:
@@ -133,31 +159,31 @@ class DistillClipLoss(ClipLoss):
 
 
 class SigLipLoss(library.SigLipLoss):
-    """open_clip's SigLipLoss without the logits, with every ``dist_impl`` of the library."""
+    """open_clip's SigLipLoss without the logits; over processes, value and gradients as there.
+
+    ``dist_impl`` "bidir" and "shift" pass the texts round, "reduce" and "gather" gather them.
+    """
 
     backend = "auto"
     memory_budget: int | Literal["auto"] = "auto"
 
-    def _loss(
+    def forward(
         self,
         image_features: Tensor,
         text_features: Tensor,
         logit_scale: float | Tensor,
-        logit_bias: float | Tensor | None = None,
-        negative_only: bool = False,
-    ) -> Tensor:
-        """One block of pairs: (n, D) images and (n, D) texts, this process's own or, ``negative_only``, another's."""
-        images, texts = autocast(image_features), autocast(text_features)
-        dtype = compute_dtype(images.dtype)
-        bias = torch.zeros((), dtype=dtype, device=images.device)
-        if logit_bias is not None:
-            bias = (bias + _scalar(logit_bias)).to(dtype)
-        pos, row = sigmoid_stats(
-            images, texts, _scalar(logit_scale), col_bias=bias.expand(len(texts)),
-            memory_budget=self.memory_budget, backend=self.backend,
-        )  # fmt: skip
-        own = torch.logaddexp(pos if negative_only else -pos, torch.zeros_like(pos))
-        return ((row + own).sum() / len(images)).to(dtype)
+        logit_bias: float | Tensor | None,
+        output_dict: bool = False,
+    ) -> Tensor | dict[str, Tensor]:
+        """(N, D), (N, D), scalars -> the sum over all pairs with this process's images, per image."""
+        options: dict[str, Any] = {"memory_budget": self.memory_budget, "backend": self.backend}
+        if self.world_size > 1:  # neighbours' exchange passes texts round, the others gather
+            exchange: Any = "ring" if self.dist_impl in ("bidir", "shift") else "gather"
+            options["group"] = GlobalBatch(exchange=exchange, gradients="sum")
+        bias = None if logit_bias is None else _scalar(logit_bias)
+        losses = siglip_loss(image_features, text_features, _scalar(logit_scale), bias, reduction="none", **options)
+        loss = losses.mean()
+        return {"contrastive_loss": loss} if output_dict else loss
 
 
 def _scalar(value: float | Tensor) -> float | Tensor:

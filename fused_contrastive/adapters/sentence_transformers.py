@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fused_contrastive.adapters.patching import Patch
 from fused_contrastive.core.spec import compute_dtype
+from fused_contrastive.distributed.batch import GlobalBatch
 from fused_contrastive.losses.terms import normalized, pair_logit
 from fused_contrastive.ops.cross_entropy import cross_entropy
 from fused_contrastive.ops.max_sim import max_sim
@@ -70,86 +71,80 @@ class MultipleNegativesRankingLoss(losses.MultipleNegativesRankingLoss):
 
 
 class _Batch:
-    """Embeddings of all processes and this process's rows, for the four blocks of scores.
+    """This process's embeddings, for the four blocks of scores, against those of all processes where they are gathered.
 
     Every block's denominator leaves out the positive, which the caller adds.
     """
 
     def __init__(self, embeddings: list[Tensor], loss: MultipleNegativesRankingLoss) -> None:
         prepare = normalized if loss.similarity_fct is util.cos_sim else _same
-        queries, *docs = (prepare(autocast(e)) for e in embeddings)
-        count, offset = len(queries), 0
-        if loss.gather_across_devices:
-            queries, *docs = (util.all_gather_with_grad(e) for e in (queries, *docs))
-            offset = util.get_rank() * count
-        self.gathered = len(queries) != count
-        self.queries, self.docs = queries, docs  # (W, D), W the queries of all processes
-        self.documents = torch.cat(docs) if len(docs) > 1 else docs[0]  # column by column, as in the library
-        self.own = torch.arange(offset, offset + count, device=queries.device)
-        self.query_of_column = torch.arange(len(queries), device=queries.device).repeat(len(docs))
-        self.own_queries = queries[self.own] if self.gathered else queries
-        self.own_docs = docs[0][self.own] if self.gathered else docs[0]
+        self.queries, *self.docs = (prepare(autocast(e)) for e in embeddings)  # (B, D) each
+        self.documents = torch.cat(self.docs) if len(self.docs) > 1 else self.docs[0]  # column by column
+        count, gathers = len(self.queries), loss.gather_across_devices
+        first = util.get_rank() * count if gathers else 0  # the library takes as many queries in every process
+        self.query = torch.arange(first, first + count, device=self.queries.device)
+        self.query_of_document = self.query.repeat(len(self.docs))
+        self.positives = self.query + (len(self.docs) - 1) * first  # columns of the positives: rank by rank
         self.scale = loss.scale
         self.strength = loss.hardness_strength if loss.hardness_mode else 0.0
         self.mode = loss.hardness_mode if self.strength else None
         self.both = "doc_to_query" in loss.directions
-        self.options: dict[str, Any] = {"memory_budget": loss.memory_budget, "backend": loss.backend}
+        group = GlobalBatch(exchange="gather", gradients="sum") if gathers and util.get_world_size() > 1 else None
+        self.options: dict[str, Any] = {
+            "memory_budget": loss.memory_budget, "backend": loss.backend, "group": group,
+        }  # fmt: skip
 
     def query_to_doc(self) -> tuple[Tensor, dict[str, Tensor]]:
         """The positives' logits and the denominators of this block, and of doc_to_query where it comes with it."""
-        x, y = self.own_queries, self.documents
+        x, y = self.queries, self.documents
         if self.mode is None or (self.mode == "hard_negatives" and len(self.docs) == 1):
-            both = self.both and not self.gathered
             pos, row, col = contrastive_stats(
-                x, y, self.scale, targets=self.own, directions=["row", "col"] if both else ["row"], **self.options
-            )
+                x, y, self.scale, targets=self.positives, directions=["row", "col"] if self.both else ["row"],
+                **self.options,
+            )  # fmt: skip
             assert row is not None
             found = {"query_to_doc": row}
             if col is not None:
-                found["doc_to_query"] = col[: len(self.queries)]
+                found["doc_to_query"] = col[: len(x)]
             return pos, found
         # Hardness adds strength * stop_gradient(cosine) to some negatives' logits: their scale is larger than that of
         # their gradients. The query's own documents, of another scale than the others, are a few pairs of their own.
-        in_batch = self._scaled(x, y, self.mode != "hard_negatives")
-        pos = pair_logit(self.scale, x, self.own_docs).to(in_batch.dtype)
+        in_batch = self._of_other_queries(x, y, self.mode != "hard_negatives")
+        pos = pair_logit(self.scale, x, self.docs[0]).to(in_batch.dtype)
         if len(self.docs) > 1:
-            hard = torch.stack([pair_logit(self.scale, x, doc[self.own]) for doc in self.docs[1:]])
+            hard = torch.stack([pair_logit(self.scale, x, doc) for doc in self.docs[1:]])
             if self.mode != "in_batch_negatives":
                 hard = hard + self.strength / self.scale * hard.detach()
             in_batch = log_add(in_batch, hard.to(in_batch.dtype).logsumexp(dim=0))
         return pos, {"query_to_doc": in_batch}
 
-    def _scaled(self, x: Tensor, y: Tensor, harder: bool) -> Tensor:
+    def _of_other_queries(self, x: Tensor, y: Tensor, harder: bool) -> Tensor:
         """Denominator over the documents of other queries."""
         scale = self.scale
         if harder:
             scale = scale + self.strength
             x, y = (_scale_gradient(t, self.scale / scale) for t in (x, y))
         stats = contrastive_stats(
-            x, y, scale, targets=self.own, row_ids=self.own, col_ids=self.query_of_column, directions=["row"],
-            **self.options,
+            x, y, scale, targets=self.positives, row_ids=self.query, col_ids=self.query_of_document,
+            directions=["row"], **self.options,
         )  # fmt: skip
         assert stats.row is not None
         return stats.row
 
     def query_to_query(self) -> Tensor:
-        return self._row(self.own_queries, self.queries)
+        return self_stats(self.queries, self.scale, **self.options)
 
     def doc_to_query(self, known: Tensor | None) -> Tensor:
-        return self._row(self.own_docs, self.queries) if known is None else known
+        if known is not None:
+            return known
+        stats = contrastive_stats(self.docs[0], self.queries, self.scale, directions=["row"], **self.options)
+        assert stats.row is not None
+        return stats.row
 
     def doc_to_doc(self) -> Tensor:
         if len(self.docs) == 1:
-            return self._row(self.own_docs, self.documents)
-        return self._scaled(self.own_docs, self.documents, False)
-
-    def _row(self, x: Tensor, y: Tensor) -> Tensor:
-        """Denominator over all rows of y but the row's own."""
-        if x is y:
-            return self_stats(x, self.scale, **self.options)
-        row = contrastive_stats(x, y, self.scale, targets=self.own, directions=["row"], **self.options).row
-        assert row is not None
-        return row
+            return self_stats(self.documents, self.scale, **self.options)
+        return self._of_other_queries(self.docs[0], self.documents, False)
 
 
 def _same(x: Tensor) -> Tensor:

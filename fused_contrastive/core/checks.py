@@ -63,13 +63,16 @@ def scalar(name: str, value: object) -> None:
 
 def vector(name: str, value: object, length: int, x: Tensor, *, of: str, integer: bool) -> None:
     """A (length,) tensor of int64, or of a floating dtype."""
-    expected = f"{'an int64' if integer else 'a floating'} tensor of shape ({length},), {of}"
+
+    def expected() -> str:  # only where it is raised: what formats a size makes a constant of it when traced
+        return f"{'an int64' if integer else 'a floating'} tensor of shape ({length},), {of}"
+
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: got {type(value).__name__}, expected {expected}")
+        raise TypeError(f"{name}: got {type(value).__name__}, expected {expected()}")
     if value.dtype != torch.int64 if integer else not value.is_floating_point():
-        raise TypeError(f"{name}: got dtype {value.dtype}, expected {expected}")
+        raise TypeError(f"{name}: got dtype {value.dtype}, expected {expected()}")
     if value.dim() != 1 or value.shape[0] != length:
-        raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected {expected}")
+        raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected {expected()}")
     same_device(name, value, "x", x)
 
 
@@ -139,16 +142,18 @@ def token_pair(x_name: str, x: Tensor, y_name: str, y: Tensor, empty: bool = Fal
 
 def token_mask(name: str, value: object, of_name: str, of: Tensor) -> None:
     """A bool tensor with an entry for every token."""
-    shape = tuple(of.shape[:2])
-    expected = f"a bool tensor of shape {shape}, True for a real token of {of_name}"
+
+    def expected() -> str:
+        return f"a bool tensor of shape {tuple(of.shape[:2])}, True for a real token of {of_name}"
+
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: got {type(value).__name__}, expected {expected}")
+        raise TypeError(f"{name}: got {type(value).__name__}, expected {expected()}")
     if value.dtype != torch.bool:
-        raise TypeError(f"{name}: got dtype {value.dtype}, expected {expected}")
+        raise TypeError(f"{name}: got dtype {value.dtype}, expected {expected()}")
     if value.layout != torch.strided:
         raise TypeError(f"{name}: got layout {value.layout}, expected a dense tensor")
-    if tuple(value.shape) != shape:
-        raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected {expected}")
+    if value.dim() != 2 or value.shape[0] != of.shape[0] or value.shape[1] != of.shape[1]:
+        raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected {expected()}")
     same_device(name, value, of_name, of)
 
 

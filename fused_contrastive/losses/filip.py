@@ -107,7 +107,7 @@ def filip_loss(
 
 def _scores(image_tokens: Tensor, text_tokens: Tensor, *masks: Tensor | None, **options: Any) -> Any:
     """``max_sim``, of no images too."""
-    if len(image_tokens):
+    if image_tokens.shape[0]:
         return max_sim(image_tokens, text_tokens, *masks, **options)
     none = image_tokens.sum(dim=(1, 2))[:, None] + text_tokens.sum(dim=(1, 2))[None]  # (0, N), with its graph
     none = none.to(compute_dtype(none.dtype))
@@ -129,7 +129,7 @@ def _gathered_tokens(agreed: Agreed, tokens: Tensor, mask: Tensor | None) -> tup
 
 def _global_stats(agreed: Agreed, logits: Tensor, by_columns: bool) -> tuple[Tensor, Tensor]:
     """(m, N) logits of this process's rows -> pos and denominators (m,) of its rows, or of its columns."""
-    m = len(logits)
+    m = logits.shape[0]
     rows = torch.arange(m, device=logits.device)
     own = torch.zeros_like(logits, dtype=torch.bool)
     own[rows, agreed.first_col + rows] = True

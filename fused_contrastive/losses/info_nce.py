@@ -90,17 +90,17 @@ def info_nce_loss(
                 "targets: got a tensor with symmetric=True, expected None: key i is the positive of query i"
             )
         checks.same_rows("query", query, "key", key)
-    elif targets is None and group is None and len(query) > len(key):
-        raise ValueError(f"targets: got None for {len(query)} queries and {len(key)} keys, expected targets")
+    elif targets is None and group is None and query.shape[0] > key.shape[0]:
+        raise ValueError(f"targets: got None for {query.shape[0]} queries and {key.shape[0]} keys, expected targets")
     elif targets is not None and (negatives is not None or group is not None):
         # The primitive's own check would take negatives for keys.
-        checks.vector("targets", targets, len(query), query, of="one key per query", integer=True)
+        checks.vector("targets", targets, query.shape[0], query, of="one key per query", integer=True)
         if group is None and is_plain(targets):
-            checks.target_range(targets, len(key))
+            checks.target_range(targets, key.shape[0])
     if label_smoothing and row_ids is not None:
         raise ValueError("label_smoothing: got it together with row_ids, expected 0: excluded pairs cannot be targets")
     if weight is not None:
-        checks.vector("weight", weight, len(query), query, of="one per query", integer=False)
+        checks.vector("weight", weight, query.shape[0], query, of="one per query", integer=False)
     if negatives is not None:
         negatives = _checked_negatives(autocast(negatives), query, group is not None)
     if normalize:
@@ -121,7 +121,7 @@ def info_nce_loss(
             "weight": weight is not None,
         }  # fmt: skip
         agreed = agree(
-            group, "info_nce_loss", query, columns, said, scale, negatives, col_bias, targets=targets, keys=len(key)
+            group, "info_nce_loss", query, columns, said, scale, negatives, col_bias, targets=targets, keys=key.shape[0]
         )
         assert agreed is not None
         targets = agreed.columns_of(targets, query.device)
@@ -136,7 +136,7 @@ def info_nce_loss(
     if own_logits is not None:
         row = log_add(row, own_logits.to(row.dtype).logsumexp(dim=1))
     pos = pos - margin if margin else pos
-    normalisers = (row,) if col is None else (row, col[: len(key)])
+    normalisers = (row,) if col is None else (row, col[: key.shape[0]])
     plain = not label_smoothing and weight is None and agreed is None
     losses = cross_entropy(
         pos, *normalisers, dtype=dtype if plain else pos.dtype, decoupled=decoupled,
@@ -147,9 +147,9 @@ def info_nce_loss(
     if label_smoothing:
         mean = _mean_over_columns(scale, query, columns, col_bias, own_logits, margin, agreed)
         if symmetric:
-            queries = len(query) if agreed is None else sum(agreed.rows)
+            queries = query.shape[0] if agreed is None else sum(agreed.rows)
             of_keys = terms.mean_logit(scale, key, query, agreed, queries) - margin / queries
-            mean = (mean + (of_keys if col_bias is None else of_keys + col_bias[: len(key)])) / 2
+            mean = (mean + (of_keys if col_bias is None else of_keys + col_bias[: key.shape[0]])) / 2
         losses = losses + label_smoothing * (pos - mean)
     return terms.reduce_weighted(losses, weight, reduction, agreed).to(dtype)
 
@@ -159,7 +159,7 @@ def _mean_over_columns(
     margin: float, agreed: Agreed | None,
 ) -> Tensor:  # fmt: skip
     """(M,) mean of each query's logits."""
-    count = len(columns) if agreed is None else sum(agreed.cols)
+    count = columns.shape[0] if agreed is None else sum(agreed.cols)
     shared = terms.mean_logit(scale, query, columns, agreed, count)
     if col_bias is not None:
         shared = shared + (col_bias.mean() if agreed is None else agreed.sum(col_bias.sum()) / count)
@@ -171,19 +171,18 @@ def _mean_over_columns(
 
 def _checked_negatives(negatives: object, query: Tensor, empty: bool) -> Tensor:
     m, d = query.shape
-    expected = f"a tensor of shape (K, {d}) or ({m}, K, {d})"
+
+    def expected() -> str:  # only where it is raised: what formats a size makes a constant of it when traced
+        return f"a tensor of shape (K, {d}) or ({m}, K, {d})"
+
     if not isinstance(negatives, Tensor):
-        raise TypeError(f"negatives: got {type(negatives).__name__}, expected {expected}")
+        raise TypeError(f"negatives: got {type(negatives).__name__}, expected {expected()}")
     if negatives.dtype != query.dtype:
         raise TypeError(f"negatives: got dtype {negatives.dtype}, expected {query.dtype}, the dtype of query")
-    shape = tuple(negatives.shape)
-    if (
-        negatives.dim() not in (2, 3)
-        or shape[-1] != d
-        or 0 in shape[1 if empty else 0 :]
-        or (negatives.dim() == 3 and shape[0] != m)
-    ):
-        raise ValueError(f"negatives: got shape {shape}, expected {expected}")
+    shape = negatives.shape
+    right = negatives.dim() in (2, 3) and shape[-1] == d and (negatives.dim() == 2 or shape[0] == m)
+    if not right or 0 in shape[1 if empty else 0 :]:
+        raise ValueError(f"negatives: got shape {tuple(shape)}, expected {expected()}")
     checks.same_device("negatives", negatives, "query", query)
     return negatives
 

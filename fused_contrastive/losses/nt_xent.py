@@ -69,7 +69,7 @@ def nt_xent_loss(
     checks.one_of("reduction", reduction, REDUCTIONS)
     scale = terms.scale_of(temperature, None, 0.5)
 
-    n, count = len(z1), len(everything)
+    n, count = z1.shape[0], len(everything)
     z = torch.cat(everything)
     if normalize:
         z = terms.normalized(z)

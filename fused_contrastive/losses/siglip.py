@@ -66,7 +66,7 @@ def siglip_loss(
             logit_bias = logit_bias.to(image_features.device)
         dtype = compute_dtype(image_features.dtype)
         zero = image_features.new_zeros((), dtype=dtype)
-        bias = (zero + logit_bias).to(dtype).expand(len(text_features))
+        bias = (zero + logit_bias).to(dtype).expand(text_features.shape[0])
     given = {"reduction": reduction, "ids": row_ids is not None, "bias": bias is not None}
     agreed = agree(group, "siglip_loss", image_features, text_features, given, logit_scale, bias)
     pos, row = sigmoid_stats(
@@ -74,7 +74,7 @@ def siglip_loss(
         memory_budget=memory_budget, backend=backend, group=group,
     )  # fmt: skip
     # softplus(-pos), as softplus(0 - pos).
-    own = cross_entropy(pos, pos.new_zeros(len(pos)), dtype=pos.dtype, reduction="none", backend=backend)
+    own = cross_entropy(pos, pos.new_zeros(pos.shape[0]), dtype=pos.dtype, reduction="none", backend=backend)
     return terms.reduce_weighted(row + own, None, reduction, agreed).to(compute_dtype(image_features.dtype))
 
 

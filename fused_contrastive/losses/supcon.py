@@ -69,7 +69,7 @@ def supcon_loss(
     else:
         count = 1
         checks.features("features", features, group is not None)
-    checks.vector("labels", labels, len(features), features, of="one per sample", integer=True)
+    checks.vector("labels", labels, features.shape[0], features, of="one per sample", integer=True)
     checks.one_of("variant", variant, VARIANTS)
     checks.one_of("no_positive", no_positive, NO_POSITIVE)
     checks.one_of("reduction", reduction, REDUCTIONS)
@@ -92,7 +92,7 @@ def supcon_loss(
     if variant == "out":
         row = self_stats(z, scale, **options)  # type: ignore[arg-type]
         wide = z.to(dtype)
-        sums = wide.new_zeros(len(codes), wide.shape[1]).index_put((code,), wide, accumulate=True)
+        sums = wide.new_zeros(codes.shape[0], wide.shape[1]).index_put((code,), wide, accumulate=True)
         sums = sums if agreed is None else agreed.sum(sums)
         positives = terms.pair_logit(scale, wide, sums[code] - wide) / shared.clamp_min(1)
         losses = row.masked_fill(~has, 0) - positives.masked_fill(~has, 0)

@@ -78,5 +78,5 @@ def reduce_weighted(
 
 def dense_stats(logits: Tensor) -> tuple[Tensor, Tensor]:
     """(N, N) logits with the positives on the diagonal -> pos (N,), and row (N,), log sum exp of the others."""
-    own = torch.eye(len(logits), dtype=torch.bool, device=logits.device)
+    own = torch.eye(logits.shape[0], dtype=torch.bool, device=logits.device)
     return logits.diagonal(), logits.masked_fill(own, -torch.inf).logsumexp(dim=1)

@@ -191,7 +191,7 @@ def _similarity_difference(a: Tensor, b: Tensor, agreed: Agreed | None) -> Tenso
     + |B^T B|^2, less the diagonal. In float64: what is left after cancelling is small. 0 for a single row.
     """
     a, b = a.double(), b.double()
-    aa, ab, bb, n = a.T @ a, a.T @ b, b.T @ b, len(a)
+    aa, ab, bb, n = a.T @ a, a.T @ b, b.T @ b, a.shape[0]
     diagonal = (a.square().sum(dim=1) - b.square().sum(dim=1)).square().sum()
     if agreed is not None:
         aa, ab, bb, diagonal = (agreed.sum(t) for t in (aa, ab, bb, diagonal))

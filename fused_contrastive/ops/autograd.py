@@ -69,7 +69,7 @@ class _Eager(torch.autograd.Function):
 
 def stats_forward(x: Tensor, *rest: Any, differentiable: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The operator: through torch.ops where something traces or intercepts, else directly."""
-    if not is_plain(x):
+    if not all(is_plain(t) for t in (x, *rest) if isinstance(t, Tensor)):
         return torch.ops.fused_contrastive.stats_forward(x, *rest)  # type: ignore[no-any-return]
     return _Eager.apply(x, *rest) if differentiable else schema.stats_forward(x, *rest)  # type: ignore[no-untyped-call]
 

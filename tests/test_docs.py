@@ -23,6 +23,10 @@ def test_recipes() -> None:
     assert run_page("docs/adapters/recipes.md") >= 8
 
 
+def test_distributed() -> None:
+    assert run_page("docs/distributed.md") >= 1
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_links(page: str) -> None:
     for link in re.findall(r"\]\(([^)#]+)[^)]*\)", (ROOT / page).read_text()):

@@ -5,7 +5,8 @@
 
 Model, optimiser and data are those of emoji_clip.py; the model is wrapped in DistributedDataParallel, and the loss gets
 ``group=``: that is all that changes. DDP averages the processes' gradients, and the average is the gradient of the loss
-of the whole batch. The first process trains a second copy alone on the whole batches; exits with 1 if the curves part.
+of the whole batch. The first process trains a second copy alone on the whole batches; exits with 1 if the curves part,
+or if nothing is learned.
 """
 
 from __future__ import annotations
@@ -63,7 +64,8 @@ def work(options: argparse.Namespace) -> None:
         for step in (0, options.steps // 2, options.steps - 1):
             print(f"step {step + 1:3}: {world} processes {losses[step]:.6f}, one {expected[step]:.6f}")
         print(f"largest relative difference over {options.steps} steps: {difference:.1e} (at most 1e-03)")
-        if difference > 1e-3 or losses[-1] > losses[0] / 2:
+        learned = losses[-1] < losses[0] / 2
+        if difference > 1e-3 or not (learned or options.any_loss):
             raise SystemExit(1)
 
 
@@ -82,6 +84,7 @@ def main() -> None:
     )
     parser.add_argument("--exchange", choices=["auto", "gather", "ring"], default="auto")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--any-loss", action="store_true", help="do not ask that the loss halves")
     options = parser.parse_args()
     if "TORCHELASTIC_RUN_ID" in os.environ:  # started by torchrun
         dist.init_process_group("gloo")

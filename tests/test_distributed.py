@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import tempfile
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.multiprocessing
 from seeds import SEED
 from spread import SPLITS, evaluate, put_together, start
 
+import fused_contrastive as fc
 from fused_contrastive.testing import family
 
 EXCHANGES = ("gather", "ring")
 
 
-def all_cases(seed: int) -> list[tuple[family.FamilyCase, str, str]]:
-    """Every loss and option, with dtype, split and exchange taking turns so that each pair of them is met."""
+def all_cases(seed: int, world: int) -> list[tuple[family.FamilyCase, str, str]]:
+    """Every loss and option, with dtype, split and exchange taking turns so that each pair of them is met.
+
+    Two processes meet them all, more of them every second or third.
+    """
     cases = []
     dtypes = (torch.float32, torch.float64, torch.bfloat16)
     for k, (loss, option) in enumerate(family.OPTIONS):
@@ -24,13 +33,13 @@ def all_cases(seed: int) -> list[tuple[family.FamilyCase, str, str]]:
             for i, split in enumerate(SPLITS):
                 sizes = family.Sizes(13, 16, dtypes[(k + i + j) % 3], (1.0, 14.3, 100.0)[(k + i) % 3])
                 cases.append((family.FamilyCase(loss, option, sizes, seed + k), split, exchange))
-    return cases
+    return cases[seed % (world - 1) :: world - 1]
 
 
 def work(rank: int, world: int, folder: str, seed: int) -> None:
     start(rank, world, folder)
     results = []
-    for case, split, exchange in all_cases(seed):
+    for case, split, exchange in all_cases(seed, world):
         try:
             results.append(evaluate(case, split, rank, world, exchange))
         except Exception as error:
@@ -43,7 +52,43 @@ def test_whole_batch(world: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.spawn(work, (world, folder, SEED), nprocs=world)
         of_ranks = [torch.load(f"{folder}/{rank}.pt") for rank in range(world)]
-    for (case, split, exchange), *parts in zip(all_cases(SEED), *of_ranks, strict=True):
+    for (case, split, exchange), *parts in zip(all_cases(SEED, world), *of_ranks, strict=True):
         results = put_together(case, parts)
         for deviation in family.deviations(case, "cpp", torch.device("cpu"), results):
             assert deviation.share <= 1, f"{world} processes, {split}, {exchange}, {case}: {deviation}"
+
+
+def in_sub_groups(rank: int, folder: str) -> None:
+    """Ranks 0 and 2 have one batch, 1 and 3 another, as in hybrid sharding."""
+    start(rank, 4, folder)
+    groups = [dist.new_group([k, k + 2]) for k in (0, 1)]
+    own = rank % 2
+    torch.manual_seed(own)
+    x, y = torch.randn(8, 4), torch.randn(8, 4)
+    mine = slice(0, 4) if rank < 2 else slice(4, 8)
+    losses = [
+        fc.clip_loss(x[mine], y[mine], 5.0, group=group).item()
+        for group in (groups[own], *(fc.GlobalBatch(groups[own], exchange=exchange) for exchange in EXCHANGES))
+    ]
+    torch.save((losses, fc.clip_loss(x, y, 5.0).item()), f"{folder}/{rank}.pt")
+
+
+def test_sub_groups() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.spawn(in_sub_groups, (folder,), nprocs=4)
+        results = [torch.load(f"{folder}/{rank}.pt") for rank in range(4)]
+    for losses, expected in results:
+        assert losses == pytest.approx([expected] * 3, rel=1e-6)
+    assert results[0][1] != results[1][1]
+
+
+def test_torchrun() -> None:
+    """The demo's training in the processes that torchrun starts: each step's loss as in one process."""
+    pytest.importorskip("emoji")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    example = str(Path(__file__).parents[1] / "examples/emoji_processes.py")
+    options = ["--batch", "301", "--steps", "4", "--any-loss"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run([*command, example, *options], capture_output=True, text=True, timeout=120, env=environment)
+    assert result.returncode == 0, result.stderr
+    assert "2 processes" in result.stdout

@@ -14,6 +14,8 @@ from fused_contrastive.losses.x_clip import x_clip_loss
 from fused_contrastive.ops.max_sim import MaxSimScores, max_sim
 from fused_contrastive.ops.ranking import Ranking, rank, target_ranks
 from fused_contrastive.ops.stats import ContrastiveStats, SigmoidStats, contrastive_stats, self_stats, sigmoid_stats
+from fused_contrastive.verification.compare import Verification, verify
+from fused_contrastive.verification.watch import verify_against_reference
 
 __version__ = "0.1.0"
 
@@ -30,6 +32,7 @@ __all__ = [
     "SigLipLoss",
     "SigmoidStats",
     "SupConLoss",
+    "Verification",
     "clip_loss",
     "contrastive_stats",
     "diagnose",
@@ -45,6 +48,8 @@ __all__ = [
     "sigmoid_stats",
     "supcon_loss",
     "target_ranks",
+    "verify",
+    "verify_against_reference",
     "x_clip_loss",
     "zero_shot",
 ]

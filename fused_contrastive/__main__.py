@@ -15,7 +15,7 @@ from fused_contrastive.core import checks
 from fused_contrastive.distributed import plan, show_plan
 from fused_contrastive.evaluation import temperature
 from fused_contrastive.ops import dispatch
-from fused_contrastive.verify import run
+from fused_contrastive.verification import run
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -11,7 +11,7 @@ import torch
 
 from fused_contrastive.__main__ import main
 from fused_contrastive.backends import cpp
-from fused_contrastive.verify import run
+from fused_contrastive.verification import run
 
 
 @pytest.fixture(autouse=True)

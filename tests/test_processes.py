@@ -50,7 +50,7 @@ def test_every_vector_level_keeps_the_budget(level: str, seed: int) -> None:
     code = f"""
 from fused_contrastive.backends import cpp
 from fused_contrastive.testing import cases, family
-from fused_contrastive.verify.run import Report, check, check_family, target
+from fused_contrastive.verification.run import Report, check, check_family, target
 assert cpp.vector_level() == {level!r}
 report, here = Report(), target("cpu", ["cpp"])
 check(((case, case.inputs()) for case in cases.sample(150, {seed})), here, report)

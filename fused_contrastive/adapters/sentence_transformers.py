@@ -237,18 +237,26 @@ def _fused_scorer(similarity_fct: Any) -> Any:
     )
 
 
-class MultiVectorMultipleNegativesRankingLoss(multi_vector.MultiVectorMultipleNegativesRankingLoss):
+class _MaxSimLoss:
+    """What both multi-vector losses share. Mixed in before the library's class."""
+
+    def __init__(self, model: Any, *, similarity_fct: Any = None, **options: Any) -> None:
+        super().__init__(model, similarity_fct=_fused_scorer(similarity_fct), **options)  # type: ignore[call-arg]
+        self._scorer_name = util.similarity_fct_name(similarity_fct or colbert_scores)
+
+    def get_config_dict(self) -> dict[str, Any]:
+        """For model cards: by the name of the library's scorer."""
+        return {**super().get_config_dict(), "similarity_fct": self._scorer_name}  # type: ignore[misc]
+
+
+class MultiVectorMultipleNegativesRankingLoss(_MaxSimLoss, multi_vector.MultiVectorMultipleNegativesRankingLoss):
     """sentence-transformers' MultiVectorMultipleNegativesRankingLoss, its scores by ``max_sim``."""
 
-    def __init__(self, model: Any, *, similarity_fct: Any = None, **options: Any) -> None:
-        super().__init__(model, similarity_fct=_fused_scorer(similarity_fct), **options)
 
-
-class CachedMultiVectorMultipleNegativesRankingLoss(multi_vector.CachedMultiVectorMultipleNegativesRankingLoss):
+class CachedMultiVectorMultipleNegativesRankingLoss(
+    _MaxSimLoss, multi_vector.CachedMultiVectorMultipleNegativesRankingLoss
+):
     """sentence-transformers' CachedMultiVectorMultipleNegativesRankingLoss, its scores by ``max_sim``."""
-
-    def __init__(self, model: Any, *, similarity_fct: Any = None, **options: Any) -> None:
-        super().__init__(model, similarity_fct=_fused_scorer(similarity_fct), **options)
 
 
 class GISTEmbedLoss(losses.GISTEmbedLoss):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_contrastive.core import checks
+from fused_contrastive.core.observing import observed
 from fused_contrastive.core.reduction import REDUCTIONS, Reduction
 from fused_contrastive.core.spec import compute_dtype
 from fused_contrastive.distributed.agreement import Agreed, Group, agree, collective
@@ -21,6 +22,7 @@ COMPAT = (None, "x_clip")
 DIRECTIONS: dict[str, Literal["x", "y", "both"]] = {"image": "x", "text": "y", "both": "both"}
 
 
+@observed
 @collective
 def filip_loss(
     image_tokens: Tensor,

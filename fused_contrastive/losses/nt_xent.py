@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_contrastive.core import checks
+from fused_contrastive.core.observing import observed
 from fused_contrastive.core.reduction import REDUCTIONS, Reduction
 from fused_contrastive.core.spec import compute_dtype
 from fused_contrastive.distributed.agreement import Group, agree, collective
@@ -17,6 +18,7 @@ from fused_contrastive.ops.cross_entropy import cross_entropy
 from fused_contrastive.ops.stats import autocast, log_add, self_stats
 
 
+@observed
 @collective
 def nt_xent_loss(
     z1: Tensor,

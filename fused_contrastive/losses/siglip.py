@@ -7,6 +7,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from fused_contrastive.core import checks
+from fused_contrastive.core.observing import observed
 from fused_contrastive.core.reduction import REDUCTIONS, Reduction
 from fused_contrastive.core.spec import compute_dtype
 from fused_contrastive.distributed.agreement import Group, agree, collective
@@ -15,6 +16,7 @@ from fused_contrastive.ops.cross_entropy import cross_entropy
 from fused_contrastive.ops.stats import autocast, sigmoid_stats
 
 
+@observed
 @collective
 def siglip_loss(
     image_features: Tensor,

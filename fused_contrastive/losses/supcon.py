@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_contrastive.core import checks
+from fused_contrastive.core.observing import observed
 from fused_contrastive.core.reduction import REDUCTIONS, Reduction
 from fused_contrastive.core.spec import compute_dtype
 from fused_contrastive.distributed.agreement import Group, agree, collective
@@ -20,6 +21,7 @@ VARIANTS = ("out", "in")
 NO_POSITIVE = ("skip", "zero", "nan")
 
 
+@observed
 @collective
 def supcon_loss(
     features: Tensor,

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fused_contrastive.core import checks
+from fused_contrastive.core.observing import observed
 from fused_contrastive.distributed.agreement import Agreed, Group, agree, collective
 from fused_contrastive.losses.clip import clip_loss
 from fused_contrastive.losses.filip import filip_loss
@@ -25,6 +26,7 @@ class _Latents(NamedTuple):
     text_mask: Tensor | None
 
 
+@observed
 @collective
 def x_clip_loss(
     text_latents: Tensor,

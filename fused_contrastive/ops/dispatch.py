@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 from fused_contrastive.backends import cpp, reference, triton
@@ -17,9 +20,34 @@ def available() -> dict[str, Backend]:
     return {name: backend for name, backend in BACKENDS.items() if backend.unavailable() is None}
 
 
+class Forced:
+    """Within ``using``: the backend that every call gets, and how many calls there were."""
+
+    def __init__(self, backend: str) -> None:
+        self.backend, self.calls = backend, 0
+
+
+_forced: list[Forced] = []
+
+
+@contextmanager
+def using(backend: str) -> Iterator[Forced]:
+    """Every call in this block, whatever backend it names, takes this one. For verification; not for threads."""
+    checks.one_of("backend", backend, tuple(BACKENDS))
+    forced = Forced(backend)
+    _forced.append(forced)
+    try:
+        yield forced
+    finally:
+        _forced.remove(forced)
+
+
 def resolve(name: str, device: torch.device, dtype: torch.dtype) -> str:
     """The backend that ``name`` ("auto" included) means for features of ``dtype`` on ``device``."""
     checks.one_of("backend", name, ("auto", *BACKENDS))
+    if _forced:
+        _forced[-1].calls += 1
+        name = _forced[-1].backend
     chosen = name
     if name == "auto":
         chosen = _AUTO.get(device.type, "reference")

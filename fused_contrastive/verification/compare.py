@@ -1,0 +1,116 @@
+"""A loss and its gradients against the reference backend in float64, on whatever tensors it is given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_contrastive.ops import dispatch
+from fused_contrastive.testing.budget import Deviation, difference
+
+ROUNDINGS = 32  # allowed, in eps of the largest element, beside twice the reference's own error in the same dtype
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was found: of the value and each gradient, the error and what is allowed."""
+
+    deviations: tuple[Deviation, ...]
+
+    @property
+    def held(self) -> bool:
+        """Whether every error is within what is allowed."""
+        return all(deviation.share <= 1 for deviation in self.deviations)
+
+    @property
+    def worst(self) -> Deviation:
+        return max(self.deviations, key=lambda deviation: deviation.share)
+
+    def __str__(self) -> str:
+        lines = [
+            f"{d.quantity:>24}: off by {d.error:.2e}, {d.allowed:.2e} allowed{'' if d.share <= 1 else '  BREACH'}"
+            for d in self.deviations
+        ]
+        return "\n".join(lines)
+
+
+def compare(function: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]) -> Verification:
+    """Calls ``function`` three times on copies: as it is, with the reference in the same dtype, and in float64.
+
+    Allowed is twice the second's error against the third and ``ROUNDINGS`` eps of the largest element. The function's
+    result is a tensor, or a tuple or dict of them; gradients are those of the sum of all its elements.
+
+    Raises:
+        ValueError: the function calls none of this package's losses, or gives nothing to compare.
+    """
+    ours, dtype = _evaluate(function, args, options, None)
+    with dispatch.using("reference") as forced:
+        plain, _ = _evaluate(function, args, options, None)
+        exact, _ = _evaluate(function, args, options, torch.float64)
+    if not forced.calls:
+        raise ValueError(
+            f"loss_fn: {function!r} calls none of fused_contrastive's losses, so there is nothing to verify"
+        )
+    eps = torch.finfo(dtype).eps
+    deviations = []
+    for name, value in ours.items():
+        theirs = difference(plain[name], exact[name])
+        largest = exact[name].abs().max().item() if exact[name].numel() else 0.0
+        error = difference(value, exact[name]) if value.numel() else 0.0
+        if exact[name].isnan().any() and torch.equal(value.isnan(), exact[name].isnan()):
+            error = theirs = 0.0  # NaN where NaN is right
+        deviations.append(Deviation(name, error, theirs, 2 * theirs + ROUNDINGS * eps * largest))
+    return Verification(tuple(deviations))
+
+
+def _evaluate(
+    function: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any], dtype: torch.dtype | None
+) -> tuple[dict[str, Tensor], torch.dtype]:
+    """Value and gradients in float64, by name; and the dtype of the first features."""
+    leaves: dict[str, Tensor] = {}
+    found: list[torch.dtype] = []
+
+    def copied(name: str, value: Any) -> Any:
+        if isinstance(value, Tensor) and value.is_floating_point():
+            found.append(value.dtype)
+            copy = value.detach().to(dtype or value.dtype, copy=True).requires_grad_()
+            leaves[name] = copy
+            return copy
+        if isinstance(value, (tuple, list)):
+            return type(value)(copied(f"{name}[{k}]", each) for k, each in enumerate(value))
+        return value
+
+    new_args = [copied(f"argument {k}", value) for k, value in enumerate(args)]
+    new_options = {name: copied(name, value) for name, value in options.items()}
+    with torch.enable_grad():
+        result = function(*new_args, **new_options)
+    values = list(result.values()) if isinstance(result, dict) else result
+    tensors = [t for t in (values if isinstance(values, (tuple, list)) else [values]) if isinstance(t, Tensor)]
+    if not tensors or not leaves:
+        raise ValueError(f"loss_fn: got {type(result).__name__} from {function!r}, expected a tensor of tensors")
+    objective = torch.stack([t.double().sum() for t in tensors]).sum()
+    results = {"value" if len(tensors) == 1 else f"value {k}": t.detach().double() for k, t in enumerate(tensors)}
+    if objective.requires_grad:
+        gradients = torch.autograd.grad(objective, list(leaves.values()), allow_unused=True)
+        for (name, leaf), gradient in zip(leaves.items(), gradients, strict=True):
+            results[f"gradient of {name}"] = (torch.zeros_like(leaf) if gradient is None else gradient).double()
+    return results, found[0]
+
+
+def verify(loss_fn: Callable[..., Any], *inputs: Any, **options: Any) -> Verification:
+    """Holds a loss of your own making to the reference, on tensors of your own.
+
+    ``loss_fn(*inputs, **options)`` is any function or module that calls this package's losses, an adapter's included:
+    its value and its gradients of all floating tensors are compared with those that plain PyTorch gives in float64.
+
+    Returns:
+        A ``Verification``: ``held``, ``worst``, and one line per value and gradient when printed.
+
+    Raises:
+        ValueError: loss_fn calls none of this package's losses, or returns no tensor.
+    """
+    return compare(loss_fn, inputs, options)

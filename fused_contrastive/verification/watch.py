@@ -1,0 +1,102 @@
+"""Verification in a training loop: now and then, a step's loss is computed again by the reference."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+import torch
+
+from fused_contrastive.core import checks, observing
+from fused_contrastive.verification.compare import Verification, compare
+
+ON_BREACH = ("warn", "raise")
+
+
+class verify_against_reference(AbstractContextManager["verify_against_reference"]):  # noqa: N801
+    """In this block, every so many calls of this package's losses are checked on their live tensors.
+
+    ::
+
+        with fused_contrastive.verify_against_reference(every=100) as check:
+            train()
+        print(check)
+
+    A checked call computes the loss and its gradients of detached copies three more times: with the same backend, with
+    the reference, and with the reference in float64. The training's own graph and random state are left alone.
+
+    Args:
+        every: the first call is checked, and each ``every``-th after it.
+        on_breach: "warn" or "raise" where an error is larger than allowed.
+        save: a folder in which a failing call's tensors are kept, with a script that repeats it.
+
+    Attributes:
+        calls, checked: how many calls there were, and how many of them were checked.
+        worst: the ``Verification`` that used the largest share of what is allowed, or None.
+    """
+
+    def __init__(self, every: int = 100, on_breach: Literal["warn", "raise"] = "warn", save: str | None = None) -> None:
+        checks.at_least_1("every", every)
+        checks.one_of("on_breach", on_breach, ON_BREACH)
+        self.every, self.on_breach, self.save = every, on_breach, save
+        self.calls = self.checked = self.breaches = 0
+        self.worst: Verification | None = None
+
+    def __enter__(self) -> verify_against_reference:
+        self._observer = self._observe
+        observing.add(self._observer)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        observing.remove(self._observer)
+
+    def __str__(self) -> str:
+        if self.worst is None:
+            return f"{self.calls} calls, none checked"
+        share = self.worst.worst.share
+        return (
+            f"{self.calls} calls, {self.checked} checked, {self.breaches} breaches; at worst {share:.2f} of what is "
+            f"allowed, by the {self.worst.worst.quantity}"
+        )
+
+    def _observe(self, function: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        result = function(*args, **options)
+        self.calls += 1
+        if (self.calls - 1) % self.every == 0:
+            self._check(function, args, options)
+        return result
+
+    def _check(self, function: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]) -> None:
+        found = compare(function, args, options)
+        self.checked += 1
+        if self.worst is None or found.worst.share > self.worst.worst.share:
+            self.worst = found
+        if found.held:
+            return
+        self.breaches += 1
+        message = f"{function.__name__}, call {self.calls}, is not what the reference computes:\n{found}"
+        if self.save is not None:
+            message += f"\nto repeat: python {self._saved(function, args, options)}"
+        if self.on_breach == "raise":
+            raise RuntimeError(message)
+        warnings.warn(message, stacklevel=4)
+
+    def _saved(self, function: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]) -> Path:
+        folder = Path(str(self.save))
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = folder / f"call_{self.calls}.pt"
+        kept = {name: value for name, value in options.items() if name != "group"}
+        torch.save((args, kept), tensors)
+        script = folder / f"call_{self.calls}.py"
+        script.write_text(
+            f"import torch\nimport fused_contrastive\n\n"
+            f"args, options = torch.load({str(tensors.resolve())!r}, weights_only=False)\n"
+            f"print(fused_contrastive.verify(fused_contrastive.{function.__name__}, *args, **options))\n"
+        )
+        return script

@@ -20,7 +20,7 @@ LAYERS = [
     "losses",
     "evaluation",
     "testing",
-    "verify",
+    "verification",
     "adapters",
 ]  # each may import earlier
 MODULES = sorted(path.relative_to(ROOT) for path in ROOT.rglob("*.py"))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar
 
 import torch
 from lightly.loss import dcl_loss, ntx_ent_loss
 from lightly.utils import dist
 from torch import Tensor
 
+from fused_contrastive.adapters.common import Fused
 from fused_contrastive.adapters.patching import Patch
 from fused_contrastive.core.spec import compute_dtype
 from fused_contrastive.distributed.batch import GlobalBatch
@@ -17,29 +18,26 @@ from fused_contrastive.ops.cross_entropy import cross_entropy
 from fused_contrastive.ops.stats import autocast, contrastive_stats, self_stats
 
 
-class NTXentLoss(ntx_ent_loss.NTXentLoss):
+class NTXentLoss(Fused, ntx_ent_loss.NTXentLoss):
     """lightly's NTXentLoss without the logits: SimCLR's, or MoCo's where there is a memory bank.
 
     Constructor, call and memory bank as there, ``gather_distributed`` included: out0, out1 of shape (N, D), normalised
     here. The loss is float32 (float64) whatever the features.
     """
 
-    backend = "auto"
-    memory_budget: int | Literal["auto"] = "auto"
-
     def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
         """(N, D), (N, D) -> scalar."""
-        out0, out1 = normalized(autocast(out0)), normalized(autocast(out1))
-        out1, bank = self.memory_bank.forward(out1, update=out0.requires_grad)
+        out0, out1 = normalized(out0), normalized(out1)
+        out1, bank = self.memory_bank.forward(
+            out1, update=out0.requires_grad
+        )  # which keeps what autocast has not rounded
+        out0, out1 = autocast(out0), autocast(out1)
         if bank is not None:
             pos, row = self._against_bank(out0, out1, bank.T.to(out0))
         else:
             gathers = self.gather_distributed and dist.world_size() > 1
             pos, row = _both_views(out0, out1, 1 / self.temperature, gathers, self._options())
         return cross_entropy(pos, row, dtype=compute_dtype(out0.dtype), backend=self.backend)
-
-    def _options(self) -> dict[str, Any]:
-        return {"memory_budget": self.memory_budget, "backend": self.backend}
 
     def _against_bank(self, query: Tensor, key: Tensor, bank: Tensor) -> tuple[Tensor, Tensor]:
         """The positive is among the columns, the other keys of the batch are not negatives: excluded by their id."""
@@ -55,23 +53,22 @@ class NTXentLoss(ntx_ent_loss.NTXentLoss):
         return stats.pos, stats.row
 
 
-class DCLLoss(dcl_loss.DCLLoss):
+class DCLLoss(Fused, dcl_loss.DCLLoss):
     """lightly's DCLLoss without the logits: decoupled, the other view is not in the denominator.
 
     Constructor and call as there, ``weight_fn`` included: out0, out1 of shape (N, D), normalised here.
     """
 
-    backend = "auto"
-    memory_budget: int | Literal["auto"] = "auto"
+    bypassed: ClassVar[tuple[str, ...]] = ("_loss",)
 
     def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
         """(N, D), (N, D) -> scalar."""
-        out0, out1 = normalized(autocast(out0)), normalized(autocast(out1))
+        out0, out1 = normalized(out0), normalized(out1)
         gathers = self.gather_distributed and dist.world_size() > 1
-        options = {"memory_budget": self.memory_budget, "backend": self.backend}
-        pos, row = _both_views(out0, out1, 1 / self.temperature, gathers, options)
+        pos, row = _both_views(autocast(out0), autocast(out1), 1 / self.temperature, gathers, self._options())
         if self.weight_fn:
-            pos = pos * torch.cat((self.weight_fn(out0, out1), self.weight_fn(out1, out0)))
+            weights = [self.weight_fn(out0, out1), self.weight_fn(out1, out0)]
+            pos = torch.cat([each * weight for each, weight in zip(pos.chunk(2), weights, strict=True)])
         return (row - pos).mean().to(compute_dtype(out0.dtype))
 
 
@@ -90,12 +87,14 @@ def _both_views(
     return pair_logit(scale, out0, out1).to(row.dtype).repeat(2), row
 
 
+ORIGINALS = {ntx_ent_loss.NTXentLoss: NTXentLoss, dcl_loss.DCLLoss: DCLLoss, dcl_loss.DCLWLoss: DCLWLoss}
+
+
 def patch_lightly() -> Patch:
     """Makes ``lightly.loss`` hold the classes of this module.
 
     Call it before the losses are created. Returns a ``Patch``, which ``undo()`` or leaving a ``with`` block takes back.
     """
     patch = Patch()
-    originals = {ntx_ent_loss.NTXentLoss: NTXentLoss, dcl_loss.DCLLoss: DCLLoss, dcl_loss.DCLWLoss: DCLWLoss}
-    patch.replace_everywhere("lightly", originals)
+    patch.replace_everywhere("lightly", ORIGINALS)
     return patch

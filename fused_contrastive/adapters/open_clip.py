@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from functools import wraps
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +11,9 @@ from open_clip import loss as library
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from fused_contrastive.adapters.common import Fused, scalar
 from fused_contrastive.adapters.patching import Patch
+from fused_contrastive.core import checks
 from fused_contrastive.core.spec import compute_dtype
 from fused_contrastive.distributed.batch import GlobalBatch
 from fused_contrastive.losses.clip import clip_loss
@@ -23,7 +26,7 @@ from fused_contrastive.ops.stats import autocast, contrastive_stats, log_add
 TEACHER_LOGITS = 1 << 24  # of the teacher's logits, this many at a time where torch has no streaming attention kernel
 
 
-class ClipLoss(library.ClipLoss):
+class ClipLoss(Fused, library.ClipLoss):
     """open_clip's ClipLoss without the logits.
 
     Constructor and call as there: (N, D) features, ``logit_scale`` already exponentiated (0-d, or of shape (1,) as
@@ -35,9 +38,9 @@ class ClipLoss(library.ClipLoss):
         NotImplementedError: ``use_horovod``.
     """
 
-    backend = "auto"
-    memory_budget: int | Literal["auto"] = "auto"
+    bypassed: ClassVar[tuple[str, ...]] = ("get_logits", "get_ground_truth")
 
+    @wraps(library.ClipLoss.__init__)  # type: ignore[misc]
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         if getattr(self, "use_horovod", False):  # gone after 3.3
@@ -52,13 +55,14 @@ class ClipLoss(library.ClipLoss):
         output_dict: bool = False,
     ) -> Tensor | dict[str, Tensor]:
         """(N, D), (N, D), scalar -> the mean of both directions' cross-entropies."""
-        scale, options = _scalar(logit_scale), {"memory_budget": self.memory_budget, "backend": self.backend}
+        scale, options = scalar(logit_scale), self._options()
         if self.world_size > 1:
             total = self._over_processes(image_features, text_features, scale, options)
         else:
-            total = clip_loss(image_features, text_features, scale, **options)  # type: ignore[arg-type]
-        if isinstance(logit_bias, Tensor) and logit_bias.requires_grad:
-            total = total + 0 * logit_bias.sum()
+            total = clip_loss(image_features, text_features, scale, **options)
+        if logit_bias is not None:  # 0, with its gradient; NaN where it is NaN or inf
+            checks.scalar("logit_bias", scalar(logit_bias))
+            total = total + (scalar(logit_bias) - scalar(logit_bias))
         return {"contrastive_loss": total} if output_dict else total
 
     def _over_processes(
@@ -120,6 +124,8 @@ class DistillClipLoss(ClipLoss):
     and the student's as values: torch's ``scaled_dot_product_attention``. Neither matrix of logits is stored.
     """
 
+    bypassed: ClassVar[tuple[str, ...]] = ("get_logits", "get_ground_truth", "dist_loss")
+
     def forward(  # type: ignore[override]
         self,
         image_features: Tensor,
@@ -136,7 +142,7 @@ class DistillClipLoss(ClipLoss):
         columns, teacher_columns = self._gathered(*student), self._gathered(*teacher)
         own = self._own_rows(image_features)
         rows, teacher_rows = (columns, teacher_columns) if own is None else (student, teacher)
-        scale, teacher_scale = _scalar(logit_scale), _scalar(dist_logit_scale)
+        scale, teacher_scale = scalar(logit_scale), scalar(dist_logit_scale)
         dtype = compute_dtype(student[0].dtype)
         contrastive, distill = [], []
         for a, b in ((0, 1), (1, 0)):  # images against texts, texts against images
@@ -158,14 +164,13 @@ class DistillClipLoss(ClipLoss):
         return contrastive_loss, distill_loss
 
 
-class SigLipLoss(library.SigLipLoss):
+class SigLipLoss(Fused, library.SigLipLoss):
     """open_clip's SigLipLoss without the logits; over processes, value and gradients as there.
 
     ``dist_impl`` "bidir" and "shift" pass the texts round, "reduce" and "gather" gather them.
     """
 
-    backend = "auto"
-    memory_budget: int | Literal["auto"] = "auto"
+    bypassed: ClassVar[tuple[str, ...]] = ("get_logits", "get_ground_truth", "_loss")
 
     def forward(
         self,
@@ -176,19 +181,14 @@ class SigLipLoss(library.SigLipLoss):
         output_dict: bool = False,
     ) -> Tensor | dict[str, Tensor]:
         """(N, D), (N, D), scalars -> the sum over all pairs with this process's images, per image."""
-        options: dict[str, Any] = {"memory_budget": self.memory_budget, "backend": self.backend}
+        options = self._options()
         if self.world_size > 1:  # neighbours' exchange passes texts round, the others gather
             exchange: Any = "ring" if self.dist_impl in ("bidir", "shift") else "gather"
             options["group"] = GlobalBatch(exchange=exchange, gradients="sum")
-        bias = None if logit_bias is None else _scalar(logit_bias)
-        losses = siglip_loss(image_features, text_features, _scalar(logit_scale), bias, reduction="none", **options)
+        bias = None if logit_bias is None else scalar(logit_bias)
+        losses = siglip_loss(image_features, text_features, scalar(logit_scale), bias, reduction="none", **options)
         loss = losses.mean()
         return {"contrastive_loss": loss} if output_dict else loss
-
-
-def _scalar(value: float | Tensor) -> float | Tensor:
-    """FSDP2 keeps scalars as (1,)."""
-    return value.reshape(()) if isinstance(value, Tensor) else value
 
 
 def _attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -208,13 +208,15 @@ def _attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return torch.cat(chunks)
 
 
+ORIGINALS = {getattr(library, cls.__name__): cls for cls in (ClipLoss, CoCaLoss, DistillClipLoss, SigLipLoss)}
+
+
 def patch_open_clip() -> Patch:
     """Makes open_clip create our losses: its factory, and so its training entry point, and all that imports them.
 
     Call it before the loss is created. Returns a ``Patch``, which ``undo()`` or leaving a ``with`` block takes back.
     """
-    ours = (ClipLoss, CoCaLoss, DistillClipLoss, SigLipLoss)
     patch = Patch()
     for package in ("open_clip", "open_clip_train"):
-        patch.replace_everywhere(package, {getattr(library, cls.__name__): cls for cls in ours})
+        patch.replace_everywhere(package, ORIGINALS)
     return patch

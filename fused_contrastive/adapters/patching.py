@@ -7,37 +7,69 @@ from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any
 
+# Of each place that is patched: what was there, and what the patches put there, the last one on top.
+_originals: dict[tuple[Any, str], Any] = {}
+_layers: dict[tuple[Any, str], list[tuple[Patch, Any]]] = {}
+
 
 class Patch(AbstractContextManager["Patch"]):
-    """What was replaced. ``undo()`` puts it back, and so does leaving a ``with`` block."""
+    """What was replaced. ``undo()`` takes it back, and so does leaving a ``with`` block.
+
+    Of several patches of one place the last one holds; they can be undone in any order.
+    """
 
     def __init__(self) -> None:
-        self._replaced: list[tuple[Any, str, Any]] = []
+        self._places: list[tuple[Any, str]] = []
+        self._everywhere: list[tuple[str, dict[Any, Any]]] = []
 
     def replace(self, owner: Any, name: str, new: Any) -> None:
         """``owner.name = new``, remembered. ``owner`` is a module or a class."""
-        self._replaced.append((owner, name, vars(owner)[name]))
+        place = owner, name
+        _originals.setdefault(place, vars(owner)[name])
+        _layers.setdefault(place, []).append((self, new))
+        self._places.append(place)
         setattr(owner, name, new)
 
     def replace_everywhere(self, package: str, originals: dict[Any, Any]) -> None:
-        """In every loaded module of ``package``, whatever is bound to a key becomes its value.
+        """In every loaded module of ``package``, a class that is a key becomes its value. Keys are never patched ones.
 
         Modules that did ``from .loss import ClipLoss`` hold the class under a name of their own.
         """
-        for module_name, module in list(sys.modules.items()):
-            if module is None or module_name.partition(".")[0] != package:
-                continue
-            for name, value in list(vars(module).items()):
-                if isinstance(value, type) and value in originals:
-                    self.replace(module, name, originals[value])
+        self._everywhere.append((package, originals))
+        for module, name, value in _classes_of(package):
+            if value in originals:
+                self.replace(module, name, originals[value])
+            elif value in originals.values():  # patched already
+                self.replace(module, name, value)
 
     def undo(self) -> None:
-        """Puts everything back. Doing it twice does nothing more."""
-        while self._replaced:
-            owner, name, original = self._replaced.pop()
-            setattr(owner, name, original)
+        """Takes it back. Doing it twice does nothing more."""
+        while self._places:
+            place = self._places.pop()
+            layers = _layers[place] = [layer for layer in _layers[place] if layer[0] is not self]
+            original = layers[-1][1] if layers else _originals[place]
+            if not layers:
+                del _layers[place], _originals[place]
+            setattr(*place, original)
+        while self._everywhere:  # modules that were first imported meanwhile
+            package, originals = self._everywhere.pop()
+            back = {new: original for original, new in originals.items()}
+            for module, name, value in _classes_of(package):
+                if value in back and (module, name) not in _layers:
+                    setattr(module, name, back[value])
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.undo()
+
+
+def _classes_of(package: str) -> list[tuple[Any, str, type]]:
+    """(module, name, class) of every loaded module of the package."""
+    return [
+        (module, name, value)
+        for module_name, module in list(sys.modules.items())
+        if module is not None and module_name.partition(".")[0] == package
+        for name, value in list(vars(module).items())
+        if isinstance(value, type)
+    ]

@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from pytorch_metric_learning import distances, losses
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
+from fused_contrastive.adapters.common import Fused, scalar
 from fused_contrastive.adapters.patching import Patch
 from fused_contrastive.core.spec import compute_dtype
 from fused_contrastive.losses.terms import pair_logit
 from fused_contrastive.ops.cross_entropy import cross_entropy
 from fused_contrastive.ops.stats import autocast, contrastive_stats, log_add, self_stats
 
-PAIRS = 1 << 18  # positive pairs whose features are gathered at a time
 
-
-class _LabelLoss:
+class _LabelLoss(Fused):
     """What both losses share: labels in place of N x N masks. Mixed in before the library's class."""
 
-    backend = "auto"
-    memory_budget: int | Literal["auto"] = "auto"
+    bypassed: ClassVar[tuple[str, ...]] = ("_compute_loss", "mat_based_loss", "pair_based_loss")
     distance: Any
     temperature: Any
 
@@ -30,13 +27,15 @@ class _LabelLoss:
         self, embeddings: Tensor, labels: Tensor, indices_tuple: Any, ref_emb: Tensor, ref_labels: Tensor
     ) -> Any:
         """The library's hook: loss dict of (M, D) embeddings against (N, D) references."""
+        ref_labels = labels if ref_labels is None else ref_labels
         own = torch.arange(len(embeddings), device=embeddings.device) if ref_labels is labels else None
         if isinstance(indices_tuple, OwnSlots):
             own = indices_tuple.slots
         elif indices_tuple is not None:
             raise NotImplementedError(
-                "indices_tuple: got one, which is not covered: a miner's pairs are no function of labels; use "
-                "pytorch_metric_learning's own class with it, or leave the miner out: every pair counts here"
+                "indices_tuple: got one, which is not covered, as chosen pairs are no function of labels. Leave the "
+                "miner out (every pair counts here), use CrossBatchMemory of this module in place of the library's, or "
+                "use the library's own loss"
             )
         if labels is None:
             raise ValueError("labels: got None, expected a tensor of shape (M,)")
@@ -63,9 +62,6 @@ class _LabelLoss:
         x = autocast(x)
         return x, x if ref_emb is embeddings else autocast(y)
 
-    def _options(self) -> dict[str, Any]:
-        return {"memory_budget": self.memory_budget, "backend": self.backend}
-
     def _loss_dict(self, problem: _Labelled) -> dict[str, Any]:
         raise NotImplementedError
 
@@ -83,7 +79,7 @@ class NTXentLoss(_LabelLoss, losses.NTXentLoss):
 
     def _loss_dict(self, problem: _Labelled) -> dict[str, Any]:
         x, y, codes, ref_codes, own = problem
-        scale = 1 / self.temperature
+        scale = 1 / scalar(self.temperature)
         if own is not None and y is x:
             row = self_stats(x, scale, ids=codes, **self._options())
         else:  # the target, one of the positives, is excluded by its id anyhow; where there is none the row is not read
@@ -94,10 +90,8 @@ class NTXentLoss(_LabelLoss, losses.NTXentLoss):
             )  # fmt: skip
             assert stats.row is not None
             row = stats.row
-        anchors, partners = problem.positive_pairs()
-        chunks = zip(anchors.split(PAIRS), partners.split(PAIRS), strict=True)
-        logits = [checkpoint(_logits_of_pairs, x, y, scale, a, p, use_reentrant=False) for a, p in chunks]
-        pos = torch.cat(logits).to(row.dtype)
+        anchors, partners, logits = problem.positive_pairs(scale)
+        pos = logits.to(row.dtype)
         per_pair = cross_entropy(pos, row[anchors], dtype=pos.dtype, reduction="none", backend=self.backend)
         return _loss_info(per_pair, x, (anchors, partners), "pos_pair")
 
@@ -114,7 +108,7 @@ class SupConLoss(_LabelLoss, losses.SupConLoss):
 
     def _loss_dict(self, problem: _Labelled) -> dict[str, Any]:
         x, y, codes, ref_codes, own = problem
-        scale = 1 / self.temperature
+        scale = 1 / scalar(self.temperature)
         if own is not None and y is x:
             row = self_stats(x, scale, **self._options())
         else:
@@ -139,29 +133,28 @@ class OwnSlots(NamedTuple):
 
 
 class CrossBatchMemory(losses.CrossBatchMemory):
-    """pytorch-metric-learning's CrossBatchMemory for the losses of this module, without the list of all pairs.
+    """pytorch-metric-learning's CrossBatchMemory; for the losses of this module without the list of all pairs.
 
-    Constructor, call, queue and ``enqueue_mask`` as there.
+    Constructor, call, queue and ``enqueue_mask`` as there. Around a loss of the library it is the library's.
 
     Raises:
-        NotImplementedError: a loss that is not of this module, a miner, or an ``indices_tuple``.
+        NotImplementedError: a miner or an ``indices_tuple`` with a loss of this module.
     """
 
     def __init__(self, loss: Any, *args: Any, **options: Any) -> None:
         super().__init__(loss, *args, **options)
-        if not isinstance(loss, _LabelLoss):
-            raise NotImplementedError(
-                f"loss: got {type(loss).__module__}.{type(loss).__name__}, which is not covered, expected NTXentLoss "
-                "or SupConLoss of fused_contrastive.adapters.pytorch_metric_learning"
-            )
-        if self.miner is not None:
+        if isinstance(loss, _LabelLoss) and self.miner is not None:
             raise NotImplementedError("miner: got one, which is not covered, expected None: every pair counts here")
 
     def create_indices_tuple(
         self, embeddings: Any, labels: Any, E_mem: Any, L_mem: Any, input_indices_tuple: Any,  # noqa: N803
         do_remove_self_comparisons: bool,
-    ) -> OwnSlots:  # fmt: skip
-        """The library's hook: what the loss gets as its indices_tuple."""
+    ) -> Any:  # fmt: skip
+        """The library's hook: what the loss gets as its indices_tuple. Losses of the library get the library's."""
+        if not isinstance(self.loss, _LabelLoss):
+            return super().create_indices_tuple(
+                embeddings, labels, E_mem, L_mem, input_indices_tuple, do_remove_self_comparisons
+            )
         if input_indices_tuple is not None:
             raise NotImplementedError("indices_tuple: got one, which is not covered, expected None")
         return OwnSlots(self.curr_batch_idx if do_remove_self_comparisons else None)
@@ -191,19 +184,37 @@ class _Labelled(NamedTuple):
     def negatives(self) -> Tensor:
         return len(self.y) - self.counts[self.codes]
 
-    def positive_pairs(self) -> tuple[Tensor, Tensor]:
-        """(P,) rows and (P,) their positives, row by row in ascending order, as ``torch.where`` of the mask."""
-        order = self.ref_codes.argsort(stable=True)
-        counts = self.counts
-        starts = counts.cumsum(0) - counts
+    def positive_pairs(self, scale: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(P,) rows, their positives and the pairs' logits, row by row, as ``torch.where`` of the mask has them.
+
+        The pairs of one label are a block of S: one product for all labels that have the same numbers of rows and of
+        references, so that no pair's features are gathered for itself.
+        """
+        order, ref_order = self.codes.argsort(stable=True), self.ref_codes.argsort(stable=True)
+        counts, own_counts = self.counts, torch.zeros_like(self.counts)
+        own_counts.index_add_(0, self.codes, torch.ones_like(self.codes))
+        starts, own_starts = counts.cumsum(0) - counts, own_counts.cumsum(0) - own_counts
         each = counts[self.codes]
+        first = each.cumsum(0) - each  # of each row's pairs
+        logits, places = [], []
+        for m, n in torch.unique(torch.stack((own_counts, counts), dim=1), dim=0).tolist():
+            if not m or not n:
+                continue
+            labels = ((own_counts == m) & (counts == n)).nonzero()  # (G, 1)
+            rows = order[own_starts[labels] + torch.arange(m, device=order.device)]  # (G, m)
+            references = ref_order[starts[labels] + torch.arange(n, device=order.device)]  # (G, n)
+            dtype = compute_dtype(self.x.dtype)
+            blocks = self.x[rows].to(dtype) @ self.y[references].to(dtype).transpose(1, 2)  # (G, m, n)
+            logits.append((scale * blocks).flatten())
+            places.append((first[rows][..., None] + torch.arange(n, device=order.device)).flatten())
+        of_pairs = torch.cat(logits)[torch.cat(places).argsort()]
         rows = torch.arange(len(self.x), device=each.device).repeat_interleave(each)
-        within = torch.arange(len(rows), device=each.device) - (each.cumsum(0) - each)[rows]
-        partners = order[starts[self.codes[rows]] + within]
+        within = torch.arange(len(rows), device=each.device) - first[rows]
+        partners = ref_order[starts[self.codes[rows]] + within]
         if self.own is None:
-            return rows, partners
+            return rows, partners, of_pairs
         others = partners != self.own[rows]
-        return rows[others], partners[others]
+        return rows[others], partners[others], of_pairs[others]
 
 
 def _codes(labels: Tensor, ref_labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -212,12 +223,11 @@ def _codes(labels: Tensor, ref_labels: Tensor) -> tuple[Tensor, Tensor]:
     return codes[: len(labels)], codes[len(labels) :]
 
 
-def _logits_of_pairs(x: Tensor, y: Tensor, scale: float, rows: Tensor, partners: Tensor) -> Tensor:
-    return pair_logit(scale, x[rows], y[partners])
-
-
 def _loss_info(values: Tensor, x: Tensor, indices: Any, kind: str) -> dict[str, Any]:
     return {"loss": {"losses": values.to(compute_dtype(x.dtype)), "indices": indices, "reduction_type": kind}}
+
+
+ORIGINALS = {getattr(losses, cls.__name__): cls for cls in (NTXentLoss, SupConLoss, CrossBatchMemory)}
 
 
 def patch_pytorch_metric_learning() -> Patch:
@@ -226,6 +236,5 @@ def patch_pytorch_metric_learning() -> Patch:
     Call it before the losses are created. Returns a ``Patch``, which ``undo()`` or leaving a ``with`` block takes back.
     """
     patch = Patch()
-    ours = (NTXentLoss, SupConLoss, CrossBatchMemory)
-    patch.replace_everywhere("pytorch_metric_learning", {getattr(losses, cls.__name__): cls for cls in ours})
+    patch.replace_everywhere("pytorch_metric_learning", ORIGINALS)
     return patch

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
+from functools import partial, wraps
 from typing import Any, Literal
 
 import torch
@@ -12,6 +12,7 @@ from sentence_transformers.multi_vector_encoder.scoring import colbert_scores, m
 from sentence_transformers.sentence_transformer import losses
 from torch import Tensor
 
+from fused_contrastive.adapters.common import Fused, scalar
 from fused_contrastive.adapters.patching import Patch
 from fused_contrastive.core.spec import compute_dtype
 from fused_contrastive.distributed.batch import GlobalBatch
@@ -23,7 +24,7 @@ from fused_contrastive.ops.stats import autocast, contrastive_stats, log_add, se
 NO_TOKEN_SCORE = -1e9  # what sentence-transformers gives a document without a real token
 
 
-class MultipleNegativesRankingLoss(losses.MultipleNegativesRankingLoss):
+class MultipleNegativesRankingLoss(Fused, losses.MultipleNegativesRankingLoss):
     """sentence-transformers' MultipleNegativesRankingLoss without the matrices of scores.
 
     Constructor and call as there: directions, partition modes, hardness and ``gather_across_devices`` included. The
@@ -33,16 +34,10 @@ class MultipleNegativesRankingLoss(losses.MultipleNegativesRankingLoss):
         NotImplementedError: a ``similarity_fct`` other than ``util.cos_sim`` and ``util.dot_score``.
     """
 
-    backend = "auto"
-    memory_budget: int | Literal["auto"] = "auto"
-
+    @wraps(losses.MultipleNegativesRankingLoss.__init__)  # type: ignore[misc]
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        if self.similarity_fct not in (util.cos_sim, util.dot_score):
-            raise NotImplementedError(
-                f"similarity_fct: got {self.similarity_fct!r}, which is not covered, expected util.cos_sim or "
-                "util.dot_score: use sentence_transformers' own class"
-            )
+        _check_similarity(self)
 
     def compute_loss_from_embeddings(self, embeddings: list[Tensor], labels: Tensor | None) -> Tensor:
         """[(B, D) queries, (B, D) positives, (B, D) hard negatives, ...] -> scalar."""
@@ -70,6 +65,14 @@ class MultipleNegativesRankingLoss(losses.MultipleNegativesRankingLoss):
         return cross_entropy(pos + shift, rest, dtype=dtype, backend=self.backend) + shift.to(dtype)
 
 
+def _check_similarity(loss: Any) -> None:
+    if loss.similarity_fct not in (util.cos_sim, util.dot_score):
+        raise NotImplementedError(
+            f"similarity_fct: got {loss.similarity_fct!r}, which is not covered, expected util.cos_sim or "
+            "util.dot_score: use sentence_transformers' own class"
+        )
+
+
 class _Batch:
     """This process's embeddings, for the four blocks of scores, against those of all processes where they are gathered.
 
@@ -77,15 +80,16 @@ class _Batch:
     """
 
     def __init__(self, embeddings: list[Tensor], loss: MultipleNegativesRankingLoss) -> None:
+        _check_similarity(loss)  # it can be assigned
         prepare = normalized if loss.similarity_fct is util.cos_sim else _same
         self.queries, *self.docs = (prepare(autocast(e)) for e in embeddings)  # (B, D) each
         self.documents = torch.cat(self.docs) if len(self.docs) > 1 else self.docs[0]  # column by column
         count, gathers = len(self.queries), loss.gather_across_devices
         first = util.get_rank() * count if gathers else 0  # the library takes as many queries in every process
         self.query = torch.arange(first, first + count, device=self.queries.device)
-        self.query_of_document = self.query.repeat(len(self.docs))
-        self.positives = self.query + (len(self.docs) - 1) * first  # columns of the positives: rank by rank
-        self.scale = loss.scale
+        before = util.get_rank() * len(self.documents) if gathers else 0
+        self.positives = torch.arange(before, before + count, device=self.queries.device)  # columns, rank by rank
+        self.scale = scalar(loss.scale)
         self.strength = loss.hardness_strength if loss.hardness_mode else 0.0
         self.mode = loss.hardness_mode if self.strength else None
         self.both = "doc_to_query" in loss.directions
@@ -114,18 +118,21 @@ class _Batch:
         if len(self.docs) > 1:
             hard = torch.stack([pair_logit(self.scale, x, doc) for doc in self.docs[1:]])
             if self.mode != "in_batch_negatives":
-                hard = hard + self.strength / self.scale * hard.detach()
+                cosines = torch.stack([pair_logit(1.0, x, doc) for doc in self.docs[1:]])
+                hard = hard + self.strength * cosines.detach()
             in_batch = log_add(in_batch, hard.to(in_batch.dtype).logsumexp(dim=0))
         return pos, {"query_to_doc": in_batch}
 
     def _of_other_queries(self, x: Tensor, y: Tensor, harder: bool) -> Tensor:
         """Denominator over the documents of other queries."""
         scale = self.scale
-        if harder:
+        if harder:  # logits (scale + strength) * cosine, of which the strength's part is a constant to every gradient
             scale = scale + self.strength
-            x, y = (_scale_gradient(t, self.scale / scale) for t in (x, y))
+            share = self.scale / scale
+            share = share.detach() if isinstance(share, Tensor) else share
+            x, y = (_scale_gradient(t, share) for t in (x, y))
         stats = contrastive_stats(
-            x, y, scale, targets=self.positives, row_ids=self.query, col_ids=self.query_of_document,
+            x, y, scale, targets=self.positives, row_ids=self.query, col_ids=self.query.repeat(len(self.docs)),
             directions=["row"], **self.options,
         )  # fmt: skip
         assert stats.row is not None
@@ -151,7 +158,7 @@ def _same(x: Tensor) -> Tensor:
     return x
 
 
-def _scale_gradient(x: Tensor, factor: float) -> Tensor:
+def _scale_gradient(x: Tensor, factor: float | Tensor) -> Tensor:
     """x, whose gradient is multiplied by ``factor``."""
     return x.detach() + factor * (x - x.detach())
 
@@ -160,16 +167,14 @@ class MultipleNegativesSymmetricRankingLoss(losses.MultipleNegativesSymmetricRan
     """sentence-transformers' MultipleNegativesSymmetricRankingLoss: both directions, in one pass."""
 
 
-class CachedMultipleNegativesRankingLoss(losses.CachedMultipleNegativesRankingLoss):
+class CachedMultipleNegativesRankingLoss(Fused, losses.CachedMultipleNegativesRankingLoss):
     """sentence-transformers' CachedMultipleNegativesRankingLoss (GradCache) without the matrices of scores.
 
     Embedding goes mini-batch by mini-batch as there. The loss of the whole batch is one call, where the library's goes
     through ``mini_batch_size`` rows at a time.
     """
 
-    backend = "auto"
-    memory_budget: int | Literal["auto"] = "auto"
-
+    @wraps(losses.CachedMultipleNegativesRankingLoss.__init__)  # type: ignore[misc]
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.loss = MultipleNegativesRankingLoss(self.model, **_options_of(self))
@@ -207,6 +212,7 @@ def fused_colbert_scores(
     documents_mask: Tensor | None = None,
     chunk_elements: int | None = None,
     length_normalize: bool = False,
+    memory_budget: int | Literal["auto"] = "auto",
     backend: str = "auto",
 ) -> Tensor:
     """sentence-transformers' ``colbert_scores`` by ``max_sim``: no tensor of token similarities, whatever the batch.
@@ -219,30 +225,32 @@ def fused_colbert_scores(
     scores = max_sim(
         queries_embeddings, documents_embeddings.flatten(0, 1),
         None if queries_mask is None else queries_mask.bool(), mask,
-        reduction="mean" if length_normalize else "sum", backend=backend,
+        reduction="mean" if length_normalize else "sum", memory_budget=memory_budget, backend=backend,
     )  # fmt: skip
     if mask is not None:
         scores = scores.masked_fill(~mask.any(dim=1), NO_TOKEN_SCORE)
     return scores.reshape(-1, items * per_item)
 
 
-def _fused_scorer(similarity_fct: Any) -> Any:
-    if similarity_fct is None or similarity_fct is colbert_scores:
-        return fused_colbert_scores
-    if similarity_fct is mean_colbert_scores:
-        return partial(fused_colbert_scores, length_normalize=True)
-    raise NotImplementedError(
-        f"similarity_fct: got {similarity_fct!r}, which is not covered, expected colbert_scores or "
-        "mean_colbert_scores: use sentence_transformers' own class"
-    )
-
-
-class _MaxSimLoss:
+class _MaxSimLoss(Fused):
     """What both multi-vector losses share. Mixed in before the library's class."""
 
     def __init__(self, model: Any, *, similarity_fct: Any = None, **options: Any) -> None:
-        super().__init__(model, similarity_fct=_fused_scorer(similarity_fct), **options)  # type: ignore[call-arg]
-        self._scorer_name = util.similarity_fct_name(similarity_fct or colbert_scores)
+        library: Any = similarity_fct or colbert_scores
+        given: dict[str, Any] = {}
+        if isinstance(library, partial) and not library.args:
+            library, given = library.func, dict(library.keywords)
+        if library not in (colbert_scores, mean_colbert_scores):
+            raise NotImplementedError(
+                f"similarity_fct: got {similarity_fct!r}, which is not covered, expected colbert_scores or "
+                "mean_colbert_scores: use sentence_transformers' own class"
+            )
+        given.setdefault("length_normalize", library is mean_colbert_scores)
+        super().__init__(model, similarity_fct=partial(self._scores, **given), **options)  # type: ignore[call-arg]
+        self._scorer_name = util.similarity_fct_name(library)
+
+    def _scores(self, queries: Tensor, documents: Tensor, **options: Any) -> Tensor:
+        return fused_colbert_scores(queries, documents, **options, **self._options())
 
     def get_config_dict(self) -> dict[str, Any]:
         """For model cards: by the name of the library's scorer."""
@@ -273,21 +281,24 @@ class GISTEmbedLoss(losses.GISTEmbedLoss):
         )
 
 
+ORIGINALS = {
+    getattr(module, cls.__name__): cls
+    for module, classes in (
+        (losses, (
+            MultipleNegativesRankingLoss, MultipleNegativesSymmetricRankingLoss, CachedMultipleNegativesRankingLoss,
+            CachedMultipleNegativesSymmetricRankingLoss,
+        )),
+        (multi_vector, (MultiVectorMultipleNegativesRankingLoss, CachedMultiVectorMultipleNegativesRankingLoss)),
+    )
+    for cls in classes
+}  # fmt: skip
+
+
 def patch_sentence_transformers() -> Patch:
     """Makes sentence_transformers hold the ranking losses of this module (GISTEmbedLoss stays the library's).
 
     Call it before the losses are created. Returns a ``Patch``, which ``undo()`` or leaving a ``with`` block takes back.
     """
     patch = Patch()
-    of = {
-        losses: (
-            MultipleNegativesRankingLoss,
-            MultipleNegativesSymmetricRankingLoss,
-            CachedMultipleNegativesRankingLoss,
-            CachedMultipleNegativesSymmetricRankingLoss,
-        ),
-        multi_vector: (MultiVectorMultipleNegativesRankingLoss, CachedMultiVectorMultipleNegativesRankingLoss),
-    }
-    originals = {getattr(module, cls.__name__): cls for module, classes in of.items() for cls in classes}
-    patch.replace_everywhere("sentence_transformers", originals)
+    patch.replace_everywhere("sentence_transformers", ORIGINALS)
     return patch

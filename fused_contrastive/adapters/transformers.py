@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from functools import wraps
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.utils.generic import can_return_tuple
 
@@ -15,7 +16,8 @@ from fused_contrastive.adapters.patching import Patch
 from fused_contrastive.losses.clip import clip_loss
 from fused_contrastive.losses.siglip import siglip_loss
 
-# Models whose logits are scale * text_embeds @ image_embeds.T, and whose get_*_features give what is normalised.
+# Models whose logits are scale * text_embeds @ image_embeds.T: by the name of the model's module, its class. What is
+# normalised is what get_image_features and get_text_features give.
 MODELS = {
     "clip": "CLIPModel",
     "metaclip_2": "MetaClip2Model",
@@ -27,6 +29,8 @@ MODELS = {
     "siglip": "SiglipModel",
     "siglip2": "Siglip2Model",
 }
+# Whose forward returns the towers' outputs as they are, where get_*_features puts the projection in their place.
+TOWERS_UNCHANGED = ("altclip", "blip", "vision_text_dual_encoder")
 NOT_COVERED = {
     "groupvit": "its segmentation logits need the matrix",
     "owlvit": "it is a detector, whose loss is not trained by itself",
@@ -37,16 +41,17 @@ NOT_COVERED = {
 }
 
 
-def patch_transformers(models: Sequence[str] = tuple(MODELS), *, output_logits: bool = False) -> Patch:
+def patch_transformers(models: str | Sequence[str] = tuple(MODELS), *, output_logits: bool = False) -> Patch:
     """Makes CLIP, SigLIP and their relatives compute ``return_loss=True`` without the logits.
 
-    The output's ``loss``, ``text_embeds``, ``image_embeds`` and the towers' outputs are as before;
+    The output's ``loss``, ``text_embeds``, ``image_embeds`` and the towers' outputs are as before. In training,
     ``logits_per_image`` and ``logits_per_text`` are None, unless ``output_logits=True`` here or in the call asks for
-    them. Calls without ``return_loss`` are the library's own. Works on existing models: the class is patched. Under DDP
-    and Trainer nothing else changes.
+    them; without gradients, as in evaluation, and with ``return_dict=False`` they are there as before. Calls without
+    ``return_loss`` are the library's own. The class is patched, so existing models are too, but for those whose own
+    ``forward`` something has wrapped: patch before ``accelerator.prepare``. Trainer and DDP need nothing else.
 
     Args:
-        models: model types, as in ``config.model_type`` with "_" for "-": keys of ``MODELS``.
+        models: a model type or several, as in ``config.model_type``: keys of ``MODELS``.
         output_logits: the default of the call's ``output_logits``.
 
     Returns:
@@ -56,6 +61,7 @@ def patch_transformers(models: Sequence[str] = tuple(MODELS), *, output_logits: 
         NotImplementedError, ValueError: a model type that is not covered, or unknown.
     """
     patch = Patch()
+    models = [name.replace("-", "_") for name in ([models] if isinstance(models, str) else models)]
     for name in models:
         if name in NOT_COVERED:
             raise NotImplementedError(f"models: got {name!r}, which is not covered: {NOT_COVERED[name]}")
@@ -64,28 +70,26 @@ def patch_transformers(models: Sequence[str] = tuple(MODELS), *, output_logits: 
     for name in models:
         module = importlib.import_module(f"transformers.models.{name}.modeling_{name}")
         model_class = getattr(module, MODELS[name])
-        patch.replace(model_class, "forward", _forward(model_class, output_logits))
+        patch.replace(model_class, "forward", _forward(name, model_class, output_logits))
     return patch
 
 
-def _forward(model_class: Any, default_output_logits: bool) -> Any:
+def _forward(name: str, model_class: Any, default_output_logits: bool) -> Any:
     original = model_class.forward
     signature = inspect.signature(original)
     towers = {
-        name: set(inspect.signature(getattr(model_class, f"get_{name}_features")).parameters)
-        for name in ("image", "text")
+        tower: set(inspect.signature(getattr(model_class, f"get_{tower}_features")).parameters)
+        for tower in ("image", "text")
     }
+    embed = _embed_by_towers if name in TOWERS_UNCHANGED else _embed_by_features
     output_class = _output_class(model_class)
 
     @can_return_tuple
     def fused(self: Any, output_logits: bool, arguments: dict[str, Any], **shared: Any) -> Any:
-        outputs = {
-            name: getattr(self, f"get_{name}_features")(
-                **{k: v for k, v in arguments.items() if k in names}, **shared, return_dict=True
-            )
-            for name, names in towers.items()
-        }
-        texts, images = (outputs[name].pooler_output for name in ("text", "image"))
+        (images, image_output), (texts, text_output) = (  # in the library's order: dropout draws
+            embed(self, tower, {k: v for k, v in arguments.items() if k in towers[tower]} | shared)
+            for tower in ("image", "text")
+        )
         texts = texts / texts.norm(p=2, dim=-1, keepdim=True)
         images = (images / images.norm(p=2, dim=-1, keepdim=True)).to(device=texts.device, dtype=texts.dtype)
         scale = self.logit_scale.exp().to(texts.device)
@@ -94,8 +98,8 @@ def _forward(model_class: Any, default_output_logits: bool) -> Any:
             "loss": _loss(texts, images, scale, bias),
             "text_embeds": texts,
             "image_embeds": images,
-            "text_model_output": outputs["text"],
-            "vision_model_output": outputs["image"],
+            "text_model_output": text_output,
+            "vision_model_output": image_output,
         }
         if output_logits:
             logits = texts @ images.t() * scale
@@ -113,9 +117,25 @@ def _forward(model_class: Any, default_output_logits: bool) -> Any:
         for name in ("return_dict", "output_attentions", "output_hidden_states"):
             if name in known:
                 shared[name] = known.pop(name)
-        return fused(self, output_logits, known, **shared)
+        as_tuple = shared.get("return_dict") is False or not getattr(self.config, "return_dict", True)
+        with_logits = output_logits or as_tuple or not torch.is_grad_enabled()
+        return fused(self, with_logits, known, **shared)
 
     return forward
+
+
+def _embed_by_features(model: Any, tower: str, inputs: dict[str, Any]) -> tuple[Tensor, Any]:
+    """Embeddings (N, D), not normalised, and the tower's output."""
+    output = getattr(model, f"get_{tower}_features")(**inputs, return_dict=True)
+    return output.pooler_output, output
+
+
+def _embed_by_towers(model: Any, tower: str, inputs: dict[str, Any]) -> tuple[Tensor, Any]:
+    encoder, projection = (
+        (model.text_model, model.text_projection) if tower == "text" else (model.vision_model, model.visual_projection)
+    )
+    output = encoder(**inputs, return_dict=True)
+    return projection(output[1]), output  # the pooled output
 
 
 def _loss(texts: Tensor, images: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from functools import wraps
 from typing import Any
 
@@ -24,40 +25,58 @@ def patch_x_clip() -> Patch:
         NotImplementedError (in forward): several processes (x-clip's own forward raises NameError there).
     """
     original = CLIP.forward
+    signature = inspect.signature(original)
 
     @wraps(original)
-    def forward(self: Any, text: Tensor, image: Tensor, return_loss: bool = False, *args: Any, **options: Any) -> Any:
-        early = options.get("return_encodings") or options.get("return_latents") or any(args[:2])
-        if not return_loss or early:
-            return original(self, text, image, return_loss, *args, **options)
+    def forward(self: Any, *args: Any, **options: Any) -> Any:
+        bound = signature.bind(self, *args, **options)
+        call = bound.arguments
+        if not call.get("return_loss") or call.get("return_encodings") or call.get("return_latents"):
+            return original(*bound.args, **bound.kwargs)
         if self.requires_all_gather:
             raise NotImplementedError(
-                "x_clip.CLIP: got a process group of several processes, which is not covered: gather the latents of "
-                "return_latents=True and call fused_contrastive.x_clip_loss"
+                "x_clip.CLIP: got a process group of several processes, which is not covered: call "
+                "fused_contrastive.x_clip_loss with group= on the latents of return_latents=True"
             )
-        # x-clip computes its self-supervised losses, then returns the latents early.
-        supervised: dict[str, Any] = {}
-        hooks = [
-            module.register_forward_hook(lambda _module, _inputs, out, name=name: supervised.update({name: out}))
-            for name, module, used in (
-                ("text", getattr(self, "mlm", None), self.use_mlm),
-                ("image", getattr(self, "visual_ssl", None), self.use_visual_ssl),
-            )
-            if used and module is not None
-        ]
-        try:
-            latents = original(self, text, image, True, False, True, *args[2:], **options)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        return _loss(self, latents, (text, options.get("aug_text")), (image, options.get("aug_image")), supervised)
+        call["return_latents"] = True  # after the self-supervised losses, which are kept on their way
+        with _Kept(self) as kept:
+            latents = original(*bound.args, **bound.kwargs)
+        return _loss(self, latents, (call["text"], call.get("aug_text")), (call["image"], call.get("aug_image")), kept)
 
     patch = Patch()
     patch.replace(CLIP, "forward", forward)
     return patch
 
 
-def _loss(clip: Any, latents: tuple[Tensor, ...], texts: Any, images: Any, supervised: dict[str, Any]) -> Tensor:
+class _Kept:
+    """Keeps what a model's self-supervised losses return, while in the ``with`` block."""
+
+    def __init__(self, clip: Any) -> None:
+        self.clip, self.losses = clip, dict[str, Any]()
+
+    def __enter__(self) -> _Kept:
+        self.own = {name: vars(self.clip).get(name) for name in ("mlm", "visual_ssl")}
+        for name, used in (("mlm", self.clip.use_mlm), ("visual_ssl", self.clip.use_visual_ssl)):
+            if used:
+                self._wrap(name, getattr(self.clip, name))
+        return self
+
+    def _wrap(self, name: str, loss: Any) -> None:
+        def call(*args: Any, **options: Any) -> Any:
+            result = self.losses[name] = loss(*args, **options)
+            return result
+
+        vars(self.clip)[name] = call  # found before the module of that name
+
+    def __exit__(self, *_: object) -> None:
+        for name, own in self.own.items():
+            if own is None:
+                vars(self.clip).pop(name, None)
+            else:
+                vars(self.clip)[name] = own
+
+
+def _loss(clip: Any, latents: tuple[Tensor, ...], texts: Any, images: Any, kept: _Kept) -> Tensor:
     every_text, image_views = _views(*texts), len(_views(*images))
     text_views = len(every_text)
     split = [t.unflatten(0, (text_views if k % 2 == 0 else image_views, len(texts[0]))) for k, t in enumerate(latents)]
@@ -73,8 +92,8 @@ def _loss(clip: Any, latents: tuple[Tensor, ...], texts: Any, images: Any, super
         sim_reg_loss_weight=clip.sim_reg_loss_weight,
         ssl_loss_weight=clip.text_ssl_loss_weight + clip.image_ssl_loss_weight,
     )  # fmt: skip
-    for name, weight in (("text", clip.text_ssl_loss_weight), ("image", clip.image_ssl_loss_weight)):
-        loss = loss + supervised.get(name, 0) * weight
+    for name, weight in (("mlm", clip.text_ssl_loss_weight), ("visual_ssl", clip.image_ssl_loss_weight)):
+        loss = loss + kept.losses.get(name, 0) * weight
     return loss
 
 

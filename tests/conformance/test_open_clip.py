@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+import types
+
 import pytest
 import torch
 from against import DTYPES, assert_close_results, assert_same, features
@@ -50,6 +53,7 @@ def test_scales_and_output_dict(scale: float | Tensor, backend: str) -> None:
         )
 
 
+@pytest.mark.may_not_run  # weight 0
 @pytest.mark.parametrize("weights", [(2.0, 1.0), (1.0, 0.0), (0.0, 1.0)], ids=str)
 @pytest.mark.parametrize("output_dict", [False, True])
 def test_coca_loss(weights: tuple[float, float], output_dict: bool, backend: str) -> None:
@@ -97,6 +101,33 @@ def test_siglip_loss(bias: float | None, dtype: torch.dtype, backend: str) -> No
         leaves,
         SCALE * 30,  # a row's loss is a sum over the columns
     )
+
+
+def test_a_bias_that_is_nan_is_seen() -> None:
+    x, y = features(5, 8), features(5, 8)
+    assert ours.ClipLoss()(x, y, 10.0, torch.tensor(torch.nan)).isnan()
+    with pytest.raises(TypeError, match="logit_bias: got str"):
+        ours.ClipLoss()(x, y, 10.0, "3")
+
+
+def test_patches_nest_in_any_order_and_reach_modules_imported_later() -> None:
+    first, second = ours.patch_open_clip(), ours.patch_open_clip()
+    first.undo()
+    assert library.ClipLoss is ours.ClipLoss
+    later = sys.modules["open_clip.later"] = types.ModuleType("open_clip.later")
+    later.ClipLoss = library.ClipLoss
+    second.undo()
+    second.undo()
+    del sys.modules["open_clip.later"]
+    assert library.ClipLoss is not ours.ClipLoss
+    assert later.ClipLoss is library.ClipLoss
+
+
+def test_an_overridden_hook_is_refused() -> None:
+    with pytest.raises(NotImplementedError, match=r"Mine\.get_logits: overridden"):
+
+        class Mine(ours.ClipLoss):
+            def get_logits(self, *args: object) -> None: ...
 
 
 def test_horovod_is_refused() -> None:

@@ -53,6 +53,7 @@ def test_references(name: str, dtype: torch.dtype, backend: str) -> None:
     assert_same(call(theirs), call(adapted), leaves, 10.0)
 
 
+@pytest.mark.may_not_run
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("labels", [[0, 0, 0], [0, 1, 2], [0, 0], [0, 1], [0]], ids=str)
 def test_nothing_to_compare(name: str, labels: list[int], backend: str) -> None:
@@ -112,6 +113,30 @@ def test_cross_batch_memory(name: str, enqueue: bool, backend: str) -> None:
         assert torch.equal(adapted.embedding_memory, theirs.embedding_memory)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_references_of_the_same_labels_and_a_learned_temperature(name: str, backend: str) -> None:
+    """Without ref_labels the labels are the references', and the diagonal is left out."""
+    theirs, adapted = pair(name, backend, distance=distances.DotProductSimilarity(normalize_embeddings=False))
+    labels = torch.arange(12) % 5
+
+    def call(loss: torch.nn.Module):  # type: ignore[no-untyped-def]
+        def run(x: torch.Tensor, y: torch.Tensor, temperature: torch.Tensor) -> torch.Tensor:
+            loss.temperature = temperature
+            return loss(x, labels, ref_emb=y)
+
+        return run
+
+    leaves = {"x": features(12, 8), "y": features(12, 8), "temperature": torch.tensor([0.5])}
+    assert_same(call(theirs), call(adapted), leaves, 20.0)
+
+
+def test_an_overridden_hook_is_refused() -> None:
+    with pytest.raises(NotImplementedError, match=r"Mine\._compute_loss: overridden"):
+
+        class Mine(ours.NTXentLoss):
+            def _compute_loss(self, *args: object) -> None: ...
+
+
 def test_what_is_not_covered() -> None:
     x, labels = features(8, 4), torch.arange(8) % 2
     loss = ours.NTXentLoss()
@@ -121,8 +146,9 @@ def test_what_is_not_covered() -> None:
         ours.SupConLoss(distance=distances.LpDistance())(x, labels)
     with pytest.raises(NotImplementedError, match="distance: got power = 2"):
         ours.SupConLoss(distance=distances.CosineSimilarity(power=2))(x, labels)
-    with pytest.raises(NotImplementedError, match="loss: got pytorch_metric_learning"):
-        ours.CrossBatchMemory(losses.NTXentLoss(), 4)
+    assert torch.equal(
+        *(m.CrossBatchMemory(losses.NTXentLoss(), 4)(x, labels) for m in (losses, ours))
+    )  # the library's
     with pytest.raises(NotImplementedError, match="miner: got one"):
         ours.CrossBatchMemory(loss, 4, miner=miners.MultiSimilarityMiner())
 

@@ -72,8 +72,28 @@ def test_other_calls_are_x_clips_own() -> None:
 
 def test_large_scales_do_not_overflow() -> None:
     clip = clip_of().float()
-    clip.temperature.data.fill_(5.0)  # exp(5) = 148
+    clip.temperature.data.fill_(9.0)  # exp(9) = 8103
     text = torch.randint(1, 59, (8, 6))
     image = torch.randn(8, 3, 16, 16)
+    assert not clip(text, image, return_loss=True).isfinite()
     with patch_x_clip():
         assert clip(text, image, return_loss=True).isfinite()
+
+
+@pytest.mark.parametrize("positional", [False, True])
+def test_forms_of_the_call(positional: bool) -> None:
+    """Flags given explicitly, views by position and as a tensor, a self-supervised loss that is a plain function."""
+    clip = clip_of(use_visual_ssl=True, visual_ssl=lambda image: image.square().mean(), image_ssl_loss_weight=0.2)
+    text, image = torch.randint(1, 59, (5, 6)), torch.randn(5, 3, 16, 16, dtype=torch.float64)
+    more = torch.randint(1, 59, (5, 6)), torch.randn(5, 3, 16, 16, dtype=torch.float64)
+    flags = {"return_encodings": False, "return_latents": False, "freeze_image_encoder": False}
+
+    def call() -> torch.Tensor:
+        if positional:
+            return clip(text, image, True, False, False, False, False, True, *more)
+        return clip(text, image, return_loss=True, aug_text=more[0], aug_image=more[1], **flags)
+
+    before = call()
+    with patch_x_clip():
+        torch.testing.assert_close(call(), before, rtol=1e-9, atol=1e-10)
+    torch.testing.assert_close(call(), before)

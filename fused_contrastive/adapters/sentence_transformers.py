@@ -247,7 +247,7 @@ class _MaxSimLoss(Fused):
             )
         given.setdefault("length_normalize", library is mean_colbert_scores)
         super().__init__(model, similarity_fct=partial(self._scores, **given), **options)  # type: ignore[call-arg]
-        self._scorer_name = util.similarity_fct_name(library)
+        self._scorer_name = util.similarity_fct_name(similarity_fct or colbert_scores)
 
     def _scores(self, queries: Tensor, documents: Tensor, **options: Any) -> Tensor:
         return fused_colbert_scores(queries, documents, **options, **self._options())

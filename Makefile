@@ -48,9 +48,10 @@ conformance: $(CONFORMANCE)/.libraries ## compare the adapters with the librarie
 verify: $(BIN)/.fused_contrastive-test ## compare every backend with the float64 oracle on the full grid of cases
 	$(BIN)/python -m fused_contrastive verify --grid full
 
-bench: $(BIN)/.fused_contrastive-test ## time the loss against eager and torch.compile, and measure its memory
-	$(BIN)/python benchmarks/speed.py
-	$(BIN)/python benchmarks/memory.py
+# Libraries that ask for torchvision come without it: their loss modules are loaded alone, or listed with the reason.
+bench: $(BIN)/.fused_contrastive-bench ## time and memory beside eager, torch.compile and the libraries
+	$(BIN)/python -m pip install -q --no-deps open_clip_torch==3.3.0 lightly==1.6.0
+	$(BIN)/python -m fused_contrastive bench --suite cpu --out benchmarks/results
 
 configurations: $(BIN)/.fused_contrastive-test ## compile the Triton kernels for every architecture and write down what came out
 	$(BIN)/python benchmarks/configurations.py > docs/triton-configurations.md

@@ -23,8 +23,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from common import provenance, quantile
 from fused_contrastive import GlobalBatch, clip_loss
+from fused_contrastive.bench.provenance import head
+from fused_contrastive.bench.timing import quantile
 from traffic import SentBytes, as_open_clip
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -104,7 +105,7 @@ def main() -> None:
         torch.multiprocessing.spawn(work, arguments, nprocs=options.world)
         times, sent = torch.load(f"{folder}/result.pt")
     console = Console()
-    console.print(provenance())
+    console.print(head())
     table = Table(title=f"{options.world} processes of {options.n} rows, D = {options.dim}, fp32, forward + backward")
     for heading in ("", "ms: median (20%..80%)", "eager's time / this", "MB sent", "of eager's"):
         table.add_column(heading, justify="right")

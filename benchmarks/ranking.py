@@ -18,14 +18,16 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from common import features, provenance, quantile
 from fused_contrastive import rank, target_ranks
+from fused_contrastive.bench.memory import resident
+from fused_contrastive.bench.provenance import head
+from fused_contrastive.bench.timing import quantile
 from fused_contrastive.ops import ranking
-from memory import resident
 
 SAMPLE = 64  # rows that are checked
 ROUNDING = 1e-5  # of a float32 product of unit features, generously
@@ -91,8 +93,8 @@ def main() -> None:
     options = parser.parse_args()
 
     console = Console(width=110)
-    console.print(provenance())
-    x, y, _ = (t.detach() for t in features(options.n, options.dim))
+    console.print(head())
+    x, y = (F.normalize(torch.randn(options.n, options.dim), dim=1) for _ in range(2))
     check(x, y, options.k)
     runs: dict[str, Callable[[], object]] = {
         f"rank, k = {options.k}": partial(rank, x, y, options.k),

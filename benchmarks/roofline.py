@@ -3,8 +3,9 @@
     python benchmarks/roofline.py                  # the table in docs/triton.md: an H200, bf16
     python benchmarks/roofline.py --l2 5.5         # another assumption
 
-A prediction, to be held against benchmarks/gpu.py; nothing here is measured. A tile's program computes its products,
-then its exponentials and sums; with one program per SM the two do not overlap. So a step takes, in clocks per logit,
+A prediction, to be held against `python -m fused_contrastive bench --suite gpu`; nothing here is measured. A tile's
+program computes its products, then its exponentials and sums; with one program per SM the two do not overlap. So a
+step takes, in clocks per logit,
 
     low     products                  + max(exponentials, instructions)      all loads and stores hidden
     high    max(products, L2 loads)   + exponentials + instructions + HBM    only the loads of the products hidden

@@ -1,4 +1,4 @@
-"""The command line: ``python -m fused_contrastive verify | temperature | plan | info``."""
+"""The command line: ``python -m fused_contrastive verify | bench | compare | temperature | plan | info``."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 from rich.console import Console
 
 from fused_contrastive import info
+from fused_contrastive.bench import command as bench
 from fused_contrastive.core import checks
 from fused_contrastive.distributed import plan, show_plan
 from fused_contrastive.evaluation import temperature
@@ -29,6 +30,7 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--seed", type=int, default=None, help="of the random inputs; default: new each run, printed")
     verify.add_argument("--features", nargs=2, type=Path, metavar=("A.npy", "B.npy"), help="your own (N, D) features")
     verify.add_argument("--scale", type=float, default=100.0, help="the logit scale for --features (default 100)")
+    bench.add_parsers(commands, positive)
     sweep = commands.add_parser(
         "temperature",
         help="how far each temperature concentrates the gradient on hard negatives: a table and a picture",
@@ -97,6 +99,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.command == "info":
         info.show(console)
         return 0
+    if options.command in ("bench", "compare"):
+        return bench.run(options, console)
     if options.command == "plan":
         machine = plan.Machine(1e12 * options.tflops, 1e9 * options.gbytes, 1e9 * options.memory)
         return show_plan.run(

@@ -1,0 +1,44 @@
+"""The registry of ``fused_contrastive.bench`` under pytest-benchmark, for its statistics, storage and histograms.
+
+    pytest benchmarks --benchmark-group-by=param:problem --benchmark-sort=min
+    pytest benchmarks -k "clip and ours" --benchmark-autosave ; pytest benchmarks --benchmark-compare
+
+One implementation after the other, in milliseconds; ``python -m fused_contrastive bench`` interleaves them and counts
+in u. Each is checked against float64 first.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from fused_contrastive.bench import peers  # noqa: F401  puts the libraries into the registry
+from fused_contrastive.bench.check import Truth
+from fused_contrastive.bench.implementations import REGISTRY, CannotRunError, Implementation
+from fused_contrastive.bench.run import load
+from fused_contrastive.bench.timing import step
+from fused_contrastive.bench.workloads import Problem
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SIZES = (128, 1024) if DEVICE == "cpu" else (1024, 8192)
+LOSSES = ("clip", "info_nce", "nt_xent", "siglip", "supcon")
+PROBLEMS = [Problem(loss, n, 512, device=DEVICE) for loss in LOSSES for n in SIZES]
+PROBLEMS.append(Problem("max_sim", 64, 128, device=DEVICE))
+CASES = [(problem, i) for problem in PROBLEMS for i in REGISTRY if i.loss == problem.loss]
+
+
+@pytest.mark.parametrize(
+    ("problem", "implementation"), CASES, ids=[f"{problem}: {i.name}" for problem, i in CASES]
+)  # fmt: skip
+def test_loss(benchmark: Any, problem: Problem, implementation: Implementation) -> None:
+    torch._dynamo.reset()
+    truth = Truth(problem)
+    try:
+        loss = load(implementation, problem)
+    except CannotRunError as error:
+        pytest.skip(str(error))
+    assert truth.wrong(implementation, loss) is None
+    benchmark.extra_info.update(problem.fields(), implementation=implementation.name)
+    benchmark.pedantic(step(loss, truth.leaves, problem.device), rounds=10, warmup_rounds=2)

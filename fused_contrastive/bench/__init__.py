@@ -1,0 +1,1 @@
+"""The benchmark suite: which losses at which sizes, whose implementations, how they are timed, and the report."""

@@ -1,0 +1,109 @@
+"""Two reports of the same machine: what became slower in u, beyond noise."""
+
+from __future__ import annotations
+
+import json
+import random
+import statistics
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich.console import Console
+from rich.table import Table
+
+TOLERANCE = 0.1  # what two honest runs differ by: placement in memory, clocks
+RESAMPLES = 400
+
+
+class Change(NamedTuple):
+    """One row of both reports. ``low`` and ``high`` hold the ratio of the medians, 90% of the time."""
+
+    what: str
+    ours: bool
+    old: float
+    new: float
+    low: float
+    high: float
+
+    @property
+    def ratio(self) -> float:
+        return self.new / self.old
+
+    def verdict(self, tolerance: float) -> str:
+        if self.low > 1 + tolerance:
+            return "slower"
+        return "faster" if self.high < 1 / (1 + tolerance) else ""
+
+
+def load(path: Path) -> dict[str, Any]:
+    """A report, or ValueError that says what the file is instead."""
+    try:
+        report = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: got no JSON ({error}), expected a report of `bench`") from None
+    if not isinstance(report, dict) or not isinstance(report.get("rows"), list):
+        raise ValueError(f"{path}: got JSON without rows, expected a report of `bench`")
+    return report
+
+
+def _key(row: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(row[name] for name in ("loss", "dtype", "d", "n", "device", "implementation"))
+
+
+def _medians(rounds: list[float], draw: random.Random) -> list[float]:
+    return [statistics.median(draw.choices(rounds, k=len(rounds))) for _ in range(RESAMPLES)]
+
+
+def changes(old: dict[str, Any], new: dict[str, Any]) -> list[Change]:
+    """Of all rows that both have measured."""
+    draw = random.Random(0)
+    before = {_key(row): row for row in old["rows"] if "rounds" in row}
+    found = []
+    for row in new["rows"]:
+        was = before.get(_key(row))
+        if was is None or "rounds" not in row:
+            continue
+        ratios = sorted(
+            b / a for a, b in zip(_medians(was["rounds"], draw), _medians(row["rounds"], draw), strict=True)
+        )
+        edge = RESAMPLES // 20
+        what = f"{row['loss']} N = {row['n']}, D = {row['d']}, {row['dtype']}: {row['implementation']}"
+        medians = (was["both"]["median"], row["both"]["median"])
+        found.append(Change(what, row["ours"], *medians, ratios[edge], ratios[-edge - 1]))
+    return found
+
+
+def compare(old: Path, new: Path, tolerance: float, console: Console) -> int:
+    """Prints what changed; 1 if something of ours became slower, 2 if there is nothing to compare."""
+    reports = load(old), load(new)
+    for name, report in zip((old, new), reports, strict=True):
+        console.print(f"{name}: {', '.join(f'{k} {v}' for k, v in report['provenance'].items())}", markup=False)
+    machines = [report["provenance"].get("machine") for report in reports]
+    if machines[0] != machines[1]:
+        console.print(
+            f"Two machines, so u itself differs: {machines[0]} and {machines[1]}", style="yellow", markup=False
+        )
+    found = changes(*reports)
+    if not found:
+        console.print("No row is in both reports.", style="red")
+        return 2
+    told = [change for change in found if change.verdict(tolerance)]
+    if told:
+        table = Table("", "old, u", "new, u", "new / old", "90% interval", "")
+        for c in sorted(told, key=lambda c: -c.ratio):
+            style = "red" if c.ours and c.verdict(tolerance) == "slower" else None
+            cells = (
+                f"{c.old:.2f}",
+                f"{c.new:.2f}",
+                f"{c.ratio:.2f}",
+                f"{c.low:.2f}..{c.high:.2f}",
+                c.verdict(tolerance),
+            )
+            table.add_row(c.what, *cells, style=style)
+        console.print(table)
+    regressions = [change for change in told if change.ours and change.verdict(tolerance) == "slower"]
+    console.print(
+        f"{len(found)} rows compared; beyond noise and {tolerance:.0%}: {len(told)} changed, "
+        f"{len(regressions)} of ours slower."
+    )
+    return 1 if regressions else 0

@@ -1,0 +1,131 @@
+"""Who computes a loss: ours, PyTorch's ways, and in ``peers.py`` the libraries'. One registry, by ``register``."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fused_contrastive.bench.workloads import TEMPERATURE, WORKLOADS, Loss, Problem, rows
+
+Load = Callable[[Problem], Loss]
+INTERPRETER = "interpreter"  # Triton's, a device of sorts
+
+
+class CannotRunError(Exception):
+    """Why an implementation does not run here."""
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One way to compute one workload's loss. ``load`` imports what it needs; ImportError, CannotRunError: why not."""
+
+    name: str
+    loss: str
+    load: Load
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    largest: int | None = None  # rows, beyond which it is not run
+    matrices: float = 0  # N x N tensors that it holds at once: not run where these would not fit in memory
+    no_gradient: tuple[str, ...] = field(default=())  # inputs that it has no gradient of
+    compiled: bool = False  # for the shapes it is first called with
+    ours: bool = False
+
+
+REGISTRY: list[Implementation] = []
+
+
+def register(name: str, *losses: str, **properties: Any) -> Callable[[Load], Load]:
+    """Puts a loader into the registry, for each of these workloads."""
+
+    def add(load: Load) -> Load:
+        REGISTRY.extend(Implementation(name, loss, load, **properties) for loss in losses)
+        return load
+
+    return add
+
+
+def interpreted() -> bool:
+    """Whether Triton kernels run on the CPU here, by its interpreter."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def named(loss: str, name: str) -> Implementation:
+    for implementation in REGISTRY:
+        if (implementation.loss, implementation.name) == (loss, name):
+            return implementation
+    known = ", ".join(i.name for i in REGISTRY if i.loss == loss)
+    raise ValueError(f"implementation: got {name!r} for {loss!r}, expected one of {known}")
+
+
+def reason_not_to(implementation: Implementation, problem: Problem) -> str | None:
+    """Why it is not tried on a problem, before anything is imported."""
+    devices = {problem.device, *([INTERPRETER] if interpreted() else [])}
+    if devices.isdisjoint(implementation.devices):
+        return f"needs {' or '.join(implementation.devices)}"
+    if implementation.largest is not None and problem.n > implementation.largest:
+        return f"not run above N = {implementation.largest}: its cost grows faster than the square"
+    need, have = implementation.matrices * _matrix_bytes(problem), 0.7 * memory_bytes(problem.device)
+    if need > have:
+        return f"its N x N tensors would take {need / 2**30:.0f} GiB of {have / 2**30:.0f}"
+    return None
+
+
+def _matrix_bytes(problem: Problem) -> int:
+    m, _, n = WORKLOADS[problem.loss].unit(problem)
+    return m * n * problem.torch_dtype.itemsize
+
+
+def memory_bytes(device: str) -> int:
+    if device == "cuda":
+        return int(torch.cuda.get_device_properties(0).total_memory)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _ours(problem: Problem, **options: Any) -> Loss:
+    if interpreted() and problem.device == "cpu":
+        options.setdefault("backend", "triton")
+    return functools.partial(WORKLOADS[problem.loss].ours, **options)
+
+
+register("ours", *WORKLOADS, ours=True)(_ours)
+register("ours, memory_budget=0", *WORKLOADS, ours=True)(functools.partial(_ours, memory_budget=0))
+register("ours, backend=reference", *WORKLOADS, ours=True)(functools.partial(_ours, backend="reference"))
+
+
+@register("eager", *WORKLOADS, matrices=5)
+def _(problem: Problem) -> Loss:
+    return WORKLOADS[problem.loss].eager
+
+
+@register("torch.compile(eager)", *WORKLOADS, matrices=3, compiled=True)
+def _(problem: Problem) -> Loss:
+    return torch.compile(WORKLOADS[problem.loss].eager, dynamic=False)
+
+
+def _linear_cross_entropy() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    if not hasattr(F, "linear_cross_entropy"):
+        raise CannotRunError(f"torch {torch.__version__} has no F.linear_cross_entropy")
+    return F.linear_cross_entropy
+
+
+@register("2 x F.linear_cross_entropy", "clip")
+def _(_: Problem) -> Loss:
+    loss = _linear_cross_entropy()
+
+    def both(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
+        a, b = (scale * x).to(x.dtype), (scale * y).to(y.dtype)
+        return (loss(a, y, rows(x)) + loss(b, x, rows(x))) / 2
+
+    return both
+
+
+@register("F.linear_cross_entropy", "info_nce")
+def _(_: Problem) -> Loss:
+    loss = _linear_cross_entropy()
+    return lambda x, y: loss(F.normalize(x, dim=1) / TEMPERATURE, F.normalize(y, dim=1), rows(x))

@@ -1,0 +1,53 @@
+"""Time and memory against N, log-log: ours against all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+
+
+def draw(rows: list[Row], path: Path) -> bool:
+    """A panel for each loss, dtype and D with at least two sizes. False: there is none."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import lines, pyplot
+
+    panels: dict[tuple[str, str], dict[str, list[tuple[int, float]]]] = {}
+    for row in rows:
+        for quantity, label, unit in (
+            ("seconds", "forward + backward, ms", 1e-3),
+            ("extra_bytes", "extra memory, MB", 2**20),
+        ):
+            if row["status"] == "ok" and quantity in row:
+                title = f"{row['loss']}, {row['dtype']}, D = {row['d']}"
+                panel = panels.setdefault((title, label), {})
+                panel.setdefault(row["implementation"], []).append((row["n"], row[quantity] / unit))
+    wanted = {key: p for key, p in panels.items() if len({n for points in p.values() for n, _ in points}) > 1}
+    if not wanted:
+        return False
+    names = sorted({name for p in wanted.values() for name in p}, key=lambda name: (not name.startswith("ours"), name))
+    colours = {name: pyplot.get_cmap("tab20")(k % 20) for k, name in enumerate(names)}
+    columns = min(3, len(wanted))
+    down = -(-len(wanted) // columns)
+    figure, axes = pyplot.subplots(down, columns, figsize=(5 * columns, 3.6 * down), squeeze=False)
+    for axis, ((title, label), panel) in zip(axes.flat, wanted.items(), strict=False):
+        for name, points in panel.items():
+            ours = name.startswith("ours")
+            style = {"linewidth": 2.4 if ours else 1.0, "zorder": 3 if ours else 2}
+            axis.plot(
+                *zip(*sorted(points), strict=True), marker="o", markersize=3, color=colours[name], label=name, **style
+            )
+        axis.set(title=title, xscale="log", yscale="log", xlabel="N", ylabel=label)
+        axis.set_xscale("log", base=2)
+        axis.grid(alpha=0.3)
+    for axis in axes.flat[len(wanted) :]:
+        axis.axis("off")
+    handles = [lines.Line2D([], [], color=colours[name], marker="o", markersize=3, label=name) for name in names]
+    figure.legend(handles=handles, loc="lower center", ncols=3, fontsize=8, frameon=False)
+    figure.tight_layout(rect=(0, 0.04 + 0.02 * len(names) / 3 / down, 1, 1))
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+    return True

@@ -1,0 +1,62 @@
+"""What every table has to say of itself: versions, machine, commit, date."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import time
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+import fused_contrastive
+from fused_contrastive.backends import cpp
+
+PEERS = (
+    "triton", "open_clip_torch", "lightly", "pytorch-metric-learning", "info-nce-pytorch", "sentence-transformers",
+    "cut-cross-entropy", "liger-kernel", "inf-cl", "memeff", "siglip-kernel", "flash-maxsim",
+    "late-interaction-kernels",
+)  # fmt: skip
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor()
+    )
+
+
+def _commit() -> str:
+    """Of a clone; an installed package has only its version."""
+    folder = Path(fused_contrastive.__file__).parent
+    result = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=folder, capture_output=True, text=True)
+    return result.stdout.strip() or "not a clone"
+
+
+def provenance() -> dict[str, str]:
+    level = f", vector level {cpp.vector_level()}" if cpp.unavailable() is None else ""
+    machine = f"{torch.get_num_threads()} threads of {_processor()}{level}"
+    if torch.cuda.is_available():
+        machine = f"{torch.cuda.get_device_name()}, {machine}"
+    found = {
+        "fused_contrastive": f"{fused_contrastive.__version__} ({_commit()})",
+        "torch": torch.__version__,
+        "Python": platform.python_version(),
+        "machine": machine,
+        "date": time.strftime("%Y-%m-%d"),
+    }
+    for name in PEERS:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def head() -> str:
+    """In one line."""
+    return ", ".join(f"{key} {value}" for key, value in provenance().items())

@@ -1,0 +1,83 @@
+"""Which problems are timed, and whose memory is measured, in each suite."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from fused_contrastive.bench.workloads import Problem
+
+
+class Suite(NamedTuple):
+    """Problems with the seconds of timing each gets, and problems whose memory is measured."""
+
+    timed: list[tuple[Problem, float]]
+    memory: list[Problem]
+    only: tuple[str, ...] = ()  # implementations; empty: all
+
+
+def _each(
+    losses: Sequence[str], sizes: Sequence[int], d: int, dtypes: Sequence[str] = ("fp32",), device: str = "cpu"
+) -> list[Problem]:
+    return [Problem(loss, n, d, dtype, device) for loss in losses for dtype in dtypes for n in sizes]
+
+
+def _seconds(problems: list[Problem], seconds: float) -> list[tuple[Problem, float]]:
+    return [(problem, seconds) for problem in problems]
+
+
+MATRIX = ("clip", "info_nce", "nt_xent", "siglip", "supcon")
+GPU_SIZES = (4096, 8192, 16384, 32768, 65536, 131072)
+
+
+def quick() -> Suite:
+    """About a minute on 2 cores."""
+    timed = _seconds(_each(["clip"], [8, 128, 1024], 512), 3) + _seconds(_each(MATRIX[1:], [1024], 512), 3)
+    return Suite(timed, _each(["clip"], [1024, 2048, 4096], 256))
+
+
+def cpu() -> Suite:
+    """Some minutes on 2 cores."""
+    timed = [
+        *_seconds(_each(["clip"], [8, 32, 128, 512], 512), 3),
+        *_seconds(_each(["clip"], [1024, 2048], 512), 6),
+        *_seconds(_each(["clip"], [4096, 8192], 512), 12),
+        *_seconds(_each(MATRIX[1:], [256, 1024], 512), 4),
+        *_seconds(_each(MATRIX[1:], [4096], 512), 10),
+        *_seconds(_each(["clip"], [1024, 4096], 512, ["bf16"]), 5),
+        *_seconds(_each(["max_sim"], [256], 128), 8),
+    ]
+    return Suite(timed, [*_each(["clip"], [1024, 2048, 4096, 8192], 256), Problem("max_sim", 256, 128)])
+
+
+def memory() -> Suite:
+    """Memory alone, up to sizes where one N x N matrix takes 4 GB."""
+    sizes = [1024, 2048, 4096, 8192, 16384, 32768]
+    return Suite([], [*_each(MATRIX, sizes, 256), *_each(["max_sim"], [64, 128, 256, 512], 128)])
+
+
+def gpu() -> Suite:
+    """The GPU's: every dtype, the features' sizes of CLIP's and SigLIP's models."""
+    clip = [
+        problem
+        for d in (256, 512, 768, 1024, 1152)
+        for problem in _each(["clip"], GPU_SIZES, d, ["bf16", "fp16", "fp32"], "cuda")
+    ]
+    others = _each(MATRIX[1:], GPU_SIZES[:4], 512, ["bf16", "fp32"], "cuda")
+    tokens = _each(["max_sim"], [256, 512], 128, ["bf16", "fp32"], "cuda")
+    return Suite(_seconds([*clip, *others, *tokens], 0.5), _each(MATRIX, GPU_SIZES[:4], 512, ["bf16"], "cuda"))
+
+
+def million() -> Suite:
+    """One batch that no N x N matrix of would fit anywhere."""
+    problems = [Problem("clip", 1_048_576, 512, "bf16", "cuda")]
+    return Suite(_seconds(problems, 0), problems, only=("ours, memory_budget=0",))
+
+
+def toy() -> Suite:
+    """Sizes for Triton's interpreter (TRITON_INTERPRET=1): the GPU suite's code where there is no GPU."""
+    timed = _seconds(_each(["clip"], [65], 33, ["bf16"]), 0) + _seconds(_each(["nt_xent", "siglip"], [64], 20), 0)
+    return Suite(timed, [Problem("clip", 65, 33)])
+
+
+SUITES = {"quick": quick, "cpu": cpu, "gpu": gpu, "memory": memory, "million": million, "toy": toy}

@@ -1,0 +1,113 @@
+"""Times in turns, so that all implementations meet the same noise, beside the product that is their unit u."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fused_contrastive.bench.workloads import WORKLOADS, Loss, Problem
+
+AHEAD = 4_000_000  # clocks that the GPU waits, about 2 ms, while the host queues what is timed
+FITS = 16 * 2**30  # bytes of a product that u is measured on in one piece
+
+Step = Callable[[], tuple[float, float]]  # seconds forward, seconds backward
+
+
+class Times(NamedTuple):
+    """Seconds, round by round."""
+
+    u: list[float]
+    forward: dict[str, list[float]]
+    backward: dict[str, list[float]]
+
+    def both(self, name: str) -> list[float]:
+        return [a + b for a, b in zip(self.forward[name], self.backward[name], strict=True)]
+
+
+def quantile(values: list[float], q: float) -> float:
+    return sorted(values)[min(int(q * len(values)), len(values) - 1)]
+
+
+def product(problem: Problem) -> Callable[[], float]:
+    """Seconds of one u: the vendor's product of all similarities, in parts where it is larger than FITS."""
+    m, k, n = WORKLOADS[problem.loss].unit(problem)
+    parts = max(1, -(-m * n * problem.torch_dtype.itemsize // FITS))
+    x, y = (torch.randn(rows, k, device=problem.device).to(problem.torch_dtype) for rows in (-(-m // parts), n))
+    watch = Watch(problem.device)
+
+    def run() -> float:
+        watch.start()
+        torch.mm(x, y.T)
+        return parts * watch.stop()[0]
+
+    return run
+
+
+class Watch:
+    """Seconds between marks: of the host on a CPU, of the device on a GPU with the host ahead of it."""
+
+    def __init__(self, device: str) -> None:
+        self.gpu = device == "cuda"
+        self.marks: list[Any] = []  # events, or seconds
+
+    def start(self) -> None:
+        self.marks = []
+        if self.gpu:  # else a small problem's time would be that of its launches
+            torch.cuda._sleep(AHEAD)
+        self.mark()
+
+    def mark(self) -> None:
+        if self.gpu:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self.marks.append(event)
+        else:
+            self.marks.append(time.perf_counter())
+
+    def stop(self) -> list[float]:
+        self.mark()
+        if not self.gpu:
+            return [b - a for a, b in zip(self.marks, self.marks[1:], strict=False)]
+        self.marks[-1].synchronize()
+        return [a.elapsed_time(b) / 1e3 for a, b in zip(self.marks, self.marks[1:], strict=False)]
+
+
+def step(loss: Loss, leaves: dict[str, Tensor], device: str) -> Step:
+    """Forward and backward of one call."""
+    watch, inputs = Watch(device), list(leaves.values())
+
+    def run() -> tuple[float, float]:
+        watch.start()
+        value = loss(*inputs)
+        watch.mark()
+        torch.autograd.grad(value, inputs, allow_unused=True)
+        forward, backward = watch.stop()
+        return forward, backward
+
+    return run
+
+
+def interleaved(product: Callable[[], float], steps: dict[str, Step], seconds: float, least: int = 5) -> Times:
+    """Rounds of one call each, for about ``seconds``; each has been called before."""
+    times = Times([], {name: [] for name in steps}, {name: [] for name in steps})
+    product()
+    stop = time.perf_counter() + seconds
+    while len(times.u) < least or time.perf_counter() < stop:
+        times.u.append(product())
+        for name, run in steps.items():
+            forward, backward = run()
+            times.forward[name].append(forward)
+            times.backward[name].append(backward)
+    return times
+
+
+def in_units(values: list[float], u: float) -> dict[str, float]:
+    """Median and the 20% and 80% quantiles."""
+    return {
+        "median": statistics.median(values) / u, "q20": quantile(values, 0.2) / u, "q80": quantile(values, 0.8) / u
+    }  # fmt: skip

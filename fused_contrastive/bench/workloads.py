@@ -1,0 +1,201 @@
+"""What is timed: each loss as a function of a few tensors, as training code writes it, and its float64 truth.
+
+Losses that SimCLR-like code normalises the features for (InfoNCE, NT-Xent, SupCon) take them as the encoder gives them
+and have a fixed temperature, which is what the libraries offer; CLIP and SigLIP take unit features and a learned scale.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import fused_contrastive as fc
+from fused_contrastive.testing import oracle, textbook
+
+Loss = Callable[..., Tensor]  # of a workload's tensors
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+SCALE = 14.3  # CLIP's at the start of training
+TEMPERATURE = 1 / SCALE
+T, P = 32, 49  # tokens of a caption, patches of an image
+PER_LABEL = 4  # samples with one label, for SupCon
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One loss at one size. ``n`` counts the rows of its matrix of similarities: for NT-Xent both views'."""
+
+    loss: str
+    n: int
+    d: int
+    dtype: str = "fp32"
+    device: str = "cpu"
+
+    def __str__(self) -> str:
+        return f"{self.loss} N = {self.n}, D = {self.d}, {self.dtype}"
+
+    def fields(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return DTYPES[self.dtype]
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One loss."""
+
+    inputs: Callable[[Problem], dict[str, Tensor]]  # by name, those with gradients
+    ours: Loss  # takes the loss's own options too
+    eager: Loss
+    truth: Loss  # in float64, written apart from ours and from eager
+    unit: Callable[[Problem], tuple[int, int, int]]  # the product that is its u: (M, K) by (K, N)
+    slack: float = 0.0  # relative error of a gradient beyond the budget that is not wrong
+
+
+def _random(problem: Problem, *shape: int) -> Tensor:
+    return torch.randn(*shape, problem.d, device=problem.device)
+
+
+def _unit_pair_and_scale(problem: Problem) -> dict[str, Tensor]:
+    x, y = (F.normalize(_random(problem, problem.n), dim=1).to(problem.torch_dtype) for _ in range(2))
+    return _leaves(x=x, y=y, scale=torch.tensor(SCALE, device=problem.device))
+
+
+def _pair(problem: Problem) -> dict[str, Tensor]:
+    return _leaves(**{name: _random(problem, problem.n).to(problem.torch_dtype) for name in ("x", "y")})
+
+
+def _two_views(problem: Problem) -> dict[str, Tensor]:
+    return _leaves(**{name: _random(problem, problem.n // 2).to(problem.torch_dtype) for name in ("x", "y")})
+
+
+def _one_set(problem: Problem) -> dict[str, Tensor]:
+    return _leaves(x=_random(problem, problem.n).to(problem.torch_dtype))
+
+
+def _tokens(problem: Problem) -> dict[str, Tensor]:
+    sets = {"x": T, "y": P}
+    return _leaves(
+        **{
+            name: F.normalize(_random(problem, problem.n, tokens), dim=2).to(problem.torch_dtype)
+            for name, tokens in sets.items()
+        }
+    )
+
+
+def _leaves(**tensors: Tensor) -> dict[str, Tensor]:
+    return {name: t.requires_grad_() for name, t in tensors.items()}
+
+
+def _square(problem: Problem) -> tuple[int, int, int]:
+    return problem.n, problem.d, problem.n
+
+
+def rows(x: Tensor) -> Tensor:
+    """0, 1, ..., M - 1: the targets."""
+    return torch.arange(len(x), device=x.device)
+
+
+def labels(x: Tensor) -> Tensor:
+    return rows(x) // PER_LABEL
+
+
+def clip_eager(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
+    logits = scale * x @ y.T
+    return (F.cross_entropy(logits, rows(x)) + F.cross_entropy(logits.T, rows(x))) / 2
+
+
+def _siglip_ours(x: Tensor, y: Tensor, scale: Tensor, **options: Any) -> Tensor:
+    return fc.siglip_loss(x, y, scale, -scale / 2, **options)
+
+
+def siglip_eager(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
+    signs = 2 * torch.eye(len(x), device=x.device) - 1
+    return -F.logsigmoid(signs * (scale * x @ y.T - scale / 2)).sum() / len(x)
+
+
+def _info_nce_ours(x: Tensor, y: Tensor, **options: Any) -> Tensor:
+    return fc.info_nce_loss(x, y, logit_scale=SCALE, normalize=True, **options)
+
+
+def info_nce_eager(x: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(F.normalize(x, dim=1) @ F.normalize(y, dim=1).T / TEMPERATURE, rows(x))
+
+
+def _nt_xent_ours(x: Tensor, y: Tensor, **options: Any) -> Tensor:
+    return fc.nt_xent_loss(x, y, TEMPERATURE, **options)
+
+
+def nt_xent_eager(x: Tensor, y: Tensor) -> Tensor:
+    z = F.normalize(torch.cat((x, y)), dim=1)
+    own = torch.eye(len(z), dtype=torch.bool, device=z.device)
+    logits = (z @ z.T / TEMPERATURE).masked_fill(own, -torch.inf)
+    return F.cross_entropy(logits, rows(z).roll(len(x)))
+
+
+def _supcon_ours(x: Tensor, **options: Any) -> Tensor:
+    return fc.supcon_loss(x, labels(x), TEMPERATURE, normalize=True, **options)
+
+
+def supcon_eager(x: Tensor) -> Tensor:
+    z = F.normalize(x, dim=1)
+    own = torch.eye(len(z), dtype=torch.bool, device=z.device)
+    positives = (labels(x)[:, None] == labels(x)) & ~own
+    log_prob = F.log_softmax((z @ z.T / TEMPERATURE).masked_fill(own, -torch.inf), dim=1)
+    return -(log_prob.masked_fill(~positives, 0).sum(dim=1) / positives.sum(dim=1)).mean()
+
+
+def scores_loss(scores: Tensor) -> Tensor:
+    """What a late-interaction model trains on."""
+    return F.cross_entropy(scores, rows(scores))
+
+
+def _max_sim_ours(x: Tensor, y: Tensor, **options: Any) -> Tensor:
+    return scores_loss(fc.max_sim(x, y, **options))
+
+
+def max_sim_eager(x: Tensor, y: Tensor) -> Tensor:
+    return scores_loss(torch.einsum("mtd,npd->mntp", x, y).amax(dim=3).sum(dim=2))
+
+
+def _max_sim_truth(x: Tensor, y: Tensor) -> Tensor:
+    """A few items of x at a time."""
+    scores = [torch.einsum("mtd,npd->mntp", part, y).amax(dim=3).sum(dim=2) for part in x.split(8)]
+    return scores_loss(torch.cat(scores))
+
+
+_PRODUCT = oracle.LOGITS["product"]
+_FIXED = torch.tensor(TEMPERATURE, dtype=torch.float64)
+
+WORKLOADS = {
+    "clip": Workload(
+        _unit_pair_and_scale, fc.clip_loss, clip_eager,
+        lambda x, y, scale: textbook.info_nce(_PRODUCT, x, y, scale, symmetric=True), _square,
+    ),
+    "info_nce": Workload(
+        _pair, _info_nce_ours, info_nce_eager,
+        lambda x, y: textbook.info_nce(_PRODUCT, x, y, 1 / _FIXED, normalize=True), _square,
+    ),
+    "nt_xent": Workload(
+        _two_views, _nt_xent_ours, nt_xent_eager,
+        lambda x, y: textbook.nt_xent(_PRODUCT, x, y, temperature=_FIXED), _square,
+    ),
+    "siglip": Workload(
+        _unit_pair_and_scale, _siglip_ours, siglip_eager,
+        lambda x, y, scale: textbook.siglip(_PRODUCT, x, y, scale, -scale / 2), _square,
+    ),
+    "supcon": Workload(
+        _one_set, _supcon_ours, supcon_eager,
+        lambda x: textbook.supcon(_PRODUCT, x, _FIXED, labels=labels(x), normalize=True), _square,
+    ),
+    # Among millions of products some tie within float32's rounding, and the gradient goes to the other token.
+    "max_sim": Workload(
+        _tokens, _max_sim_ours, max_sim_eager, _max_sim_truth, lambda p: (p.n * T, p.d, p.n * P), slack=1e-2
+    ),
+}  # fmt: skip

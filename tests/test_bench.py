@@ -1,0 +1,289 @@
+"""The benchmark suite measures what it says, refuses what is wrong, and compares reports beyond noise."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import random
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from fused_contrastive.bench import command, compare, growth, implementations, memory, peers, report, run, suites
+from fused_contrastive.bench.check import Truth, evaluate
+from fused_contrastive.bench.implementations import Implementation, named
+from fused_contrastive.bench.workloads import WORKLOADS, Problem
+
+
+@pytest.fixture(autouse=True)
+def _not_interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ours is then the C++ backend, but where a test asks for Triton's interpreter."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+
+QUIET = Console(quiet=True)
+SMALL = {loss: Problem(loss, 16 if loss == "max_sim" else 48, 24) for loss in WORKLOADS}
+
+
+def cli(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "fused_contrastive", *arguments],
+        capture_output=True, text=True, timeout=600, cwd=cwd, env={**os.environ, **environment},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("loss", list(WORKLOADS))
+def test_ours_and_eager_agree_with_the_truth(loss: str) -> None:
+    """Three independent forms of each workload: were one wrong, every benchmark of it would be."""
+    problem = SMALL[loss]
+    truth = Truth(problem)
+    for name in ("ours", "ours, memory_budget=0", "ours, backend=reference", "eager"):
+        implementation = named(loss, name)
+        assert truth.wrong(implementation, implementation.load(problem)) is None
+
+
+@pytest.mark.parametrize("loss", list(WORKLOADS))
+@pytest.mark.parametrize("break_", ["value", "gradient", "missing"])
+def test_what_is_wrong_is_reported_and_not_timed(loss: str, break_: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(problem: Problem) -> Any:
+        right = WORKLOADS[loss].eager
+        if break_ == "value":
+            return lambda *leaves: 1.001 * right(*leaves)
+        if break_ == "gradient":
+            return lambda x, *rest: right(x, *rest) + 0.01 * (x - x.detach()).sum()
+        return lambda x, *rest: right(x.detach(), *rest) + (0 if rest else 0 * torch.ones((), requires_grad=True))
+
+    broken = Implementation("broken", loss, load)
+    monkeypatch.setattr(run, "REGISTRY", [named(loss, "ours"), broken])
+    rows = {row["implementation"]: row for row in run.time_problem(SMALL[loss], 0.0, (), QUIET)}
+    assert rows["ours"]["status"] == "ok"
+    assert rows["broken"]["status"].startswith("WRONG: "), rows["broken"]
+    assert "both" not in rows["broken"]
+
+
+def test_ours_being_wrong_ends_the_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = Implementation("ours", "clip", lambda problem: lambda x, y, scale: (x + y).sum() * scale, ours=True)
+    monkeypatch.setattr(run, "REGISTRY", [broken])
+    with pytest.raises(AssertionError, match=r"ours, clip N = 48.*WRONG.*nothing is timed"):
+        run.time_problem(SMALL["clip"], 0.0, (), QUIET)
+
+
+def test_a_peer_that_fails_is_a_row_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(problem: Problem) -> Any:
+        def loss(*leaves: Any) -> Any:
+            raise NotImplementedError("no such kernel\nsecond line")
+
+        return loss
+
+    def missing(problem: Problem) -> Any:
+        raise ImportError("No module named 'elsewhere'")
+
+    others = [Implementation("fails", "clip", fails), Implementation("missing", "clip", missing)]
+    others += [Implementation("gpu", "clip", fails, devices=("cuda",)), Implementation("big", "clip", fails, largest=8)]
+    others.append(Implementation("matrices", "clip", fails, matrices=1e12))
+    monkeypatch.setattr(run, "REGISTRY", [named("clip", "ours"), *others])
+    rows = {row["implementation"]: row["status"] for row in run.time_problem(SMALL["clip"], 0.0, (), QUIET)}
+    assert rows.pop("matrices").startswith("its N x N tensors would take")
+    assert rows == {
+        "ours": "ok",
+        "fails": "failed: NotImplementedError: no such kernel",
+        "missing": "not installed: No module named 'elsewhere'",
+        "gpu": "needs cuda",
+        "big": "not run above N = 8: its cost grows faster than the square",
+    }
+
+
+def test_a_peer_s_known_lack_of_a_gradient_is_allowed() -> None:
+    truth = Truth(SMALL["clip"])
+
+    def loss(x: Any, y: Any, scale: Any) -> Any:
+        return WORKLOADS["clip"].eager(x, y, scale.detach())
+
+    peer = Implementation("peer", "clip", lambda problem: loss)
+    assert truth.wrong(peer, loss) == "WRONG: gives the gradient of scale as None"
+    assert truth.wrong(replace(peer, no_gradient=("scale",)), loss) is None
+
+
+def test_timing_counts_forward_and_backward() -> None:
+    (row,) = run.time_problem(SMALL["clip"], 0.0, ("ours",), QUIET)
+    assert len(row["rounds"]) >= 5
+    assert 0 < row["forward"]["median"] < row["both"]["median"]
+    assert row["both"]["q20"] <= row["both"]["median"] <= row["both"]["q80"]
+    assert row["seconds"] == pytest.approx(row["both"]["median"] * row["u_seconds"])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="resident memory is measured on Linux")
+def test_memory_sees_one_matrix() -> None:
+    """Eager holds at least two N x N at N = 2048 (16 MB each), ours with budget 0 a block of one."""
+    problem = Problem("clip", 2048, 16)
+    found = {name: memory.in_own_process(named("clip", name), problem) for name in ("eager", "ours, memory_budget=0")}
+    assert 32 * 2**20 < found["eager"] < 160 * 2**20  # type: ignore[operator]
+    assert found["ours, memory_budget=0"] < 32 * 2**20  # type: ignore[operator]
+
+
+def test_memory_says_what_went_wrong() -> None:
+    found = memory.in_own_process(Implementation("nobody's", "clip", lambda problem: None), SMALL["clip"])  # type: ignore[arg-type, return-value]
+    assert isinstance(found, str)
+    assert found.startswith("failed: ValueError: implementation: got \"nobody's\" for 'clip', expected one of ours")
+
+
+def test_exponents() -> None:
+    assert growth.exponent([(1024, 3.0), (2048, 12.0), (4096, 48.0)]) == pytest.approx(2.0)
+    assert growth.exponent([(1024, 7.0), (2048, 7.0), (8192, 7.0)]) == pytest.approx(0.0)
+    assert growth.exponent([(1024, 7.0), (2048, 7.0)]) is None
+    rows = [
+        {"status": "ok", "loss": "clip", "dtype": "fp32", "d": d, "n": n, "implementation": "ours", **measured}
+        for n in (256, 1024, 2048, 4096)
+        for d, measured in ((512, {"seconds": n**2.0 if n > 256 else 1e6}), (256, {"extra_bytes": float(n)}))
+    ]
+    (found,) = growth.fit(rows)
+    assert (found.time, found.memory) == (pytest.approx(2.0), pytest.approx(1.0))
+
+
+# --- comparing two reports --------------------------------------------------------------------------------------------
+
+
+def made_up(seed: int, slower: float = 1.0, drift: float = 0.0) -> dict[str, Any]:
+    """A report of noisy rounds: a spread of a twentieth, one in ten twice as long."""
+    draw = random.Random(seed)
+    rows = []
+    for n in (128, 1024, 4096):
+        for name in ("ours", "eager"):
+            factor = (slower if name == "ours" and n == 1024 else 1.0) * (1 + drift)
+            rounds = [factor * 3 * draw.gauss(1, 0.05) * (2 if draw.random() < 0.1 else 1) for _ in range(12)]
+            rows.append({
+                **Problem("clip", n, 512).fields(), "implementation": name, "ours": name == "ours", "status": "ok",
+                "rounds": rounds, "both": {"median": sorted(rounds)[6]},
+            })  # fmt: skip
+    return {"provenance": {"machine": "made up"}, "rows": rows}
+
+
+def compared(tmp_path: Path, old: dict[str, Any], new: dict[str, Any]) -> tuple[int, str]:
+    for name, made in (("old", old), ("new", new)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(made))
+    console = Console(record=True, width=160, file=io.StringIO())
+    code = compare.compare(tmp_path / "old.json", tmp_path / "new.json", compare.TOLERANCE, console)
+    return code, console.export_text()
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_slowdown_is_flagged_and_noise_is_not(seed: int, tmp_path: Path) -> None:
+    code, text = compared(tmp_path, made_up(seed), made_up(seed + 100, slower=1.3))
+    assert code == 1
+    assert "clip N = 1024, D = 512, fp32: ours" in text
+    assert "1 of ours slower" in text
+    code, text = compared(tmp_path, made_up(seed), made_up(seed + 200, drift=0.03))
+    assert code == 0, text
+    assert "0 of ours slower" in text
+
+
+def test_a_speed_up_or_a_slower_peer_is_told_but_no_failure(tmp_path: Path) -> None:
+    code, text = compared(tmp_path, made_up(1, slower=1.5), made_up(2))
+    assert code == 0
+    assert "faster" in text
+
+
+def test_compare_refuses_what_is_no_report(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text("{")
+    (tmp_path / "b.json").write_text('{"rows": 3}')
+    with pytest.raises(ValueError, match=r"a.json: got no JSON.*expected a report of `bench`"):
+        compare.load(tmp_path / "a.json")
+    with pytest.raises(ValueError, match=r"b.json: got JSON without rows"):
+        compare.load(tmp_path / "b.json")
+    result = cli("compare", "a.json", "nowhere.json", cwd=tmp_path)
+    assert result.returncode == 2
+    assert "a.json" in result.stdout
+    empty = {"provenance": {}, "rows": []}
+    assert compared(tmp_path, empty, empty)[0] == 2
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def test_the_toy_suite_is_the_gpu_s_code_under_the_interpreter(tmp_path: Path) -> None:
+    """Every file of a report, the Triton backend measured, and a reason for each implementation that is not."""
+    pytest.importorskip("triton")
+    result = cli(
+        "bench", "--suite", "toy", "--out", "made", cwd=tmp_path, TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES=""
+    )
+    assert result.returncode == 0, result.stderr + result.stdout
+    made = json.loads((tmp_path / "made/toy.json").read_text())
+    assert made["provenance"]["torch"] == torch.__version__
+    measured = {(row["loss"], row["dtype"], row["implementation"]) for row in made["rows"] if "both" in row}
+    for problem, _ in suites.toy().timed:
+        for name in ("ours", "ours, memory_budget=0", "eager"):
+            assert (problem.loss, problem.dtype, name) in measured
+    for row in made["rows"]:
+        assert row["provenance"]["torch"] == torch.__version__
+        assert row["status"] == "ok" or len(row["status"]) > 5
+        assert ("both" in row or "extra_bytes" in row) == (row["status"] == "ok")
+    text = (tmp_path / "made/toy.md").read_text()
+    assert "| **ours** |" in text
+    assert "- inf_cl: clip: needs cuda" in text
+    assert "not measured: inf_cl" in result.stdout
+
+
+def test_suites_are_made_of_what_exists() -> None:
+    for make in suites.SUITES.values():
+        suite = make()
+        for problem in (*(problem for problem, _ in suite.timed), *suite.memory):
+            assert problem.loss in WORKLOADS
+            assert problem.dtype in ("fp32", "bf16", "fp16")
+        for name in suite.only:
+            assert named("clip", name)
+    only = command.chosen(suites.cpu(), ["siglip"])
+    assert {problem.loss for problem, _ in only.timed} == {"siglip"}
+    assert only.memory == []
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_suite_for_a_gpu_says_that_there_is_none(tmp_path: Path) -> None:
+    result = cli("bench", "--suite", "gpu", cwd=tmp_path)
+    assert result.returncode == 2
+    assert "--suite gpu: needs a GPU, and torch sees none here" in result.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_every_implementation_is_registered_once() -> None:
+    keys = [(i.loss, i.name) for i in implementations.REGISTRY]
+    assert len(keys) == len(set(keys))
+    assert {"open_clip ClipLoss", "inf_cl", "memeff", "2 x cut_cross_entropy"} <= {
+        n for loss, n in keys if loss == "clip"
+    }
+
+
+def test_a_library_s_module_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a library's __init__ cannot be imported its module is, unchanged, and no bare package stays behind."""
+    folder = tmp_path / "half_a_library" / "loss"
+    folder.mkdir(parents=True)
+    (folder.parent / "__init__.py").write_text("import nowhere_to_be_found")
+    (folder / "__init__.py").write_text("")
+    (folder / "own.py").write_text("from half_a_library.loss.helper import value")
+    (folder / "helper.py").write_text("value = 3")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert peers.module_alone("half_a_library.loss.own").value == 3
+    assert not [name for name in sys.modules if name.startswith("half_a_library")]
+    with pytest.raises(ImportError, match="nowhere_to_be_found"):
+        __import__("half_a_library")
+    with pytest.raises(ImportError, match="No module named 'no_such_library'"):
+        peers.module_alone("no_such_library.loss")
+
+
+def test_a_report_survives_an_interrupted_write(tmp_path: Path) -> None:
+    path = tmp_path / "deep/report.json"
+    report.write_json({"rows": [1]}, path)
+    with pytest.raises(TypeError):
+        report.write_json({"rows": [object()]}, path)
+    assert json.loads(path.read_text()) == {"rows": [1]}
+
+
+def test_gradients_are_by_name() -> None:
+    leaves = WORKLOADS["clip"].inputs(SMALL["clip"])
+    assert list(evaluate(WORKLOADS["clip"].eager, leaves)) == ["loss", "x", "y", "scale"]

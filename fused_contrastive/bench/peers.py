@@ -109,7 +109,7 @@ def _(_: Problem) -> Loss:
     from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 
     loss = MultipleNegativesRankingLoss(torch.nn.Identity(), scale=SCALE)
-    return lambda x, y: loss.compute_loss_from_embeddings([x, y])
+    return lambda x, y: loss.compute_loss_from_embeddings([x, y], None)
 
 
 def _cut_cross_entropy(problem: Problem) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -50,15 +51,19 @@ def same_device(name: str, value: Tensor, like_name: str, like: Tensor) -> None:
         raise ValueError(f"{name}: got device {value.device}, expected {like.device}, the device of {like_name}")
 
 
-def scalar(name: str, value: object) -> None:
-    """A Python number or a 0-d floating tensor."""
+def scalar(name: str, value: object) -> float | Tensor:
+    """A real number, NumPy's too, or a 0-d floating tensor -> a Python number, or that tensor."""
     if isinstance(value, Tensor):
         if value.dim() != 0:
             raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected a number or a 0-d tensor")
         if not value.is_floating_point():
             raise TypeError(f"{name}: got dtype {value.dtype}, expected a floating dtype")
-    elif isinstance(value, bool) or not isinstance(value, (int, float)):
+        return value
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return value
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name}: got {type(value).__name__}, expected a number or a 0-d tensor")
+    return float(value)  # a float16's quotients would be rounded to float16
 
 
 def vector(name: str, value: object, length: int, x: Tensor, *, of: str, integer: bool) -> None:

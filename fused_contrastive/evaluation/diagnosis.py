@@ -79,7 +79,7 @@ def diagnose(x: Tensor, y: Tensor, scale: float | Tensor, *, k: int = 10) -> Dia
     n = len(x)
     if n < 2:
         raise ValueError(f"x: got {n} row, expected at least 2, so that there are negatives")
-    checks.scalar("scale", scale)
+    scale = checks.scalar("scale", scale)
     factor = scale.item() if isinstance(scale, Tensor) else scale
     checks.positive("scale", factor)
     checks.at_least_1("k", k)

@@ -49,10 +49,9 @@ def scale_of(temperature: float | Tensor | None, logit_scale: float | Tensor | N
     if temperature is not None and logit_scale is not None:
         raise ValueError("temperature, logit_scale: got both, expected at most one of them")
     if logit_scale is not None:
-        checks.scalar("logit_scale", logit_scale)
-        return logit_scale
+        return checks.scalar("logit_scale", logit_scale)
     temperature = default if temperature is None else temperature
-    checks.scalar("temperature", temperature)
+    temperature = checks.scalar("temperature", temperature)
     known = not isinstance(temperature, Tensor) or (is_plain(temperature) and temperature.device.type == "cpu")
     if known and not temperature > 0:
         raise ValueError(f"temperature: got {float(temperature)}, expected a positive number")

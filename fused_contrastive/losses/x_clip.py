@@ -79,7 +79,7 @@ def x_clip_loss(
         ("decoupled_contrastive_learning", decoupled_contrastive_learning),
     ):
         checks.boolean(name, flag)
-    checks.scalar("logit_scale", logit_scale)
+    logit_scale = checks.scalar("logit_scale", logit_scale)
     for name, weight in (
         ("multiview_loss_weight", multiview_loss_weight),
         ("sim_reg_loss_weight", sim_reg_loss_weight),

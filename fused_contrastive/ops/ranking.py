@@ -70,7 +70,7 @@ def rank(
     m, n = queries.shape[0], candidates.shape[0]
     checks.count("k", k, n, "N, the number of candidates")
     if scale is not None:
-        checks.scalar("scale", scale)
+        scale = checks.scalar("scale", scale)
     chosen = dispatch.BACKENDS[dispatch.resolve(backend, queries.device, queries.dtype)]
     with plain(queries):
         walk = _Walk(queries, candidates)

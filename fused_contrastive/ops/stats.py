@@ -261,7 +261,7 @@ def autocast(features: Tensor) -> Tensor:
 
 
 def _scale(scale: float | Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
-    checks.scalar("scale", scale)
+    scale = checks.scalar("scale", scale)
     if not isinstance(scale, Tensor):
         return x.new_full((), scale, dtype=dtype)
     return scale.to(device=x.device, dtype=dtype)

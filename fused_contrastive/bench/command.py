@@ -25,6 +25,7 @@ def add_parsers(commands: Any, positive: Any) -> None:
     bench.add_argument("--out", type=Path, default=Path("benchmark"), metavar="FOLDER", help="default ./%(default)s")
     bench.add_argument("--name", help="of the files in it; default: the suite's")
     bench.add_argument("--speed", type=positive, default=1.0, help="2: half the seconds of timing")
+    bench.add_argument("--show", type=Path, metavar="REPORT.json", help="print and draw an earlier report; run nothing")
     two = commands.add_parser("compare", help="what became slower between two reports of bench, beyond noise")
     two.add_argument("old", type=Path, metavar="OLD.json")
     two.add_argument("new", type=Path, metavar="NEW.json")
@@ -42,6 +43,12 @@ def run(options: argparse.Namespace, console: Console) -> int:
             return compare.compare(options.old, options.new, options.tolerance, console)
         except (OSError, ValueError) as error:
             console.print(f"compare: {error}", style="red", markup=False)
+            return 2
+    if options.show:
+        try:
+            return finish(compare.load(options.show), options.show.with_suffix(""), console)
+        except (OSError, ValueError) as error:
+            console.print(f"--show: {error}", style="red", markup=False)
             return 2
     suite = chosen(SUITES[options.suite](), options.losses)
     devices = {problem.device for problem in (*(problem for problem, _ in suite.timed), *suite.memory)}
@@ -61,6 +68,11 @@ def run(options: argparse.Namespace, console: Console) -> int:
 
     console.print(head(), markup=False)
     run_suite(suite, console, keep, options.speed)
+    return finish(made, stem, console)
+
+
+def finish(made: dict[str, Any], stem: Path, console: Console) -> int:
+    """The tables on the terminal, in Markdown, and the plots."""
     report.show(made, console)
     stem.with_suffix(".md").write_text(report.markdown(made))
     written = [stem.with_suffix(".json"), stem.with_suffix(".md")]

@@ -8,6 +8,19 @@ from typing import Any
 Row = dict[str, Any]
 
 
+OURS = ("tab:blue", "tab:orange", "tab:purple")
+OTHERS = ("tab:red", "tab:green", "tab:brown", "tab:pink", "tab:gray", "tab:olive", "tab:cyan", "gold", "black", "lime")
+
+
+def _colours(names: list[str]) -> dict[str, str]:
+    ours = [name for name in names if name.startswith("ours")]
+    others = [name for name in names if not name.startswith("ours")]
+    return {
+        **{name: OURS[k % len(OURS)] for k, name in enumerate(ours)},
+        **{name: OTHERS[k % len(OTHERS)] for k, name in enumerate(others)},
+    }
+
+
 def draw(rows: list[Row], path: Path) -> bool:
     """A panel for each loss, dtype and D with at least two sizes. False: there is none."""
     import matplotlib
@@ -29,7 +42,7 @@ def draw(rows: list[Row], path: Path) -> bool:
     if not wanted:
         return False
     names = sorted({name for p in wanted.values() for name in p}, key=lambda name: (not name.startswith("ours"), name))
-    colours = {name: pyplot.get_cmap("tab20")(k % 20) for k, name in enumerate(names)}
+    colours = _colours(names)
     columns = min(3, len(wanted))
     down = -(-len(wanted) // columns)
     figure, axes = pyplot.subplots(down, columns, figsize=(5 * columns, 3.6 * down), squeeze=False)
@@ -47,7 +60,8 @@ def draw(rows: list[Row], path: Path) -> bool:
         axis.axis("off")
     handles = [lines.Line2D([], [], color=colours[name], marker="o", markersize=3, label=name) for name in names]
     figure.legend(handles=handles, loc="lower center", ncols=3, fontsize=8, frameon=False)
-    figure.tight_layout(rect=(0, 0.04 + 0.02 * len(names) / 3 / down, 1, 1))
+    legend = 0.1 + 0.18 * -(-len(names) // 3)  # inches
+    figure.tight_layout(rect=(0, legend / figure.get_figheight(), 1, 1))
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
     return True

@@ -74,6 +74,27 @@ def growth_lines(rows: list[Row]) -> list[tuple[str, str, str, str]]:
     return [(f"{g.loss}, {g.dtype}", g.implementation, shown(g.time), shown(g.memory)) for g in fit(rows)]
 
 
+def standings(rows: list[Row]) -> list[tuple[str, str, str]]:
+    """Problem, the fastest of the others, and its time over ours."""
+    lines = []
+    for problem, found in _by_problem(rows, "both").items():
+        ours, others = found.get("ours"), [row for row in found.values() if not row["ours"]]
+        if ours and others:
+            best = min(others, key=lambda row: row["both"]["median"])
+            ratio = best["both"]["median"] / ours["both"]["median"]
+            lines.append((problem, best["implementation"], f"{ratio:.2f}"))
+    return lines
+
+
+def _by_problem(rows: list[Row], quantity: str) -> dict[str, dict[str, Row]]:
+    found: dict[str, dict[str, Row]] = {}
+    for row in rows:
+        if row["status"] == "ok" and quantity in row:
+            problem = f"{row['loss']} N = {row['n']}, D = {row['d']}, {row['dtype']}"
+            found.setdefault(problem, {})[row["implementation"]] = row
+    return found
+
+
 def reasons(rows: list[Row]) -> dict[str, list[str]]:
     """Of the implementations that were not measured somewhere: why, and on what."""
     found: dict[tuple[str, str], set[str]] = {}
@@ -91,6 +112,11 @@ def show(report: dict[str, Any], console: Console) -> None:
     for grid in (time_grid(rows), memory_grid(rows)):
         if grid.sections:
             console.print(grid.to_rich())
+    if standing := standings(rows):
+        table = Table("", "fastest other", "its time / ours", title="Ours and the fastest of the others")
+        for row in standing:
+            table.add_row(*row)
+        console.print(table)
     if lines := growth_lines(rows):
         table = Table("loss", "implementation", "time ~ N^", "memory ~ N^", title="Growth, from N = 1024 on")
         for line in lines:
@@ -113,6 +139,9 @@ def markdown(report: dict[str, Any]) -> str:
     for grid in (time_grid(rows), memory_grid(rows)):
         if grid.sections:
             lines += grid.to_markdown()
+    if standing := standings(rows):
+        lines += ["## Ours and the fastest of the others", "", "| | fastest other | its time / ours |"]
+        lines += ["| --- | --- | ---: |", *(f"| {' | '.join(line)} |" for line in standing), ""]
     if found := growth_lines(rows):
         lines += ["## Growth: exponents of N, from N = 1024 on", "", "| loss | implementation | time | memory |"]
         lines += ["| --- | --- | ---: | ---: |", *(f"| {' | '.join(line)} |" for line in found), ""]

@@ -14,6 +14,7 @@
 
 #include "cross_entropy.h"
 #include "max_sim.h"
+#include "normalize.h"
 #include "stats.h"
 #include "tile.h"
 #include "top_k.h"
@@ -116,6 +117,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("stats_forward", &forward);
   m.def("stats_backward", &backward);
   m.def("cross_entropy", &cross_entropy);
+  m.def("normalize", &fc::normalize, py::call_guard<py::gil_scoped_release>());
   m.def("max_sim_forward", &max_sim_forward);
   m.def("max_sim_backward", &max_sim_backward);
   m.def("merge_top_k", &merge_top_k);

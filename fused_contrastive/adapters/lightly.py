@@ -13,8 +13,9 @@ from fused_contrastive.adapters.common import Fused
 from fused_contrastive.adapters.patching import Patch
 from fused_contrastive.core.spec import compute_dtype
 from fused_contrastive.distributed.batch import GlobalBatch
-from fused_contrastive.losses.terms import normalized, pair_logit
+from fused_contrastive.losses.terms import pair_logit
 from fused_contrastive.ops.cross_entropy import cross_entropy
+from fused_contrastive.ops.normalize import normalized
 from fused_contrastive.ops.stats import autocast, contrastive_stats, self_stats
 
 
@@ -27,7 +28,7 @@ class NTXentLoss(Fused, ntx_ent_loss.NTXentLoss):
 
     def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
         """(N, D), (N, D) -> scalar."""
-        out0, out1 = normalized(out0), normalized(out1)
+        out0, out1 = normalized(out0, self.backend), normalized(out1, self.backend)
         out1, bank = self.memory_bank.forward(
             out1, update=out0.requires_grad
         )  # which keeps what autocast has not rounded
@@ -63,7 +64,7 @@ class DCLLoss(Fused, dcl_loss.DCLLoss):
 
     def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
         """(N, D), (N, D) -> scalar."""
-        out0, out1 = normalized(out0), normalized(out1)
+        out0, out1 = normalized(out0, self.backend), normalized(out1, self.backend)
         gathers = self.gather_distributed and dist.world_size() > 1
         pos, row = _both_views(autocast(out0), autocast(out1), 1 / self.temperature, gathers, self._options())
         if self.weight_fn:

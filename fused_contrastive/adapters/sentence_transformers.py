@@ -16,9 +16,10 @@ from fused_contrastive.adapters.common import Fused, scalar
 from fused_contrastive.adapters.patching import Patch
 from fused_contrastive.core.spec import compute_dtype
 from fused_contrastive.distributed.batch import GlobalBatch
-from fused_contrastive.losses.terms import normalized, pair_logit
+from fused_contrastive.losses.terms import pair_logit
 from fused_contrastive.ops.cross_entropy import cross_entropy
 from fused_contrastive.ops.max_sim import max_sim
+from fused_contrastive.ops.normalize import normalized
 from fused_contrastive.ops.stats import autocast, contrastive_stats, log_add, self_stats
 
 NO_TOKEN_SCORE = -1e9  # what sentence-transformers gives a document without a real token
@@ -81,7 +82,7 @@ class _Batch:
 
     def __init__(self, embeddings: list[Tensor], loss: MultipleNegativesRankingLoss) -> None:
         _check_similarity(loss)  # it can be assigned
-        prepare = normalized if loss.similarity_fct is util.cos_sim else _same
+        prepare = partial(normalized, backend=loss.backend) if loss.similarity_fct is util.cos_sim else _same
         self.queries, *self.docs = (prepare(autocast(e)) for e in embeddings)  # (B, D) each
         self.documents = torch.cat(self.docs) if len(self.docs) > 1 else self.docs[0]  # column by column
         count, gathers = len(self.queries), loss.gather_across_devices

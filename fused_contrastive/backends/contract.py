@@ -39,6 +39,9 @@ class Backend(Protocol):
         """Differentiable mean over the normalisers, each (M,), of ``softplus(normaliser - pos)``; or, where
         decoupled, of ``normaliser - pos``. Reduced over M and cast to ``dtype`` at the end."""
 
+    def normalize(self, x: Tensor) -> Tensor:
+        """Differentiable ``F.normalize(x, dim=-1)`` of float32 or float64 features."""
+
     def max_sim_forward(self, spec: TokenSpec, x: Tensor, y: Tensor) -> MaxSimForward:
         """Sums of maxima over the products of tokens; x (M, T, D), y (N, P, D) of one dtype and device."""
 

@@ -62,6 +62,10 @@ def cross_entropy(
     return _C.cross_entropy(pos, normalisers, decoupled, reduction, dtype)
 
 
+def normalize(x: Tensor) -> Tensor:
+    return _C.normalize(x)
+
+
 def max_sim_forward(spec: TokenSpec, x: Tensor, y: Tensor) -> MaxSimForward:
     return MaxSimForward(*_C.max_sim_forward(x, y, spec.x_lengths, spec.y_lengths, spec.both, spec.kept_rows))
 

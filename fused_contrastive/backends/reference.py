@@ -191,6 +191,10 @@ class _Maxima:
         return self.y_real[None] & self.x_real[rows].any(dim=1)[:, None, None]
 
 
+def normalize(x: Tensor) -> Tensor:
+    return F.normalize(x, dim=-1)
+
+
 def max_sim_forward(spec: TokenSpec, x: Tensor, y: Tensor) -> MaxSimForward:
     maxima = _Maxima(spec, x, y)
     shape = (x.shape[0], y.shape[0])

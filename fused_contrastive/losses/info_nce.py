@@ -15,6 +15,7 @@ from fused_contrastive.distributed.agreement import Agreed, Group, agree, collec
 from fused_contrastive.losses import terms
 from fused_contrastive.ops.autograd import is_plain
 from fused_contrastive.ops.cross_entropy import cross_entropy
+from fused_contrastive.ops.normalize import normalized
 from fused_contrastive.ops.stats import autocast, contrastive_stats, log_add
 
 
@@ -106,8 +107,8 @@ def info_nce_loss(
     if negatives is not None:
         negatives = _checked_negatives(autocast(negatives), query, group is not None)
     if normalize:
-        query, key = terms.normalized(query), terms.normalized(key)
-        negatives = None if negatives is None else terms.normalized(negatives)
+        query, key = normalized(query, backend), normalized(key, backend)
+        negatives = None if negatives is None else normalized(negatives, backend)
     columns, own = key, None  # own: (M, K, D)
     if negatives is not None and negatives.dim() == 2:
         columns = torch.cat((key, negatives))

@@ -15,6 +15,7 @@ from fused_contrastive.core.spec import compute_dtype
 from fused_contrastive.distributed.agreement import Group, agree, collective
 from fused_contrastive.losses import terms
 from fused_contrastive.ops.cross_entropy import cross_entropy
+from fused_contrastive.ops.normalize import normalized
 from fused_contrastive.ops.stats import autocast, log_add, self_stats
 
 
@@ -74,7 +75,7 @@ def nt_xent_loss(
     n, count = z1.shape[0], len(everything)
     z = torch.cat(everything)
     if normalize:
-        z = terms.normalized(z)
+        z = normalized(z, backend)
     options = {"views": count, "decoupled": decoupled, "reduction": reduction, "normalize": normalize}
     agreed = agree(group, "nt_xent_loss", z, z, options, scale)
     first = 0 if agreed is None else agreed.first_row // count

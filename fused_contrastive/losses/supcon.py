@@ -15,6 +15,7 @@ from fused_contrastive.distributed.agreement import Group, agree, collective
 from fused_contrastive.distributed.collectives import gather_rows
 from fused_contrastive.losses import terms
 from fused_contrastive.ops.cross_entropy import cross_entropy
+from fused_contrastive.ops.normalize import normalized
 from fused_contrastive.ops.stats import autocast, self_stats
 
 VARIANTS = ("out", "in")
@@ -79,7 +80,7 @@ def supcon_loss(
     scale = terms.scale_of(temperature, None, 0.1)
 
     z = features.flatten(0, 1) if features.dim() == 3 else features
-    z = terms.normalized(z) if normalize else z
+    z = normalized(z, backend) if normalize else z
     labels = labels.repeat_interleave(count) if count > 1 else labels
     said = {"views": count, "variant": variant, "no_positive": no_positive, "reduction": reduction}
     agreed = agree(group, "supcon_loss", z, z, {**said, "normalize": normalize}, scale)

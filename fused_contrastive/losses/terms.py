@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fused_contrastive.core import checks
@@ -21,11 +20,6 @@ def check_module(reduction: object, memory_budget: object, backend: object, **fl
     checks.one_of("backend", backend, ("auto", *dispatch.BACKENDS))
     for name, value in flags.items():
         checks.boolean(name, value)
-
-
-def normalized(x: Tensor) -> Tensor:
-    """L2-normalised along the last dimension, by way of float32: in float16 a row of zeros would become NaN."""
-    return F.normalize(x.to(compute_dtype(x.dtype)), dim=-1).to(x.dtype)
 
 
 def mean_logit(scale: float | Tensor, x: Tensor, y: Tensor, agreed: Agreed | None = None, count: int = 0) -> Tensor:

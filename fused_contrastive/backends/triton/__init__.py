@@ -10,6 +10,7 @@ import os
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fused_contrastive.backends.triton import storage
@@ -58,6 +59,10 @@ def cross_entropy(
     from fused_contrastive.backends.triton import loss_node
 
     return loss_node.cross_entropy(pos, normalisers, decoupled, reduction, dtype)
+
+
+def normalize(x: Tensor) -> Tensor:
+    return F.normalize(x, dim=-1)
 
 
 def max_sim_forward(spec: TokenSpec, x: Tensor, y: Tensor) -> MaxSimForward:

@@ -8,8 +8,8 @@ import sys
 import textwrap
 import time
 
-# A shell's background jobs ignore SIGINT, and so do their children unless told otherwise. The clock is the system's, the
-# same in both processes: what the interpreter takes to end does not count.
+# A shell's background jobs ignore SIGINT, and so do their children unless told otherwise. The clock is the system's,
+# the same in both processes: what the interpreter takes to end does not count.
 PROGRAM = """
 import signal, time
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -24,7 +24,9 @@ except KeyboardInterrupt:
 def seconds_to_end(code: str) -> float:
     """From the signal until the call has raised KeyboardInterrupt. ``code`` prints "ready" before its long call."""
     program = PROGRAM.format(code=textwrap.indent(code, "    "))
-    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     assert process.stdout
     process.stdout.readline()
     time.sleep(0.5)

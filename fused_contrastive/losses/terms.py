@@ -46,7 +46,7 @@ def pair_logit(scale: float | Tensor, x: Tensor, y: Tensor) -> Tensor:
 
 def positive(logits: Tensor) -> Tensor:
     """NaN where +inf, as ``contrastive_stats`` has it: softplus(row - pos) would be a loss of 0 there."""
-    return logits.masked_fill(logits == torch.inf, torch.nan)
+    return logits - logits.detach().masked_fill(logits != torch.inf, 0)  # inf - inf; the gradient is NaN as well
 
 
 def scale_of(temperature: float | Tensor | None, logit_scale: float | Tensor | None, default: float) -> float | Tensor:

@@ -13,7 +13,7 @@ BIN := .venv/bin
 endif
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test conformance verify bench configurations lint format build clean
+.PHONY: help demo test sanitize conformance verify bench configurations lint format build clean
 help:
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile
 
@@ -31,6 +31,9 @@ demo: $(BIN)/.fused_contrastive-demo ## train a small CLIP on emoji and their na
 
 test: $(BIN)/.fused_contrastive-test ## run the tests
 	$(BIN)/python -m pytest
+
+sanitize: $(BIN)/.fused_contrastive-test ## run the C++ backend's tests under AddressSanitizer and UBSan
+	$(BIN)/python tests/sanitize.py
 
 # An environment of its own, with this package installed and not linked: its extension is built for another torch.
 CONFORMANCE := .venv-conformance/bin

@@ -14,7 +14,7 @@ using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
 at::Tensor vector_of(const at::Tensor& t) {
-  return t.to(at::kDouble).contiguous();
+  return t.to(at::kDouble).resolve_neg().contiguous();
 }
 
 double softplus(double x) {

@@ -36,7 +36,7 @@ struct Side {
   at::Tensor places;           // (real,) where each token stands among all; undefined if all are real
 
   Side(const at::Tensor& x, const OptionalTensor& lengths, at::ScalarType dtype) : items(x.size(0)), length(x.size(1)) {
-    const at::Tensor all = x.reshape({items * length, x.size(2)});
+    const at::Tensor all = x.resolve_neg().reshape({items * length, x.size(2)});
     start.push_back(0);
     if (lengths) {
       const at::Tensor count = lengths->contiguous();
@@ -250,7 +250,7 @@ struct Direction {
   Argmax argmax;
 
   explicit Direction(const OptionalTensor& g) {
-    if (g) grad = g->to(c10::CppTypeToScalarType<T>::value).contiguous();
+    if (g) grad = g->to(c10::CppTypeToScalarType<T>::value).resolve_neg().contiguous();
   }
   bool asked() const { return grad.defined(); }
   T g(int64_t m, int64_t n) const { return grad.const_data_ptr<T>()[m * grad.size(1) + n]; }

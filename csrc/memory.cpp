@@ -32,8 +32,8 @@ class Spare {
   Slab take(size_t bytes) {
     Slab slab;
     {
-      const std::lock_guard<std::mutex> lock(mutex_);
-      slab = std::exchange(spare_, {});
+      const std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
+      if (lock) slab = std::exchange(spare_, {});
     }
     if (slab.bytes >= bytes && slab.bytes / 2 <= bytes) return slab;
     release(slab);
@@ -45,8 +45,8 @@ class Spare {
   void give_back(Slab slab) {
     madvise(slab.memory, slab.bytes, MADV_FREE);
     {
-      const std::lock_guard<std::mutex> lock(mutex_);
-      std::swap(slab, spare_);
+      const std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
+      if (lock) std::swap(slab, spare_);
     }
     release(slab);
   }
@@ -55,7 +55,7 @@ class Spare {
   static void release(const Slab& slab) {
     if (slab.memory) munmap(slab.memory, slab.bytes);
   }
-  std::mutex mutex_;
+  std::mutex mutex_;  // never waited for: in a forked child, a thread that is not there may hold it
   Slab spare_;
 };
 

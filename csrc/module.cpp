@@ -7,6 +7,10 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#ifndef _WIN32
+#include <pthread.h>
+#endif
+
 #include <chrono>
 #include <map>
 #include <string>
@@ -34,6 +38,21 @@ fc::Interrupt python_interrupt() {
   };
 }
 
+// OpenMP's threads do not survive a fork, and a child that waits for them hangs; torch's own operators do. The thread that
+// forked is the child's only one: had it used threads here, it goes on with one, as DataLoader makes its workers do.
+thread_local bool used_threads = false, lost_threads = false;
+
+void threads_after_fork() {
+  if (lost_threads && at::get_num_threads() > 1) {
+    const char* message =
+        "fused_contrastive: this process was forked from one that had used several threads, which it cannot use; it "
+        "goes on with one, torch.set_num_threads(1). Say so in the child, or start it by 'spawn'";
+    if (PyErr_WarnEx(PyExc_RuntimeWarning, message, 1) != 0) throw py::error_already_set();
+    at::set_num_threads(1);
+  }
+  used_threads |= at::get_num_threads() > 1;
+}
+
 // A StatsSpec (core/spec.py) and its features.
 fc::Problem problem(at::Tensor x, at::Tensor y, at::Tensor scale, fc::OptionalTensor targets,
                     fc::OptionalTensor col_bias, fc::OptionalTensor row_ids, fc::OptionalTensor col_ids,
@@ -58,6 +77,7 @@ fc::Problem problem(at::Tensor x, at::Tensor y, at::Tensor scale, fc::OptionalTe
 }
 
 auto forward(const fc::Problem& problem) {
+  threads_after_fork();
   const auto interrupt = python_interrupt();
   py::gil_scoped_release release;
   const at::NoGradGuard no_grad;
@@ -66,6 +86,7 @@ auto forward(const fc::Problem& problem) {
 
 auto backward(const fc::Problem& problem, at::Tensor row, at::Tensor col, at::Tensor kept, fc::OptionalTensor g_pos,
               fc::OptionalTensor g_row, fc::OptionalTensor g_col, std::array<bool, 4> needs) {
+  threads_after_fork();
   const auto interrupt = python_interrupt();
   py::gil_scoped_release release;
   const at::NoGradGuard no_grad;
@@ -74,6 +95,7 @@ auto backward(const fc::Problem& problem, at::Tensor row, at::Tensor col, at::Te
 
 at::Tensor cross_entropy(const at::Tensor& pos, const std::vector<at::Tensor>& normalisers, bool decoupled,
                          const std::string& reduction, at::ScalarType dtype) {
+  threads_after_fork();
   py::gil_scoped_release release;
   return fc::cross_entropy(pos, normalisers, decoupled, reduction, dtype);
 }
@@ -82,6 +104,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> max_sim_forward(at::T
                                                                            fc::OptionalTensor x_lengths,
                                                                            fc::OptionalTensor y_lengths, bool both,
                                                                            int64_t kept_rows) {
+  threads_after_fork();
   const auto interrupt = python_interrupt();
   py::gil_scoped_release release;
   const at::NoGradGuard no_grad;
@@ -91,6 +114,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> max_sim_forward(at::T
 std::array<at::Tensor, 2> max_sim_backward(at::Tensor x, at::Tensor y, fc::OptionalTensor x_lengths,
                                            fc::OptionalTensor y_lengths, at::Tensor argmax_x, at::Tensor argmax_y,
                                            fc::OptionalTensor g_x, fc::OptionalTensor g_y, std::array<bool, 2> needs) {
+  threads_after_fork();
   const auto interrupt = python_interrupt();
   py::gil_scoped_release release;
   const at::NoGradGuard no_grad;
@@ -99,12 +123,14 @@ std::array<at::Tensor, 2> max_sim_backward(at::Tensor x, at::Tensor y, fc::Optio
 }
 
 void merge_top_k(const at::Tensor& scores, int64_t first_column, const at::Tensor& values, const at::Tensor& indices) {
+  threads_after_fork();
   py::gil_scoped_release release;
   fc::merge_top_k(scores, first_column, values, indices);
 }
 
 void count_ahead(const at::Tensor& scores, int64_t first_column, const at::Tensor& target_scores,
                  const at::Tensor& targets, const at::Tensor& counts) {
+  threads_after_fork();
   py::gil_scoped_release release;
   fc::count_ahead(scores, first_column, target_scores, targets, counts);
 }
@@ -113,6 +139,9 @@ void count_ahead(const at::Tensor& scores, int64_t first_column, const at::Tenso
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "C++ CPU backend of fused_contrastive";
+#ifndef _WIN32
+  pthread_atfork(nullptr, nullptr, [] { lost_threads |= used_threads, used_threads = false; });
+#endif
   py::class_<fc::Problem>(m, "Problem").def(py::init(&problem));
   m.def("stats_forward", &forward);
   m.def("stats_backward", &backward);

@@ -103,8 +103,9 @@ at::Tensor kept_block(const at::Tensor& kept, const Block& b) {
   return b.cols() == rows.size(1) ? rows : rows.slice(1, b.col0, b.col1);
 }
 
+// resolve_neg: a lazily negated tensor, such as z.conj().imag, holds the opposite of its values.
 at::Tensor contiguous_as(const at::Tensor& t, at::ScalarType dtype) {
-  return t.to(dtype).contiguous();
+  return t.to(dtype).resolve_neg().contiguous();
 }
 
 template <class T>

@@ -77,7 +77,7 @@ x = torch.randn(100_000, 256)
 print("ready", flush=True)
 contrastive_stats(x, x, 0.01, backend="cpp")
 """
-    assert seconds_to_end(code) < 5
+    assert seconds_to_end(code) < 1
 
 
 def test_other_python_threads_run_meanwhile() -> None:

@@ -139,7 +139,7 @@ def test_any_memory_budget_gives_the_same(budget: object, backend: str) -> None:
         (stats.row.sum() + stats.col.sum() - stats.pos.sum()).backward()
         results.append([*stats, *(leaf.grad for leaf in leaves)])
     for kept, other in zip(*results, strict=True):
-        torch.testing.assert_close(kept, other, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(kept, other, rtol=1e-4, atol=1e-4)  # logits of 60, rounded apart
 
 
 def test_large_losses_alive_at_once(backend: str) -> None:

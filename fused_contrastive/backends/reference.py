@@ -89,10 +89,16 @@ def stats_forward(spec: StatsSpec, x: Tensor, y: Tensor) -> Forward:
             row[rows] = torch.logaddexp(logits, logits.new_zeros(())).sum(dim=1)
             continue
         if spec.rows:
-            row[rows] = logits.logsumexp(dim=1)
+            row[rows] = _log_sum_exp(logits, dim=1)
         if spec.cols:
-            col = torch.logaddexp(col, logits.logsumexp(dim=0))
+            col = torch.logaddexp(col, _log_sum_exp(logits, dim=0))
     return Forward(pos, row, col, products_kept)
+
+
+def _log_sum_exp(logits: Tensor, dim: int) -> Tensor:
+    """NaN, as a softmax is, where a logit is +inf."""
+    value = logits.logsumexp(dim=dim)
+    return value.masked_fill(value == torch.inf, torch.nan)
 
 
 def _weights(logits: Tensor, normaliser: Tensor) -> Tensor:

@@ -135,7 +135,7 @@ def _global_stats(agreed: Agreed, logits: Tensor, by_columns: bool) -> tuple[Ten
     rows = torch.arange(m, device=logits.device)
     own = torch.zeros_like(logits, dtype=torch.bool)
     own[rows, agreed.first_col + rows] = True
-    pos, rest = logits[own], logits.masked_fill(own, -torch.inf)
+    pos, rest = terms.positive(logits[own]), logits.masked_fill(own, -torch.inf)
     if not by_columns:
         return pos, rest.logsumexp(dim=1)
     return pos, merged(rest.logsumexp(dim=0), logits.dtype == torch.float64, agreed.group)[agreed.own_cols]

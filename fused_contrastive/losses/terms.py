@@ -33,9 +33,14 @@ def mean_logit(scale: float | Tensor, x: Tensor, y: Tensor, agreed: Agreed | Non
 
 
 def pair_logit(scale: float | Tensor, x: Tensor, y: Tensor) -> Tensor:
-    """(M,) ``scale * x_i . y_i``."""
+    """(M,) ``scale * x_i . y_i``, a positive's logit."""
     dtype = compute_dtype(x.dtype)
-    return scale * (x.to(dtype) * y.to(dtype)).sum(dim=1)
+    return positive(scale * (x.to(dtype) * y.to(dtype)).sum(dim=1))
+
+
+def positive(logits: Tensor) -> Tensor:
+    """NaN where +inf, as ``contrastive_stats`` has it: softplus(row - pos) would be a loss of 0 there."""
+    return logits - logits.detach().masked_fill(logits != torch.inf, 0)  # inf - inf; the gradient is NaN as well
 
 
 def scale_of(temperature: float | Tensor | None, logit_scale: float | Tensor | None, default: float) -> float | Tensor:
@@ -72,4 +77,4 @@ def reduce_weighted(
 def dense_stats(logits: Tensor) -> tuple[Tensor, Tensor]:
     """(N, N) logits with the positives on the diagonal -> pos (N,), and row (N,), log sum exp of the others."""
     own = torch.eye(logits.shape[0], dtype=torch.bool, device=logits.device)
-    return logits.diagonal(), logits.masked_fill(own, -torch.inf).logsumexp(dim=1)
+    return positive(logits.diagonal()), logits.masked_fill(own, -torch.inf).logsumexp(dim=1)

@@ -1,0 +1,47 @@
+"""One small call of every public function, for tests of how calls behave and not of what they compute."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+import fused_contrastive as fc
+
+
+def _labels(x: Tensor) -> Tensor:
+    return torch.arange(len(x)) // 2
+
+
+def _tokens(x: Tensor) -> Tensor:
+    """(N, D) -> (N / 4, 4, D)."""
+    return x[: len(x) // 4 * 4].unflatten(0, (-1, 4))
+
+
+LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "clip": fc.clip_loss,
+    "info_nce": lambda x, y, s: fc.info_nce_loss(x, y, logit_scale=s, negatives=y.flip(0), label_smoothing=0.1),
+    "nt_xent": lambda x, y, s: fc.nt_xent_loss(x, y, 1 / s),
+    "supcon": lambda x, y, s: fc.supcon_loss(torch.stack((x, y), dim=1), _labels(x), 1 / s, variant="in"),
+    "siglip": lambda x, y, s: fc.siglip_loss(x, y, s, -s),
+    "filip": lambda x, y, s: fc.filip_loss(_tokens(x), _tokens(y), s),
+    "x_clip": lambda x, y, s: fc.x_clip_loss(x, y, s, sim_reg_loss_weight=0.1),
+    "max_sim": lambda x, y, s: s * fc.max_sim(_tokens(x), _tokens(y), memory_budget=0).sum(),
+}
+
+
+def step(loss: str, inputs: Sequence[Tensor]) -> list[Tensor]:
+    """The loss and its gradients."""
+    leaves = [t.detach().requires_grad_() for t in inputs]
+    value = LOSSES[loss](*leaves)
+    return [value.detach(), *torch.autograd.grad(value, leaves)]
+
+
+def problem(n: int, d: int) -> list[Tensor]:
+    return [*(torch.nn.functional.normalize(torch.randn(n, d), dim=1) for _ in range(2)), torch.tensor(5.0)]
+
+
+def same(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:
+    """Bit for bit."""
+    return all(torch.equal(s, t) for s, t in zip(a, b, strict=True))

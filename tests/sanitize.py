@@ -1,0 +1,89 @@
+"""`make sanitize`: the C++ backend under AddressSanitizer and UndefinedBehaviorSanitizer.
+
+Builds the package apart, in build/sanitize, shows that both sanitizers see csrc by two calls that must end in their
+reports, and runs the tests of the C++ backend there. Python itself is not instrumented and keeps memory until it ends,
+so leaks are not looked for; tests/test_trust.py watches memory instead.
+
+    python tests/sanitize.py [arguments for pytest in place of the usual ones]
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+BUILT = ROOT / "build" / "sanitize"
+
+CHECKS = "-fsanitize=address,undefined -fno-sanitize-recover=undefined"
+# -fno-wrapv: Python builds extensions with -fwrapv, under which overflows are defined and not seen.
+# _GLIBCXX_ASSERTIONS: an index beyond a std::vector's size aborts, though within the memory it has.
+FLAGS = f"{CHECKS} -fsanitize=float-cast-overflow -O1 -g -fno-omit-frame-pointer -fno-wrapv -D_GLIBCXX_ASSERTIONS"
+
+# Each needs csrc's own code to be instrumented: calls past the checks of the Python side, and what is reported of them.
+CANARIES = {
+    "heap-buffer-overflow": """
+columns = torch.zeros(1, dtype=torch.int64)  # one target, for the four rows of scores
+_C.count_ahead(torch.zeros(4, 4), 0, torch.zeros(4), columns, torch.zeros(4, dtype=torch.int64))
+""",
+    "signed integer overflow": """
+columns = torch.zeros(1, 4, dtype=torch.int64)
+_C.merge_top_k(torch.ones(1, 4), 2**63 - 1, torch.zeros(1, 4), columns)
+""",
+}
+
+TESTS = ["stats", "losses", "max_sim", "rank", "cross_entropy", "adversarial", "adversarial_primitives"]
+# All that the C++ backend takes part in, in this process: memory is the sanitizer's there.
+CHOSEN = "not reference and not triton and not compile and not memory_does_not_grow"
+SELECTION = ["-q", "-x", "-p", "no:cacheprovider", "-k", CHOSEN, *(f"tests/test_{name}.py" for name in TESTS)]
+
+
+def runtime(name: str) -> str:
+    """The path of one of the compiler's libraries."""
+    compiler = os.environ.get("CXX", "c++")
+    path = subprocess.check_output([compiler, f"-print-file-name={name}"], text=True).strip()
+    if not Path(path).is_absolute():
+        sys.exit(f"sanitize: {compiler} has no {name}")
+    return os.path.realpath(path)
+
+
+def build() -> None:
+    shutil.rmtree(BUILT, ignore_errors=True)  # the objects, in build/sanitize-objects, are kept
+    flags = {"FUSED_CONTRASTIVE_CFLAGS": FLAGS, "LDFLAGS": CHECKS}
+    subprocess.run(
+        [sys.executable, "setup.py", "-q", "build", f"--build-base={BUILT}-objects", f"--build-lib={BUILT}"],
+        cwd=ROOT, env={**os.environ, **flags}, check=True,
+    )  # fmt: skip
+
+
+def environment() -> dict[str, str]:
+    # First of all libraries, as Python itself is not linked with them; libstdc++, whose exceptions they watch.
+    preloaded = [runtime("libasan.so"), runtime("libubsan.so"), runtime("libstdc++.so.6")]
+    return {
+        **os.environ,
+        "LD_PRELOAD": ":".join(preloaded),
+        "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=1:strict_init_order=1",
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+        "PYTHONPATH": str(BUILT),
+        "PYTHONSAFEPATH": "1",  # the tree's own package and extension stay out
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
+
+
+def main(arguments: list[str]) -> int:
+    build()
+    env = environment()
+    for report, call in CANARIES.items():
+        code = f"import torch\nfrom fused_contrastive import _C\nprint(_C.__file__)\n{call}"
+        result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
+        if result.returncode == 0 or report not in result.stderr or str(BUILT) not in result.stdout:
+            sys.exit(f"sanitize: a call that must end in {report!r} did not\n{result.stdout}{result.stderr}")
+        print(f"sanitize: {report} in csrc is seen", flush=True)
+    return subprocess.run([sys.executable, "-m", "pytest", *(arguments or SELECTION)], cwd=ROOT, env=env).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,234 @@
+"""Values and layouts that training never means to make: every loss, on every backend.
+
+Where float32 holds the truth, values and gradients keep the error budget. Where it does not, nothing crashes, all
+backends are NaN, inf and finite in the same places, and no loss is finite that the float64 formula says is not.
+Arguments stay as they were, bit for bit.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from adversarial import (
+    BACKENDS,
+    BEYOND,
+    DTYPES,
+    FINITE,
+    LAYOUTS,
+    SEEDS,
+    SHARED,
+    evaluate,
+    examples,
+    kinds,
+    largest_error,
+    tiny,
+)  # fmt: skip
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+import fused_contrastive as fc
+from fused_contrastive.testing import budget, family, oracle
+
+
+def of_tokens(case: family.FamilyCase) -> bool:
+    return case.loss == "filip" or "tokens" in case.variant
+
+
+def problem(
+    case: family.FamilyCase, fill: str, of_all: bool, fills: dict[str, Callable[[Tensor], Tensor]]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The case's tensors, the features of all sides or of one of them changed."""
+    torch.manual_seed(case.seed)
+    leaves, options = case.inputs(torch.device("cpu"))
+    features = [name for name, t in leaves.items() if t.dim() > 1]
+    for name in features if of_all else features[: 1 + case.seed % len(features)][-1:]:
+        leaves[name] = fills[fill](leaves[name])
+    return leaves, options
+
+
+DRAWN = {
+    "option": st.sampled_from(family.OPTIONS),
+    "n": st.integers(1, 12),
+    "d": st.integers(1, 20),
+    "of_all": st.booleans(),
+    "seed": SEEDS,
+}
+
+
+def check_budget(
+    backend: str, option: tuple[str, str], n: int, d: int, fill: str, of_all: bool, scale: float, seed: int,
+    dtype: torch.dtype,
+) -> None:  # fmt: skip
+    if option[1] == "regularised" or "decoupled" in option[1]:
+        n = max(n, 2)  # of a single sample, NaN (a mean over nothing) or -inf (an empty denominator)
+    case = family.FamilyCase(*option, family.Sizes(n, d, dtype, scale), seed)
+    leaves, options = problem(case, fill, of_all, FINITE)
+    features = [t.double() for t in leaves.values() if t.dim() > 1]
+    if not all(t.isfinite().all() for t in features):
+        return  # float16 has no such values
+    member = family.FAMILY[case.loss]
+    ours = evaluate(lambda **a: member.ours(**a, backend=backend), leaves, options)
+    truth = evaluate(
+        lambda **a: member.textbook(oracle._oracle_logits, **a),
+        {name: t.double() for name, t in leaves.items()},
+        options,
+    )
+    same = {name: t.to(dtype) for name, t in leaves.items()}
+    eager = [
+        evaluate(lambda form=form, **a: member.textbook(form, **a), same, options) for form in oracle.LOGITS.values()
+    ]
+
+    # As in budget.largest_terms, of features of any norm; where they are normalised, of norm 1, and their gradient is
+    # divided by what it was (F.normalize: at least 1e-12).
+    normalised = ("plain" in case.option and case.loss == "nt_xent") or case.option in NORMALISED
+    norms = torch.cat([t.norm(dim=-1).flatten() for t in features])
+    norm = 1.0 if normalised else norms.max().item()
+    shrink = norms.clamp_min(1e-12).min().item() if normalised else 1.0
+    logit, weight = 2 * scale * norm**2, 1.5 * (case.sizes.n if "tokens" in case.variant else 1)
+    rows = sum(t.shape[:-1].numel() for t in features)
+    terms = {"loss": logit, "dlogit_scale": weight * rows * norm**2, "dlogit_bias": weight * rows}
+    terms["dtemperature"] = weight * rows * scale**2 * norm**2
+    if case.variant == "regularised":
+        terms["loss"] += norm**4
+    for name, value in ours.items():
+        exact = truth[name]
+        term = terms.get(name, weight * (1.0 if name == "dcol_bias" else scale * norm / shrink))
+        if case.variant == "regularised":
+            term += norm**3
+        error = largest_error(eager, name, exact)
+        largest = exact.abs().max().item() + term
+        kept = torch.finfo(leaves.get(name[1:], features[0]).dtype).max
+        if largest > kept / 64:
+            continue  # past what its dtype holds, before or after it cancels
+        equal_products = of_tokens(case) and fill not in ("ordinary", "logits to 1e4")  # the gradient is anyone's
+        if name.startswith("d") and (equal_products or logit > SHARED):
+            assert value.isfinite().all(), f"{case} {fill} of_all={of_all} {backend} {name}: {value}"
+            continue
+        allowed = 2 * error + 8 * torch.finfo(dtype).eps * largest + tiny(dtype, scale / shrink, norm)
+        difference = budget.difference(value, exact)
+        assert difference <= allowed, f"{case} {fill} of_all={of_all} {backend} {name}: {difference} > {allowed}"
+
+
+NORMALISED = {
+    "nt_xent plain", "nt_xent decoupled", "nt_xent three views", "nt_xent three views decoupled", "info_nce weight",
+    "supcon views",
+}  # fmt: skip
+
+
+@examples(250)
+@given(
+    backend=BACKENDS, fill=st.sampled_from(list(FINITE)), dtype=st.sampled_from(DTYPES),
+    scale=st.sampled_from((0.01, 1.0, 14.3, 100.0)), **DRAWN,
+)  # fmt: skip
+def test_losses_keep_the_budget(**drawn) -> None:  # type: ignore[no-untyped-def]
+    check_budget(**drawn)
+
+
+@examples(25)
+@given(fill=st.sampled_from(list(FINITE)), dtype=st.just(torch.float32), scale=st.just(3.0), **DRAWN)
+@pytest.mark.parametrize("backend", ["triton"], indirect=True)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="of Triton's interpreter")
+def test_losses_keep_the_budget_triton(backend, **drawn) -> None:  # type: ignore[no-untyped-def]
+    check_budget(backend, **{**drawn, "n": min(drawn["n"], 5)})
+
+
+def check_kinds(backend: str, option: tuple[str, str], n: int, d: int, fill: str, of_all: bool, seed: int) -> None:
+    case = family.FamilyCase(*option, family.Sizes(n, d, torch.float32, 3.0), seed)
+    leaves, options = problem(case, fill, of_all, BEYOND)
+    member = family.FAMILY[case.loss]
+    results = {
+        name: evaluate(lambda name=name, **a: member.ours(**a, backend=name), leaves, options)
+        for name in (backend, "reference")
+    }
+    for name, value in results[backend].items():
+        expected = results["reference"][name]
+        place = f"{case} {fill} of_all={of_all} {backend} {name}: {value} and {expected} by the reference"
+        if of_tokens(case) and name.startswith("d"):
+            # The reference multiplies what was not the maximum by 0, which makes NaN of inf; and of NaN, another token
+            # may be the maximum.
+            if results[backend]["loss"].isfinite():
+                assert (value.isfinite() | ~expected.isfinite()).all(), place
+        else:
+            close = expected.isfinite() & (expected.abs() > 1e36)  # a sum on the way there may be past float32
+            assert torch.equal(kinds(value).where(~close, 0), kinds(expected)), place
+    if results[backend]["loss"].isnan().any():
+        assert not all(t.isfinite().all() for name, t in results[backend].items() if name != "loss"), f"{case} {fill}"
+
+
+@examples(250)
+@given(fill=st.sampled_from(list(BEYOND)), **DRAWN)
+def test_losses_are_nan_and_inf_in_the_same_places(**drawn) -> None:  # type: ignore[no-untyped-def]
+    check_kinds("cpp", **drawn)
+
+
+@examples(150)
+@given(fill=st.sampled_from([f for f in BEYOND if f not in ("largest", "products overflow")]), **DRAWN)
+def test_no_loss_is_finite_that_is_not(option, n, d, fill, of_all, seed) -> None:  # type: ignore[no-untyped-def]
+    """Of NaN and inf in the features themselves, against the formula in float64."""
+    case = family.FamilyCase(*option, family.Sizes(n, d, torch.float32, 3.0), seed)
+    leaves, options = problem(case, fill, of_all, BEYOND)
+    member = family.FAMILY[case.loss]
+    double = {name: t.double() for name, t in leaves.items()}
+    truth = member.textbook(oracle._oracle_logits, **double, **options).isfinite()
+    for backend in ("reference", "cpp"):
+        loss = member.ours(**leaves, **options, backend=backend)
+        assert (truth | ~loss.isfinite()).all(), f"{case} {fill} of_all={of_all} {backend}: {loss}"
+
+
+def test_a_positive_beyond_float32_is_no_loss_of_0(backend: str) -> None:
+    """One pair's product overflows, all others are small."""
+    x = torch.randn(4, 3).index_fill(0, torch.tensor([1]), 1e25)
+    for loss in (
+        fc.clip_loss(x, x, 1.0, backend=backend),
+        fc.info_nce_loss(x, x, logit_scale=1.0, backend=backend),
+        fc.nt_xent_loss(x, x, normalize=False, backend=backend),
+        fc.nt_xent_loss(x, x, views=[x], normalize=False, backend=backend),
+        fc.supcon_loss(torch.stack((x, x), dim=1), torch.arange(4), backend=backend),
+        fc.supcon_loss(torch.stack((x, x), dim=1), torch.arange(4), variant="in", backend=backend),
+        fc.filip_loss(x[:, None], x[:, None], 1.0, backend=backend),
+    ):
+        assert loss.isnan()
+
+
+@examples(200)
+@given(
+    backend=BACKENDS, layouts=st.tuples(*(st.sampled_from(list(LAYOUTS)) for _ in range(4))), 
+    **{**DRAWN, "of_all": st.none()},
+)  # fmt: skip
+def test_layouts_do_not_matter(backend, layouts, option, n, d, of_all, seed) -> None:  # type: ignore[no-untyped-def]
+    """The same as of plain copies: bit for bit in C++; a GEMM of strided operands may round otherwise."""
+    case = family.FamilyCase(*option, family.Sizes(n, d, torch.float32, 3.0), seed)
+    leaves, options = case.inputs(torch.device("cpu"))
+    names = [name for name, t in leaves.items() if t.dim() > 1]
+    viewed = {**leaves, **{name: LAYOUTS[how](leaves[name]) for name, how in zip(names, layouts, strict=False)}}
+    plain = {name: t.resolve_neg().clone(memory_format=torch.contiguous_format) for name, t in viewed.items()}
+    member = family.FAMILY[case.loss]
+    found, expected = (
+        evaluate(lambda **a: member.ours(**a, backend=backend), tensors, options) for tensors in (viewed, plain)
+    )
+    for name, value in found.items():
+        if backend == "cpp" and case.option in (
+            "info_nce plain",
+            "info_nce targets",
+            "info_nce bias ids",
+            "siglip plain",
+        ):
+            same = torch.equal(value.nan_to_num(7), expected[name].nan_to_num(7))
+        else:
+            same = torch.allclose(value, expected[name], rtol=1e-4, atol=1e-5, equal_nan=True)
+        assert same, f"{case} {layouts} {backend} {name}: {value} and {expected[name]}"
+
+
+def test_rank_of_every_layout(backend: str) -> None:
+    queries, candidates = torch.randint(-3, 4, (6, 4)).float(), torch.randint(-3, 4, (9, 4)).float()
+    for how, other in itertools.product(LAYOUTS, LAYOUTS):
+        views = LAYOUTS[how](queries), LAYOUTS[other](candidates)
+        plain = [t.resolve_neg().clone(memory_format=torch.contiguous_format) for t in views]
+        found, expected = fc.rank(*views, 5, backend=backend), fc.rank(*plain, 5, backend=backend)
+        assert torch.equal(found.scores, expected.scores), (how, other)
+        assert torch.equal(found.indices, expected.indices), (how, other)

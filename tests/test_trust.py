@@ -1,0 +1,178 @@
+"""Calls beside other calls, after a fork, ten thousand times over, and cut short by Ctrl-C."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from every_loss import LOSSES, problem, same, step
+from interrupting import seconds_to_end
+
+POSIX = pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals and forks")
+
+
+def run(code: str) -> str:
+    """What a process of its own prints, whose every_loss is the one beside this file."""
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=300, cwd=Path(__file__).parent
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+def test_threads_at_once_give_the_bits_of_each_alone() -> None:
+    """8 Python threads, each with another loss, forward and backward; two sizes, one of several blocks of tiles."""
+    problems = [problem(n, d) for n, d in ((24, 8), (600, 33))]
+    alone = {name: [step(name, inputs) for inputs in problems] for name in LOSSES}
+    start = threading.Barrier(len(LOSSES))
+
+    def repeat(name: str) -> bool:
+        start.wait()
+        return all(
+            same(step(name, inputs), expected)
+            for _ in range(5)
+            for inputs, expected in zip(problems, alone[name], strict=True)
+        )
+
+    with ThreadPoolExecutor(len(LOSSES)) as threads:
+        assert dict(zip(LOSSES, threads.map(repeat, LOSSES), strict=True)) == dict.fromkeys(LOSSES, True)
+
+
+@pytest.fixture
+def thread_count() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("thread_count")
+@pytest.mark.parametrize("loss", LOSSES)
+def test_the_same_call_gives_the_same_bits(loss: str) -> None:
+    """More than one block of the C++ backend. With other threads a GEMM, and torch's sums, may round otherwise."""
+    inputs = problem(2500, 24)
+    torch.set_num_threads(1)
+    first = step(loss, inputs)
+    for count in (2, 3, 1):
+        torch.set_num_threads(count)
+        found = step(loss, inputs)
+        assert same(found, step(loss, inputs))
+        for a, b in zip(found, first, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5 * b.abs().max().item())
+    assert same(found, first)
+
+
+# The parent used two threads, which no child of a fork has. What torch itself does with them there is wait for ever:
+# the children below come to it, through a loss, with one.
+FORK = """
+import os, sys, warnings
+import torch
+from every_loss import LOSSES, problem, same, step
+inputs = problem(1000, 64)
+for count in (2, 1):
+    torch.set_num_threads(count)
+    before = {name: step(name, inputs) for name in LOSSES}
+torch.set_num_threads(2)
+
+def child(_):
+    return [name for name in LOSSES if not same(step(name, inputs), before[name])]
+"""
+
+CHILDREN = {
+    "os.fork": """
+pid = os.fork()
+if pid == 0:
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        differ = child(0)
+    print(differ, torch.get_num_threads(), [str(w.message)[:55] for w in said], flush=True)
+    os._exit(0)
+os.waitpid(pid, 0)
+""",
+    "DataLoader": """
+loader = torch.utils.data.DataLoader(range(4), num_workers=2, collate_fn=child, multiprocessing_context="fork")
+print(sum(loader, []), 1, [])
+""",
+    "multiprocessing": """
+import multiprocessing
+warnings.simplefilter("ignore")
+with multiprocessing.get_context("fork").Pool(2) as pool:
+    print(sum(pool.map(child, range(4)), []), 1, [])
+""",
+}
+SAID = {"os.fork": ["fused_contrastive: this process was forked from one tha"]}
+
+
+@POSIX
+@pytest.mark.parametrize("way", CHILDREN)
+def test_a_forked_child_computes_the_same_bits(way: str) -> None:
+    assert run(FORK + CHILDREN[way]).strip() == f"[] 1 {SAID.get(way, [])}"
+
+
+MEMORY = """
+import itertools, sys, torch
+from every_loss import LOSSES, problem, step
+inputs = problem(12, 8)
+def resident():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * 4 // 1024
+def forward(name):
+    LOSSES[name](*inputs)
+names, call = itertools.cycle({names}), {call}
+for _ in range(1_000):
+    call(next(names))
+before = resident()
+for _ in range(9_000):
+    call(next(names))
+print(resident() - before)
+"""
+CALLS = {
+    "clip": (["clip"], "lambda name: step(name, inputs)"),
+    "clip forward": (["clip"], "forward"),
+    "every loss": (list(LOSSES), "lambda name: step(name, inputs)"),
+    "every loss forward": (list(LOSSES), "forward"),
+}
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="Linux's /proc")
+@pytest.mark.parametrize("calls", CALLS)
+def test_ten_thousand_calls_leave_nothing(calls: str) -> None:
+    """Megabytes of resident memory between call 1,000 and call 10,000."""
+    names, call = CALLS[calls]
+    assert int(run(MEMORY.format(names=names, call=call))) < 2
+
+
+HEAD = """
+import torch
+import fused_contrastive as fc
+from fused_contrastive.core.spec import Forward
+from fused_contrastive.ops import schema
+
+def at_once(x, y, *problem):
+    '''What the forward pass would take long to find: only the backward is to be cut short.'''
+    return Forward(*(torch.zeros(len(x)).double() for _ in range(3)), x.new_empty(0, len(y)))
+x, y = (torch.randn(60_000, 256, requires_grad=True) for _ in range(2))
+"""
+LONG_CALLS = {
+    "clip": "fc.clip_loss(x, y, 0.1)",
+    "nt_xent": "fc.nt_xent_loss(x, y)",
+    "siglip": "fc.siglip_loss(x, y, 0.1)",
+    "clip backward": "fc.clip_loss(x, y, 0.1, memory_budget=0).backward()",
+    "nt_xent backward": "fc.nt_xent_loss(x[:40_000], y[:40_000], memory_budget=0).backward()",
+    "siglip backward": "fc.siglip_loss(x, y, 0.1, memory_budget=0).backward()",
+    "rank": "fc.rank(x, y, 10)",
+    "target_ranks": "fc.target_ranks(x, y)",
+}
+
+
+@POSIX
+@pytest.mark.parametrize("call", LONG_CALLS)
+def test_ctrl_c_ends_a_call_within_a_second(call: str) -> None:
+    only_backward = "schema.stats_forward = at_once\n" if "backward" in call else ""
+    assert seconds_to_end(f"{HEAD}{only_backward}print('ready', flush=True)\n{LONG_CALLS[call]}") < 1

@@ -38,8 +38,9 @@ fc::Interrupt python_interrupt() {
   };
 }
 
-// OpenMP's threads do not survive a fork, and a child that waits for them hangs; torch's own operators do. The thread that
-// forked is the child's only one: had it used threads here, it goes on with one, as DataLoader makes its workers do.
+// OpenMP's threads do not survive a fork, and a child that waits for them hangs; torch's own operators do. The thread
+// that forked is the child's only one: had it used threads here, it goes on with one, as DataLoader makes its workers
+// do.
 thread_local bool used_threads = false, lost_threads = false;
 
 void threads_after_fork() {
@@ -100,6 +101,12 @@ at::Tensor cross_entropy(const at::Tensor& pos, const std::vector<at::Tensor>& n
   return fc::cross_entropy(pos, normalisers, decoupled, reduction, dtype);
 }
 
+at::Tensor normalize(const at::Tensor& x) {
+  threads_after_fork();
+  py::gil_scoped_release release;
+  return fc::normalize(x);
+}
+
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> max_sim_forward(at::Tensor x, at::Tensor y,
                                                                            fc::OptionalTensor x_lengths,
                                                                            fc::OptionalTensor y_lengths, bool both,
@@ -146,7 +153,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("stats_forward", &forward);
   m.def("stats_backward", &backward);
   m.def("cross_entropy", &cross_entropy);
-  m.def("normalize", &fc::normalize, py::call_guard<py::gil_scoped_release>());
+  m.def("normalize", &normalize);
   m.def("max_sim_forward", &max_sim_forward);
   m.def("max_sim_backward", &max_sim_backward);
   m.def("merge_top_k", &merge_top_k);

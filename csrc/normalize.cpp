@@ -62,7 +62,7 @@ void backward(const at::Tensor& g, const at::Tensor& z, const at::Tensor& norms,
 
 struct Normalize : torch::autograd::Function<Normalize> {
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& given) {
-    const at::Tensor x = given.contiguous(), z = at::empty_like(x);
+    const at::Tensor x = given.resolve_neg().contiguous(), z = at::empty_like(x);
     const at::Tensor norms = at::empty({x.numel() / std::max<int64_t>(1, x.size(-1))}, x.options());
     x.scalar_type() == at::kDouble ? fc::forward<double>(x, z, norms) : fc::forward<float>(x, z, norms);
     ctx->save_for_backward({given, z, norms});
@@ -72,7 +72,7 @@ struct Normalize : torch::autograd::Function<Normalize> {
   static variable_list backward(AutogradContext* ctx, const variable_list& upstream) {
     const variable_list saved = ctx->get_saved_variables();
     if (at::GradMode::is_enabled()) return {recorded(saved[0], upstream[0])};
-    const at::Tensor g = upstream[0].contiguous(), dx = at::empty_like(saved[1]);
+    const at::Tensor g = upstream[0].resolve_neg().contiguous(), dx = at::empty_like(saved[1]);
     const bool wide = dx.scalar_type() == at::kDouble;
     wide ? fc::backward<double>(g, saved[1], saved[2], dx) : fc::backward<float>(g, saved[1], saved[2], dx);
     return {dx};

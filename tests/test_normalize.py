@@ -66,6 +66,10 @@ def test_strides() -> None:
     for x in (torch.randn(4, 6).T, torch.randn(6, 8)[:, ::2], torch.randn(1, 4).expand(6, 4)):
         ours, exact = both(x, g)
         torch.testing.assert_close(ours[0].double(), exact[0], rtol=1e-6, atol=1e-6)
+    negated = torch._neg_view(torch.randn(6, 4))
+    ours, exact = both(negated, negated)
+    torch.testing.assert_close(ours[0].double(), exact[0], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(ours[1].double(), exact[1], rtol=1e-5, atol=1e-6)
     upstream = torch.randn(4, 6).T
     ours, exact = both(torch.randn(6, 4), upstream)
     torch.testing.assert_close(ours[1].double(), exact[1], rtol=1e-5, atol=1e-6)

@@ -35,7 +35,7 @@ _C.merge_top_k(torch.ones(1, 4), 2**63 - 1, torch.zeros(1, 4), columns)
 """,
 }
 
-TESTS = ["stats", "losses", "max_sim", "rank", "cross_entropy", "adversarial", "adversarial_primitives"]
+TESTS = ["stats", "losses", "max_sim", "rank", "cross_entropy", "normalize", "adversarial", "adversarial_primitives"]
 # All that the C++ backend takes part in, in this process: memory is the sanitizer's there.
 CHOSEN = "not reference and not triton and not compile and not memory_does_not_grow"
 SELECTION = ["-q", "-x", "-p", "no:cacheprovider", "-k", CHOSEN, *(f"tests/test_{name}.py" for name in TESTS)]

@@ -2,33 +2,75 @@
 
 No -march=native: csrc/levels.cpp compiles the vector kernels once per instruction set and picks one at run time, so
 one build serves every CPU of its architecture.
+
+Without a C++ compiler the package is installed without the extension, and says so when it is used. The environment
+variable FUSED_CONTRASTIVE_EXTENSION: 0 never builds it, 1 makes a missing compiler an error. A compiler that is there
+and fails is always one.
 """
 
 import os
+import shlex
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 from setuptools import setup
-from torch.utils.cpp_extension import BuildExtension, CppExtension
 
-SOURCES = sorted(str(path) for path in Path("csrc").glob("*.cpp"))
-HEADERS = sorted(str(path) for path in Path("csrc").iterdir() if path.suffix in {".h", ".inl"})
+SWITCH = "FUSED_CONTRASTIVE_EXTENSION"
+NEED_NO_COMPILER = {"clean", "dist_info", "egg_info", "sdist"}
 
-compile_args = ["-O3", "-g0", "-Wall", "-Wno-psabi", "-Wno-unknown-pragmas"]
-if sys.platform.startswith("linux"):
-    # Compiled with OpenMP but not linked with it: at::parallel_for then runs on the runtime torch has loaded. A second
-    # runtime would bring a second pool of threads.
-    compile_args.append("-fopenmp")
-compile_args += os.environ.get("FUSED_CONTRASTIVE_CFLAGS", "").split()
 
-setup(
-    ext_modules=[
-        CppExtension(
-            "fused_contrastive._C",
-            SOURCES,
-            depends=HEADERS,
-            extra_compile_args={"cxx": compile_args},
+def missing_compiler() -> str | None:
+    """Why there is no compiler to use. One that was found is left in CXX, so that it compiles and links."""
+    if sys.platform == "win32":
+        return "csrc/ is written for GCC and Clang, on Linux and macOS"
+    named = os.environ.get("CXX", "").strip()
+    for command in [named] if named else ["c++", "g++", "clang++"]:
+        program = shlex.split(command)
+        # Asked for its version: on macOS /usr/bin/c++ is there without Apple's tools, and fails.
+        if shutil.which(program[0]) and subprocess.run([*program, "--version"], capture_output=True).returncode == 0:
+            os.environ["CXX"] = command
+            return None
+    return f"CXX={named} does not run" if named else "no C++ compiler: none of c++, g++ and clang++ is on PATH"
+
+
+def wanted() -> bool:
+    """Whether to build the extension; says why not, and raises where it must be built and cannot."""
+    switch = os.environ.get(SWITCH, "")
+    if switch not in ("", "0", "1"):
+        raise SystemExit(f"{SWITCH}: got {switch!r}, expected 0 (never), 1 (always) or nothing (with a C++ compiler)")
+    why = f"{SWITCH}=0" if switch == "0" else missing_compiler()
+    if why is None:
+        return True
+    if not NEED_NO_COMPILER & set(sys.argv):
+        if switch == "1":
+            raise SystemExit(f"{SWITCH}=1, but the extension cannot be built: {why}. Install g++ or clang++.")
+        print(
+            f"\nfused_contrastive is built WITHOUT its C++ CPU backend: {why}.\nCPU tensors will take the reference "
+            "backend, after a warning; `python -m fused_contrastive info` says how to build it later.\n",
+            file=sys.stderr,
         )
-    ],
-    cmdclass={"build_ext": BuildExtension.with_options(use_ninja=True)},
-)
+    return False
+
+
+def extension() -> dict[str, object]:
+    """The arguments of setup() that build it."""
+    from torch.utils.cpp_extension import BuildExtension, CppExtension
+
+    compile_args = ["-O3", "-g0", "-Wall", "-Wno-psabi", "-Wno-unknown-pragmas"]
+    if sys.platform.startswith("linux"):
+        # Compiled with OpenMP but not linked with it: at::parallel_for then runs on the runtime torch has loaded. A
+        # second runtime would bring a second pool of threads.
+        compile_args.append("-fopenmp")
+    compile_args += os.environ.get("FUSED_CONTRASTIVE_CFLAGS", "").split()
+    module = CppExtension(
+        "fused_contrastive._C",
+        sorted(str(path) for path in Path("csrc").glob("*.cpp")),
+        depends=sorted(str(path) for path in Path("csrc").iterdir() if path.suffix in {".h", ".inl"}),
+        extra_compile_args={"cxx": compile_args},
+    )
+    return {"ext_modules": [module], "cmdclass": {"build_ext": BuildExtension.with_options(use_ninja=True)}}
+
+
+setup(**(extension() if wanted() else {}))

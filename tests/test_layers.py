@@ -86,17 +86,58 @@ assert "fused_contrastive.adapters" not in sys.modules
     assert result.returncode == 0, result.stderr
 
 
-def test_missing_extension_raises_with_the_install_hint() -> None:
+def test_missing_extension() -> None:
+    """Named, it raises with the install hint; "auto" is the reference, with a warning that holds the same hint."""
     code = """
-import torch, fused_contrastive
+import torch, fused_contrastive, warnings
 x = torch.randn(6, 4)
-for backend in ("cpp", "auto"):
-    try:
-        fused_contrastive.clip_loss(x, x, 2.0, backend=backend)
-    except RuntimeError as error:
-        assert "backend 'cpp' cannot run here" in str(error) and "pip install" in str(error), error
-    else:
-        raise SystemExit("fell back silently")
+try:
+    fused_contrastive.clip_loss(x, x, 2.0, backend="cpp")
+except RuntimeError as error:
+    assert "backend 'cpp' cannot run here" in str(error) and "pip install" in str(error), error
+else:
+    raise SystemExit("fell back silently")
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    losses = {fused_contrastive.clip_loss(x, x, 2.0, backend=name) for name in ("auto", "auto", "reference")}
+    assert len(losses) == 3 and len({float(loss) for loss in losses}) == 1, losses
+(warning,) = caught
+assert "backend 'cpp' cannot run here" in str(warning.message) and "pip install" in str(warning.message), warning
+warnings.simplefilter("error")
+fused_contrastive.clip_loss(x.double(), x.double(), 2.0)  # once a process
 """
     result = run_blocking("fused_contrastive._C", code)
+    assert result.returncode == 0, result.stderr
+
+
+def test_missing_extension_under_compile() -> None:
+    """The warning comes while the function is traced, and does not break the graph."""
+    code = """
+import torch, fused_contrastive, warnings
+x = torch.randn(6, 4)
+loss = torch.compile(lambda: fused_contrastive.clip_loss(x, x, 2.0), fullgraph=True, backend="eager")
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    assert loss() == loss() == fused_contrastive.clip_loss(x, x, 2.0)
+assert ["backend 'cpp' cannot run here" in str(warning.message) for warning in caught] == [True], caught
+"""
+    result = run_blocking("fused_contrastive._C", code)
+    assert result.returncode == 0, result.stderr
+
+
+def test_extension_that_does_not_load(tmp_path: Path) -> None:
+    """Of another torch, say: the reason is the loader's."""
+    (tmp_path / "broken.py").write_text("raise ImportError('undefined symbol: at::gone')")
+    code = f"""
+import importlib.util
+class Finder:
+    def find_spec(name, path=None, target=None):
+        if name == "fused_contrastive._C":
+            return importlib.util.spec_from_file_location(name, {str(tmp_path / "broken.py")!r})
+sys.meta_path.insert(0, Finder)
+from fused_contrastive.backends import cpp
+reason = cpp.unavailable()
+assert "could not be loaded (undefined symbol: at::gone)" in reason and "--force-reinstall" in reason, reason
+"""
+    result = run_blocking("", code)
     assert result.returncode == 0, result.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 
 import torch
@@ -11,21 +12,38 @@ from fused_contrastive.core.reduction import Reduction
 from fused_contrastive.core.spec import Forward, Gradients, Needs, StatsSpec, Upstream, compute_dtype
 from fused_contrastive.core.tokens import MaxSimForward, MaxSimUpstream, TokenSpec
 
+# Forced and uncached, since pip takes what is installed, or a wheel it has built before, to be good enough.
+REMEDY = (
+    "To build it: install g++ or clang++, then, in the environment that holds torch, "
+    '`pip install "setuptools>=77" wheel ninja pybind11 numpy` and `FUSED_CONTRASTIVE_EXTENSION=1 pip install '
+    "--force-reinstall --no-deps --no-cache-dir --no-build-isolation fused_contrastive` (in a clone: `.` for the name)"
+)
+
+
+def _explain(error: ImportError) -> str:
+    if importlib.util.find_spec("fused_contrastive._C") is None:
+        what = (
+            "its compiled extension is not in this installation, which was made without a C++ compiler or with "
+            "FUSED_CONTRASTIVE_EXTENSION=0"
+        )
+    else:
+        what = (
+            f"its compiled extension could not be loaded ({error}); an extension works with the minor version of torch "
+            "that it was built for"
+        )
+    return f"{what}. {REMEDY}"
+
+
 try:
     from fused_contrastive import _C
 
-    _import_error: ImportError | None = None
+    _unavailable: str | None = None
 except ImportError as error:
-    _import_error = error
+    _unavailable = _explain(error)
 
 
 def unavailable() -> str | None:
-    if _import_error is None:
-        return None
-    return (
-        f"its compiled extension could not be loaded ({_import_error}); with a C++ compiler installed, run "
-        "`pip install --no-build-isolation fused_contrastive` in the environment that holds torch"
-    )
+    return _unavailable
 
 
 def supports(device_type: str, dtype: torch.dtype) -> bool:

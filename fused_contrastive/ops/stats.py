@@ -65,8 +65,8 @@ def contrastive_stats(
             product, anything between saves a part of it. "auto" is a sixteenth of the machine's memory, of a GPU's a
             sixty-fourth.
         backend: "cpp" (CPU), "triton" (NVIDIA and AMD GPUs; not float64), "reference" (plain torch, any device), or
-            "auto": "cpp" for CPU tensors, "triton" for GPU tensors but "reference" for float64 ones, elsewhere
-            "reference".
+            "auto": "cpp" for CPU tensors ("reference", after a warning, where the extension was not built), "triton"
+            for GPU tensors but "reference" for float64 ones, elsewhere "reference".
         group: a ``torch.distributed`` process group or a ``GlobalBatch``: x and y are this process's rows and columns
             of a problem spread over the group (any number of them, 0 included), ``targets`` count the columns of all
             processes, bias and ids are its own, and so are the results. Gradients are those of the sum of what all

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -25,6 +26,19 @@ def test_recipes() -> None:
 
 def test_distributed() -> None:
     assert run_page("docs/distributed.md") >= 1
+
+
+def test_the_readme_s_table_is_the_benchmark_s() -> None:
+    """Line by line what `make bench` wrote, for the machine and commit that the page names."""
+    cost = (ROOT / "README.md").read_text().partition("## Cost")[2].partition("## ")[0]
+    measured = (ROOT / "benchmarks/results/cpu.md").read_text()
+    lines = [line for line in cost.splitlines() if line.startswith("|")]
+    assert len(lines) >= 6
+    for line in lines:
+        assert line in measured.splitlines(), line
+    report = json.loads((ROOT / "benchmarks/results/cpu.json").read_text())
+    for fact in (report["provenance"]["date"], report["provenance"]["torch"].partition("+")[0]):
+        assert fact in cost
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -27,6 +27,11 @@ def test_distributed() -> None:
     assert run_page("docs/distributed.md") >= 1
 
 
+@pytest.mark.parametrize("page", ["mathematics", "cost", "verify"])
+def test_understanding(page: str) -> None:
+    assert run_page(f"docs/{page}.md") >= 2
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_links(page: str) -> None:
     for link in re.findall(r"\]\(([^)#]+)[^)]*\)", (ROOT / page).read_text()):

@@ -13,7 +13,7 @@ BIN := .venv/bin
 endif
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test sanitize conformance verify bench configurations lint format build clean
+.PHONY: help demo test sanitize conformance verify bench configurations docs lint format build clean
 help:
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile
 
@@ -59,6 +59,9 @@ bench: $(BIN)/.fused_contrastive-bench ## time and memory beside eager, torch.co
 configurations: $(BIN)/.fused_contrastive-test ## compile the Triton kernels for every architecture and write down what came out
 	$(BIN)/python benchmarks/configurations.py > docs/triton-configurations.md
 
+docs: $(BIN)/.fused_contrastive-docs ## the documentation as a site, in site/; fails on a link that leads nowhere
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 lint: $(BIN)/.fused_contrastive-dev ## ruff, mypy, clang-format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -74,4 +77,4 @@ build: $(BIN)/.fused_contrastive-dev ## a wheel and an sdist in dist/
 	$(BIN)/python -m build --no-isolation
 
 clean: ## remove what was built
-	rm -rf build dist *.egg-info fused_contrastive/*.so
+	rm -rf build dist site *.egg-info fused_contrastive/*.so

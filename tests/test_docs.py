@@ -41,6 +41,11 @@ def test_the_readme_s_table_is_the_benchmark_s() -> None:
         assert fact in cost
 
 
+@pytest.mark.parametrize("page", ["mathematics", "cost", "verify"])
+def test_understanding(page: str) -> None:
+    assert run_page(f"docs/{page}.md") >= 2
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_links(page: str) -> None:
     for link in re.findall(r"\]\(([^)#]+)[^)]*\)", (ROOT / page).read_text()):

@@ -115,3 +115,17 @@ def test_bad_options() -> None:
         fc.verify_against_reference(every=0)
     with pytest.raises(ValueError, match="on_breach: got 'stop'"):
         fc.verify_against_reference(on_breach="stop")
+
+
+def test_what_draws_random_numbers_draws_the_same_each_time() -> None:
+    """And the caller's own stream goes on as if nothing had been verified."""
+    x, y = torch.randn(40, 16), torch.randn(40, 16)
+
+    def dropped(x: Tensor, y: Tensor) -> Tensor:
+        return fc.clip_loss(F.dropout(x, 0.5), y, 2.0)
+
+    state = torch.get_rng_state()
+    found = fc.verify(dropped, x, y)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert found.held
+    assert all(deviation.eager_error < 1e-3 for deviation in found.deviations), found

@@ -25,6 +25,9 @@ class GlobalBatch:
         gradients: what becomes of the processes' gradients. "mean": they are averaged, as DDP and FSDP do, so each is
             multiplied by the number of processes; "sum": they are summed. Either way the result is the gradient of the
             loss of the whole batch.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what was expected.
     """
 
     group: dist.ProcessGroup | None = None

@@ -16,16 +16,31 @@ from fused_contrastive.ops.ranking import plain
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What ``diagnose`` found, as plain numbers. "x_to_y": rows of x against all of y."""
+    """What ``diagnose`` found, as plain numbers. "x_to_y": rows of x against all of y.
 
-    alignment: float  # mean squared distance of a pair, 0 (equal) to 4 (opposite)
-    uniformity_x: float  # 0 if all of x is one point, to about -4 if it is spread over the sphere
+    Attributes:
+        alignment: mean squared distance of a pair, 0 (equal) to 4 (opposite).
+        uniformity_x: 0 if all of x is one point, to about -4 if it is spread over the sphere.
+        uniformity_y: likewise of y.
+        top1_x_to_y: the share of rows whose own partner comes first.
+        top1_y_to_x: likewise of y's rows.
+        effective_negatives_x_to_y: how many negatives count, 1 to N - 1.
+        effective_negatives_y_to_x: likewise of y's rows.
+        hardest_share_x_to_y: the weight of the k hardest negatives, 0 to 1.
+        hardest_share_y_to_x: likewise of y's rows.
+        k: how many negatives count as hardest.
+        effective_negatives: the mean of both directions.
+        hardest_share: the mean of both directions.
+    """
+
+    alignment: float
+    uniformity_x: float
     uniformity_y: float
-    top1_x_to_y: float  # the share of rows whose own partner comes first
+    top1_x_to_y: float
     top1_y_to_x: float
-    effective_negatives_x_to_y: float  # 1 to N - 1
+    effective_negatives_x_to_y: float
     effective_negatives_y_to_x: float
-    hardest_share_x_to_y: float  # the weight of the k hardest negatives, 0 to 1
+    hardest_share_x_to_y: float
     hardest_share_y_to_x: float
     k: int
 

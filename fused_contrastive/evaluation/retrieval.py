@@ -32,7 +32,7 @@ def recall_at_k(
         backend: see ``contrastive_stats``.
 
     Returns:
-        {k: recall} in the order of ``ks``.
+        Recall by k, in the order of ``ks``.
 
     Raises:
         TypeError, ValueError: naming the argument, what came and what was expected.
@@ -46,7 +46,14 @@ def recall_at_k(
 def median_rank(queries: Tensor, candidates: Tensor, *, targets: Tensor | None = None, backend: str = "auto") -> float:
     """The median place of the queries' own candidates, 1 at best; the mean of the two middle ones for an even M.
 
-    Arguments and errors as for ``recall_at_k``.
+    Args:
+        queries: (M, D) float32, float64, bfloat16 or float16.
+        candidates: (N, D), same dtype and device.
+        targets: (M,) int64, the candidate that belongs to each query. Default: query i's is i, which needs M <= N.
+        backend: see ``contrastive_stats``.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as ``recall_at_k``.
     """
     ranks = target_ranks(queries, candidates, targets=targets, backend=backend).sort().values.double()
     middle = ranks[(len(ranks) - 1) // 2] + ranks[len(ranks) // 2]

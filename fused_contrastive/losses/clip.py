@@ -38,9 +38,9 @@ def clip_loss(
         labels = torch.arange(len(logits))
         (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
 
-    (Radford et al. 2021, "Learning Transferable Visual Models From Natural Language Supervision"). With
-    ``decoupled=True`` the positive is left out of both denominators (Yeh et al. 2022, "Decoupled Contrastive
-    Learning"); with a single pair that denominator is empty and the loss -inf.
+    (Radford et al. 2021, "Learning Transferable Visual Models From Natural Language Supervision", arXiv:2103.00020).
+    With ``decoupled=True`` the positive is left out of both denominators (Yeh et al. 2022, "Decoupled Contrastive
+    Learning", arXiv:2110.06848); with a single pair that denominator is empty and the loss -inf.
 
     Args:
         image_features: (N, D) float32, float64, bfloat16 or float16; normalise them first as CLIP does.
@@ -88,7 +88,11 @@ def clip_loss(
 
 
 class ClipLoss(nn.Module):
-    """``clip_loss`` as a module. It holds no parameters: the model owns the logit scale."""
+    """``clip_loss`` as a module. It holds no parameters: the model owns the logit scale.
+
+    Raises:
+        TypeError, ValueError: at construction, naming the option, what came and what was expected.
+    """
 
     def __init__(
         self,
@@ -101,7 +105,7 @@ class ClipLoss(nn.Module):
         group: Group = None,
     ) -> None:
         super().__init__()
-        checks.one_of("reduction", reduction, REDUCTIONS)
+        terms.check_module(reduction, memory_budget, backend, decoupled=decoupled)
         checks.unit_interval("label_smoothing", label_smoothing)
         self.decoupled = decoupled
         self.label_smoothing = label_smoothing

@@ -46,8 +46,8 @@ def filip_loss(
 
         (CE of the rows of logit_scale * s_it + CE of the rows of logit_scale * s_ti) / 2
 
-    (Yao et al. 2021, "FILIP: Fine-grained Interactive Language-Image Pre-Training"). The N x N scores are stored, the
-    products of all tokens, a T * P times larger tensor, are not.
+    (Yao et al. 2021, "FILIP: Fine-grained Interactive Language-Image Pre-Training", arXiv:2111.07783). The N x N scores
+    are stored, the products of all tokens, a T * P times larger tensor, are not.
 
     Args:
         image_tokens: (N, P, D) float32, float64, bfloat16 or float16; normalise them first.
@@ -142,7 +142,11 @@ def _global_stats(agreed: Agreed, logits: Tensor, by_columns: bool) -> tuple[Ten
 
 
 class FilipLoss(nn.Module):
-    """``filip_loss`` as a module. It holds no parameters: the model owns the logit scale."""
+    """``filip_loss`` as a module. It holds no parameters: the model owns the logit scale.
+
+    Raises:
+        TypeError, ValueError: at construction, naming the option, what came and what was expected.
+    """
 
     def __init__(
         self,

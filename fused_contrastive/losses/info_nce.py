@@ -50,8 +50,9 @@ def info_nce_loss(
 
         loss_i = -log(exp(S[i, t(i)] - margin) / (exp(S[i, t(i)] - margin) + sum over j != t(i) of exp S[i, j]))
 
-    (van den Oord et al. 2018, "Representation Learning with Contrastive Predictive Coding"; MoCo's queue: He et al.
-    2020). ``decoupled`` leaves the positive out of the denominator (Yeh et al. 2022).
+    (van den Oord et al. 2018, "Representation Learning with Contrastive Predictive Coding", arXiv:1807.03748; MoCo's
+    queue: He et al. 2020, arXiv:1911.05722). ``decoupled`` leaves the positive out of the denominator (Yeh et al. 2022,
+    arXiv:2110.06848).
 
     Args:
         query: (M, D) float32, float64, bfloat16 or float16.
@@ -201,7 +202,11 @@ def _check_options(
 
 
 class InfoNCELoss(nn.Module):
-    """``info_nce_loss`` as a module. It holds no parameters; options as there."""
+    """``info_nce_loss`` as a module. It holds no parameters; options as there.
+
+    Raises:
+        TypeError, ValueError: at construction, naming the option, what came and what was expected.
+    """
 
     def __init__(
         self,

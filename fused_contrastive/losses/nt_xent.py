@@ -40,9 +40,9 @@ def nt_xent_loss(
 
         loss_i = mean over p of -log(exp(z_i . z_p / T) / sum over k != i of exp(z_i . z_k / T))
 
-    (Chen et al. 2020, "A Simple Framework for Contrastive Learning of Visual Representations"; with more than two views
-    the mean over the positives of Khosla et al. 2020). ``decoupled`` leaves all views of the sample out of the
-    denominator (Yeh et al. 2022, "Decoupled Contrastive Learning").
+    (Chen et al. 2020, "A Simple Framework for Contrastive Learning of Visual Representations", arXiv:2002.05709; with
+    more than two views the mean over the positives of Khosla et al. 2020, arXiv:2004.11362). ``decoupled`` leaves all
+    views of the sample out of the denominator (Yeh et al. 2022, "Decoupled Contrastive Learning", arXiv:2110.06848).
 
     Args:
         z1, z2: (N, D) projections of two views, float32, float64, bfloat16 or float16; row i is sample i in each.
@@ -96,7 +96,11 @@ def nt_xent_loss(
 
 
 class NTXentLoss(nn.Module):
-    """``nt_xent_loss`` as a module. It holds no parameters; options as there."""
+    """``nt_xent_loss`` as a module. It holds no parameters; options as there.
+
+    Raises:
+        TypeError, ValueError: at construction, naming the option, what came and what was expected.
+    """
 
     def __init__(
         self,

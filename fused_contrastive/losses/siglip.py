@@ -37,8 +37,8 @@ def siglip_loss(
 
         loss_i = sum over j of log(1 + exp(-z[i, j] S[i, j]))
 
-    (Zhai et al. 2023, "Sigmoid Loss for Language Image Pre-Training"). Positives are the pairs i = j and, where ids are
-    given, those with ``row_ids[i] == col_ids[j]``.
+    (Zhai et al. 2023, "Sigmoid Loss for Language Image Pre-Training", arXiv:2303.15343). Positives are the pairs i = j
+    and, where ids are given, those with ``row_ids[i] == col_ids[j]``.
 
     Args:
         image_features: (N, D) float32, float64, bfloat16 or float16; normalise them first.
@@ -81,7 +81,11 @@ def siglip_loss(
 
 
 class SigLipLoss(nn.Module):
-    """``siglip_loss`` as a module. It holds no parameters: the model owns scale and bias."""
+    """``siglip_loss`` as a module. It holds no parameters: the model owns scale and bias.
+
+    Raises:
+        TypeError, ValueError: at construction, naming the option, what came and what was expected.
+    """
 
     def __init__(
         self,

@@ -44,8 +44,8 @@ def supcon_loss(
         out: loss_i = -mean over p in P(i) of log(exp(z_i . z_p / T) / sum over a in A(i) of exp(z_i . z_a / T))
         in:  loss_i = -log(mean over p in P(i) of exp(z_i . z_p / T) / sum over a in A(i) of exp(z_i . z_a / T))
 
-    (Khosla et al. 2020, "Supervised Contrastive Learning", equations 2 and 3). The sum over the positives' logits is
-    closed form: each label's features are summed once.
+    (Khosla et al. 2020, "Supervised Contrastive Learning", arXiv:2004.11362, equations 2 and 3). The sum over the
+    positives' logits is closed form: each label's features are summed once.
 
     Args:
         features: (N, D), or (N, V, D) with V views of each sample; float32, float64, bfloat16 or float16.
@@ -117,7 +117,11 @@ def supcon_loss(
 
 
 class SupConLoss(nn.Module):
-    """``supcon_loss`` as a module. It holds no parameters; options as there."""
+    """``supcon_loss`` as a module. It holds no parameters; options as there.
+
+    Raises:
+        TypeError, ValueError: at construction, naming the option, what came and what was expected.
+    """
 
     def __init__(
         self,

@@ -47,10 +47,10 @@ def x_clip_loss(
 ) -> Tensor:
     """The loss of x-clip 0.14 from the latents its forward makes, stably: its raw exp overflows at logits of 89.
 
-    The CLIP loss of the first text view against the first image view; plus ``multiview_loss_weight`` times (and the
-    first as much less) the mean over all other pairs of a text and an image view; plus ``sim_reg_loss_weight`` times
-    the mean squared difference between the texts' and the images' similarities among themselves, the diagonal apart
-    (https://arxiv.org/abs/2309.08773), in closed form from D x D products.
+    The CLIP loss (Radford et al. 2021, arXiv:2103.00020) of the first text view against the first image view; plus
+    ``multiview_loss_weight`` times (and the first as much less) the mean over all other pairs of a text and an image
+    view; plus ``sim_reg_loss_weight`` times the mean squared difference between the texts' and the images' similarities
+    among themselves, the diagonal apart (arXiv:2309.08773), in closed form from D x D products.
 
     Args:
         text_latents: L2-normalised, (N, D) or, with V views, (V, N, D); (N, T, D) or (V, N, T, D) with

@@ -132,10 +132,15 @@ torch.library.register_autograd("fused_contrastive::max_sim_backward", second_ba
 
 
 class MaxSimScores(NamedTuple):
-    """Scores in both directions."""
+    """Scores in both directions.
 
-    x: Tensor  # (M, N) maxima over y's tokens, reduced over x's
-    y: Tensor  # (M, N) maxima over x's tokens, reduced over y's
+    Attributes:
+        x: (M, N) maxima over y's tokens, reduced over x's.
+        y: (M, N) maxima over x's tokens, reduced over y's.
+    """
+
+    x: Tensor
+    y: Tensor
 
 
 @overload
@@ -172,8 +177,9 @@ def max_sim(
         score[m, n] = sum over t of max over p of x_tokens[m, t] . y_tokens[n, p]       direction "x"
         score[m, n] = sum over p of max over t of x_tokens[m, t] . y_tokens[n, p]       direction "y"
 
-    with the sum of ColBERT (Khattab & Zaharia 2020) or the mean of FILIP (Yao et al. 2021), over the tokens that the
-    masks call real. Differentiable once in both; of equal products, the first is the maximum and gets the gradient.
+    with the sum of ColBERT (Khattab & Zaharia 2020, arXiv:2004.12832) or the mean of FILIP (Yao et al. 2021,
+    arXiv:2111.07783), over the tokens that the masks call real. Differentiable once in both; of equal products, the
+    first is the maximum and gets the gradient.
 
     Args:
         x_tokens: (M, T, D), M items of T tokens (ColBERT's queries), float32, float64, bfloat16 or float16. Not

@@ -26,10 +26,15 @@ GPU_BLOCK = (4096, 4096)
 
 
 class Ranking(NamedTuple):
-    """The best k candidates of each query, best first."""
+    """The best k candidates of each query, best first.
 
-    scores: Tensor  # (M, k)
-    indices: Tensor  # (M, k) int64, rows of the candidates
+    Attributes:
+        scores: (M, k).
+        indices: (M, k) int64, rows of the candidates.
+    """
+
+    scores: Tensor
+    indices: Tensor
 
 
 def rank(

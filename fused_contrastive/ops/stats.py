@@ -16,11 +16,17 @@ from fused_contrastive.ops import autograd, dispatch, global_stats
 
 
 class ContrastiveStats(NamedTuple):
-    """Statistics of the similarity matrix; None for a direction that was not asked."""
+    """Statistics of the similarity matrix; None for a direction that was not asked.
 
-    pos: Tensor  # (M,) the positives' logits
-    row: Tensor | None  # (M,) log of the sum of exp over each row's logits that are not excluded
-    col: Tensor | None  # (N,) likewise over each column's
+    Attributes:
+        pos: (M,) the positives' logits.
+        row: (M,) log of the sum of exp over each row's logits that are not excluded.
+        col: (N,) likewise over each column's.
+    """
+
+    pos: Tensor
+    row: Tensor | None
+    col: Tensor | None
 
 
 @collective
@@ -91,10 +97,15 @@ def contrastive_stats(
 
 
 class SigmoidStats(NamedTuple):
-    """Statistics of pairwise logistic losses."""
+    """Statistics of pairwise logistic losses.
 
-    pos: Tensor  # (M,) the positives' logits
-    row: Tensor  # (M,) sum of softplus over each row's other logits
+    Attributes:
+        pos: (M,) the positives' logits.
+        row: (M,) sum of softplus over each row's other logits.
+    """
+
+    pos: Tensor
+    row: Tensor
 
 
 @collective
@@ -121,12 +132,14 @@ def sigmoid_stats(
     so that the loss of Zhai et al. 2023, "Sigmoid Loss for Language Image Pre-Training", is the sum of
     ``row + softplus(-pos)``. Differentiable once in x, y, scale and col_bias. Excluding a column: ``col_bias`` -inf.
 
-    Args: as for ``contrastive_stats``, but pairs with equal ids are positives here: their logits change sign.
+    Arguments are those of ``contrastive_stats``: x (M, D), y (N, D) and so on, but for ``exclude_self`` and
+    ``directions``; and pairs with equal ids are positives here: their logits change sign.
 
     Returns:
         SigmoidStats(pos (M,), row (M,)) in float64 (float32 on devices without it).
 
-    Raises: as ``contrastive_stats``.
+    Raises:
+        TypeError, ValueError, RuntimeError: as ``contrastive_stats``.
     """
     problem = _Problem(x, y, scale, targets, col_bias, row_ids, col_ids, memory_budget, backend, group=group)
     pos, row, _ = problem.run(cols=False, equal_ids="negate", reduction="softplus")
@@ -164,7 +177,8 @@ def self_stats(
     Returns:
         (N,) in float64 (float32 on devices without it); -inf where no pair is left.
 
-    Raises: as ``contrastive_stats``.
+    Raises:
+        TypeError, ValueError, RuntimeError: as ``contrastive_stats``.
     """
     checks.one_of("equal_ids", equal_ids, ("exclude", "only"))
     if ids is None and equal_ids == "only":

@@ -17,7 +17,13 @@ ROUNDINGS = 32  # allowed, in eps of the largest element, beside twice the refer
 
 @dataclass(frozen=True)
 class Verification:
-    """What was found: of the value and each gradient, the error and what is allowed."""
+    """What was found, of the value and of each gradient; one line for each when printed.
+
+    Attributes:
+        deviations: quantity, error, what the reference's own error is, what is allowed, and the share of it used.
+        held: whether every error is within what is allowed.
+        worst: the deviation that used the largest share.
+    """
 
     deviations: tuple[Deviation, ...]
 
@@ -47,10 +53,14 @@ def compare(function: Callable[..., Any], args: tuple[Any, ...], options: dict[s
     Raises:
         ValueError: the function calls none of this package's losses, or gives nothing to compare.
     """
-    ours, dtype = _evaluate(function, args, options, None)
-    with dispatch.using("reference") as forced:
-        plain, _ = _evaluate(function, args, options, None)
-        exact, _ = _evaluate(function, args, options, torch.float64)
+    state = torch.get_rng_state()
+    with torch.random.fork_rng():  # a training goes on with the numbers it would have drawn
+        ours, dtype = _evaluate(function, args, options, None)
+        with dispatch.using("reference") as forced:
+            torch.set_rng_state(state)  # dropout drops the same
+            plain, _ = _evaluate(function, args, options, None)
+            torch.set_rng_state(state)
+            exact, _ = _evaluate(function, args, options, torch.float64)
     if not forced.calls:
         raise ValueError(
             f"loss_fn: {function!r} calls none of fused_contrastive's losses, so there is nothing to verify"
@@ -108,9 +118,9 @@ def verify(loss_fn: Callable[..., Any], *inputs: Any, **options: Any) -> Verific
     its value and its gradients of all floating tensors are compared with those that plain PyTorch gives in float64.
 
     Returns:
-        A ``Verification``: ``held``, ``worst``, and one line per value and gradient when printed.
+        What was found, a ``Verification``.
 
     Raises:
-        ValueError: loss_fn calls none of this package's losses, or returns no tensor.
+        ValueError: loss_fn calls none of this package's losses, returns no tensor, or is given none.
     """
     return compare(loss_fn, inputs, options)

@@ -35,8 +35,14 @@ class verify_against_reference(AbstractContextManager["verify_against_reference"
         save: a folder in which a failing call's tensors are kept, with a script that repeats it.
 
     Attributes:
-        calls, checked: how many calls there were, and how many of them were checked.
+        calls: how many calls there were.
+        checked: how many of them were checked.
+        breaches: how many of those were off by more than allowed.
         worst: the ``Verification`` that used the largest share of what is allowed, or None.
+
+    Raises:
+        TypeError, ValueError: at construction, naming the option, what came and what was expected.
+        RuntimeError: at a breach, with ``on_breach="raise"``.
     """
 
     def __init__(self, every: int = 100, on_breach: Literal["warn", "raise"] = "warn", save: str | None = None) -> None:

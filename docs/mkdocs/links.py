@@ -1,0 +1,55 @@
+"""A hook of mkdocs: the pages at the root of the repository become pages of the site, where they stand.
+
+A link means the same in the repository and on the site: it is resolved from the file it is written in, and leads to
+the target's page. What is no page, such as a script, is served as it is.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from mkdocs.structure.files import File, Files
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = {
+    "README.md": "index.md",
+    "ARCHITECTURE.md": "architecture.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "CHANGELOG.md": "changelog.md",
+}
+LINK = re.compile(r"(\]\()([^)#\s]+)((?:#[^)\s]*)?\))")
+
+
+def on_files(files: Files, config: Any) -> Files:
+    for source, page in PAGES.items():
+        files.append(File.generated(config, page, abs_src_path=str(ROOT / source)))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
+    here = Path(page.file.abs_src_path).parent
+
+    def resolved(match: re.Match[str]) -> str:
+        link = match[2]
+        if "://" in link or link.startswith("mailto:"):
+            return match[0]
+        target = Path(os.path.normpath(here / link))
+        if not target.is_file():  # for mkdocs to report
+            return match[0]
+        place = _place(target, Path(config.docs_dir))
+        if files.get_file_from_path(place) is None:
+            files.append(File.generated(config, place, abs_src_path=str(target)))
+        return match[1] + os.path.relpath(place, Path(page.file.src_uri).parent) + match[3]
+
+    return LINK.sub(resolved, markdown)
+
+
+def _place(target: Path, docs: Path) -> str:
+    """A file's path in the site's sources."""
+    if target.is_relative_to(docs):
+        return target.relative_to(docs).as_posix()
+    inside = target.relative_to(ROOT).as_posix()
+    return PAGES.get(inside, f"source/{inside}")

@@ -37,8 +37,9 @@ fc::Interrupt python_interrupt() {
   };
 }
 
-// OpenMP's threads do not survive a fork, and a child that waits for them hangs; torch's own operators do. The thread that
-// forked is the child's only one: had it used threads here, it goes on with one, as DataLoader makes its workers do.
+// OpenMP's threads do not survive a fork, and a child that waits for them hangs; torch's own operators do. The thread
+// that forked is the child's only one: had it used threads here, it goes on with one, as DataLoader makes its workers
+// do.
 thread_local bool used_threads = false, lost_threads = false;
 
 void threads_after_fork() {

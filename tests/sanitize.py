@@ -38,7 +38,8 @@ _C.merge_top_k(torch.ones(1, 4), 2**63 - 1, torch.zeros(1, 4), columns)
 TESTS = ["stats", "losses", "max_sim", "rank", "cross_entropy", "normalize", "adversarial", "adversarial_primitives"]
 # All that the C++ backend takes part in, in this process: memory is the sanitizer's there.
 CHOSEN = "not reference and not triton and not compile and not memory_does_not_grow"
-SELECTION = ["-q", "-x", "-p", "no:cacheprovider", "-k", CHOSEN, *(f"tests/test_{name}.py" for name in TESTS)]
+# --capture=sys: by default the report would end in a file of pytest's.
+SELECTION = ["-q", "-x", "--capture=sys", "-p", "no:cacheprovider", "-k", CHOSEN]
 
 
 def runtime(name: str) -> str:
@@ -82,7 +83,8 @@ def main(arguments: list[str]) -> int:
         if result.returncode == 0 or report not in result.stderr or str(BUILT) not in result.stdout:
             sys.exit(f"sanitize: a call that must end in {report!r} did not\n{result.stdout}{result.stderr}")
         print(f"sanitize: {report} in csrc is seen", flush=True)
-    return subprocess.run([sys.executable, "-m", "pytest", *(arguments or SELECTION)], cwd=ROOT, env=env).returncode
+    chosen = arguments or [*SELECTION, *(f"tests/test_{name}.py" for name in TESTS)]
+    return subprocess.run([sys.executable, "-m", "pytest", *chosen], cwd=ROOT, env=env).returncode
 
 
 if __name__ == "__main__":

@@ -31,7 +31,9 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--with-conformance", metavar="PYTHON", help="try the adapters' mutants too, by a Python that has the libraries"
     )
-    parser.add_argument("--timeout", type=float, default=300.0, help="seconds for a mutant's tests (default %(default)s)")
+    parser.add_argument(
+        "--timeout", type=float, default=300.0, help="seconds for a mutant's tests (default %(default)s)"
+    )
     parser.add_argument("--seed", type=int, help="of the tests' inputs; default: new each run, printed")
     parser.add_argument("--work", type=Path, help="keep the copy and what was built in this folder, for the next run")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the table as a page")
@@ -89,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if not some:
                 continue
             tree = Tree(ROOT, folder / name, python, seed, options.timeout)
-            if why := prepare(tree, some, build=name == "conformance"):
+            if why := prepare(tree, some, build=python != sys.executable):
                 print(why)
                 return 2
             for mutant in some:

@@ -12,8 +12,8 @@ from mutant import Result
 HEAD = """# Mutants: what the tests notice
 
 `make mutants` breaks the sources in one place at a time, in a copy, and runs the tests that should notice. A mutant is
-*killed* if one of them fails, crashes or hangs, and has *survived* if all pass; what cannot be compiled or imported is an
-error and no kill. The list is in `tests/mutants/`; its tests check that each text is still where it was.
+*killed* if one of them fails, crashes or hangs, and has *survived* if all pass. One that cannot be compiled or imported
+is an error, not a kill. The list is in `tests/mutants/`, whose own test says which of them the sources have left behind.
 """
 
 
@@ -23,7 +23,7 @@ def table(results: Sequence[Result]) -> str:
     return "\n".join(f"{r.mutant.name:{width}}  {r.mutant.file}: {r.mutant.what}  {r.verdict} {r.by}" for r in results)
 
 
-def page(results: Sequence[Result], arguments: str, seed: int) -> str:
+def page(results: Sequence[Result], arguments: str, seed: object) -> str:
     """The results in Markdown."""
     killed = sum(r.verdict == "killed" for r in results)
     versions = ", ".join(f"{name} {_version(name)}" for name in ("torch", "triton", "pytest"))

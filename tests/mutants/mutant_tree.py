@@ -102,7 +102,18 @@ class Tree:
     def test(self, tests: Sequence[str], only: str, limit: float | None = None) -> Run:
         report = Path(self.environment["MUTANTS_REPORT"])
         report.unlink(missing_ok=True)
-        command = [self.python, "-m", "pytest", "-x", "-q", "--tb=short", "-p", "no:cacheprovider", "-p", "first_failure"]
+        command = [
+            self.python,
+            "-m",
+            "pytest",
+            "-x",
+            "-q",
+            "--tb=short",
+            "-p",
+            "no:cacheprovider",
+            "-p",
+            "first_failure",
+        ]
         command += ["-k", only] if only else []
         code, output = self._call([*command, *tests], limit or self.limit)
         when, _, test = report.read_text().partition("\t") if report.exists() else ("", "", "")
@@ -156,5 +167,3 @@ def _sources(root: Path) -> Iterator[Path]:
             if path.is_file() and path.suffix not in MADE and not MADE & set(path.parts):
                 yield path
     yield from (root / name for name in FILES if (root / name).is_file())
-
-

@@ -160,6 +160,46 @@ def test_large_losses_alive_at_once(backend: str) -> None:
             torch.testing.assert_close(ours.grad.double(), exact.grad, rtol=1e-5, atol=3e-5 / n)
 
 
+def test_kept_products_of_problems_that_grow_and_shrink() -> None:
+    """Each over 32 MB: what the last one gave back is too small for the second, and far too large for the third."""
+    for n in (3001, 4201, 2950):
+        x, y = (torch.randn(n, 4) for _ in range(2))
+        gradients = []
+        for budget in ("auto", 0):
+            leaves = [t.clone().requires_grad_() for t in (x, y)]
+            clip_loss(*leaves, 3.0, memory_budget=budget, backend="cpp").backward()
+            gradients.append([t.grad for t in leaves])
+        for kept, recomputed in zip(*gradients, strict=True):
+            torch.testing.assert_close(kept, recomputed, rtol=1e-5, atol=1e-5 / n)
+
+
+@pytest.mark.parametrize("n", [37, 70, 139])
+def test_normalisers_of_float32_features_are_not_rounded(n: int, backend: str) -> None:
+    """All logits are 1000, so row is 1000 + log(n - 1): rounded to float32, every weight would be off by up to 3e-5."""
+    m = 20
+    x, y = torch.ones(m, 1), torch.ones(n, 1)
+    bias = torch.zeros(n, requires_grad=True)
+    _, row, col = contrastive_stats(x, y, 1000.0, col_bias=bias, backend=backend)
+    (of_rows,) = torch.autograd.grad(row.sum(), bias, retain_graph=True)
+    (of_cols,) = torch.autograd.grad(col.sum(), bias)
+    own = torch.arange(n) < m  # columns that are a row's positive
+    expected = torch.where(own, m - 1, m) / (n - 1)
+    torch.testing.assert_close(of_rows, expected, rtol=2e-6, atol=0)
+    torch.testing.assert_close(of_cols, torch.ones(n), rtol=2e-6, atol=0)
+
+
+def test_small_weights_of_float16_features_do_not_vanish(backend: str) -> None:
+    """One row's gradient is a millionth of another's, as weights are in a batch of a million: as float16 itself, 0."""
+    x, y = (torch.nn.functional.normalize(torch.randn(n, 4), dim=1).half() for n in (2, 64))
+    g = torch.tensor([1.0, 1e-6], dtype=torch.float64)
+    gradients = []
+    for features, used in ((x.clone(), backend), (x.double(), "reference")):
+        features.requires_grad_()
+        stats = contrastive_stats(features, y.to(features), 100.0, directions=["row"], backend=used)
+        gradients.append(torch.autograd.grad((stats.row * g).sum(), features)[0].double())
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=5e-3, atol=3e-7)
+
+
 def layouts(t: torch.Tensor) -> dict[str, torch.Tensor]:
     padded = torch.full((t.shape[0] * 2, t.shape[1] + 5), torch.nan)
     padded[::2, 2:-3] = t

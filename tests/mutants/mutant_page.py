@@ -13,7 +13,7 @@ HEAD = """# Mutants: what the tests notice
 
 `make mutants` breaks the sources in one place at a time, in a copy, and runs the tests that should notice. A mutant is
 *killed* if one of them fails, crashes or hangs, and has *survived* if all pass. One that cannot be compiled or imported
-is an error, not a kill. The list is in `tests/mutants/`, whose own test says which of them the sources have left behind.
+is an error, not a kill. The list is in `tests/mutants/`, whose own test says which of them are stale.
 """
 
 

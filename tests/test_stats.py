@@ -138,8 +138,9 @@ def test_any_memory_budget_gives_the_same(budget: object, backend: str) -> None:
         stats = contrastive_stats(*leaves, memory_budget=memory, backend=backend)
         (stats.row.sum() + stats.col.sum() - stats.pos.sum()).backward()
         results.append([*stats, *(leaf.grad for leaf in leaves)])
+    # A block of another shape may round a product otherwise: 1e-5 of a logit of 100, and so of every weight.
     for kept, other in zip(*results, strict=True):
-        torch.testing.assert_close(kept, other, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(kept, other, rtol=2e-4, atol=2e-4)
 
 
 def test_large_losses_alive_at_once(backend: str) -> None:

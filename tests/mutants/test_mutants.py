@@ -51,7 +51,7 @@ def tree(tmp_path: Path) -> Tree:
         (tmp_path / "source" / name).mkdir(parents=True)
     (tmp_path / "source/fused_contrastive/__init__.py").write_text('def value():\n    return "right"\n')
     (tmp_path / "source/tests/test_value.py").write_text(TEST)
-    return Tree(tmp_path / "source", tmp_path / "copy", sys.executable, 0, limit=20)
+    return Tree(tmp_path / "source", tmp_path / "copy", sys.executable, 0, limit=60)
 
 
 def mutant(replace: str, find: str = '"right"', test: str = "tests/test_value.py") -> Mutant:

@@ -201,6 +201,20 @@ def test_small_weights_of_float16_features_do_not_vanish(backend: str) -> None:
     torch.testing.assert_close(gradients[0], gradients[1], rtol=5e-3, atol=3e-7)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_kept_weights_far_below_their_neighbours(dtype: torch.dtype, backend: str) -> None:
+    """All logits of one row are 30 below those of the next: exponentials of both are kept relative to one maximum."""
+    m, n = 2, 50
+    x, y = torch.tensor([[1.0], [0.0]], dtype=dtype), torch.ones(n, 1, dtype=dtype)
+    bias = torch.zeros(n, requires_grad=True)
+    stats = contrastive_stats(
+        x, y, 30.0, col_bias=bias, directions=["row"], memory_budget=10**9, backend=backend
+    )  # fmt: skip
+    (found,) = torch.autograd.grad(stats.row.sum(), bias)
+    expected = torch.where(torch.arange(n) < m, m - 1, m) / (n - 1)
+    torch.testing.assert_close(found, expected, rtol=2e-2, atol=0)
+
+
 def layouts(t: torch.Tensor) -> dict[str, torch.Tensor]:
     padded = torch.full((t.shape[0] * 2, t.shape[1] + 5), torch.nan)
     padded[::2, 2:-3] = t

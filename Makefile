@@ -13,7 +13,7 @@ BIN := .venv/bin
 endif
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test sanitize conformance verify bench configurations docs lint format build clean
+.PHONY: help demo test sanitize conformance mutants verify bench configurations docs lint format build clean
 help:
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile
 
@@ -47,6 +47,9 @@ $(CONFORMANCE)/.libraries: pyproject.toml
 conformance: $(CONFORMANCE)/.libraries ## compare the adapters with the libraries themselves (several GB of them)
 	$(CONFORMANCE)/python -m pip install -q --no-build-isolation --no-deps --force-reinstall .
 	$(CONFORMANCE)/pytest tests/conformance
+
+mutants: $(BIN)/.fused_contrastive-test $(CONFORMANCE)/.libraries ## break the sources on purpose and show that the tests notice
+	$(BIN)/python tests/mutants --with-conformance $(CONFORMANCE)/python --markdown docs/mutants.md
 
 verify: $(BIN)/.fused_contrastive-test ## compare every backend with the float64 oracle on the full grid of cases
 	$(BIN)/python -m fused_contrastive verify --grid full

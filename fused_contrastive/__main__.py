@@ -30,6 +30,7 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--seed", type=int, default=None, help="of the random inputs; default: new each run, printed")
     verify.add_argument("--features", nargs=2, type=Path, metavar=("A.npy", "B.npy"), help="your own (N, D) features")
     verify.add_argument("--scale", type=float, default=100.0, help="the logit scale for --features (default 100)")
+    verify.add_argument("--save", type=Path, metavar="DIR", help="write scripts that repeat breaches to this folder")
     bench.add_parsers(commands, positive)
     sweep = commands.add_parser(
         "temperature",
@@ -113,15 +114,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (RuntimeError, ValueError) as error:
         console.print(str(error), style="red", markup=False)
         return 2
+    if options.save is not None and options.save.exists() and not options.save.is_dir():
+        console.print(f"--save: got {options.save}, which is a file, expected a folder", style="red", markup=False)
+        return 2
     if options.features:
         try:
-            held = run.verify_features(options.features[0], options.features[1], options.scale, where, console)
+            held = run.verify_features(
+                options.features[0], options.features[1], options.scale, where, console, options.save
+            )
         except (OSError, TypeError, ValueError) as error:
             console.print(f"--features: {error}", style="red", markup=False)
             return 2
     else:
         seed = options.seed if options.seed is not None else secrets.randbits(32)
-        held = run.verify_grid(options.grid, seed, where, console)
+        held = run.verify_grid(options.grid, seed, where, console, options.save)
     return 0 if held else 1
 
 

@@ -229,7 +229,11 @@ def fused_colbert_scores(
         reduction="mean" if length_normalize else "sum", memory_budget=memory_budget, backend=backend,
     )  # fmt: skip
     if mask is not None:
-        scores = scores.masked_fill(~mask.any(dim=1), NO_TOKEN_SCORE)
+        least = scores.new_full((len(scores), 1), NO_TOKEN_SCORE)
+        if length_normalize:  # the library divides it as well
+            tokens = queries_embeddings.shape[1] if queries_mask is None else queries_mask.sum(dim=1, keepdim=True)
+            least = least / torch.as_tensor(tokens).clamp_min(1)
+        scores = torch.where(mask.any(dim=1), scores, least)
     return scores.reshape(-1, items * per_item)
 
 

@@ -126,6 +126,12 @@ def difference(a: Tensor, b: Tensor) -> float:
     return torch.where(a == b, 0, (a - b).abs()).max().item()
 
 
+def farthest(a: Tensor, b: Tensor) -> tuple[float, float]:
+    """Where two tensors differ most, NaN before all: what each has there."""
+    at = torch.where(a == b, 0, (a - b).abs()).flatten().argmax()
+    return a.flatten()[at].item(), b.flatten()[at].item()
+
+
 @dataclass(frozen=True)
 class Expected:
     """The oracle's results and eager's largest errors, shared by all backends."""
@@ -143,9 +149,12 @@ def expected(case: Case, inputs: Inputs) -> Expected:
     return Expected(truth, errors)
 
 
-def deviations(case: Case, backend: str, inputs: Inputs, expectation: Expected) -> list[Deviation]:
-    """Every value and gradient of one backend against the budget."""
-    results = evaluate(ours(case, backend), inputs)
+def deviations(
+    case: Case, backend: str, inputs: Inputs, expectation: Expected, results: Outputs | None = None
+) -> list[Deviation]:
+    """Every value and gradient of one backend, or those given, against the budget."""
+    if results is None:
+        results = evaluate(ours(case, backend), inputs)
     terms = largest_terms(inputs, results)
     found = []
     for name, value in results.items():

@@ -48,6 +48,11 @@ class Case:
         return f"{dtype} M={self.m} N={self.n} D={self.d} scale={self.scale} {self.option!r} seed={self.seed}"
 
     @property
+    def size(self) -> int:
+        """Multiplications of its products."""
+        return self.m * self.n * self.d
+
+    @property
     def is_clip(self) -> bool:
         return self.option in CLIP_OPTIONS
 

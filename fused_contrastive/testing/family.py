@@ -15,7 +15,7 @@ from torch import Tensor
 
 import fused_contrastive as fc
 from fused_contrastive.testing import oracle, textbook
-from fused_contrastive.testing.budget import Deviation, difference
+from fused_contrastive.testing.budget import Deviation, Expected, difference
 from fused_contrastive.testing.cases import DTYPES
 
 Leaves = dict[str, Tensor]
@@ -255,6 +255,11 @@ class FamilyCase:
     def dtype(self) -> torch.dtype:
         return self.sizes.dtype
 
+    @property
+    def size(self) -> int:
+        """Multiplications of its products, more or less."""
+        return self.sizes.n**2 * self.sizes.d
+
     def __str__(self) -> str:
         return f"{self.option!r} {self.sizes} seed={self.seed}"
 
@@ -278,22 +283,38 @@ def evaluate(function: Callable[..., Tensor], leaves: Leaves, options: dict[str,
     return results
 
 
-def deviations(
-    case: FamilyCase, backend: str, device: torch.device, results: dict[str, Tensor] | None = None
-) -> list[Deviation]:
-    """The loss and every gradient of one backend, or those given, against the budget."""
+def ours(case: FamilyCase, backend: str, device: torch.device) -> dict[str, Tensor]:
+    """The loss and every gradient of one backend."""
+    leaves, options = case.inputs(device)
+    return evaluate(lambda **a: FAMILY[case.loss].ours(**a, backend=backend), leaves, options)
+
+
+def expected(case: FamilyCase, device: torch.device) -> Expected:
+    """The textbook's results in float64, and its largest errors in the case's dtype."""
     member = FAMILY[case.loss]
     leaves, options = case.inputs(device)
     double = {name: t.double() for name, t in leaves.items()}
     truth = evaluate(lambda **a: member.textbook(oracle._oracle_logits, **a), double, options)
-    eager = dict.fromkeys(truth, 0.0)
+    errors = dict.fromkeys(truth, 0.0)
     same = {name: t.to(case.dtype) for name, t in leaves.items()}
     for form in oracle.LOGITS.values():
         found = evaluate(lambda form=form, **a: member.textbook(form, **a), same, options)
-        eager = {name: max(error, difference(found[name], truth[name])) for name, error in eager.items()}
+        errors = {name: max(error, difference(found[name], truth[name])) for name, error in errors.items()}
+    return Expected(truth, errors)
+
+
+def deviations(
+    case: FamilyCase,
+    backend: str,
+    device: torch.device,
+    results: dict[str, Tensor] | None = None,
+    expectation: Expected | None = None,
+) -> list[Deviation]:
+    """The loss and every gradient of one backend, or those given, against the budget."""
     if results is None:
-        results = evaluate(lambda **a: member.ours(**a, backend=backend), leaves, options)
-    terms = _largest_terms(case, leaves, truth)
+        results = ours(case, backend, device)
+    truth, eager = (found := expectation or expected(case, device)).truth, found.eager_error
+    terms = _largest_terms(case, truth)
     deviations = []
     for name, value in results.items():
         largest = truth[name].abs().max().item()
@@ -302,7 +323,7 @@ def deviations(
     return deviations
 
 
-def _largest_terms(case: FamilyCase, leaves: Leaves, truth: dict[str, Tensor]) -> dict[str, float]:
+def _largest_terms(case: FamilyCase, truth: dict[str, Tensor]) -> dict[str, float]:
     """As in ``budget``, for features of norm 1: a logit, scale * weight, M * weight; by temperature, scale^2 more."""
     scale, n = case.sizes.scale, case.sizes.n
     mean = truth["loss"].dim() == 0 and "sum" not in case.variant

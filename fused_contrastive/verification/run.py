@@ -15,10 +15,12 @@ from fused_contrastive.core.files import load_features
 from fused_contrastive.ops import dispatch
 from fused_contrastive.testing import budget, family
 from fused_contrastive.testing.cases import CLIP_OPTIONS, DIMS, DTYPES, SCALES, SIZES, Case, Inputs, grid, sample
+from fused_contrastive.verification.script import script
 
 GRIDS = ("quick", "full")
 QUICK_CASES = 400
 FAMILY_CASES = {"quick": 210, "full": 2100}
+SCRIPTS = 3  # of breaches, that are shown
 
 
 @dataclass
@@ -51,6 +53,7 @@ class Report:
     """Cells by (backend, option) and dtype."""
 
     rows: dict[tuple[str, str], dict[torch.dtype, Cell]] = field(default_factory=dict)
+    failed: list[tuple[Case | family.FamilyCase, str]] = field(default_factory=list)  # and the backend
 
     @property
     def cells(self) -> list[Cell]:
@@ -63,6 +66,15 @@ class Report:
     def add(self, case: Case | family.FamilyCase, backend: str, deviations: Sequence[budget.Deviation]) -> None:
         row = self.rows.setdefault((backend, case.option), {dtype: Cell() for dtype in DTYPES})
         row[case.dtype].add(case, deviations)
+        if any(deviation.share > 1 for deviation in deviations):
+            self.failed.append((case, backend))
+
+    def simplest(self) -> list[tuple[Case | family.FamilyCase, str]]:
+        """Of the cases that failed the smallest of each backend and option, smaller ones first."""
+        best: dict[tuple[str, str], tuple[Case | family.FamilyCase, str]] = {}
+        for case, backend in sorted(self.failed, key=lambda failure: failure[0].size):
+            best.setdefault((backend, case.option), (case, backend))
+        return list(best.values())
 
     def table(self) -> Table:
         table = Table(title="Largest share of the error budget used, and by which value or gradient")
@@ -119,8 +131,11 @@ def check_family(cases: Iterable[family.FamilyCase], where: Target, report: Repo
             report.add(case, backend, family.deviations(case, backend, where.device))
 
 
-def verify_grid(which: str, seed: int, where: Target, console: Console) -> bool:
-    """Prints the table for a grid of cases; True if nothing broke the budget."""
+def verify_grid(which: str, seed: int, where: Target, console: Console, save: Path | None = None) -> bool:
+    """Prints the table for a grid of cases, and scripts that repeat breaches; True if there are none.
+
+    ``save``: a folder for these scripts.
+    """
     cases = list(sample(QUICK_CASES, seed)) if which == "quick" else list(grid(DTYPES, SIZES, DIMS, SCALES, seed))
     losses = list(family.sample(FAMILY_CASES[which], seed))
     console.print(f"{len(cases)} cases of the primitive and CLIP, {len(losses)} of other losses, seed {seed}, {where}")
@@ -128,24 +143,46 @@ def verify_grid(which: str, seed: int, where: Target, console: Console) -> bool:
     shown = track(cases, description="verify", console=console, transient=True)
     check(((case, case.inputs()) for case in shown), where, report)
     check_family(track(losses, description="losses", console=console, transient=True), where, report)
-    return _conclude(report, console)
+    return _conclude(report, where, console, save)
 
 
-def verify_features(x_path: Path, y_path: Path, scale: float, where: Target, console: Console) -> bool:
+def verify_features(
+    x_path: Path, y_path: Path, scale: float, where: Target, console: Console, save: Path | None = None
+) -> bool:
     """The same for the CLIP loss on a user's own features, (N, D) arrays of one shape."""
     x, y = load_features(x_path), load_features(y_path)
     cases = [Case(x.dtype, len(x), len(y), x.shape[1], scale, option, seed=0) for option in CLIP_OPTIONS]
     report = Report()
     check(((case, replace(case.inputs(), x=x, y=y)) for case in cases), where, report)
-    return _conclude(report, console)
+    return _conclude(report, where, console, save, (x_path, y_path))
 
 
-def _conclude(report: Report, console: Console) -> bool:
+def _conclude(
+    report: Report, where: Target, console: Console, save: Path | None, features: tuple[Path, Path] | None = None
+) -> bool:
     console.print(report.table())
     for cell in report.cells:
         if cell.breaches:
             console.print(f"[red]breach[/red] {cell.worst_case}: {cell.worst}", soft_wrap=True)
+    _show_scripts(report, where, console, save, features)
     checks = sum(cell.checks for cell in report.cells)
     verdict = "[red]BREACHED[/red]" if report.breaches else "[green]held[/green]"
     console.print(f"error budget {verdict}: {report.breaches} breaches in {checks} values and gradients")
     return report.breaches == 0
+
+
+def _show_scripts(
+    report: Report, where: Target, console: Console, save: Path | None, features: tuple[Path, Path] | None
+) -> None:
+    shown = report.simplest()[:SCRIPTS]
+    for number, (case, backend) in enumerate(shown, start=1):
+        text = script(case, backend, where.device, features)
+        console.print(f"\n# ---- repeats breach {number}", markup=False, highlight=False)
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+        if save is not None:
+            save.mkdir(parents=True, exist_ok=True)
+            path = save / f"breach_{number}.py"
+            path.write_text(text)
+            console.print(f"# saved as {path}", markup=False, highlight=False, soft_wrap=True)
+    if len(report.failed) > len(shown):
+        console.print(f"{len(report.failed) - len(shown)} more cases breach the budget, whose scripts are not shown")

@@ -55,6 +55,38 @@ def test_memory_bank_over_steps(backend: str) -> None:
         assert adapted.memory_bank.bank_ptr == theirs.memory_bank.bank_ptr
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_memory_bank_of_another_dtype(dtype: torch.dtype, backend: str) -> None:
+    """The bank stays float32, where the library's own must be brought to the features' dtype to work at all."""
+    theirs, adapted = (cls(0.2, memory_bank_size=(17, 8)) for cls in (library.NTXentLoss, ours.NTXentLoss))
+    adapted.backend = backend
+    adapted.memory_bank.bank.copy_(theirs.memory_bank.bank)
+    theirs.to(torch.float64)
+    tolerance = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float64 else {"rtol": 2e-2, "atol": 2e-2}
+    for _ in range(5):
+        leaves = [features(5, 8, dtype=dtype).requires_grad_() for _ in range(2)]
+        wide = [t.detach().double().requires_grad_() for t in leaves]
+        a, b = theirs(*wide), adapted(*leaves)
+        torch.testing.assert_close(b.double(), a, **tolerance)
+        wanted = torch.autograd.grad(a, wide)
+        for g, h in zip(torch.autograd.grad(b, leaves), wanted, strict=True):
+            torch.testing.assert_close(g.double(), h, **tolerance)
+        assert adapted.memory_bank.bank.dtype == torch.float32
+        torch.testing.assert_close(adapted.memory_bank.bank.double(), theirs.memory_bank.bank, **tolerance)
+
+
+def test_memory_bank_under_autocast(backend: str) -> None:
+    theirs, adapted = (cls(0.2, memory_bank_size=(17, 8)) for cls in (library.NTXentLoss, ours.NTXentLoss))
+    adapted.backend = backend
+    adapted.memory_bank.bank.copy_(theirs.memory_bank.bank)
+    x, y = features(5, 8).requires_grad_(), features(5, 8)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        a, b = theirs(x, y), adapted(x, y)
+    torch.testing.assert_close(b.float(), a.float(), rtol=2e-2, atol=2e-2)
+    (wanted,), (found,) = torch.autograd.grad(a, x), torch.autograd.grad(b, x)
+    torch.testing.assert_close(found, wanted, rtol=5e-2, atol=2e-2)
+
+
 def test_state_and_errors() -> None:
     adapted = ours.NTXentLoss(memory_bank_size=(8, 4))
     assert adapted.state_dict().keys() == library.NTXentLoss(memory_bank_size=(8, 4)).state_dict().keys()
@@ -62,7 +94,9 @@ def test_state_and_errors() -> None:
         ours.NTXentLoss(0.0)
 
 
-def test_patch() -> None:
+@pytest.mark.parametrize("name", ["NTXentLoss", "DCLLoss", "DCLWLoss"])
+def test_patch(name: str) -> None:
+    original = getattr(library, name)
     with ours.patch_lightly():
-        assert library.NTXentLoss is ours.NTXentLoss
-    assert library.NTXentLoss is not ours.NTXentLoss
+        assert getattr(library, name) is getattr(ours, name)
+    assert getattr(library, name) is original is not getattr(ours, name)

@@ -144,19 +144,58 @@ def test_multi_vector(documents: int, score: str, backend: str) -> None:
     assert_same(*found, leaves, 20.0)
 
 
-def test_a_document_without_tokens_scores_as_in_the_library() -> None:
+@pytest.mark.parametrize("length_normalize", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_document_without_tokens_scores_as_in_the_library(masked: bool, length_normalize: bool) -> None:
     queries, documents = features(3, 4, 8), features(2, 2, 5, 8)
     mask = torch.ones(2, 2, 5, dtype=torch.bool)
     mask[1, 0] = False
-    for length_normalize in (False, True):
-        torch.testing.assert_close(
-            ours.fused_colbert_scores(
-                queries, documents, documents_mask=mask, length_normalize=length_normalize
-            ).clamp_min(-1e7),
-            scoring.colbert_scores(
-                queries, documents, documents_mask=mask, length_normalize=length_normalize
-            ).clamp_min(-1e7),
-        )  # fmt: skip
+    lengths = torch.tensor([[2], [4], [0]])
+    options = {
+        "queries_mask": torch.arange(4) < lengths if masked else None,
+        "documents_mask": mask,
+        "length_normalize": length_normalize,
+    }
+    theirs = scoring.colbert_scores(queries, documents, **options)
+    assert theirs.min() <= -1e8
+    torch.testing.assert_close(ours.fused_colbert_scores(queries, documents, **options), theirs)
+
+
+class Projected(torch.nn.Linear):
+    """Tokens whose embeddings have a gradient to give: GradCache embeds them twice."""
+
+    def forward(self, batch: dict[str, torch.Tensor], task: str | None = None) -> dict[str, torch.Tensor]:
+        return {
+            "token_embeddings": super().forward(batch["token_embeddings"]),
+            "attention_mask": batch["attention_mask"],
+        }
+
+
+@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("documents", [1, 2])
+def test_cached_multi_vector(documents: int, score: str, backend: str) -> None:
+    """Mini-batches of embeddings and of scores that do not divide the batch."""
+    model, found = Projected(12, 8), []
+    masks = [torch.rand(7, 5 + k) < 0.8 for k in range(1 + documents)]
+    for mask in masks:
+        mask[:, 0] = True
+    inputs = [
+        {"token_embeddings": features(7, 5 + k, 12), "attention_mask": mask, "input_ids": mask.long()}
+        for k, mask in enumerate(masks)
+    ]
+    for module in (multi_vector, ours):
+        loss = module.CachedMultiVectorMultipleNegativesRankingLoss(
+            model, scale=2.0, similarity_fct=SCORES[score], mini_batch_size=3, score_mini_batch_size=2
+        )
+        loss.backend = backend
+        model.zero_grad()
+        value = loss([dict(i) for i in inputs])
+        value.backward()
+        with torch.no_grad():
+            torch.testing.assert_close(loss([dict(i) for i in inputs]), value)
+        found.append((value.detach(), model.weight.grad.clone()))
+    torch.testing.assert_close(found[1][0], found[0][0], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found[1][1], found[0][1], rtol=1e-3, atol=1e-5)
 
 
 def test_what_is_not_covered() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from typing import Any
 
 import pytest
@@ -40,6 +41,7 @@ def model_of(name: str) -> torch.nn.Module:
             del vision["image_size"]
         if name == "altclip":
             text["project_dim"] = 16
+            text["type_vocab_size"] = 2  # else token types make no difference
         config = model_class.config_class(text_config=text, vision_config=vision, projection_dim=8)
     return model_class(config).eval()  # no dropout
 
@@ -95,6 +97,35 @@ def test_loss_and_gradients(name: str, dtype: torch.dtype) -> None:
     torch.testing.assert_close(evaluated.logits_per_text, theirs.logits_per_text, **tolerance)
     for output in ("text_model_output", "vision_model_output"):
         torch.testing.assert_close(adapted[output].pooler_output, theirs[output].pooler_output)
+
+
+@pytest.mark.parametrize("name", ours.MODELS)
+def test_positional_arguments_positions_and_token_types(name: str) -> None:
+    """All inputs by position, in the signature's order; what the text tower gets of them decides the loss."""
+    model, inputs = model_of(name), inputs_of(name)
+    ids = inputs["input_ids"]
+    inputs["position_ids"] = (torch.arange(ids.shape[1]).flip(0) + 2).expand_as(ids).contiguous()
+    inputs["token_type_ids"] = (torch.arange(ids.shape[1]) % 2).expand_as(ids).contiguous()
+    order = list(inspect.signature(model.forward).parameters)
+    if "token_type_ids" not in order:
+        del inputs["token_type_ids"]
+    inputs["return_loss"] = True
+    last = max(order.index(given) for given in inputs)
+    values = [inputs.get(parameter) for parameter in order[: last + 1]]
+    theirs = model(*values)
+    for left_out in {"position_ids", "token_type_ids"} & inputs.keys():
+        without = model(**{k: v for k, v in inputs.items() if k != left_out})
+        assert abs(without.loss - theirs.loss) > 1e-5, f"{left_out} make no difference"
+    wanted = gradients(model, theirs.loss)
+    with ours.patch_transformers():
+        adapted = model(*values)
+        found = gradients(model, adapted.loss)
+    assert adapted.logits_per_image is None
+    torch.testing.assert_close(adapted.loss, theirs.loss, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(adapted.text_embeds, theirs.text_embeds, rtol=1e-4, atol=1e-5)
+    assert found.keys() == wanted.keys()
+    for key, gradient in wanted.items():
+        torch.testing.assert_close(found[key], gradient, rtol=1e-4, atol=1e-5, msg=lambda m, key=key: f"{key}: {m}")
 
 
 def test_trainer(tmp_path) -> None:  # type: ignore[no-untyped-def]

@@ -11,6 +11,18 @@ x_clip = pytest.importorskip("x_clip", reason="x_clip is not installed: make con
 
 from fused_contrastive.adapters.x_clip import patch_x_clip  # noqa: E402
 
+
+class ImageLoss(torch.nn.Module):
+    """A self-supervised loss of images with a parameter of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.tensor(1.5))
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        return (self.weight * image).square().mean()
+
+
 SWITCHES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "plain": ({}, {}),
     "decoupled": ({"decoupled_contrastive_learning": True}, {}),
@@ -21,12 +33,26 @@ SWITCHES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "views": ({"multiview_loss_weight": 0.2}, {"aug_text": 2, "aug_image": 1}),
     "tokens views": ({"use_all_token_embeds": True, "multiview_loss_weight": 0.2}, {"aug_text": 1, "aug_image": 2}),
     "mlm": ({"use_mlm": True, "text_ssl_loss_weight": 0.1}, {}),
+    "image ssl": ({"use_visual_ssl": True, "visual_ssl": ImageLoss, "image_ssl_loss_weight": 0.3}, {}),
+    "both ssl": (
+        {
+            "use_mlm": True,
+            "text_ssl_loss_weight": 0.1,
+            "use_visual_ssl": True,
+            "visual_ssl": ImageLoss,
+            "image_ssl_loss_weight": 0.4,
+            "multiview_loss_weight": 0.2,
+        },
+        {"aug_text": 1, "aug_image": 1},
+    ),
     "frozen": ({}, {"freeze_image_encoder": True}),
 }
 
 
 def clip_of(**options: Any) -> torch.nn.Module:
     torch.manual_seed(0)
+    if "visual_ssl" in options and isinstance(options["visual_ssl"], type):
+        options["visual_ssl"] = options["visual_ssl"]()
     return x_clip.CLIP(
         dim_text=16, dim_image=16, dim_latent=32, num_text_tokens=60, text_enc_depth=1, text_seq_len=6, text_heads=2,
         visual_enc_depth=1, visual_image_size=16, visual_patch_size=8, visual_heads=2, text_dim_head=8,

@@ -1,0 +1,16 @@
+"""All mutants, those of one file after each other: a build then compiles what changed and no more."""
+
+from __future__ import annotations
+
+import mutants_of_adapters
+import mutants_of_csrc
+import mutants_of_kernels
+import mutants_of_package
+from mutant import Mutant
+
+MUTANTS: list[Mutant] = [
+    *mutants_of_csrc.MUTANTS,
+    *mutants_of_kernels.MUTANTS,
+    *mutants_of_package.MUTANTS,
+    *mutants_of_adapters.MUTANTS,
+]

@@ -12,6 +12,8 @@ else
 BIN := .venv/bin
 endif
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# A missing compiler is an error here; 0 builds no extension, and the tests of backend "cpp" are skipped.
+export FUSED_CONTRASTIVE_EXTENSION ?= 1
 
 .PHONY: help demo test sanitize conformance mutants verify bench configurations docs lint format build clean
 help:

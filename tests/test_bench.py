@@ -96,7 +96,7 @@ def test_a_peer_that_fails_is_a_row_with_its_reason(monkeypatch: pytest.MonkeyPa
         "fails": "failed: NotImplementedError: no such kernel",
         "missing": "not installed: No module named 'elsewhere'",
         "gpu": "needs cuda",
-        "big": "not run above N = 8: its cost grows faster than the square",
+        "big": "not run above N = 8: slow, and there to check by",
     }
 
 
@@ -113,7 +113,7 @@ def test_a_peer_s_known_lack_of_a_gradient_is_allowed() -> None:
 
 def test_timing_counts_forward_and_backward() -> None:
     (row,) = run.time_problem(SMALL["clip"], 0.0, ("ours",), QUIET)
-    assert len(row["rounds"]) >= 5
+    assert len(row["rounds"]) >= 3
     assert 0 < row["forward"]["median"] < row["both"]["median"]
     assert row["both"]["q20"] <= row["both"]["median"] <= row["both"]["q80"]
     assert row["seconds"] == pytest.approx(row["both"]["median"] * row["u_seconds"])

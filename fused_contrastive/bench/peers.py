@@ -82,7 +82,7 @@ def _(_: Problem) -> Loss:
     return module_alone("lightly.loss.ntx_ent_loss").NTXentLoss(temperature=TEMPERATURE)
 
 
-@register("pytorch-metric-learning NTXentLoss", "nt_xent", largest=256)
+@register("pytorch-metric-learning NTXentLoss", "nt_xent", largest=256, why_largest="takes the cube of N")
 def _(_: Problem) -> Loss:
     from pytorch_metric_learning.losses import NTXentLoss, SelfSupervisedLoss
 

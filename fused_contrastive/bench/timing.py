@@ -92,18 +92,20 @@ def step(loss: Loss, leaves: dict[str, Tensor], device: str) -> Step:
     return run
 
 
-def interleaved(product: Callable[[], float], steps: dict[str, Step], seconds: float, least: int = 5) -> Times:
-    """Rounds of one call each, for about ``seconds``; each has been called before."""
+def interleaved(product: Callable[[], float], steps: dict[str, Step], seconds: float) -> Times:
+    """Rounds of one call each, for about ``seconds``, 5 at least, or 3 where they are slow; each was called before."""
     times = Times([], {name: [] for name in steps}, {name: [] for name in steps})
     product()
-    stop = time.perf_counter() + seconds
-    while len(times.u) < least or time.perf_counter() < stop:
+    started = time.perf_counter()
+    while True:
+        rounds, spent = len(times.u), time.perf_counter() - started
+        if (rounds >= 5 and spent >= seconds) or (rounds >= 3 and spent >= 2 * seconds):
+            return times
         times.u.append(product())
         for name, run in steps.items():
             forward, backward = run()
             times.forward[name].append(forward)
             times.backward[name].append(backward)
-    return times
 
 
 def in_units(values: list[float], u: float) -> dict[str, float]:

@@ -58,10 +58,12 @@ def extension() -> dict[str, object]:
     """The arguments of setup() that build it."""
     from torch.utils.cpp_extension import BuildExtension, CppExtension
 
+    version = subprocess.run([*shlex.split(os.environ["CXX"]), "--version"], capture_output=True, text=True).stdout
     compile_args = ["-O3", "-g0", "-Wall", "-Wno-psabi", "-Wno-unknown-pragmas"]
-    if sys.platform.startswith("linux"):
+    if sys.platform.startswith("linux") and "clang" not in version:
         # Compiled with OpenMP but not linked with it: at::parallel_for then runs on the runtime torch has loaded. A
-        # second runtime would bring a second pool of threads.
+        # second runtime would bring a second pool of threads. That runtime is GCC's, which has none of the functions
+        # that Clang's code calls: built by Clang, the backend takes one thread.
         compile_args.append("-fopenmp")
     compile_args += os.environ.get("FUSED_CONTRASTIVE_CFLAGS", "").split()
     module = CppExtension(

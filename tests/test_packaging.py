@@ -41,13 +41,21 @@ def no_compiler(tmp_path: Path) -> dict[str, str]:
 
 @pytest.fixture
 def failing_compiler(no_compiler: dict[str, str]) -> dict[str, str]:
-    """The same with a compiler that says its version and compiles nothing."""
-    compiler = Path(no_compiler["PATH"]) / "c++"
-    compiler.write_text(
-        '#!/bin/sh\n[ "$1" = --version ] && echo "c++ 1.0" && exit\necho "does not compile" >&2\nexit 1\n'
-    )
+    """The same with a compiler that says its version, repeats what it is given, and compiles nothing."""
+    return with_compiler(no_compiler, "c++ 1.0")
+
+
+def with_compiler(environment: dict[str, str], version: str) -> dict[str, str]:
+    compiler = Path(environment["PATH"]) / "c++"
+    lines = [
+        "#!/bin/sh",
+        f'[ "$1" = --version ] && echo "{version}" && exit',
+        'echo "does not compile: $*" >&2',
+        "exit 1",
+    ]
+    compiler.write_text("\n".join(lines) + "\n")
     compiler.chmod(0o755)
-    return no_compiler
+    return environment
 
 
 def install(project: Path, into: Path, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
@@ -142,6 +150,18 @@ def test_compiler_that_fails_is_an_error(project: Path, tmp_path: Path, failing_
     installed = install(project, tmp_path / "site", failing_compiler)
     assert installed.returncode != 0
     assert "does not compile" in installed.stdout + installed.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="no OpenMP elsewhere")
+@pytest.mark.parametrize(("version", "openmp"), [("g++ (Debian) 12.2", True), ("Debian clang version 19.1", False)])
+def test_openmp_is_for_gcc(
+    project: Path, tmp_path: Path, no_compiler: dict[str, str], version: str, openmp: bool
+) -> None:
+    """Clang's OpenMP calls functions that the runtime in torch does not have: the extension would not load."""
+    installed = install(project, tmp_path / "site", with_compiler(no_compiler, version))
+    said = installed.stdout + installed.stderr
+    assert "does not compile" in said
+    assert ("-fopenmp" in said) == openmp
 
 
 def test_sdist_holds_all_that_is_built_from(project: Path, tmp_path: Path, no_compiler: dict[str, str]) -> None:

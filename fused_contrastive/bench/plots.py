@@ -9,7 +9,10 @@ Row = dict[str, Any]
 
 
 OURS = ("tab:blue", "tab:orange", "tab:purple")
-OTHERS = ("tab:red", "tab:green", "tab:brown", "tab:pink", "tab:gray", "tab:olive", "tab:cyan", "gold", "black", "lime")
+OTHERS = (
+    "tab:red", "tab:green", "tab:brown", "tab:pink", "tab:gray", "tab:olive", "tab:cyan", "gold", "black", "lime",
+    "lightcoral", "navy", "peru", "teal",
+)  # fmt: skip
 
 
 def _colours(names: list[str]) -> dict[str, str]:
@@ -41,6 +44,7 @@ def draw(rows: list[Row], path: Path) -> bool:
     wanted = {key: p for key, p in panels.items() if len({n for points in p.values() for n, _ in points}) > 1}
     if not wanted:
         return False
+    wanted = dict(sorted(wanted.items(), key=lambda item: "memory" not in item[0][1]))  # memory first
     names = sorted({name for p in wanted.values() for name in p}, key=lambda name: (not name.startswith("ours"), name))
     colours = _colours(names)
     columns = min(3, len(wanted))

@@ -154,5 +154,7 @@ def write_json(report: dict[str, Any], path: Path) -> None:
     """Whole or not at all: an interrupted run leaves the last whole one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
-    part.write_text(json.dumps(report, indent=1) + "\n")
+    fields = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in report.items() if key != "rows"]
+    rows = ",\n".join(map(json.dumps, report["rows"]))  # a row a line: for git, and for reading
+    part.write_text("{\n" + ",\n".join([*fields, f'"rows": [\n{rows}\n]']) + "\n}\n")
     part.replace(path)

@@ -18,6 +18,7 @@ from fused_contrastive.bench.suites import Suite
 from fused_contrastive.bench.timing import in_units, interleaved, product, quantile, step
 from fused_contrastive.bench.workloads import WORKLOADS, Loss, Problem
 
+ROUNDS = 60  # of an implementation, kept for `compare`, from the whole time
 SLOW = 30.0  # seconds of a call, beyond which an implementation is not timed
 
 Row = dict[str, Any]  # a problem's fields, "implementation", "status"; if that is "ok", what was measured
@@ -106,7 +107,10 @@ def time_problem(problem: Problem, seconds: float, only: tuple[str, ...], consol
             "unit_tflops": 2 * math.prod(WORKLOADS[problem.loss].unit(problem)) / u / 1e12,
         }
         row |= {"both": in_units(both, u), "forward": in_units(times.forward[name], u)}
-        row |= {"backward": in_units(times.backward[name], u), "rounds": [round(t / u, 4) for t in both[:200]]}
+        row |= {
+            "backward": in_units(times.backward[name], u),
+            "rounds": [round(t / u, 4) for t in both[:: -(-len(both) // ROUNDS)]],
+        }
         line = f"{row['both']['median']:.2f} u ({row['both']['q20']:.2f}..{row['both']['q80']:.2f})"
         console.print(f"    {name}: {line}, {len(both)} rounds", markup=False)
     return rows

@@ -7,13 +7,12 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#ifndef _WIN32
 #include <pthread.h>
-#endif
 
 #include <chrono>
 #include <map>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "cross_entropy.h"
@@ -38,20 +37,18 @@ fc::Interrupt python_interrupt() {
   };
 }
 
-// OpenMP's threads do not survive a fork, and a child that waits for them hangs; torch's own operators do. The thread
-// that forked is the child's only one: had it used threads here, it goes on with one, as DataLoader makes its workers
-// do.
-thread_local bool used_threads = false, lost_threads = false;
+// OpenMP's threads do not survive a fork, and a child that waits for them hangs; torch's own operators do. Whether the
+// parent had used them, here or in torch, cannot be asked: a child goes on with one, as DataLoader makes its workers
+// do, unless it asks for several itself after that.
+thread_local bool forked = false;
 
 void threads_after_fork() {
-  if (lost_threads && at::get_num_threads() > 1) {
-    const char* message =
-        "fused_contrastive: this process was forked from one that had used several threads, which it cannot use; it "
-        "goes on with one, torch.set_num_threads(1). Say so in the child, or start it by 'spawn'";
-    if (PyErr_WarnEx(PyExc_RuntimeWarning, message, 1) != 0) throw py::error_already_set();
-    at::set_num_threads(1);
-  }
-  used_threads |= at::get_num_threads() > 1;
+  if (!std::exchange(forked, false) || at::get_num_threads() == 1) return;
+  const char* message =
+      "fused_contrastive: this process was forked from one that may have used several threads, which it cannot use; it "
+      "goes on with one, torch.set_num_threads(1). Say so in the child, or start it by 'spawn'";
+  if (PyErr_WarnEx(PyExc_RuntimeWarning, message, 2) != 0) throw py::error_already_set();
+  at::set_num_threads(1);
 }
 
 // A StatsSpec (core/spec.py) and its features.
@@ -146,9 +143,7 @@ void count_ahead(const at::Tensor& scores, int64_t first_column, const at::Tenso
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "C++ CPU backend of fused_contrastive";
-#ifndef _WIN32
-  pthread_atfork(nullptr, nullptr, [] { lost_threads |= used_threads, used_threads = false; });
-#endif
+  pthread_atfork(nullptr, nullptr, [] { forked = true; });
   py::class_<fc::Problem>(m, "Problem").def(py::init(&problem));
   m.def("stats_forward", &forward);
   m.def("stats_backward", &backward);

@@ -31,8 +31,7 @@ int64_t ceil_div(int64_t a, int64_t b) {
 }
 
 // Side of a block where only pairs above the diagonal count: the finer, the fewer others are computed with them, and
-// the slower each product. Of N = 1024, blocks of 256 take 3.1 u where one of 1024 took 4.0; of 4096, of 512 1.8
-// for 1.9.
+// the slower each product. Against a side of 1024, NT-Xent of 1024 rows takes a quarter less time, of 4096 a sixteenth.
 int64_t upper_side(int64_t n) {
   return std::clamp<int64_t>(n / 4, 256, 512);
 }

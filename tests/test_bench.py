@@ -17,9 +17,11 @@ import pytest
 import torch
 from rich.console import Console
 
+from fused_contrastive.__main__ import main
 from fused_contrastive.bench import command, compare, growth, implementations, memory, peers, report, run, suites
 from fused_contrastive.bench.check import Truth, evaluate
 from fused_contrastive.bench.implementations import Implementation, named
+from fused_contrastive.bench.provenance import provenance
 from fused_contrastive.bench.workloads import WORKLOADS, Problem
 
 
@@ -95,7 +97,7 @@ def test_a_peer_that_fails_is_a_row_with_its_reason(monkeypatch: pytest.MonkeyPa
     assert rows == {
         "ours": "ok",
         "fails": "failed: NotImplementedError: no such kernel",
-        "missing": "not installed: No module named 'elsewhere'",
+        "missing": "cannot be imported: No module named 'elsewhere'",
         "gpu": "needs cuda",
         "big": "not run above N = 8: slow, and there to check by",
     }
@@ -144,8 +146,10 @@ def test_exponents() -> None:
         for n in (256, 1024, 2048, 4096)
         for d, measured in ((512, {"seconds": n**2.0 if n > 256 else 1e6}), (256, {"extra_bytes": float(n)}))
     ]
-    (found,) = growth.fit(rows)
-    assert (found.time, found.memory) == (pytest.approx(2.0), pytest.approx(1.0))
+    times, memories = growth.fit(rows)
+    assert (times.d, times.time, times.memory) == (512, pytest.approx(2.0), None)
+    assert (memories.d, memories.time, memories.memory) == (256, None, pytest.approx(1.0))
+    assert growth.exponent([(1024, 0.0), (2048, 5e6), (4096, 1e7)]) is None
 
 
 # --- comparing two reports --------------------------------------------------------------------------------------------
@@ -163,7 +167,7 @@ def made_up(seed: int, slower: float = 1.0, drift: float = 0.0) -> dict[str, Any
                 **Problem("clip", n, 512).fields(), "implementation": name, "ours": name == "ours", "status": "ok",
                 "rounds": rounds, "both": {"median": statistics.median(rounds)},
             })  # fmt: skip
-    return {"provenance": {"machine": "made up"}, "rows": rows}
+    return {"command": "", "provenance": {"machine": "made up"}, "rows": rows}
 
 
 def compared(tmp_path: Path, old: dict[str, Any], new: dict[str, Any]) -> tuple[int, str]:
@@ -197,6 +201,15 @@ def test_a_speed_up_or_a_slower_peer_is_told_but_no_failure(tmp_path: Path) -> N
     assert "faster" in text
 
 
+def test_what_can_no_longer_be_measured_is_a_regression(tmp_path: Path) -> None:
+    new = made_up(2)
+    del new["rows"][0]["rounds"]
+    new["rows"][0]["status"] = "not timed: 31 s a call"
+    code, text = compared(tmp_path, made_up(1), new)
+    assert code == 1
+    assert "no longer measured: ours, clip N = 128: not timed: 31 s a call" in text
+
+
 def test_compare_refuses_what_is_no_report(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text("{")
     (tmp_path / "b.json").write_text('{"rows": 3}')
@@ -207,7 +220,7 @@ def test_compare_refuses_what_is_no_report(tmp_path: Path) -> None:
     result = cli("compare", "a.json", "nowhere.json", cwd=tmp_path)
     assert result.returncode == 2
     assert "a.json" in result.stdout
-    empty = {"provenance": {}, "rows": []}
+    empty = {"command": "", "provenance": {}, "rows": []}
     assert compared(tmp_path, empty, empty)[0] == 2
 
 
@@ -283,12 +296,69 @@ def test_a_library_s_module_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         peers.module_alone("no_such_library.loss")
 
 
-def test_a_report_survives_an_interrupted_write(tmp_path: Path) -> None:
-    path = tmp_path / "deep/report.json"
+def test_a_report_survives_an_interrupted_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "report.json"
     report.write_json({"a": 1, "rows": [1]}, path)
-    with pytest.raises(TypeError):
-        report.write_json({"a": 1, "rows": [object()]}, path)
+    whole = Path.write_text
+
+    def cut_short(self: Path, text: str) -> None:
+        whole(self, text[: len(text) // 2])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "write_text", cut_short)
+    with pytest.raises(KeyboardInterrupt):
+        report.write_json({"a": 1, "rows": [2]}, path)
     assert json.loads(path.read_text()) == {"a": 1, "rows": [1]}
+
+
+def test_an_interrupted_run_leaves_the_earlier_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what it measured beside it. Names with dots are names."""
+    monkeypatch.setitem(suites.SUITES, "quick", lambda: suites.Suite([(SMALL["clip"], 0.05)], []))
+    monkeypatch.setattr(run, "REGISTRY", [named("clip", "ours")])
+    arguments = ["bench", "--out", str(tmp_path), "--name", "v0.1.2"]
+    assert main(arguments) == 0
+    assert {p.name for p in tmp_path.iterdir()} == {"v0.1.2.json", "v0.1.2.md"}
+    before = (tmp_path / "v0.1.2.json").read_text()
+
+    def cut_short(suite: Any, console: Console, keep: Any, speed: float) -> None:
+        keep([{"implementation": "ours", "status": "ok"}])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "run_suite", cut_short)
+    with pytest.raises(KeyboardInterrupt):
+        main(arguments)
+    assert (tmp_path / "v0.1.2.json").read_text() == before
+    assert len(json.loads((tmp_path / "v0.1.2.partial.json").read_text())["rows"]) == 1
+    assert main(["bench", "--show", str(tmp_path / "v0.1.2.json")]) == 0
+    assert main(["compare", str(tmp_path / "v0.1.2.json"), str(tmp_path / "v0.1.2.json")]) == 0
+
+
+def test_bad_arguments_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "file"
+    file.write_text("")
+    (tmp_path / "old.json").write_text('{"command": "", "provenance": {}, "rows": [{"loss": "clip"}]}')
+    for arguments, said in (
+        (["bench", "--losses", "max_sim"], "--losses: got max_sim, expected some of clip, info_nce, nt_xent"),
+        (["bench", "--out", str(file)], f"--out: got {file}, expected a folder"),
+        (
+            ["bench", "--show", str(tmp_path / "old.json")],
+            "got no 'dtype', expected a report of this version's `bench`",
+        ),
+    ):
+        assert main(arguments) == 2
+        assert said in " ".join(capsys.readouterr().out.split())
+
+
+def test_without_git_there_is_no_commit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert "not a clone" in provenance()["fused_contrastive"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="resident memory is measured on Linux")
+def test_where_memory_cannot_be_measured_the_reason_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    rows = run.measure_memory(SMALL["clip"], ("ours",), QUIET)
+    assert [row["status"] for row in rows] == ["resident memory is measured by Linux's /proc/self/clear_refs"]
 
 
 def test_gradients_are_by_name() -> None:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shutil
 import subprocess
 import sys
 import tarfile
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 from snippets import ROOT
 
+# By their metadata: to look for the module pip makes setuptools' hook of distutils give way, in this process for good.
+INSTALLED = {distribution.name for distribution in metadata.distributions()}
 pytestmark = pytest.mark.skipif(
-    not all(importlib.util.find_spec(name) for name in ("pip", "setuptools", "wheel")),
+    not INSTALLED.issuperset({"pip", "setuptools", "wheel"}),
     reason="pip, setuptools or wheel is not installed beside torch",
 )
 BUILT_FROM = ["setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "CHANGELOG.md", "LICENSE"]

@@ -115,6 +115,27 @@ def test_a_forked_child_computes_the_same_bits(way: str) -> None:
     assert run(FORK + CHILDREN[way]).strip() == f"[] 1 {SAID.get(way, [])}"
 
 
+@POSIX
+def test_a_child_of_a_process_in_which_torch_alone_used_threads_does_not_hang() -> None:
+    code = """
+import os, warnings
+import torch
+from every_loss import LOSSES, problem, step
+torch.set_num_threads(2)
+torch.randn(2_000_000).exp_()
+inputs = problem(1000, 64)  # here: an operator of torch's own would hang in the child
+if os.fork() == 0:
+    warnings.simplefilter("ignore")
+    for name in LOSSES:
+        step(name, inputs)
+    print(torch.get_num_threads(), flush=True)
+    torch.set_num_threads(1)
+    os._exit(0)
+os.wait()
+"""
+    assert run(code).strip() == "1"
+
+
 MEMORY = """
 import itertools, sys, torch
 from every_loss import LOSSES, problem, step

@@ -40,7 +40,7 @@ class Backend(Protocol):
         decoupled, of ``normaliser - pos``. Reduced over M and cast to ``dtype`` at the end."""
 
     def normalize(self, x: Tensor) -> Tensor:
-        """Differentiable ``F.normalize(x, dim=-1)`` of float32 or float64 features."""
+        """Differentiable ``F.normalize(x, dim=-1)`` of float32 or float64 features. Nobody may write to the result."""
 
     def max_sim_forward(self, spec: TokenSpec, x: Tensor, y: Tensor) -> MaxSimForward:
         """Sums of maxima over the products of tokens; x (M, T, D), y (N, P, D) of one dtype and device."""

@@ -15,7 +15,7 @@ from fused_contrastive.bench import compare, plots, report
 from fused_contrastive.bench.provenance import head, provenance
 from fused_contrastive.bench.run import run_suite
 from fused_contrastive.bench.suites import SUITES, Suite
-from fused_contrastive.bench.workloads import WORKLOADS
+from fused_contrastive.bench.workloads import WORKLOADS, Problem
 
 
 def add_parsers(commands: Any, positive: Any) -> None:
@@ -25,7 +25,9 @@ def add_parsers(commands: Any, positive: Any) -> None:
     bench.add_argument("--out", type=Path, default=Path("benchmark"), metavar="FOLDER", help="default ./%(default)s")
     bench.add_argument("--name", help="of the files in it; default: the suite's")
     bench.add_argument("--speed", type=positive, default=1.0, help="2: half the seconds of timing")
-    bench.add_argument("--show", type=Path, metavar="REPORT.json", help="print and draw an earlier report; run nothing")
+    bench.add_argument(
+        "--show", type=Path, metavar="REPORT.json", help="print an earlier report and draw it, beside it; runs nothing"
+    )
     two = commands.add_parser("compare", help="what became slower between two reports of bench, beyond noise")
     two.add_argument("old", type=Path, metavar="OLD.json")
     two.add_argument("new", type=Path, metavar="NEW.json")
@@ -42,47 +44,71 @@ def run(options: argparse.Namespace, console: Console) -> int:
         try:
             return compare.compare(options.old, options.new, options.tolerance, console)
         except (OSError, ValueError) as error:
-            console.print(f"compare: {error}", style="red", markup=False)
-            return 2
+            return _refused(f"compare: {error}", console)
     if options.show:
         try:
-            return finish(compare.load(options.show), options.show.with_suffix(""), console)
+            return finish(compare.load(options.show), options.show.parent, options.show.stem, console)
         except (OSError, ValueError) as error:
-            console.print(f"--show: {error}", style="red", markup=False)
-            return 2
+            return _refused(f"--show: {error}", console)
     suite = chosen(SUITES[options.suite](), options.losses)
-    devices = {problem.device for problem in (*(problem for problem, _ in suite.timed), *suite.memory)}
-    if "cuda" in devices and not torch.cuda.is_available():
-        console.print(f"--suite {options.suite}: needs a GPU, and torch sees none here", style="red", markup=False)
-        return 2
+    problems = _problems(suite)
+    if not problems:
+        has = ", ".join(sorted({problem.loss for problem in _problems(SUITES[options.suite]())}))
+        return _refused(
+            f"--losses: got {', '.join(options.losses)}, expected some of {has}: --suite {options.suite}", console
+        )
+    if "cuda" in {problem.device for problem in problems} and not torch.cuda.is_available():
+        return _refused(f"--suite {options.suite}: needs a GPU, and torch sees none here", console)
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        return _refused(f"--out: got {options.out}, expected a folder ({error.strerror})", console)
     made: dict[str, Any] = {
-        "command": shlex.join(["python", "-m", "fused_contrastive", *sys.argv[1:]]), "provenance": provenance()
-    }  # fmt: skip
-    stem = options.out / (options.name or options.suite)
+        "command": shlex.join(["python", "-m", "fused_contrastive", *sys.argv[1:]]),
+        "provenance": provenance(),
+        "rows": [],
+    }
+    name = options.name or options.suite
+    partial = options.out / f"{name}.partial.json"
 
     def keep(rows: list[dict[str, Any]]) -> None:
-        """After each problem, so that a run cut short has lost nothing."""
+        """After each problem, beside an earlier report, so that neither is lost to a run cut short."""
         stamp = {key: made["provenance"][key] for key in ("fused_contrastive", "torch", "machine", "date")}
         made["rows"] = [{**row, **{"provenance": stamp}} for row in rows]
-        report.write_json(made, stem.with_suffix(".json"))
+        report.write_json(made, partial)
 
     console.print(head(), markup=False)
-    run_suite(suite, console, keep, options.speed)
-    return finish(made, stem, console)
-
-
-def finish(made: dict[str, Any], stem: Path, console: Console) -> int:
-    """The tables on the terminal, in Markdown, and the plots."""
-    report.show(made, console)
-    stem.with_suffix(".md").write_text(report.markdown(made))
-    written = [stem.with_suffix(".json"), stem.with_suffix(".md")]
     try:
-        if plots.draw(made["rows"], stem.with_suffix(".png")):
-            written.append(stem.with_suffix(".png"))
+        run_suite(suite, console, keep, options.speed)
+    except KeyboardInterrupt:
+        console.print(f"interrupted: bench --show {partial} shows what was measured", style="red", markup=False)
+        raise
+    partial.replace(options.out / f"{name}.json")
+    return finish(made, options.out, name, console)
+
+
+def finish(made: dict[str, Any], folder: Path, name: str, console: Console) -> int:
+    """The tables on the terminal, in Markdown, and the plots, beside the JSON."""
+    report.show(made, console)
+    page, picture = folder / f"{name}.md", folder / f"{name}.png"
+    page.write_text(report.markdown(made))
+    written = [page]
+    try:
+        if plots.draw(made["rows"], picture):
+            written.append(picture)
     except ModuleNotFoundError as error:
         console.print(f"no plots: they need the package {error.name!r}: pip install matplotlib", markup=False)
-    console.print("written: " + ", ".join(map(str, written)), markup=False)
+    console.print(f"{folder / name}.json: written " + " and ".join(map(str, written)), markup=False)
     return 0
+
+
+def _refused(why: str, console: Console) -> int:
+    console.print(why, style="red", markup=False)
+    return 2
+
+
+def _problems(suite: Suite) -> list[Problem]:
+    return [*(problem for problem, _ in suite.timed), *suite.memory]
 
 
 def chosen(suite: Suite, losses: list[str] | None) -> Suite:

@@ -14,6 +14,8 @@ from rich.table import Table
 TOLERANCE = 0.15  # what two honest runs differ by: placement in memory, clocks
 CONTROL = "eager"  # whose own change between the runs is not the change of anything here
 RESAMPLES = 400
+FEWEST = 5  # rounds: of three, a median's interval is the three themselves
+FIELDS = ("loss", "dtype", "d", "n", "device", "implementation", "ours", "status")
 
 
 class Change(NamedTuple):
@@ -49,6 +51,9 @@ def load(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: got no JSON ({error}), expected a report of `bench`") from None
     if not isinstance(report, dict) or not isinstance(report.get("rows"), list):
         raise ValueError(f"{path}: got JSON without rows, expected a report of `bench`")
+    for place, fields in ((report, ("command", "provenance")), *((row, FIELDS) for row in report["rows"])):
+        if missing := [name for name in fields if name not in place]:
+            raise ValueError(f"{path}: got no {missing[0]!r}, expected a report of this version's `bench`")
     return report
 
 
@@ -68,7 +73,7 @@ def changes(old: dict[str, Any], new: dict[str, Any]) -> list[Change]:
     found = []
     for row in new["rows"]:
         was = before.get(_key(row))
-        if was is None or "rounds" not in row:
+        if was is None or "rounds" not in row or min(len(was["rounds"]), len(row["rounds"])) < FEWEST:
             continue
         ratios = sorted(
             b / a for a, b in zip(_medians(was["rounds"], draw), _medians(row["rounds"], draw), strict=True)
@@ -83,19 +88,28 @@ def changes(old: dict[str, Any], new: dict[str, Any]) -> list[Change]:
     return found
 
 
+def lost(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """What of ours was measured in the old report and could not be in the new one."""
+    before = {_key(row) for row in old["rows"] if "rounds" in row and row["ours"]}
+    return [
+        f"{row['implementation']}, {row['loss']} N = {row['n']}: {row['status']}"
+        for row in new["rows"]
+        if row["status"] != "ok" and _key(row) in before
+    ]
+
+
 def compare(old: Path, new: Path, tolerance: float, console: Console) -> int:
     """Prints what changed; 1 if something of ours became slower, 2 if there is nothing to compare."""
     reports = load(old), load(new)
     for name, report in zip((old, new), reports, strict=True):
         console.print(f"{name}: {', '.join(f'{k} {v}' for k, v in report['provenance'].items())}", markup=False)
-    machines = [report["provenance"].get("machine") for report in reports]
-    if machines[0] != machines[1]:
-        console.print(
-            f"Two machines, so u itself differs: {machines[0]} and {machines[1]}", style="yellow", markup=False
-        )
+    for what in ("machine", "torch"):
+        one, other = (report["provenance"].get(what) for report in reports)
+        if one != other:
+            console.print(f"{what}: {one} and {other}, so u itself differs", style="yellow", markup=False)
     found = changes(*reports)
     if not found:
-        console.print("No row is in both reports.", style="red")
+        console.print(f"No row of at least {FEWEST} rounds is in both reports.", style="red")
         return 2
     told = [change for change in found if change.verdict(tolerance)]
     if told:
@@ -116,4 +130,6 @@ def compare(old: Path, new: Path, tolerance: float, console: Console) -> int:
         f"{len(found)} rows compared; beyond noise and {tolerance:.0%}: {len(told)} changed, "
         f"{len(regressions)} of ours slower."
     )
-    return 1 if regressions else 0
+    for row in (gone := lost(*reports)):
+        console.print(f"no longer measured: {row}", style="red", markup=False)
+    return 1 if regressions or gone else 0

@@ -3,50 +3,41 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from typing import Any, NamedTuple
 
 LEAST = 1024  # rows: below, a call's overhead is part of the time
 
 
 class Growth(NamedTuple):
-    """Of one implementation on one loss; None where fewer than three sizes were measured."""
+    """Of one implementation on one loss and D; None where fewer than three sizes were measured."""
 
     loss: str
-    d: int
     dtype: str
+    d: int
     implementation: str
     time: float | None
     memory: float | None
 
 
 def exponent(points: list[tuple[float, float]]) -> float | None:
-    """Slope of log y over log x, by least squares."""
-    if len(points) < 3:
+    """Slope of log y over log x, by least squares; of points whose y is above 0."""
+    logs = [(math.log(x), math.log(y)) for x, y in points if y > 0]
+    if len(logs) < 3:
         return None
-    logs = [(math.log(x), math.log(max(y, 1.0e-9))) for x, y in points]
     mean_x, mean_y = (sum(column) / len(logs) for column in zip(*logs, strict=True))
     slope: float = sum((x - mean_x) * (y - mean_y) for x, y in logs) / sum((x - mean_x) ** 2 for x, _ in logs)
     return slope
 
 
 def fit(rows: list[dict[str, Any]]) -> list[Growth]:
-    points: dict[tuple[str, str, str], dict[str, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
-    dims: dict[tuple[str, str, str], int] = {}
+    points: dict[tuple[str, str, int, str], dict[str, list[tuple[float, float]]]] = {}
     for row in rows:
         if row["status"] == "ok" and row["n"] >= LEAST:
-            key = (row["loss"], row["dtype"], row["implementation"])
+            found = points.setdefault((row["loss"], row["dtype"], row["d"], row["implementation"]), {})
             for quantity in ("seconds", "extra_bytes"):
                 if quantity in row:
-                    points[key][f"{quantity} {row['d']}"].append((row["n"], row[quantity]))
-                    dims[key] = row["d"]
-    found = []
-    for key, quantities in points.items():
-        best = {
-            kind: max((v for k, v in quantities.items() if k.startswith(kind)), key=len, default=[])
-            for kind in ("seconds", "extra_bytes")
-        }
-        time, memory = exponent(best["seconds"]), exponent(best["extra_bytes"])
-        if time is not None or memory is not None:
-            found.append(Growth(key[0], dims[key], key[1], key[2], time, memory))
-    return found
+                    found.setdefault(quantity, []).append((row["n"], row[quantity]))
+    fits = [
+        Growth(*key, exponent(p.get("seconds", [])), exponent(p.get("extra_bytes", []))) for key, p in points.items()
+    ]
+    return [growth for growth in fits if growth.time is not None or growth.memory is not None]

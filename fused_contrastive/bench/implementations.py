@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fused_contrastive.bench.workloads import TEMPERATURE, WORKLOADS, Loss, Problem, rows
+from fused_contrastive.core.memory import total_memory
 
 Load = Callable[[Problem], Loss]
 INTERPRETER = "interpreter"  # Triton's, a device of sorts
@@ -71,7 +72,7 @@ def reason_not_to(implementation: Implementation, problem: Problem) -> str | Non
         return f"needs {' or '.join(implementation.devices)}"
     if implementation.largest is not None and problem.n > implementation.largest:
         return f"not run above N = {implementation.largest}: {implementation.why_largest}"
-    need, have = implementation.matrices * _matrix_bytes(problem), 0.7 * memory_bytes(problem.device)
+    need, have = implementation.matrices * _matrix_bytes(problem), 0.7 * total_memory(problem.device, None)
     if need > have:
         return f"its N x N tensors would take {need / 2**30:.0f} GiB of {have / 2**30:.0f}"
     return None
@@ -80,12 +81,6 @@ def reason_not_to(implementation: Implementation, problem: Problem) -> str | Non
 def _matrix_bytes(problem: Problem) -> int:
     m, _, n = WORKLOADS[problem.loss].unit(problem)
     return m * n * problem.torch_dtype.itemsize
-
-
-def memory_bytes(device: str) -> int:
-    if device == "cuda":
-        return int(torch.cuda.get_device_properties(0).total_memory)
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _ours(problem: Problem, **options: Any) -> Loss:

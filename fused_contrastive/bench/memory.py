@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -16,7 +17,7 @@ from pathlib import Path
 import torch
 
 from fused_contrastive.bench import peers  # noqa: F401  puts the libraries into the registry
-from fused_contrastive.bench.implementations import CannotRunError, Implementation, named
+from fused_contrastive.bench.implementations import Implementation, named
 from fused_contrastive.bench.workloads import WORKLOADS, Problem
 
 WARM_UP = 64  # rows of the first call: it loads libraries and starts threads
@@ -27,13 +28,17 @@ def resident(field: str) -> int:
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field):
             return int(line.split()[1]) * 1024
-    raise CannotRunError(f"no {field} in /proc/self/status: resident memory is measured on Linux")
+    raise RuntimeError(f"no {field} in /proc/self/status: resident memory is measured on Linux")
+
+
+def cannot_measure(device: str) -> str | None:
+    """Why not, on this machine."""
+    peak = Path("/proc/self/clear_refs")
+    return None if device != "cpu" or os.access(peak, os.W_OK) else f"resident memory is measured by Linux's {peak}"
 
 
 def extra_bytes(implementation: Implementation, problem: Problem) -> int:
     """In this process, which should have run nothing else."""
-    if problem.device == "cpu" and not Path("/proc/self/status").exists():
-        raise CannotRunError("resident memory is measured on Linux")
     work = WORKLOADS[problem.loss]
     loss = implementation.load(problem)
 
@@ -73,6 +78,8 @@ def in_own_process(implementation: Implementation, problem: Problem) -> int | st
     """Bytes, or what went wrong."""
     command = [sys.executable, "-m", __spec__.name, implementation.name, json.dumps(problem.fields())]
     result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode < 0:
+        return f"failed: ended by signal {-result.returncode}, perhaps for want of memory"
     if result.returncode:
         return f"failed: {(result.stderr.strip() or 'no message').splitlines()[-1]}"
     return int(result.stdout.split()[-1])

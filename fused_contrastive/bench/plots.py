@@ -37,7 +37,7 @@ def draw(rows: list[Row], path: Path) -> bool:
             ("seconds", "forward + backward, ms", 1e-3),
             ("extra_bytes", "extra memory, MB", 2**20),
         ):
-            if row["status"] == "ok" and quantity in row:
+            if row["status"] == "ok" and row.get(quantity, 0) > 0:
                 title = f"{row['loss']}, {row['dtype']}, D = {row['d']}"
                 panel = panels.setdefault((title, label), {})
                 panel.setdefault(row["implementation"], []).append((row["n"], row[quantity] / unit))
@@ -57,7 +57,7 @@ def draw(rows: list[Row], path: Path) -> bool:
             axis.plot(
                 *zip(*sorted(points), strict=True), marker="o", markersize=3, color=colours[name], label=name, **style
             )
-        axis.set(title=title, xscale="log", yscale="log", xlabel="N", ylabel=label)
+        axis.set(title=title, yscale="log", xlabel="N", ylabel=label)
         axis.set_xscale("log", base=2)
         axis.grid(alpha=0.3)
     for axis in axes.flat[len(wanted) :]:

@@ -31,14 +31,23 @@ def _processor() -> str:
 
 
 def _commit() -> str:
-    """Of a clone; an installed package has only its version."""
-    folder = Path(fused_contrastive.__file__).parent
-    result = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=folder, capture_output=True, text=True)
-    return result.stdout.strip() or "not a clone"
+    """Of a clone; an installed package has only its version, whatever repository it lies in."""
+    root = Path(fused_contrastive.__file__).parent.parent
+
+    def git(*arguments: str) -> str:
+        try:
+            result = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True)
+        except OSError:
+            return ""
+        return result.stdout.strip()
+
+    top = git("rev-parse", "--show-toplevel")
+    return git("describe", "--always", "--dirty") if top and Path(top).resolve() == root.resolve() else "not a clone"
 
 
 def provenance() -> dict[str, str]:
-    level = f", vector level {cpp.vector_level()}" if cpp.unavailable() is None else ""
+    here = cpp.unavailable() is None
+    level = f", vector level {cpp.vector_level()}" if here else ", without the C++ backend: ours is the reference"
     machine = f"{torch.get_num_threads()} threads of {_processor()}{level}"
     if torch.cuda.is_available():
         machine = f"{torch.cuda.get_device_name()}, {machine}"

@@ -71,7 +71,7 @@ def growth_lines(rows: list[Row]) -> list[tuple[str, str, str, str]]:
     def shown(value: float | None) -> str:
         return "" if value is None else f"{value:.2f}"
 
-    return [(f"{g.loss}, {g.dtype}", g.implementation, shown(g.time), shown(g.memory)) for g in fit(rows)]
+    return [(f"{g.loss}, {g.dtype}, D = {g.d}", g.implementation, shown(g.time), shown(g.memory)) for g in fit(rows)]
 
 
 def standings(rows: list[Row]) -> list[tuple[str, str, str]]:
@@ -131,7 +131,8 @@ def markdown(report: dict[str, Any]) -> str:
     head = report["provenance"]
     lines = ["# Benchmark", "", f"`{report['command']}`", "", ", ".join(f"{k} {v}" for k, v in head.items()) + ".", ""]
     lines += [
-        "Medians of interleaved runs in one process, each checked against float64 before it was timed. u is one "
+        "Medians of interleaved runs in one process, each checked against float64 (at 4096 rows at most) "
+        "before it was timed. u is one "
         "torch.mm of all similarities there (for max_sim, of all tokens); its milliseconds are in the JSON. Memory is "
         "the rise of the peak above inputs and gradients, in a process of its own.",
         "",

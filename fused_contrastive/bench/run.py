@@ -61,7 +61,7 @@ def load(implementation: Implementation, problem: Problem) -> Loss:
     try:
         return implementation.load(problem)
     except ImportError as error:
-        raise CannotRunError(f"not installed: {error}") from error
+        raise CannotRunError(f"cannot be imported: {error}") from error
 
 
 def time_problem(problem: Problem, seconds: float, only: tuple[str, ...], console: Console) -> list[Row]:
@@ -117,10 +117,12 @@ def time_problem(problem: Problem, seconds: float, only: tuple[str, ...], consol
 
 
 def measure_memory(problem: Problem, only: tuple[str, ...], console: Console) -> list[Row]:
-    rows = []
+    rows, why = [], memory.cannot_measure(problem.device)
     for implementation, row in candidates(problem, only):
         rows.append(row)
         try:
+            if why is not None:
+                raise CannotRunError(why)
             load(implementation, problem)
         except CannotRunError as error:
             row["status"] = str(error)

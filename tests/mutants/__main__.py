@@ -73,12 +73,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _options(arguments)
     mutants = chosen(options.only)
     left_out = [] if options.with_conformance else [m for m in mutants if m.of_adapter]
+    if not mutants:
+        print(f"--only: {' '.join(options.only)} matches none of the mutants")
+        return 2
     if options.list:
         print(table([Result(m, "", "", 0.0) for m in mutants]))
         return 0
     mutants = [m for m in mutants if m not in left_out]
     if not mutants:
-        print(f"--only: {' '.join(options.only)} matches none that can be tried")
+        print(f"--only: {' '.join(options.only)} matches {len(left_out)} of adapters, which need --with-conformance")
         return 2
     seed = random.randrange(2**31) if options.seed is None else options.seed
     print(f"{len(mutants)} mutants, seed {seed}", flush=True)

@@ -166,7 +166,8 @@ def check_kinds(backend: str, option: tuple[str, str], n: int, d: int, fill: str
 
 
 @examples(250)
-@given(fill=st.sampled_from(list(BEYOND)), **DRAWN)
+# Of the largest float32 itself, whether a sum overflows depends on its order.
+@given(fill=st.sampled_from([f for f in BEYOND if f != "largest"]), **DRAWN)
 def test_losses_are_nan_and_inf_in_the_same_places(**drawn) -> None:  # type: ignore[no-untyped-def]
     check_kinds("cpp", **drawn)
 

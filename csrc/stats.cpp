@@ -361,7 +361,8 @@ std::array<at::Tensor, 4> backward(const Problem& problem, const at::Tensor& row
   std::array<at::Tensor, 4> grads;
   if (need_x) grads[0] = dx.to(problem.x.scalar_type());
   if (need_y) grads[1] = dy.to(problem.y.scalar_type());
-  if (need_scale) grads[2] = at::scalar_tensor(dscale, p.options());
+  // By way of a double tensor, which becomes inf in float where a C++ number would raise.
+  if (need_scale) grads[2] = at::scalar_tensor(dscale, at::kDouble).to(p.options());
   if (need_bias) grads[3] = dbias;
   return grads;
 }

@@ -143,6 +143,14 @@ def test_any_memory_budget_gives_the_same(budget: object, backend: str) -> None:
         torch.testing.assert_close(kept, other, rtol=2e-4, atol=2e-4)
 
 
+def test_a_scale_s_gradient_past_float32_is_inf(backend: str) -> None:
+    """Two rows of 2.9e38, below float32's largest, and their sum is not: infinite, and no error of a conversion."""
+    x = 1.7e19 * torch.eye(2)
+    scale = torch.tensor(1e-40, requires_grad=True)
+    contrastive_stats(x, x, scale, backend=backend).pos.sum().backward()
+    assert scale.grad == torch.inf
+
+
 def test_large_losses_alive_at_once(backend: str) -> None:
     """Several blocks both ways; each keeps over 32 MB of products, which the next step's forward takes over."""
     n = 3001 if backend != "triton" or torch.cuda.is_available() else 301  # the interpreter's blocks are smaller

@@ -24,7 +24,7 @@ from rich.table import Table
 from torch import Tensor
 
 from fused_contrastive import GlobalBatch, clip_loss
-from fused_contrastive.bench.provenance import head
+from fused_contrastive.bench.provenance import line, provenance
 from fused_contrastive.bench.timing import quantile
 from traffic import SentBytes, as_open_clip
 
@@ -105,7 +105,7 @@ def main() -> None:
         torch.multiprocessing.spawn(work, arguments, nprocs=options.world)
         times, sent = torch.load(f"{folder}/result.pt")
     console = Console()
-    console.print(head())
+    console.print(line(provenance()))
     table = Table(title=f"{options.world} processes of {options.n} rows, D = {options.dim}, fp32, forward + backward")
     for heading in ("", "ms: median (20%..80%)", "eager's time / this", "MB sent", "of eager's"):
         table.add_column(heading, justify="right")

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from fused_contrastive import rank, target_ranks
 from fused_contrastive.bench.memory import resident
-from fused_contrastive.bench.provenance import head
+from fused_contrastive.bench.provenance import line, provenance
 from fused_contrastive.bench.timing import quantile
 from fused_contrastive.ops import ranking
 
@@ -93,7 +93,7 @@ def main() -> None:
     options = parser.parse_args()
 
     console = Console(width=110)
-    console.print(head())
+    console.print(line(provenance()))
     x, y = (F.normalize(torch.randn(options.n, options.dim), dim=1) for _ in range(2))
     check(x, y, options.k)
     runs: dict[str, Callable[[], object]] = {

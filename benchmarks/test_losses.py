@@ -9,6 +9,7 @@ in u. Each is checked against float64 first.
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 import pytest
@@ -40,5 +41,5 @@ def test_loss(benchmark: Any, problem: Problem, implementation: Implementation) 
     except CannotRunError as error:
         pytest.skip(str(error))
     assert truth.wrong(implementation, loss) is None
-    benchmark.extra_info.update(problem.fields(), implementation=implementation.name)
+    benchmark.extra_info.update(asdict(problem), implementation=implementation.name)
     benchmark.pedantic(step(loss, truth.leaves, problem.device), rounds=10, warmup_rounds=2)

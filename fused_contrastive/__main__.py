@@ -95,13 +95,14 @@ def _temperature(options: argparse.Namespace, console: Console) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
     options = _parser().parse_args(arguments)
     console = Console()
     if options.command == "info":
         info.show(console)
         return 0
     if options.command in ("bench", "compare"):
-        return bench.run(options, console)
+        return bench.run(options, arguments, console)
     if options.command == "plan":
         machine = plan.Machine(1e12 * options.tflops, 1e9 * options.gbytes, 1e9 * options.memory)
         return show_plan.run(

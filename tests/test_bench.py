@@ -9,7 +9,7 @@ import random
 import statistics
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -164,7 +164,7 @@ def made_up(seed: int, slower: float = 1.0, drift: float = 0.0) -> dict[str, Any
             factor = (slower if name == "ours" and n == 1024 else 1.0) * (1 + drift)
             rounds = [factor * 3 * draw.gauss(1, 0.05) * (2 if draw.random() < 0.1 else 1) for _ in range(25)]
             rows.append({
-                **Problem("clip", n, 512).fields(), "implementation": name, "ours": name == "ours", "status": "ok",
+                **asdict(Problem("clip", n, 512)), "implementation": name, "ours": name == "ours", "status": "ok",
                 "rounds": rounds, "both": {"median": statistics.median(rounds)},
             })  # fmt: skip
     return {"command": "", "provenance": {"machine": "made up"}, "rows": rows}
@@ -207,7 +207,7 @@ def test_what_can_no_longer_be_measured_is_a_regression(tmp_path: Path) -> None:
     new["rows"][0]["status"] = "not timed: 31 s a call"
     code, text = compared(tmp_path, made_up(1), new)
     assert code == 1
-    assert "no longer measured: ours, clip N = 128: not timed: 31 s a call" in text
+    assert "no longer measured: clip N = 128, D = 512, fp32: ours: not timed: 31 s a call" in text
 
 
 def test_compare_refuses_what_is_no_report(tmp_path: Path) -> None:
@@ -313,7 +313,7 @@ def test_a_report_survives_an_interrupted_write(tmp_path: Path, monkeypatch: pyt
 
 def test_an_interrupted_run_leaves_the_earlier_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And what it measured beside it. Names with dots are names."""
-    monkeypatch.setitem(suites.SUITES, "quick", lambda: suites.Suite([(SMALL["clip"], 0.05)], []))
+    monkeypatch.setitem(suites.SUITES, "quick", lambda: suites.Suite([(SMALL["clip"], 1.0)], []))
     monkeypatch.setattr(run, "REGISTRY", [named("clip", "ours")])
     arguments = ["bench", "--out", str(tmp_path), "--name", "v0.1.2"]
     assert main(arguments) == 0

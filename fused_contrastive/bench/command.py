@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 
 from fused_contrastive.bench import compare, plots, report
-from fused_contrastive.bench.provenance import head, provenance
+from fused_contrastive.bench.provenance import line, provenance
 from fused_contrastive.bench.run import run_suite
 from fused_contrastive.bench.suites import SUITES, Suite
 from fused_contrastive.bench.workloads import WORKLOADS, Problem
@@ -39,7 +39,8 @@ def add_parsers(commands: Any, positive: Any) -> None:
     )
 
 
-def run(options: argparse.Namespace, console: Console) -> int:
+def run(options: argparse.Namespace, arguments: Sequence[str], console: Console) -> int:
+    """``arguments``: what ``options`` were parsed from, for the report to name the command."""
     if options.command == "compare":
         try:
             return compare.compare(options.old, options.new, options.tolerance, console)
@@ -64,7 +65,7 @@ def run(options: argparse.Namespace, console: Console) -> int:
     except OSError as error:
         return _refused(f"--out: got {options.out}, expected a folder ({error.strerror})", console)
     made: dict[str, Any] = {
-        "command": shlex.join(["python", "-m", "fused_contrastive", *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", "fused_contrastive", *arguments]),
         "provenance": provenance(),
         "rows": [],
     }
@@ -77,7 +78,7 @@ def run(options: argparse.Namespace, console: Console) -> int:
         made["rows"] = [{**row, **{"provenance": stamp}} for row in rows]
         report.write_json(made, partial)
 
-    console.print(head(), markup=False)
+    console.print(line(made["provenance"]), markup=False)
     try:
         run_suite(suite, console, keep, options.speed)
     except KeyboardInterrupt:

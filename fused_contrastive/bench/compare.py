@@ -11,6 +11,9 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.table import Table
 
+from fused_contrastive.bench.provenance import line
+from fused_contrastive.bench.workloads import Problem, problem_of
+
 TOLERANCE = 0.15  # what two honest runs differ by: placement in memory, clocks
 CONTROL = "eager"  # whose own change between the runs is not the change of anything here
 RESAMPLES = 400
@@ -57,8 +60,9 @@ def load(path: Path) -> dict[str, Any]:
     return report
 
 
-def _key(row: dict[str, Any]) -> tuple[Any, ...]:
-    return tuple(row[name] for name in ("loss", "dtype", "d", "n", "device", "implementation"))
+def _measured(report: dict[str, Any]) -> dict[tuple[Problem, str], dict[str, Any]]:
+    """The rows that were timed, by problem and implementation."""
+    return {(problem_of(row), row["implementation"]): row for row in report["rows"] if "rounds" in row}
 
 
 def _medians(rounds: list[float], draw: random.Random) -> list[float]:
@@ -68,33 +72,31 @@ def _medians(rounds: list[float], draw: random.Random) -> list[float]:
 def changes(old: dict[str, Any], new: dict[str, Any]) -> list[Change]:
     """Of all rows that both have measured."""
     draw = random.Random(0)
-    before = {_key(row): row for row in old["rows"] if "rounds" in row}
-    after = {_key(row): row for row in new["rows"] if "rounds" in row}
+    before, after = _measured(old), _measured(new)
     found = []
-    for row in new["rows"]:
-        was = before.get(_key(row))
-        if was is None or "rounds" not in row or min(len(was["rounds"]), len(row["rounds"])) < FEWEST:
+    for (problem, name), row in after.items():
+        was = before.get((problem, name))
+        if was is None or min(len(was["rounds"]), len(row["rounds"])) < FEWEST:
             continue
         ratios = sorted(
             b / a for a, b in zip(_medians(was["rounds"], draw), _medians(row["rounds"], draw), strict=True)
         )
         edge = RESAMPLES // 20
-        what = f"{row['loss']} N = {row['n']}, D = {row['d']}, {row['dtype']}: {row['implementation']}"
         medians = (was["both"]["median"], row["both"]["median"])
-        eager = (*_key(row)[:-1], CONTROL)
-        both = eager in before and eager in after and row["implementation"] != CONTROL
+        eager = (problem, CONTROL)
+        both = eager in before and eager in after and name != CONTROL
         control = after[eager]["both"]["median"] / before[eager]["both"]["median"] if both else 1.0
-        found.append(Change(what, row["ours"], *medians, ratios[edge], ratios[-edge - 1], control))
+        found.append(Change(f"{problem}: {name}", row["ours"], *medians, ratios[edge], ratios[-edge - 1], control))
     return found
 
 
 def lost(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """What of ours was measured in the old report and could not be in the new one."""
-    before = {_key(row) for row in old["rows"] if "rounds" in row and row["ours"]}
+    before = _measured(old)
     return [
-        f"{row['implementation']}, {row['loss']} N = {row['n']}: {row['status']}"
+        f"{problem_of(row)}: {row['implementation']}: {row['status']}"
         for row in new["rows"]
-        if row["status"] != "ok" and _key(row) in before
+        if row["ours"] and row["status"] != "ok" and (problem_of(row), row["implementation"]) in before
     ]
 
 
@@ -102,7 +104,7 @@ def compare(old: Path, new: Path, tolerance: float, console: Console) -> int:
     """Prints what changed; 1 if something of ours became slower, 2 if there is nothing to compare."""
     reports = load(old), load(new)
     for name, report in zip((old, new), reports, strict=True):
-        console.print(f"{name}: {', '.join(f'{k} {v}' for k, v in report['provenance'].items())}", markup=False)
+        console.print(f"{name}: {line(report['provenance'])}", markup=False)
     for what in ("machine", "torch"):
         one, other = (report["provenance"].get(what) for report in reports)
         if one != other:

@@ -11,7 +11,7 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -76,7 +76,7 @@ def _peak(device: str) -> int:
 
 def in_own_process(implementation: Implementation, problem: Problem) -> int | str:
     """Bytes, or what went wrong."""
-    command = [sys.executable, "-m", __spec__.name, implementation.name, json.dumps(problem.fields())]
+    command = [sys.executable, "-m", __spec__.name, implementation.name, json.dumps(asdict(problem))]
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode < 0:
         return f"failed: ended by signal {-result.returncode}, perhaps for want of memory"

@@ -66,6 +66,6 @@ def provenance() -> dict[str, str]:
     return found
 
 
-def head() -> str:
-    """In one line."""
-    return ", ".join(f"{key} {value}" for key, value in provenance().items())
+def line(found: dict[str, str]) -> str:
+    """The same in one line."""
+    return ", ".join(f"{key} {value}" for key, value in found.items())

@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.table import Table
 
 from fused_contrastive.bench.growth import fit
+from fused_contrastive.bench.provenance import line
+from fused_contrastive.bench.workloads import Problem, problem_of
 
 Row = dict[str, Any]
 
@@ -76,23 +78,18 @@ def growth_lines(rows: list[Row]) -> list[tuple[str, str, str, str]]:
 
 def standings(rows: list[Row]) -> list[tuple[str, str, str]]:
     """Problem, the fastest of the others, and its time over ours."""
-    lines = []
-    for problem, found in _by_problem(rows, "both").items():
-        ours, others = found.get("ours"), [row for row in found.values() if not row["ours"]]
-        if ours and others:
-            best = min(others, key=lambda row: row["both"]["median"])
-            ratio = best["both"]["median"] / ours["both"]["median"]
-            lines.append((problem, best["implementation"], f"{ratio:.2f}"))
-    return lines
-
-
-def _by_problem(rows: list[Row], quantity: str) -> dict[str, dict[str, Row]]:
-    found: dict[str, dict[str, Row]] = {}
+    by_problem: dict[Problem, list[Row]] = {}
     for row in rows:
-        if row["status"] == "ok" and quantity in row:
-            problem = f"{row['loss']} N = {row['n']}, D = {row['d']}, {row['dtype']}"
-            found.setdefault(problem, {})[row["implementation"]] = row
-    return found
+        if "both" in row:
+            by_problem.setdefault(problem_of(row), []).append(row)
+    lines = []
+    for problem, found in by_problem.items():
+        ours = [row["both"]["median"] for row in found if row["implementation"] == "ours"]
+        others = [(row["both"]["median"], row["implementation"]) for row in found if not row["ours"]]
+        if ours and others:
+            best, name = min(others)
+            lines.append((str(problem), name, f"{best / ours[0]:.2f}"))
+    return lines
 
 
 def reasons(rows: list[Row]) -> dict[str, list[str]]:
@@ -119,8 +116,8 @@ def show(report: dict[str, Any], console: Console) -> None:
         console.print(table)
     if lines := growth_lines(rows):
         table = Table("loss", "implementation", "time ~ N^", "memory ~ N^", title="Growth, from N = 1024 on")
-        for line in lines:
-            table.add_row(*line)
+        for cells in lines:
+            table.add_row(*cells)
         console.print(table)
     for name, why in reasons(rows).items():
         console.print(f"not measured: {name}: {'; '.join(why)}", markup=False)
@@ -128,8 +125,7 @@ def show(report: dict[str, Any], console: Console) -> None:
 
 def markdown(report: dict[str, Any]) -> str:
     rows = report["rows"]
-    head = report["provenance"]
-    lines = ["# Benchmark", "", f"`{report['command']}`", "", ", ".join(f"{k} {v}" for k, v in head.items()) + ".", ""]
+    lines = ["# Benchmark", "", f"`{report['command']}`", "", f"{line(report['provenance'])}.", ""]
     lines += [
         "Medians of interleaved runs in one process, each checked against float64 (at 4096 rows at most) "
         "before it was timed. u is one "
@@ -142,10 +138,10 @@ def markdown(report: dict[str, Any]) -> str:
             lines += grid.to_markdown()
     if standing := standings(rows):
         lines += ["## Ours and the fastest of the others", "", "| | fastest other | its time / ours |"]
-        lines += ["| --- | --- | ---: |", *(f"| {' | '.join(line)} |" for line in standing), ""]
+        lines += ["| --- | --- | ---: |", *(f"| {' | '.join(cells)} |" for cells in standing), ""]
     if found := growth_lines(rows):
         lines += ["## Growth: exponents of N, from N = 1024 on", "", "| loss | implementation | time | memory |"]
-        lines += ["| --- | --- | ---: | ---: |", *(f"| {' | '.join(line)} |" for line in found), ""]
+        lines += ["| --- | --- | ---: | ---: |", *(f"| {' | '.join(cells)} |" for cells in found), ""]
     if why := reasons(rows):
         lines += ["## Not measured", "", *(f"- {name}: {'; '.join(each)}" for name, each in why.items()), ""]
     return "\n".join(lines)

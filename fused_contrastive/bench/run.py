@@ -6,6 +6,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -45,7 +46,7 @@ def candidates(problem: Problem, only: tuple[str, ...]) -> Iterator[tuple[Implem
         if implementation.loss == problem.loss and (not only or implementation.name in only):
             yield (
                 implementation,
-                {**problem.fields(), "implementation": implementation.name, "ours": implementation.ours},
+                {**asdict(problem), "implementation": implementation.name, "ours": implementation.ours},
             )
 
 
@@ -67,7 +68,7 @@ def load(implementation: Implementation, problem: Problem) -> Loss:
 def time_problem(problem: Problem, seconds: float, only: tuple[str, ...], console: Console) -> list[Row]:
     torch.manual_seed(0)
     torch._dynamo.reset()  # after 8 shapes of one function it would run uncompiled, and say nothing
-    smaller = Problem(**{**problem.fields(), "n": min(problem.n, CHECKED)})
+    smaller = replace(problem, n=min(problem.n, CHECKED))
     truth = Truth(smaller)
     leaves = truth.leaves if smaller == problem else WORKLOADS[problem.loss].inputs(problem)
     rows, steps = [], {}

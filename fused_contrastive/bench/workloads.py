@@ -7,7 +7,7 @@ and have a fixed temperature, which is what the libraries offer; CLIP and SigLIP
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -38,12 +38,14 @@ class Problem:
     def __str__(self) -> str:
         return f"{self.loss} N = {self.n}, D = {self.d}, {self.dtype}"
 
-    def fields(self) -> dict[str, Any]:
-        return asdict(self)
-
     @property
     def torch_dtype(self) -> torch.dtype:
         return DTYPES[self.dtype]
+
+
+def problem_of(row: dict[str, Any]) -> Problem:
+    """The problem of a report's row."""
+    return Problem(**{field.name: row[field.name] for field in fields(Problem)})
 
 
 @dataclass(frozen=True)

@@ -69,3 +69,11 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(configs, "TILE", 64)
     for name, size in (("STATISTICS_BLOCK", (128, 192)), ("FLOAT32_BLOCK", (64, 128)), ("GRADIENT_BLOCK", (192, 64))):
         monkeypatch.setattr(launch, name, size)
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """Whatever number of threads a test sets, the next one finds the one before."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)

@@ -264,16 +264,13 @@ def test_indices_beyond_a_byte(backend: str) -> None:
     assert y.grad[0, :, 0].nonzero().tolist() == [[299]]
 
 
+@pytest.mark.usefixtures("threads")
 def test_deterministic_whatever_the_threads() -> None:
     case = random_case(20, 30, 32, 49, 16, torch.float32, masked=True, repeated=True)
     results = []
-    threads = torch.get_num_threads()
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            results.append(with_gradients(ours(case, "mean", "both", "cpp", 0), case))
-    finally:
-        torch.set_num_threads(threads)
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        results.append(with_gradients(ours(case, "mean", "both", "cpp", 0), case))
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 

@@ -6,7 +6,6 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -173,13 +172,6 @@ def test_autocast_changes_nothing(backend: str) -> None:
     expected = rank(queries, candidates, 5, backend=backend)
     with torch.autocast(queries.device.type, dtype=torch.bfloat16):
         assert torch.equal(rank(queries, candidates, 5, backend=backend).scores, expected.scores)
-
-
-@pytest.fixture
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.usefixtures("threads")

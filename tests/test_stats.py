@@ -268,14 +268,14 @@ def test_same_call_same_bits(backend: str) -> None:
         assert all(torch.equal(a, b) for a, b in zip(first, run(), strict=True))
 
 
+@pytest.mark.usefixtures("threads")
 def test_statistics_do_not_depend_on_threads() -> None:
     """Partials are merged in a fixed order; D = 1 with exact products keeps the GEMM out of it."""
     x, y = torch.randint(-3, 4, (700, 1)).float(), torch.randint(-3, 4, (900, 1)).float()
-    threads, found = torch.get_num_threads(), []
+    found = []
     for count in (1, 2, 3):
         torch.set_num_threads(count)
         found.append(contrastive_stats(x, y, 0.25, backend="cpp"))
-    torch.set_num_threads(threads)
     for stats in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(stats, found[0], strict=True))
 

@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -45,14 +44,7 @@ def test_threads_at_once_give_the_bits_of_each_alone() -> None:
         assert dict(zip(LOSSES, threads.map(repeat, LOSSES), strict=True)) == dict.fromkeys(LOSSES, True)
 
 
-@pytest.fixture
-def thread_count() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.mark.usefixtures("thread_count")
+@pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("loss", LOSSES)
 def test_the_same_call_gives_the_same_bits(loss: str) -> None:
     """More than one block of the C++ backend. With other threads a GEMM, and torch's sums, may round otherwise."""

@@ -20,7 +20,7 @@ from fused_contrastive.bench.workloads import WORKLOADS, Problem
 
 def add_parsers(commands: Any, positive: Any) -> None:
     bench = commands.add_parser("bench", help="time the losses beside eager, torch.compile and other libraries")
-    bench.add_argument("--suite", choices=list(SUITES), default="quick", help="default %(default)s, about a minute")
+    bench.add_argument("--suite", choices=list(SUITES), default="quick", help="default %(default)s")
     bench.add_argument("--losses", nargs="+", choices=list(WORKLOADS), help="only these of the suite")
     bench.add_argument("--out", type=Path, default=Path("benchmark"), metavar="FOLDER", help="default ./%(default)s")
     bench.add_argument("--name", help="of the files in it; default: the suite's")

@@ -31,13 +31,13 @@ GPU_SIZES = (4096, 8192, 16384, 32768, 65536, 131072)
 
 
 def quick() -> Suite:
-    """About a minute on 2 cores."""
+    """Every loss at one size, CLIP at three."""
     timed = _seconds(_each(["clip"], [8, 128, 1024], 512), 3) + _seconds(_each(MATRIX[1:], [1024], 512), 3)
     return Suite(timed, _each(["clip"], [1024, 2048, 4096], 256))
 
 
 def cpu() -> Suite:
-    """Some minutes on 2 cores."""
+    """What `make bench` runs: the README's table."""
     timed = [
         *_seconds(_each(["clip"], [8, 128, 512], 512), 3),
         *_seconds(_each(["clip"], [1024, 2048], 512), 6),

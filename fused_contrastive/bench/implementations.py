@@ -105,7 +105,24 @@ def _(problem: Problem) -> Loss:
     return torch.compile(WORKLOADS[problem.loss].eager, dynamic=False)
 
 
-def _linear_cross_entropy() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+CrossEntropy = Callable[[Tensor, Tensor, Tensor], Tensor]  # of the logits x @ y.T, and the targets
+
+
+def clip_by(cross_entropy: CrossEntropy) -> Loss:
+    """CLIP's loss by a loss of one direction, called for each."""
+
+    def both(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
+        a, b = (scale * x).to(x.dtype), (scale * y).to(y.dtype)
+        return (cross_entropy(a, y, rows(x)) + cross_entropy(b, x, rows(x))) / 2
+
+    return both
+
+
+def info_nce_by(cross_entropy: CrossEntropy) -> Loss:
+    return lambda x, y: cross_entropy(F.normalize(x, dim=1) / TEMPERATURE, F.normalize(y, dim=1), rows(x))
+
+
+def _linear_cross_entropy() -> CrossEntropy:
     if not hasattr(F, "linear_cross_entropy"):
         raise CannotRunError(f"torch {torch.__version__} has no F.linear_cross_entropy")
     return F.linear_cross_entropy
@@ -113,16 +130,9 @@ def _linear_cross_entropy() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
 
 @register("2 x F.linear_cross_entropy", "clip")
 def _(_: Problem) -> Loss:
-    loss = _linear_cross_entropy()
-
-    def both(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
-        a, b = (scale * x).to(x.dtype), (scale * y).to(y.dtype)
-        return (loss(a, y, rows(x)) + loss(b, x, rows(x))) / 2
-
-    return both
+    return clip_by(_linear_cross_entropy())
 
 
 @register("F.linear_cross_entropy", "info_nce")
 def _(_: Problem) -> Loss:
-    loss = _linear_cross_entropy()
-    return lambda x, y: loss(F.normalize(x, dim=1) / TEMPERATURE, F.normalize(y, dim=1), rows(x))
+    return info_nce_by(_linear_cross_entropy())

@@ -17,11 +17,17 @@ from types import ModuleType
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from fused_contrastive.bench.implementations import INTERPRETER, CannotRunError, register
-from fused_contrastive.bench.workloads import SCALE, TEMPERATURE, Loss, Problem, labels, rows, scores_loss
+from fused_contrastive.bench.implementations import (
+    INTERPRETER,
+    CannotRunError,
+    CrossEntropy,
+    clip_by,
+    info_nce_by,
+    register,
+)
+from fused_contrastive.bench.workloads import SCALE, TEMPERATURE, Loss, Problem, labels, scores_loss
 
 GPU = ("cuda",)
 
@@ -112,7 +118,7 @@ def _(_: Problem) -> Loss:
     return lambda x, y: loss.compute_loss_from_embeddings([x, y], None)
 
 
-def _cut_cross_entropy(problem: Problem) -> Any:
+def _cut_cross_entropy(problem: Problem) -> CrossEntropy:
     """On a GPU its kernels with no gradient filtered out, which is exact; elsewhere what it offers there."""
     from cut_cross_entropy import linear_cross_entropy
 
@@ -123,31 +129,19 @@ def _cut_cross_entropy(problem: Problem) -> Any:
 
 @register("2 x cut_cross_entropy", "clip", matrices=3, compiled=True)
 def _(problem: Problem) -> Loss:
-    loss = _cut_cross_entropy(problem)
-
-    def both(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
-        a, b = (scale * x).to(x.dtype), (scale * y).to(y.dtype)
-        return (loss(a, y, rows(x)) + loss(b, x, rows(x))) / 2
-
-    return both
+    return clip_by(_cut_cross_entropy(problem))
 
 
 @register("cut_cross_entropy", "info_nce", matrices=3, compiled=True)
 def _(problem: Problem) -> Loss:
-    loss = _cut_cross_entropy(problem)
-    return lambda x, y: loss(F.normalize(x, dim=1) / TEMPERATURE, F.normalize(y, dim=1), rows(x))
+    return info_nce_by(_cut_cross_entropy(problem))
 
 
 @register("2 x liger_kernel", "clip", devices=(*GPU, INTERPRETER))
 def _(_: Problem) -> Loss:
     from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
-    def both(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
-        a, b = (scale * x).to(x.dtype), (scale * y).to(y.dtype)
-        one, other = ((a, y), (b, x))
-        return (liger_fused_linear_cross_entropy(*one, rows(x)) + liger_fused_linear_cross_entropy(*other, rows(x))) / 2
-
-    return both
+    return clip_by(liger_fused_linear_cross_entropy)
 
 
 @register("inf_cl", "clip", devices=GPU)

@@ -1,20 +1,30 @@
-// Compiles tile.inl and max_sim.inl once per instruction set and picks one when the extension is first used.
+// Compiles the kernels once per instruction set and picks one when the extension is first used.
 #include <cstdlib>
 #include <cstring>
 #include <stdexcept>
 #include <string>
+#include <utility>
+
+#ifdef __x86_64__
+#include <immintrin.h>
+#endif
 
 #include "max_sim_kernels.h"
+#include "product.h"
 #include "tile.h"
 
 #if defined(__x86_64__) && defined(__clang__)
 #define FC_TARGET_BEGIN_AVX2 _Pragma("clang attribute push(__attribute__((target(\"avx2,fma\"))), apply_to = function)")
 #define FC_TARGET_BEGIN_AVX512 \
   _Pragma("clang attribute push(__attribute__((target(\"avx512f,avx512dq,avx512vl,fma\"))), apply_to = function)")
+#define FC_TARGET_BEGIN_AVX512_BF16                                                                                      \
+  _Pragma("clang attribute push(__attribute__((target(\"avx512f,avx512dq,avx512vl,avx512bw,avx512bf16,fma\"))), apply_to = function)")
 #define FC_TARGET_END _Pragma("clang attribute pop")
 #elif defined(__x86_64__)
 #define FC_TARGET_BEGIN_AVX2 _Pragma("GCC push_options") _Pragma("GCC target(\"avx2,fma\")")
 #define FC_TARGET_BEGIN_AVX512 _Pragma("GCC push_options") _Pragma("GCC target(\"avx512f,avx512dq,avx512vl,fma\")")
+#define FC_TARGET_BEGIN_AVX512_BF16 \
+  _Pragma("GCC push_options") _Pragma("GCC target(\"avx512f,avx512dq,avx512vl,avx512bw,avx512bf16,fma\")")
 #define FC_TARGET_END _Pragma("GCC pop_options")
 #endif
 
@@ -23,8 +33,10 @@ namespace fc {
 // SSE2 on x86-64, NEON on arm64: what every CPU of the architecture has.
 namespace baseline {
 #define FC_VECTOR_BYTES 16
+#include "vector.inl"
 #include "tile.inl"
 #include "max_sim.inl"
+#include "product.inl"
 #undef FC_VECTOR_BYTES
 }  // namespace baseline
 
@@ -32,8 +44,10 @@ namespace baseline {
 FC_TARGET_BEGIN_AVX2
 namespace avx2 {
 #define FC_VECTOR_BYTES 32
+#include "vector.inl"
 #include "tile.inl"
 #include "max_sim.inl"
+#include "product.inl"
 #undef FC_VECTOR_BYTES
 }  // namespace avx2
 FC_TARGET_END
@@ -41,23 +55,37 @@ FC_TARGET_END
 FC_TARGET_BEGIN_AVX512
 namespace avx512 {
 #define FC_VECTOR_BYTES 64
+#include "vector.inl"
 #include "tile.inl"
 #include "max_sim.inl"
+#include "product.inl"
 #undef FC_VECTOR_BYTES
 }  // namespace avx512
+FC_TARGET_END
+
+// Only the products differ from avx512: bfloat16 is multiplied as it is.
+FC_TARGET_BEGIN_AVX512_BF16
+namespace avx512_bf16 {
+#define FC_VECTOR_BYTES 64
+#define FC_BF16
+#include "vector.inl"
+#include "product.inl"
+#undef FC_BF16
+#undef FC_VECTOR_BYTES
+}  // namespace avx512_bf16
 FC_TARGET_END
 #endif
 
 namespace {
 
-enum Level { kBaseline, kAvx2, kAvx512 };
-constexpr const char* kNames[] = {"baseline", "avx2", "avx512"};
+enum Level { kBaseline, kAvx2, kAvx512, kAvx512Bf16 };
+constexpr const char* kNames[] = {"baseline", "avx2", "avx512", "avx512_bf16"};
 
 Level best_level() {
 #ifdef __x86_64__
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-    return kAvx512;
+    return __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512bf16") ? kAvx512Bf16 : kAvx512;
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return kAvx2;
 #endif
   return kBaseline;
@@ -71,7 +99,7 @@ Level chosen_level() {
     for (int l = kBaseline; l <= best; ++l)
       if (!std::strcmp(asked, kNames[l])) return static_cast<Level>(l);
     throw std::invalid_argument(std::string("FUSED_CONTRASTIVE_CPU_LEVEL: got '") + asked +
-                                "', expected baseline, avx2 or avx512, at most what this CPU has: " + kNames[best]);
+                                "', expected baseline, avx2, avx512 or avx512_bf16, at most what this CPU has: " + kNames[best]);
   }();
   return level;
 }
@@ -85,7 +113,8 @@ const char* vector_level() {
 template <class T>
 const Kernels<T>& kernels() {
 #ifdef __x86_64__
-  static const Kernels<T> tables[] = {baseline::table<T>(), avx2::table<T>(), avx512::table<T>()};
+  static const Kernels<T> tables[] = {baseline::table<T>(), avx2::table<T>(), avx512::table<T>(),
+                                      avx512::table<T>()};
 #else
   static const Kernels<T> tables[] = {baseline::table<T>()};
 #endif
@@ -96,15 +125,41 @@ template <class T>
 const MaxSimKernels<T>& max_sim_kernels() {
 #ifdef __x86_64__
   static const MaxSimKernels<T> tables[] = {baseline::max_sim_table<T>(), avx2::max_sim_table<T>(),
-                                            avx512::max_sim_table<T>()};
+                                            avx512::max_sim_table<T>(), avx512::max_sim_table<T>()};
 #else
   static const MaxSimKernels<T> tables[] = {baseline::max_sim_table<T>()};
 #endif
   return tables[chosen_level()];
 }
 
+// The baseline leaves the products of whole blocks to the vendor's library, which knows the CPU better.
+template <class E>
+const Products<E>& products() {
+  static const Products<E> none{};
+#ifdef __x86_64__
+  static const Products<E> tables[] = {none, avx2::product_table<E>(), avx512::product_table<E>(),
+                                       avx512::product_table<E>()};
+  return tables[chosen_level()];
+#else
+  return none;
+#endif
+}
+
+template <>
+const Products<Bf16Pair>& products<Bf16Pair>() {
+  static const Products<Bf16Pair> none{};
+#ifdef __x86_64__
+  static const Products<Bf16Pair> pairs = avx512_bf16::product_table<Bf16Pair>();
+  return chosen_level() == kAvx512Bf16 ? pairs : none;
+#else
+  return none;
+#endif
+}
+
 template const Kernels<float>& kernels<float>();
 template const Kernels<double>& kernels<double>();
+template const Products<float>& products<float>();
+template const Products<double>& products<double>();
 template const MaxSimKernels<float>& max_sim_kernels<float>();
 template const MaxSimKernels<double>& max_sim_kernels<double>();
 

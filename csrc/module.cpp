@@ -91,6 +91,16 @@ auto backward(const fc::Problem& problem, at::Tensor row, at::Tensor col, at::Te
   return fc::stats_backward(problem, row, col, kept, g_pos, g_row, g_col, needs, interrupt);
 }
 
+auto at_once(const fc::Problem& problem, const at::Tensor& weights, double margin, bool decoupled,
+             std::array<bool, 4> needs) {
+  threads_after_fork();
+  const auto interrupt = python_interrupt();
+  py::gil_scoped_release release;
+  const at::NoGradGuard no_grad;
+  auto [loss, grads] = fc::stats_at_once(problem, weights, margin, decoupled, needs, interrupt);
+  return std::make_tuple(loss, grads);
+}
+
 at::Tensor cross_entropy(const at::Tensor& pos, const std::vector<at::Tensor>& normalisers, bool decoupled,
                          const std::string& reduction, at::ScalarType dtype) {
   threads_after_fork();
@@ -147,6 +157,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   py::class_<fc::Problem>(m, "Problem").def(py::init(&problem));
   m.def("stats_forward", &forward);
   m.def("stats_backward", &backward);
+  m.def("stats_at_once", &at_once);
   m.def("cross_entropy", &cross_entropy);
   m.def("normalize", &normalize);
   m.def("max_sim_forward", &max_sim_forward);

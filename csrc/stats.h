@@ -42,4 +42,14 @@ std::array<at::Tensor, 4> stats_backward(const Problem& problem, const at::Tenso
                                          const OptionalTensor& g_row, const OptionalTensor& g_col,
                                          std::array<bool, 4> needs, const Interrupt& interrupt);
 
+struct LossAndGradients {
+  at::Tensor loss;                  // 0-d float64
+  std::array<at::Tensor, 4> grads;  // dx, dy, dscale, dcol_bias in float32 (float64), undefined where not needed
+};
+
+// The weighted sum over rows of softplus(row - (pos - margin)), or of row - (pos - margin) where decoupled; for softplus
+// problems of row + softplus(-pos). And its gradients. Needs rows alone, and all pairs: not `upper`.
+LossAndGradients stats_at_once(const Problem& problem, const at::Tensor& weights, double margin, bool decoupled,
+                               std::array<bool, 4> needs, const Interrupt& interrupt);
+
 }  // namespace fc

@@ -61,7 +61,7 @@ BEYOND: dict[str, Change] = {
     "inf": _one(torch.inf),
     "-inf": _one(-torch.inf),
     "largest": _one(3.4e38),
-    "products overflow": lambda t: t * 1e25,
+    "products overflow": lambda t: t.abs() * 1e25,  # of both signs, their sum is inf, -inf or NaN by its order
     "all nan": lambda t: torch.full_like(t, torch.nan),
     "all inf": lambda t: torch.full_like(t, torch.inf),
 }

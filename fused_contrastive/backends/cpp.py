@@ -1,4 +1,4 @@
-"""The C++ CPU backend (csrc/): vendor GEMM blocks swept by vectorised kernels, in parallel."""
+"""The C++ CPU backend (csrc/): tiles of products swept by vectorised kernels, in parallel."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def kept(rows: int, n: int, dtype: torch.dtype) -> tuple[tuple[int, ...], torch.
 
 
 def vector_level() -> str:
-    """The instruction set of the vector kernels here: baseline, avx2 or avx512."""
+    """The instruction set of the vector kernels here: baseline, avx2, avx512 or avx512_bf16."""
     return _C.vector_level()
 
 
@@ -72,6 +72,13 @@ def stats_backward(
     spec: StatsSpec, x: Tensor, y: Tensor, saved: Forward, upstream: Upstream, needs: Needs
 ) -> Gradients:
     return Gradients(*_C.stats_backward(_C.Problem(x, y, *spec), saved.row, saved.col, saved.kept, *upstream, needs))
+
+
+def stats_at_once(
+    spec: StatsSpec, x: Tensor, y: Tensor, weights: Tensor, margin: float, decoupled: bool, needs: Needs
+) -> tuple[Tensor, Gradients]:
+    loss, gradients = _C.stats_at_once(_C.Problem(x, y, *spec), weights, margin, decoupled, needs)
+    return loss, Gradients(*gradients)
 
 
 def cross_entropy(

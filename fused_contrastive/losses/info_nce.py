@@ -13,10 +13,11 @@ from fused_contrastive.core.reduction import REDUCTIONS, Reduction
 from fused_contrastive.core.spec import compute_dtype
 from fused_contrastive.distributed.agreement import Agreed, Group, agree, collective
 from fused_contrastive.losses import terms
+from fused_contrastive.ops.at_once import loss_at_once
 from fused_contrastive.ops.autograd import is_plain
 from fused_contrastive.ops.cross_entropy import cross_entropy
 from fused_contrastive.ops.normalize import normalized
-from fused_contrastive.ops.stats import autocast, contrastive_stats, log_add
+from fused_contrastive.ops.stats import Problem, autocast, contrastive_stats, log_add
 
 
 @observed
@@ -130,6 +131,11 @@ def info_nce_loss(
         assert agreed is not None
         targets = agreed.columns_of(targets, query.device)
     directions: list[Literal["row", "col"]] = ["row", "col"] if symmetric else ["row"]
+    if not (symmetric or label_smoothing) and own is None and weight is None and reduction != "none" and group is None:
+        problem = Problem(query, columns, scale, targets, col_bias, row_ids, col_ids, memory_budget, backend)
+        loss = loss_at_once(problem, reduction == "mean", margin=margin, decoupled=decoupled)
+        if loss is not None:
+            return loss
     pos, row, col = contrastive_stats(
         query, columns, scale, targets=targets, col_bias=col_bias, row_ids=row_ids, col_ids=col_ids,
         directions=directions, memory_budget=memory_budget, backend=backend, group=group,

@@ -12,8 +12,9 @@ from fused_contrastive.core.reduction import REDUCTIONS, Reduction
 from fused_contrastive.core.spec import compute_dtype
 from fused_contrastive.distributed.agreement import Group, agree, collective
 from fused_contrastive.losses import terms
+from fused_contrastive.ops.at_once import loss_at_once
 from fused_contrastive.ops.cross_entropy import cross_entropy
-from fused_contrastive.ops.stats import autocast, sigmoid_stats
+from fused_contrastive.ops.stats import Problem, autocast, sigmoid_stats
 
 
 @observed
@@ -71,6 +72,13 @@ def siglip_loss(
         bias = (zero + logit_bias).to(dtype).expand(text_features.shape[0])
     given = {"reduction": reduction, "ids": row_ids is not None, "bias": bias is not None}
     agreed = agree(group, "siglip_loss", image_features, text_features, given, logit_scale, bias)
+    if reduction != "none" and group is None:
+        problem = Problem(
+            image_features, text_features, logit_scale, None, bias, row_ids, col_ids, memory_budget, backend
+        )
+        loss = loss_at_once(problem, reduction == "mean", equal_ids="negate", reduction="softplus")
+        if loss is not None:
+            return loss
     pos, row = sigmoid_stats(
         image_features, text_features, logit_scale, col_bias=bias, row_ids=row_ids, col_ids=col_ids,
         memory_budget=memory_budget, backend=backend, group=group,

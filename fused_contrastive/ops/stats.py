@@ -91,7 +91,7 @@ def contrastive_stats(
     """
     rows, cols = checks.directions(directions)
     checks.boolean("exclude_self", exclude_self)
-    problem = _Problem(x, y, scale, targets, col_bias, row_ids, col_ids, memory_budget, backend, group=group)
+    problem = Problem(x, y, scale, targets, col_bias, row_ids, col_ids, memory_budget, backend, group=group)
     pos, row, col = problem.run(exclude_self=exclude_self, rows=rows, cols=cols)
     return ContrastiveStats(pos, row if rows else None, col if cols else None)
 
@@ -141,7 +141,7 @@ def sigmoid_stats(
     Raises:
         TypeError, ValueError, RuntimeError: as ``contrastive_stats``.
     """
-    problem = _Problem(x, y, scale, targets, col_bias, row_ids, col_ids, memory_budget, backend, group=group)
+    problem = Problem(x, y, scale, targets, col_bias, row_ids, col_ids, memory_budget, backend, group=group)
     pos, row, _ = problem.run(cols=False, equal_ids="negate", reduction="softplus")
     return SigmoidStats(pos, row)
 
@@ -183,14 +183,14 @@ def self_stats(
     checks.one_of("equal_ids", equal_ids, ("exclude", "only"))
     if ids is None and equal_ids == "only":
         raise ValueError("ids: got None with equal_ids='only', expected an int64 tensor of shape (N,)")
-    problem = _Problem(x, x, scale, None, None, ids, ids, memory_budget, backend, ("ids", "ids"), group)
+    problem = Problem(x, x, scale, None, None, ids, ids, memory_budget, backend, ("ids", "ids"), group)
     if group is not None:  # a row's positive, always excluded, is itself
         return problem.run(cols=False, equal_ids=equal_ids)[1]
     _, row, col = problem.run(upper=True, equal_ids=equal_ids)
     return log_add(row, col)
 
 
-class _Problem:
+class Problem:
     """Checked input of one of the above, in the form that the operator takes."""
 
     def __init__(
@@ -227,20 +227,24 @@ class _Problem:
             if options.get("exclude_self"):
                 raise NotImplementedError("exclude_self: got True with a group, which is not covered: use self_stats")
             return self._run_globally(options)
-        x, y, (scale, _, col_bias, *_) = self.x, self.y, self.spec
-        differentiable = torch.is_grad_enabled() and (
-            x.requires_grad
-            or y.requires_grad
-            or scale.requires_grad
-            or (col_bias is not None and col_bias.requires_grad)
-        )
-        kept = 0
-        if differentiable:
-            backend, n = dispatch.BACKENDS[self.backend], y.shape[0]
-            kept = rows_to_keep(x.shape[0], lambda rows: backend.kept(rows, n, x.dtype), self.memory_budget, x.device)
-        spec = self.spec._replace(kept_rows=kept, **options)
-        pos, row, col, _ = autograd.stats_forward(x, y, *spec, self.backend, differentiable=differentiable)
+        differentiable = self.is_differentiable()
+        spec = self.spec._replace(kept_rows=self.rows_to_keep() if differentiable else 0, **options)
+        pos, row, col, _ = autograd.stats_forward(self.x, self.y, *spec, self.backend, differentiable=differentiable)
         return pos, row, col
+
+    def is_differentiable(self) -> bool:
+        scale, bias = self.spec.scale, self.spec.col_bias
+        return torch.is_grad_enabled() and (
+            self.x.requires_grad
+            or self.y.requires_grad
+            or scale.requires_grad
+            or (bias is not None and bias.requires_grad)
+        )
+
+    def rows_to_keep(self) -> int:
+        """How many rows' products the budget lets the forward keep."""
+        x, backend, n = self.x, dispatch.BACKENDS[self.backend], self.y.shape[0]
+        return rows_to_keep(x.shape[0], lambda rows: backend.kept(rows, n, x.dtype), self.memory_budget, x.device)
 
     def _run_globally(self, options: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
         spec = self.spec._replace(**options)

@@ -1,0 +1,234 @@
+// The gradients of x, y, scale and bias from G, the gradient of the logits, a section of which is held at a time.
+#pragma once
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <array>
+#include <numeric>
+#include <type_traits>
+#include <vector>
+
+#include "panels.h"
+#include "prepared.h"
+#include "stats.h"
+#include "tile.h"
+#include "tiles.h"
+
+namespace fc {
+
+constexpr int64_t kChunkRows = 64;  // rows of dx, and of dy, that one task adds to
+
+// G of one section, as the left-hand matrix of both products.
+template <class E>
+class Gradients {
+ public:
+  using T = typename Accumulator<E>::Type;
+
+  explicit Gradients(const at::TensorOptions& options) : options_(options) {}
+  void start(const Section& s) {
+    // An odd number of cache lines: rows a power of two apart would fall into the same few sets of the cache.
+    stride_ = round_up(s.cols.size(), 32) + 16;
+    const int64_t rows = round_up(s.rows.size(), 2), size = (kPairs ? 2 : 1) * rows * stride_;
+    if (!memory_.defined() || memory_.numel() < size) memory_ = at::empty({size}, options_);
+    along_ = static_cast<E*>(memory_.mutable_data_ptr());
+    down_ = along_ + (kPairs ? rows * stride_ / 2 : 0);
+  }
+  // Where a tile's gradient is to be written, and with what stride; `store` then takes it over.
+  T* tile(int64_t r, int64_t c, const TileScratch<T>& scratch) const {
+    if constexpr (kPairs)
+      return scratch.get();
+    else
+      return along_ + r * stride_ + c;
+  }
+  int64_t tile_stride() const { return kPairs ? kTileCols : stride_; }
+  void store(const T* tile, int64_t r, int64_t c, int64_t rows, int64_t cols) const {
+    if constexpr (kPairs)
+      products<E>().round_pairs(tile, kTileCols, rows, cols, along_ + r * stride_ / 2 + c / 2, stride_ / 2,
+                                down_ + r / 2 * stride_ + c, stride_);
+  }
+  // Rows of G, or of G.T, as an operand: k runs over `cols` or `rows`, counted from the section's first.
+  Product<E> times_y(int64_t r, int64_t rows, const Range& cols) const {
+    const int64_t stride = kPairs ? stride_ / 2 : stride_;
+    return operand(rows, cols, along_ + r * stride + cols.begin / kStep, stride, 1);
+  }
+  Product<E> times_x(int64_t c, int64_t cols, const Range& rows) const {
+    return operand(cols, rows, down_ + rows.begin / kStep * stride_ + c, 1, stride_);
+  }
+
+ private:
+  static constexpr bool kPairs = std::is_same_v<E, Bf16Pair>;
+  static constexpr int64_t kStep = Stored<E>::rows;
+  static Product<E> operand(int64_t m, const Range& k, const E* a, int64_t a_row, int64_t a_k) {
+    return {m, 0, ceil_div(k.size(), kStep), a, a_row, a_k, nullptr, 0, nullptr, 0, true};
+  }
+  at::Tensor memory_;
+  at::TensorOptions options_;
+  int64_t stride_ = 0;
+  E *along_ = nullptr, *down_ = nullptr;
+};
+
+// Column sums of G, tile by tile: the gradient of the bias. Added up in the tiles' order.
+template <class T>
+class ColumnSums {
+ public:
+  ColumnSums(bool asked, int64_t n, const at::TensorOptions& options)
+      : total_(asked ? at::zeros({n}, options) : at::Tensor()) {}
+  void start(int64_t stories, int64_t length) {
+    length_ = length;
+    parts_.assign(total_.defined() ? stories * length : 0, T(0));
+  }
+  void add(int64_t story, int64_t c, const T* tile, int64_t stride, int64_t rows, int64_t cols) {
+    if (parts_.empty()) return;
+    T* part = parts_.data() + story * length_ + c;
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t j = 0; j < cols; ++j) part[j] += tile[r * stride + j];
+  }
+  void merge(int64_t first) {
+    T* total = total_.defined() ? total_.template mutable_data_ptr<T>() + first : nullptr;
+    for (size_t i = 0; i < parts_.size(); ++i) total[i % length_] += parts_[i];
+  }
+  at::Tensor total() const { return total_; }
+
+ private:
+  at::Tensor total_;
+  int64_t length_ = 0;
+  std::vector<T> parts_;
+};
+
+// One task's share of dx and dy: rows [begin, end) of it, counted from the section's first.
+struct Chunk {
+  bool of_x;
+  Range rows;
+};
+
+// dx += G y and dy += G.T x for one section.
+template <class E, class T = typename Accumulator<E>::Type>
+void add_products(const Walk& walk, const Section& s, const Gradients<E>& g, const Panels<E>& y, const Panels<E>& x,
+                  T* dx, T* dy, int64_t d) {
+  std::vector<Chunk> chunks;
+  if (dx)
+    for (const Range& r : pieces(0, s.rows.size(), kChunkRows)) chunks.push_back({true, r});
+  if (dy)
+    for (const Range& r : pieces(0, s.cols.size(), kChunkRows)) chunks.push_back({false, r});
+  at::parallel_for(0, static_cast<int64_t>(chunks.size()), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const auto [of_x, rows] = chunks[i];
+      const Range whole = of_x ? walk.cols_of(s, s.rows.begin + rows.begin) : walk.rows_of(s, s.cols.begin + rows.begin);
+      const int64_t first = of_x ? s.cols.begin : s.rows.begin;
+      const Range k{whole.begin - first, whole.end - first};
+      if (k.size() == 0) continue;
+      Product<E> p = of_x ? g.times_y(rows.begin, rows.size(), k) : g.times_x(rows.begin, rows.size(), k);
+      p.n = p.c_row = d;
+      p.c = of_x ? dx + (s.rows.begin + rows.begin) * d : dy + (s.cols.begin + rows.begin) * d;
+      (of_x ? y : x).multiply(p, k.begin / Stored<E>::rows, 0);
+    }
+  });
+}
+
+// The positives' gradients come after the products: among thousands of small negatives, one large term would cost the
+// sum its low bits. They, the factor `scale` and the dot products for the scale's own gradient take one pass over
+// `grad`.
+//
+// grad: (rows, D) sums over the negatives -> gradient of `features`. Row i gains g[i] times row other_row(i) of
+// `others`, unless that is negative. Returns sum(features * grad) before the factor.
+template <class T, class F>
+double finish_rows(const at::Tensor& grad, const at::Tensor& features, const at::Tensor& others, const T* g, T scale,
+              const F& other_row) {
+  constexpr int64_t kGrain = 64;
+  const int64_t rows = grad.size(0), d = grad.size(1);
+  T* out = grad.mutable_data_ptr<T>();
+  const T *own = features.const_data_ptr<T>(), *other = others.const_data_ptr<T>();
+  std::vector<double> dots(ceil_div(rows, kGrain));  // summed in a fixed order
+  at::parallel_for(0, static_cast<int64_t>(dots.size()), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t part = begin; part < end; ++part)
+      for (int64_t i = part * kGrain; i < std::min(rows, (part + 1) * kGrain); ++i) {
+        const int64_t o = g ? other_row(i) : -1;
+        dots[part] += kernels<T>().finish_row(out + i * d, own + i * d, o < 0 ? nullptr : other + o * d,
+                                              o < 0 ? T(0) : g[i], scale, d);
+      }
+  });
+  return std::accumulate(dots.begin(), dots.end(), 0.);
+}
+
+// What a backward adds up, section by section, and finishes.
+template <class E>
+class FeatureGradients {
+ public:
+  using T = typename Accumulator<E>::Type;
+
+  FeatureGradients(const Prepared<E>& p, std::array<bool, 4> needs)
+      : p_(p), needs_(needs), g_(p.options()), scratch_(p.options()), bias_(needs[3], p.y.rows, p.options()) {
+    // dscale = sum_i x_i . (G y)_i, or the same sum over columns when dx is not needed.
+    scale_by_rows_ = needs[0] || (needs[2] && !needs[1]);
+    if (scale_by_rows_) dx_ = at::zeros({p.x.rows, p.x.d}, p.options());
+    if (needs[1]) dy_ = at::zeros({p.y.rows, p.y.d}, p.options());
+  }
+
+  // The columns whose sections come next.
+  void start_group(const Range& cols) {
+    if (dx_.defined()) y_.set(p_.y, cols.begin, cols.end);
+  }
+  // `logits_gradient(place, tile, stride)` writes G's tile there, or is also given its products there.
+  template <class F>
+  void add(const Walk& walk, const Section& s, const F& logits_gradient) {
+    if (dy_.defined()) x_.set(p_.x, s.rows.begin, s.rows.end);
+    g_.start(s);
+    bias_.start(walk.stories(s), s.cols.size());
+    walk.for_each_tile(
+        s,
+        [&](const Place& at, int64_t story, int64_t) {
+          const int64_t r = at.row - s.rows.begin, c = at.col - s.cols.begin, stride = g_.tile_stride();
+          T* tile = g_.tile(r, c, scratch_);
+          logits_gradient(at, tile, stride);
+          bias_.add(story, c, tile, stride, at.rows, at.cols);
+          g_.store(tile, r, c, at.rows, at.cols);
+        },
+        [](const Place&, int64_t, int64_t) {});
+    add_products<E>(walk, s, g_, y_, x_, dx_.defined() ? dx_.mutable_data_ptr<T>() : nullptr,
+                    dy_.defined() ? dy_.mutable_data_ptr<T>() : nullptr, p_.x.d);
+    bias_.merge(s.cols.begin);
+  }
+
+  // dx, dy, dscale, dcol_bias in T, undefined where not needed. `pos`: (M,) gradient of the positives' logits.
+  std::array<at::Tensor, 4> finish(const OptionalTensor& pos) {
+    constexpr auto dtype = c10::CppTypeToScalarType<T>::value;
+    const T* g = data<T>(pos);
+    const at::Tensor x = p_.x.tensor.to(dtype), y = p_.y.tensor.to(dtype);
+    const T scale = p_.rule.scale;
+    double dscale = 0;
+    if (dx_.defined()) dscale = finish_rows(dx_, x, y, g, scale, [&](int64_t i) { return p_.rule.target(i); });
+    if (dy_.defined()) {
+      if (g && p_.targets) dy_.index_add_(0, *p_.targets, pos->unsqueeze(1) * x);
+      const int64_t diagonal = p_.targets ? 0 : p_.x.rows;  // row j of y is row j's positive
+      const double dot = finish_rows(dy_, y, x, g, scale, [&](int64_t j) { return j < diagonal ? j : -1; });
+      if (!scale_by_rows_) dscale = dot;
+    }
+    at::Tensor dbias = bias_.total();
+    if (dbias.defined() && g) {
+      if (p_.targets)
+        dbias.index_add_(0, *p_.targets, *pos);
+      else
+        dbias.slice(0, 0, p_.x.rows).add_(*pos);
+    }
+    std::array<at::Tensor, 4> grads;
+    if (needs_[0]) grads[0] = dx_;
+    grads[1] = dy_;
+    // By way of a double tensor, which becomes inf in float where a C++ number would raise.
+    if (needs_[2]) grads[2] = at::scalar_tensor(dscale, at::kDouble).to(p_.options());
+    grads[3] = dbias;
+    return grads;
+  }
+
+ private:
+  const Prepared<E>& p_;
+  std::array<bool, 4> needs_;
+  bool scale_by_rows_;
+  at::Tensor dx_, dy_;
+  Panels<E> x_, y_;
+  Gradients<E> g_;
+  TileScratch<T> scratch_;
+  ColumnSums<T> bias_;
+};
+
+}  // namespace fc

@@ -1,0 +1,195 @@
+// Matrix products of one thread, written once with the compiler's vector types; included like tile.inl.
+//
+// A micro-tile of C, kMicroRows x 2 vectors, stays in registers while k runs: per step two loads of a panel of B, and
+// one element of A for each row, broadcast. Sums run over kDepth steps at a time and are then added to C: a panel's part
+// of that length stays in L1, and the rounding error of a long sum grows with the number of parts.
+
+constexpr int64_t kDepth = 256;
+
+template <class E>
+using Sum = typename Accumulator<E>::Type;
+template <class E>
+constexpr int64_t kPanel = 2 * kLanes<Sum<E>>;
+#if FC_VECTOR_BYTES == 64
+constexpr int kMicroRows = 8;  // of 32 registers 16 hold sums: no more are needed to hide a multiplication's latency
+#else
+constexpr int kMicroRows = 6;  // of 16 registers 12 hold sums
+#endif
+
+template <class T>
+static inline void multiply_add(Vec<T>& sum, T a, Vec<T> b) {
+  sum += b * a;
+}
+#ifdef FC_BF16
+template <class E>
+static inline void multiply_add(Vec<float>& sum, Bf16Pair a, Vec<float> b) {
+  int bits;
+  __builtin_memcpy(&bits, &a, sizeof bits);
+  sum = (Vec<float>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(bits), (__m512bh)b);
+}
+#endif
+
+template <class E, int kRows>
+static void micro_tile(const Product<E>& p, int64_t steps, const E* a, const E* b, Sum<E>* c, bool add) {
+  using T = Sum<E>;
+  Vec<T> sum[kRows][2] = {};
+  for (int64_t s = 0; s < steps; ++s, a += p.a_k, b += kPanel<E>) {
+    Vec<T> first, second;
+    __builtin_memcpy(&first, b, sizeof first);
+    __builtin_memcpy(&second, b + kLanes<T>, sizeof second);
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i) {
+      const E element = a[i * p.a_row];
+      multiply_add<E>(sum[i][0], element, first);
+      multiply_add<E>(sum[i][1], element, second);
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < kRows; ++i) {
+    T* row = c + i * p.c_row;
+    store(row, add ? load(row) + sum[i][0] : sum[i][0]);
+    store(row + kLanes<T>, add ? load(row + kLanes<T>) + sum[i][1] : sum[i][1]);
+  }
+}
+
+template <class E, int kRows>
+static void micro_rows(const Product<E>& p, int64_t rows, int64_t steps, const E* a, const E* b, Sum<E>* c, bool add) {
+  if constexpr (kRows > 0) {
+    if (rows == kRows) return micro_tile<E, kRows>(p, steps, a, b, c, add);
+    micro_rows<E, kRows - 1>(p, rows, steps, a, b, c, add);
+  }
+}
+
+template <class E>
+static void multiply(const Product<E>& p) {
+  using T = Sum<E>;
+  const int64_t tiles = (p.m + kMicroRows - 1) / kMicroRows;
+  for (int64_t k = 0; k < p.k; k += kDepth) {
+    const int64_t steps = smaller(kDepth, p.k - k);
+    const bool add = p.add || k > 0;
+    for (int64_t t = 0; t < tiles; ++t) {  // rows in equal shares, so that no short rest is left
+      const int64_t row = p.m * t / tiles, rows = p.m * (t + 1) / tiles - row;
+      const E* a = p.a + row * p.a_row + k * p.a_k;
+      for (int64_t column = 0; column < p.n; column += kPanel<E>) {
+        const E* b = p.b + column / kPanel<E> * p.b_panel + k * kPanel<E>;
+        T* c = p.c + row * p.c_row + column;
+        const int64_t columns = p.n - column;
+        if (columns >= kPanel<E>) {
+          micro_rows<E, kMicroRows>(p, rows, steps, a, b, c, add);
+          continue;
+        }
+        alignas(64) T whole[kMicroRows * kPanel<E>];  // C's rows end before the panel does
+        Product<E> padded = p;
+        padded.c_row = kPanel<E>;
+        micro_rows<E, kMicroRows>(padded, rows, steps, a, b, whole, false);
+        for (int64_t i = 0; i < rows; ++i)
+          for (int64_t j = 0; j < columns; ++j) {
+            const T value = whole[i * kPanel<E> + j];
+            c[i * p.c_row + j] = add ? c[i * p.c_row + j] + value : value;
+          }
+      }
+    }
+  }
+  if (p.k == 0 && !p.add)
+    for (int64_t i = 0; i < p.m; ++i)
+      for (int64_t j = 0; j < p.n; ++j) p.c[i * p.c_row + j] = 0;
+}
+
+template <class E>
+static void pack(const typename Stored<E>::Type* b, int64_t b_row, int64_t rows, int64_t columns, E* panel) {
+  for (int64_t s = 0; s < rows; ++s, b += b_row, panel += kPanel<E>) {
+    if (columns == kPanel<E>) {
+      __builtin_memcpy(panel, b, kPanel<E> * sizeof(E));
+      continue;
+    }
+    for (int64_t j = 0; j < columns; ++j) panel[j] = b[j];
+    for (int64_t j = columns; j < kPanel<E>; ++j) panel[j] = E{};
+  }
+}
+
+#if defined(__has_builtin)
+#if __has_builtin(__builtin_shufflevector)
+#define FC_SHUFFLE
+#endif
+#endif
+
+#ifdef FC_SHUFFLE
+// The lower, or upper, halves of two vectors, lane by lane in turn.
+template <int kHalf, class V, int... kLane>
+static inline V interleave(V a, V b, std::integer_sequence<int, kLane...>) {
+  constexpr int n = sizeof...(kLane);
+  return __builtin_shufflevector(a, b, (kHalf * n / 2 + kLane / 2 + (kLane % 2 ? n : 0))...);
+}
+
+// A square of as many rows as a vector has lanes: log2(lanes) times, row i is interleaved with row i + lanes / 2.
+template <class E>
+static inline void transpose_square(const E* in, int64_t in_row, E* out, int64_t out_row) {
+  using T = Sum<E>;
+  constexpr int n = kLanes<T>;
+  using Lane = std::make_integer_sequence<int, n>;
+  Vec<T> rows[2][n];
+  for (int i = 0; i < n; ++i) __builtin_memcpy(&rows[0][i], in + i * in_row, sizeof(Vec<T>));
+  int from = 0;
+#pragma GCC unroll 4
+  for (int step = 1; step < n; step *= 2, from = 1 - from) {
+#pragma GCC unroll 8
+    for (int i = 0; i < n / 2; ++i) {
+      rows[1 - from][2 * i] = interleave<0>(rows[from][i], rows[from][i + n / 2], Lane());
+      rows[1 - from][2 * i + 1] = interleave<1>(rows[from][i], rows[from][i + n / 2], Lane());
+    }
+  }
+  for (int i = 0; i < n; ++i) __builtin_memcpy(out + i * out_row, &rows[from][i], sizeof(Vec<T>));
+}
+#endif
+
+template <class E>
+static void pack_transposed(const E* b, int64_t b_row, int64_t k, int64_t columns, E* panel) {
+  int64_t done = 0;  // steps of k
+#ifdef FC_SHUFFLE
+  constexpr int n = kLanes<Sum<E>>;
+  if (columns == kPanel<E>)
+    for (; done + n <= k; done += n)
+      for (int half = 0; half < 2; ++half)
+        transpose_square(b + half * n * b_row + done, b_row, panel + done * kPanel<E> + half * n, kPanel<E>);
+#endif
+  for (int64_t s = done; s < k; ++s)
+    for (int64_t j = 0; j < kPanel<E>; ++j) panel[s * kPanel<E> + j] = j < columns ? b[j * b_row + s] : E{};
+}
+
+#ifdef FC_BF16
+template <>
+void pack<Bf16Pair>(const uint16_t* b, int64_t b_row, int64_t rows, int64_t columns, Bf16Pair* panel) {
+  for (int64_t s = 0; s < rows; s += 2, b += 2 * b_row, panel += kPanel<Bf16Pair>) {
+    const bool two = s + 1 < rows;
+    for (int64_t j = 0; j < columns; ++j) panel[j] = {b[j], two ? b[b_row + j] : uint16_t(0)};
+    for (int64_t j = columns; j < kPanel<Bf16Pair>; ++j) panel[j] = {};
+  }
+}
+
+static void round_pairs(const float* g, int64_t g_row, int64_t rows, int64_t cols, Bf16Pair* along, int64_t along_row,
+                        Bf16Pair* down, int64_t down_row) {
+  constexpr int64_t n = 16;
+  for (int64_t r = 0; r < rows; r += 2)
+    for (int64_t c = 0; c < cols; c += n) {
+      const int64_t width = smaller(n, cols - c);
+      const __mmask16 lanes = __mmask16((1u << width) - 1), pairs = __mmask16((1u << (width + 1) / 2) - 1);
+      const __m512 upper = _mm512_maskz_loadu_ps(lanes, g + r * g_row + c);
+      const __m512 lower = r + 1 < rows ? _mm512_maskz_loadu_ps(lanes, g + (r + 1) * g_row + c) : _mm512_setzero_ps();
+      const __m256i first = (__m256i)_mm512_cvtneps_pbh(upper), second = (__m256i)_mm512_cvtneps_pbh(lower);
+      _mm256_mask_storeu_epi32(along + r * along_row + c / 2, __mmask8(pairs), first);
+      if (r + 1 < rows) _mm256_mask_storeu_epi32(along + (r + 1) * along_row + c / 2, __mmask8(pairs), second);
+      const __m512i both = _mm512_or_si512(_mm512_cvtepu16_epi32(first),
+                                           _mm512_slli_epi32(_mm512_cvtepu16_epi32(second), 16));
+      _mm512_mask_storeu_epi32(down + r / 2 * down_row + c, lanes, both);
+    }
+}
+#endif
+
+template <class E>
+static Products<E> product_table() {
+#ifdef FC_BF16
+  return {kPanel<E>, multiply<E>, pack<E>, pack_transposed<E>, round_pairs};
+#else
+  return {kPanel<E>, multiply<E>, pack<E>, pack_transposed<E>, nullptr};
+#endif
+}

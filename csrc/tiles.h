@@ -1,0 +1,125 @@
+// How S is walked: by groups of columns, whose right-hand matrix is packed once; in each by sections of rows, after
+// which partial results are merged; in each by tiles, one thread's work at a time, which stay in its cache.
+//
+// Where a tile begins depends on the shape of S alone, and partials are merged in the tiles' order: results have the
+// same bits whatever the number of threads.
+#pragma once
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "panels.h"
+#include "tile.h"
+
+namespace fc {
+
+constexpr int64_t kGroupCols = 1024;
+constexpr int64_t kSectionRows = 1024;  // for up to kSectionThreads threads, and as much again for more
+constexpr int64_t kSectionThreads = 8;
+
+struct Range {
+  int64_t begin, end;
+  int64_t size() const { return end - begin; }
+};
+
+// [begin, end) in pieces of `size`; the last may be shorter.
+inline std::vector<Range> pieces(int64_t begin, int64_t end, int64_t size) {
+  std::vector<Range> all;
+  for (int64_t at = begin; at < end; at += size) all.push_back({at, std::min(at + size, end)});
+  return all;
+}
+
+inline int64_t round_up(int64_t n, int64_t multiple) {
+  return ceil_div(n, multiple) * multiple;
+}
+
+struct Section {
+  Range rows, cols;
+  bool kept;  // its products are kept from forward to backward
+};
+
+class Walk {
+ public:
+  Walk(int64_t m, int64_t n, int64_t kept_rows, bool upper) : m_(m), n_(n), kept_rows_(kept_rows), upper_(upper) {
+    // Smaller tiles where S is small, so that all threads find work, and where those on the diagonal are half for
+    // nothing. Even, for pairs of rows.
+    tile_rows_ = std::clamp<int64_t>(round_up(m / (upper ? 8 : 4), 16), 64, kTileRows);
+    tile_cols_ = upper ? tile_rows_ : kTileCols;
+  }
+
+  std::vector<Range> groups() const { return pieces(0, n_, kGroupCols); }
+  // Kept rows first, so that no section is half kept. Of the upper triangle, those below the diagonal are left out.
+  std::vector<Section> sections(const Range& cols) const {
+    const int64_t height = kSectionRows * ceil_div(at::get_num_threads(), kSectionThreads);
+    std::vector<Section> all;
+    for (const bool kept : {true, false})
+      for (const Range& rows : pieces(kept ? 0 : kept_rows_, kept ? kept_rows_ : m_, height))
+        if (!excluded(rows, cols)) all.push_back({rows, cols, kept});
+    return all;
+  }
+  int64_t strips(const Section& s) const { return ceil_div(s.cols.size(), tile_cols_); }
+  int64_t stories(const Section& s) const { return ceil_div(s.rows.size(), tile_rows_); }
+
+  // Calls `sweep(place, story, strip)` for every tile of a section, in parallel; `skip` for one with no pair that counts.
+  template <class F, class G>
+  void for_each_tile(const Section& s, const F& sweep, const G& skip) const {
+    const int64_t strips = this->strips(s);
+    at::parallel_for(0, strips * stories(s), 1, [&](int64_t begin, int64_t end) {
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t story = task / strips, strip = task % strips;
+        const Range rows = part(s.rows, story, tile_rows_), cols = part(s.cols, strip, tile_cols_);
+        const Place at{rows.begin, cols.begin, rows.size(), cols.size()};
+        if (excluded(rows, cols))
+          skip(at, story, strip);
+        else
+          sweep(at, story, strip);
+      }
+    });
+  }
+
+  // The columns of a section with tiles that are not skipped, for rows that begin at `row`; the rows, for columns that
+  // end at `col`.
+  Range cols_of(const Section& s, int64_t row) const {
+    if (!upper_) return s.cols;
+    const int64_t story = s.rows.begin + (row - s.rows.begin) / tile_rows_ * tile_rows_;
+    if (s.cols.end <= story) return {s.cols.end, s.cols.end};
+    return {s.cols.begin + std::max<int64_t>(0, (story - s.cols.begin) / tile_cols_) * tile_cols_, s.cols.end};
+  }
+  Range rows_of(const Section& s, int64_t col) const {
+    if (!upper_) return s.rows;
+    const int64_t end = std::min(s.cols.end, s.cols.begin + (col - s.cols.begin) / tile_cols_ * tile_cols_ + tile_cols_);
+    return {s.rows.begin, std::clamp(s.rows.begin + round_up(end - s.rows.begin, tile_rows_), s.rows.begin, s.rows.end)};
+  }
+
+ private:
+  bool excluded(const Range& rows, const Range& cols) const { return upper_ && cols.end <= rows.begin; }
+  static Range part(const Range& whole, int64_t index, int64_t size) {
+    return {whole.begin + index * size, std::min(whole.begin + (index + 1) * size, whole.end)};
+  }
+
+  int64_t m_, n_, kept_rows_;
+  bool upper_;
+  int64_t tile_rows_, tile_cols_;
+};
+
+// A tile's products x @ y.T, of which `y` has the columns from `first` on.
+template <class E, class T = typename Accumulator<E>::Type>
+void multiply_tile(const Features<E>& x, const Panels<E>& y, const Place& at, int64_t first, T* tile, int64_t stride) {
+  const int64_t d = x.row_stride();
+  y.multiply({at.rows, at.cols, d, x.row(at.row), d, 1, nullptr, 0, tile, stride, false}, 0, first);
+}
+
+// Scratch for one tile in each thread.
+template <class T>
+class TileScratch {
+ public:
+  explicit TileScratch(const at::TensorOptions& options)
+      : memory_(at::empty({at::get_num_threads() * kTileRows * kTileCols}, options)) {}
+  T* get() const { return memory_.template mutable_data_ptr<T>() + at::get_thread_num() * kTileRows * kTileCols; }
+
+ private:
+  at::Tensor memory_;
+};
+
+}  // namespace fc

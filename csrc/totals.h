@@ -1,0 +1,93 @@
+// What the sweeps of a forward add up to, and how a backward reads it.
+#pragma once
+#include <ATen/ATen.h>
+
+#include <algorithm>
+#include <cmath>
+#include <functional>
+#include <limits>
+#include <vector>
+
+#include "tile.h"
+
+namespace fc {
+
+// Running log-sum-exps of one direction over the whole of S (or, where not `log`, sums), and the partials of one
+// section's tiles: `parts` runs of `length`. Tiles write partials in parallel; `merge` adds them in a fixed order, so the
+// result does not depend on the number of threads.
+template <class T>
+class Totals {
+ public:
+  Totals(bool asked, int64_t size, bool log)
+      : asked_(asked),
+        log_(log),
+        max_(asked && log ? size : 0, -std::numeric_limits<T>::infinity()),
+        sum_(asked && log ? size : 0, 0),
+        plain_sum_(asked && !log ? size : 0, 0) {}
+
+  void start(int64_t parts, int64_t length) {
+    if (!asked_) return;
+    parts_ = parts, length_ = length;
+    part_max_.resize(log_ ? parts * length : 0);
+    part_sum_.resize(parts * length);
+  }
+  T* part_max(int64_t part, int64_t offset) {
+    return asked_ && log_ ? part_max_.data() + part * length_ + offset : nullptr;
+  }
+  T* part_sum(int64_t part, int64_t offset) { return asked_ ? part_sum_.data() + part * length_ + offset : nullptr; }
+
+  // A tile of `size` that has nothing to add.
+  void skip(int64_t part, int64_t offset, int64_t size) {
+    if (T* max = part_max(part, offset)) std::fill_n(max, size, -std::numeric_limits<T>::infinity());
+    if (T* sum = part_sum(part, offset)) std::fill_n(sum, size, T(0));
+  }
+
+  void merge(int64_t first) {
+    if (!asked_) return;
+    for (int64_t p = 0; p < parts_; ++p) {
+      const T* part = part_sum(p, 0);
+      if (log_)
+        kernels<T>().merge(max_.data() + first, sum_.data() + first, part_max(p, 0), part, length_);
+      else
+        std::transform(part, part + length_, plain_sum_.begin() + first, plain_sum_.begin() + first, std::plus<>());
+    }
+  }
+  // In double: next to a maximum of 1000, float would round log(sum) to 6e-5.
+  at::Tensor value() const {
+    const auto size = static_cast<int64_t>(log_ ? sum_.size() : plain_sum_.size());
+    at::Tensor out = at::empty({size}, at::kDouble);
+    double* values = out.mutable_data_ptr<double>();
+    if (!log_)
+      std::copy(plain_sum_.begin(), plain_sum_.end(), values);
+    else
+      std::transform(max_.begin(), max_.end(), sum_.begin(), values,
+                     [](double max, double sum) { return max + std::log(sum); });
+    return out;
+  }
+
+ private:
+  bool asked_, log_;
+  int64_t parts_ = 0, length_ = 0;
+  std::vector<T> max_, sum_, part_max_, part_sum_;
+  std::vector<double> plain_sum_;
+};
+
+// A double log-normaliser as a sum of two T, 0 where nothing was left to normalise (-inf).
+template <class T>
+struct Normaliser {
+  std::vector<T> high, low;
+
+  explicit Normaliser(int64_t size) : high(size), low(size) {}
+  explicit Normaliser(const at::Tensor& value) : Normaliser(value.numel()) { set(0, value); }
+  void set(int64_t first, const at::Tensor& value) {
+    const at::Tensor values = value.contiguous();
+    const double* v = values.const_data_ptr<double>();
+    for (int64_t i = 0; i < values.numel(); ++i) {
+      const double finite = v[i] == -std::numeric_limits<double>::infinity() ? 0 : v[i];
+      high[first + i] = static_cast<T>(finite);
+      low[first + i] = static_cast<T>(finite - high[first + i]);
+    }
+  }
+};
+
+}  // namespace fc

@@ -1,7 +1,6 @@
 // The gradients of x, y, scale and bias from G, the gradient of the logits, a section of which is held at a time.
 #pragma once
 #include <ATen/ATen.h>
-#include <ATen/Parallel.h>
 
 #include <algorithm>
 #include <array>
@@ -10,6 +9,7 @@
 #include <vector>
 
 #include "panels.h"
+#include "parallel.h"
 #include "prepared.h"
 #include "stats.h"
 #include "tile.h"
@@ -111,18 +111,16 @@ void add_products(const Walk& walk, const Section& s, const Gradients<E>& g, con
     for (const Range& r : pieces(0, s.rows.size(), kChunkRows)) chunks.push_back({true, r});
   if (dy)
     for (const Range& r : pieces(0, s.cols.size(), kChunkRows)) chunks.push_back({false, r});
-  at::parallel_for(0, static_cast<int64_t>(chunks.size()), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const auto [of_x, rows] = chunks[i];
-      const Range whole = of_x ? walk.cols_of(s, s.rows.begin + rows.begin) : walk.rows_of(s, s.cols.begin + rows.begin);
-      const int64_t first = of_x ? s.cols.begin : s.rows.begin;
-      const Range k{whole.begin - first, whole.end - first};
-      if (k.size() == 0) continue;
-      Product<E> p = of_x ? g.times_y(rows.begin, rows.size(), k) : g.times_x(rows.begin, rows.size(), k);
-      p.n = p.c_row = d;
-      p.c = of_x ? dx + (s.rows.begin + rows.begin) * d : dy + (s.cols.begin + rows.begin) * d;
-      (of_x ? y : x).multiply(p, k.begin / Stored<E>::rows, 0);
-    }
+  for_each_task(static_cast<int64_t>(chunks.size()), [&](int64_t task) {
+    const auto [of_x, rows] = chunks[task];
+    const Range whole = of_x ? walk.cols_of(s, s.rows.begin + rows.begin) : walk.rows_of(s, s.cols.begin + rows.begin);
+    const int64_t first = of_x ? s.cols.begin : s.rows.begin;
+    const Range k{whole.begin - first, whole.end - first};
+    if (k.size() == 0) return;
+    Product<E> p = of_x ? g.times_y(rows.begin, rows.size(), k) : g.times_x(rows.begin, rows.size(), k);
+    p.n = p.c_row = d;
+    p.c = of_x ? dx + (s.rows.begin + rows.begin) * d : dy + (s.cols.begin + rows.begin) * d;
+    (of_x ? y : x).multiply(p, k.begin / Stored<E>::rows, 0);
   });
 }
 
@@ -140,13 +138,12 @@ double finish_rows(const at::Tensor& grad, const at::Tensor& features, const at:
   T* out = grad.mutable_data_ptr<T>();
   const T *own = features.const_data_ptr<T>(), *other = others.const_data_ptr<T>();
   std::vector<double> dots(ceil_div(rows, kGrain));  // summed in a fixed order
-  at::parallel_for(0, static_cast<int64_t>(dots.size()), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t part = begin; part < end; ++part)
-      for (int64_t i = part * kGrain; i < std::min(rows, (part + 1) * kGrain); ++i) {
-        const int64_t o = g ? other_row(i) : -1;
-        dots[part] += kernels<T>().finish_row(out + i * d, own + i * d, o < 0 ? nullptr : other + o * d,
-                                              o < 0 ? T(0) : g[i], scale, d);
-      }
+  for_each_task(static_cast<int64_t>(dots.size()), [&](int64_t part) {
+    for (int64_t i = part * kGrain; i < std::min(rows, (part + 1) * kGrain); ++i) {
+      const int64_t o = g ? other_row(i) : -1;
+      dots[part] += kernels<T>().finish_row(out + i * d, own + i * d, o < 0 ? nullptr : other + o * d,
+                                            o < 0 ? T(0) : g[i], scale, d);
+    }
   });
   return std::accumulate(dots.begin(), dots.end(), 0.);
 }

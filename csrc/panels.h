@@ -1,10 +1,10 @@
 // The right-hand matrix of many products, packed once for all of them.
 #pragma once
 #include <ATen/ATen.h>
-#include <ATen/Parallel.h>
 
 #include <algorithm>
 
+#include "parallel.h"
 #include "prepared.h"
 #include "product.h"
 
@@ -55,8 +55,9 @@ class Panels {
     const auto bytes = static_cast<int64_t>(size * sizeof(E));
     if (!memory_.defined() || memory_.numel() < bytes) memory_ = at::empty({bytes}, at::kByte);
     E* memory = packed();
-    at::parallel_for(0, panels, std::max<int64_t>(1, 16384 / (k * width + 1)), [&](int64_t begin, int64_t end) {
-      for (int64_t j = begin; j < end; ++j)
+    const int64_t at_once = 1 + 32768 / (k * width + 1);  // panels too small for a task each
+    for_each_task(ceil_div(panels, at_once), [&](int64_t task) {
+      for (int64_t j = task * at_once; j < std::min(panels, (task + 1) * at_once); ++j)
         pack_panel(j * width, std::min(width, n - j * width), memory + j * k * width);
     });
   }

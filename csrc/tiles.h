@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "panels.h"
+#include "parallel.h"
 #include "tile.h"
 
 namespace fc {
@@ -65,16 +66,14 @@ class Walk {
   template <class F, class G>
   void for_each_tile(const Section& s, const F& sweep, const G& skip) const {
     const int64_t strips = this->strips(s);
-    at::parallel_for(0, strips * stories(s), 1, [&](int64_t begin, int64_t end) {
-      for (int64_t task = begin; task < end; ++task) {
-        const int64_t story = task / strips, strip = task % strips;
-        const Range rows = part(s.rows, story, tile_rows_), cols = part(s.cols, strip, tile_cols_);
-        const Place at{rows.begin, cols.begin, rows.size(), cols.size()};
-        if (excluded(rows, cols))
-          skip(at, story, strip);
-        else
-          sweep(at, story, strip);
-      }
+    for_each_task(strips * stories(s), [&](int64_t task) {
+      const int64_t story = task / strips, strip = task % strips;
+      const Range rows = part(s.rows, story, tile_rows_), cols = part(s.cols, strip, tile_cols_);
+      const Place at{rows.begin, cols.begin, rows.size(), cols.size()};
+      if (excluded(rows, cols))
+        skip(at, story, strip);
+      else
+        sweep(at, story, strip);
     });
   }
 

@@ -16,7 +16,7 @@
 namespace fc {
 
 constexpr int64_t kGroupCols = 1024;
-constexpr int64_t kSectionRows = 1024;  // for up to kSectionThreads threads, and as much again for more
+constexpr int64_t kSectionRows = 512;  // for up to kSectionThreads threads, and as much again for more
 constexpr int64_t kSectionThreads = 8;
 
 struct Range {

@@ -102,17 +102,18 @@ struct Chunk {
   Range rows;
 };
 
-// dx += G y and dy += G.T x for one section.
+inline std::vector<Chunk> chunks(bool of_x, int64_t rows) {
+  std::vector<Chunk> all;
+  for (const Range& r : pieces(0, rows, kChunkRows)) all.push_back({of_x, r});
+  return all;
+}
+
+// dx += G y and dy += G.T x for one section, dx and dy at the same time unless they are the same.
 template <class E, class T = typename Accumulator<E>::Type>
 void add_products(const Walk& walk, const Section& s, const Gradients<E>& g, const Panels<E>& y, const Panels<E>& x,
                   T* dx, T* dy, int64_t d) {
-  std::vector<Chunk> chunks;
-  if (dx)
-    for (const Range& r : pieces(0, s.rows.size(), kChunkRows)) chunks.push_back({true, r});
-  if (dy)
-    for (const Range& r : pieces(0, s.cols.size(), kChunkRows)) chunks.push_back({false, r});
-  for_each_task(static_cast<int64_t>(chunks.size()), [&](int64_t task) {
-    const auto [of_x, rows] = chunks[task];
+  const auto add = [&](const Chunk& chunk) {
+    const auto [of_x, rows] = chunk;
     const Range whole = of_x ? walk.cols_of(s, s.rows.begin + rows.begin) : walk.rows_of(s, s.cols.begin + rows.begin);
     const int64_t first = of_x ? s.cols.begin : s.rows.begin;
     const Range k{whole.begin - first, whole.end - first};
@@ -121,28 +122,48 @@ void add_products(const Walk& walk, const Section& s, const Gradients<E>& g, con
     p.n = p.c_row = d;
     p.c = of_x ? dx + (s.rows.begin + rows.begin) * d : dy + (s.cols.begin + rows.begin) * d;
     (of_x ? y : x).multiply(p, k.begin / Stored<E>::rows, 0);
-  });
+  };
+  std::vector<Chunk> of_x = chunks(true, dx ? s.rows.size() : 0), of_y = chunks(false, dy ? s.cols.size() : 0);
+  if (dx == dy) {
+    for_each_task(of_x.size(), [&](int64_t task) { add(of_x[task]); });
+    for_each_task(of_y.size(), [&](int64_t task) { add(of_y[task]); });
+  } else {
+    of_x.insert(of_x.end(), of_y.begin(), of_y.end());
+    for_each_task(of_x.size(), [&](int64_t task) { add(of_x[task]); });
+  }
 }
 
 // The positives' gradients come after the products: among thousands of small negatives, one large term would cost the
 // sum its low bits. They, the factor `scale` and the dot products for the scale's own gradient take one pass over
 // `grad`.
 //
+// Row i of the features in T: bfloat16 is widened into `room`.
+template <class E, class T = typename Accumulator<E>::Type>
+const T* wide_row(const Features<E>& f, int64_t i, std::vector<T>& room) {
+  if constexpr (std::is_same_v<E, Bf16Pair>) {
+    room.resize(f.d);
+    for (int64_t j = 0; j < f.d; ++j) room[j] = c10::detail::f32_from_bits(f.elements[i * f.d + j]);
+    return room.data();
+  } else {
+    return f.elements + i * f.d;
+  }
+}
+
 // grad: (rows, D) sums over the negatives -> gradient of `features`. Row i gains g[i] times row other_row(i) of
 // `others`, unless that is negative. Returns sum(features * grad) before the factor.
-template <class T, class F>
-double finish_rows(const at::Tensor& grad, const at::Tensor& features, const at::Tensor& others, const T* g, T scale,
-              const F& other_row) {
+template <class E, class F, class T = typename Accumulator<E>::Type>
+double finish_rows(const at::Tensor& grad, const Features<E>& features, const Features<E>& others, const T* g, T scale,
+                   const F& other_row) {
   constexpr int64_t kGrain = 64;
   const int64_t rows = grad.size(0), d = grad.size(1);
   T* out = grad.mutable_data_ptr<T>();
-  const T *own = features.const_data_ptr<T>(), *other = others.const_data_ptr<T>();
   std::vector<double> dots(ceil_div(rows, kGrain));  // summed in a fixed order
   for_each_task(static_cast<int64_t>(dots.size()), [&](int64_t part) {
+    std::vector<T> own, other;
     for (int64_t i = part * kGrain; i < std::min(rows, (part + 1) * kGrain); ++i) {
       const int64_t o = g ? other_row(i) : -1;
-      dots[part] += kernels<T>().finish_row(out + i * d, own + i * d, o < 0 ? nullptr : other + o * d,
-                                            o < 0 ? T(0) : g[i], scale, d);
+      dots[part] += kernels<T>().finish_row(out + i * d, wide_row(features, i, own),
+                                            o < 0 ? nullptr : wide_row(others, o, other), o < 0 ? T(0) : g[i], scale, d);
     }
   });
   return std::accumulate(dots.begin(), dots.end(), 0.);
@@ -154,12 +175,14 @@ class FeatureGradients {
  public:
   using T = typename Accumulator<E>::Type;
 
-  FeatureGradients(const Prepared<E>& p, std::array<bool, 4> needs)
-      : p_(p), needs_(needs), g_(p.options()), scratch_(p.options()), bias_(needs[3], p.y.rows, p.options()) {
+  // `joint`: y is x, and dx is to hold what y gains too. There are no gradients of positives, and dy is not asked.
+  FeatureGradients(const Prepared<E>& p, std::array<bool, 4> needs, bool joint = false)
+      : p_(p), needs_(needs), joint_(joint), g_(p.options()), scratch_(p.options()), bias_(needs[3], p.y.rows, p.options()) {
     // dscale = sum_i x_i . (G y)_i, or the same sum over columns when dx is not needed.
     scale_by_rows_ = needs[0] || (needs[2] && !needs[1]);
     if (scale_by_rows_) dx_ = at::zeros({p.x.rows, p.x.d}, p.options());
     if (needs[1]) dy_ = at::zeros({p.y.rows, p.y.d}, p.options());
+    if (joint) dy_ = dx_;
   }
 
   // The columns whose sections come next.
@@ -191,14 +214,17 @@ class FeatureGradients {
   std::array<at::Tensor, 4> finish(const OptionalTensor& pos) {
     constexpr auto dtype = c10::CppTypeToScalarType<T>::value;
     const T* g = data<T>(pos);
-    const at::Tensor x = p_.x.tensor.to(dtype), y = p_.y.tensor.to(dtype);
     const T scale = p_.rule.scale;
     double dscale = 0;
-    if (dx_.defined()) dscale = finish_rows(dx_, x, y, g, scale, [&](int64_t i) { return p_.rule.target(i); });
+    if (joint_) {
+      dscale = finish_rows(dx_, p_.x, p_.y, g, scale, [](int64_t) { return -1; }) / 2;  // each pair, from both sides
+      return {dx_, at::Tensor(), needs_[2] ? scalar(dscale) : at::Tensor(), at::Tensor()};
+    }
+    if (dx_.defined()) dscale = finish_rows(dx_, p_.x, p_.y, g, scale, [&](int64_t i) { return p_.rule.target(i); });
     if (dy_.defined()) {
-      if (g && p_.targets) dy_.index_add_(0, *p_.targets, pos->unsqueeze(1) * x);
+      if (g && p_.targets) dy_.index_add_(0, *p_.targets, pos->unsqueeze(1) * p_.x.tensor.to(dtype));
       const int64_t diagonal = p_.targets ? 0 : p_.x.rows;  // row j of y is row j's positive
-      const double dot = finish_rows(dy_, y, x, g, scale, [&](int64_t j) { return j < diagonal ? j : -1; });
+      const double dot = finish_rows(dy_, p_.y, p_.x, g, scale, [&](int64_t j) { return j < diagonal ? j : -1; });
       if (!scale_by_rows_) dscale = dot;
     }
     at::Tensor dbias = bias_.total();
@@ -211,16 +237,18 @@ class FeatureGradients {
     std::array<at::Tensor, 4> grads;
     if (needs_[0]) grads[0] = dx_;
     grads[1] = dy_;
-    // By way of a double tensor, which becomes inf in float where a C++ number would raise.
-    if (needs_[2]) grads[2] = at::scalar_tensor(dscale, at::kDouble).to(p_.options());
+    if (needs_[2]) grads[2] = scalar(dscale);
     grads[3] = dbias;
     return grads;
   }
 
  private:
+  // By way of a double tensor, which becomes inf in float where a C++ number would raise.
+  at::Tensor scalar(double value) const { return at::scalar_tensor(value, at::kDouble).to(p_.options()); }
+
   const Prepared<E>& p_;
   std::array<bool, 4> needs_;
-  bool scale_by_rows_;
+  bool joint_, scale_by_rows_;
   at::Tensor dx_, dy_;
   Panels<E> x_, y_;
   Gradients<E> g_;

@@ -83,12 +83,12 @@ auto forward(const fc::Problem& problem) {
 }
 
 auto backward(const fc::Problem& problem, at::Tensor row, at::Tensor col, at::Tensor kept, fc::OptionalTensor g_pos,
-              fc::OptionalTensor g_row, fc::OptionalTensor g_col, std::array<bool, 4> needs) {
+              fc::OptionalTensor g_row, fc::OptionalTensor g_col, std::array<bool, 4> needs, bool joint) {
   threads_after_fork();
   const auto interrupt = python_interrupt();
   py::gil_scoped_release release;
   const at::NoGradGuard no_grad;
-  return fc::stats_backward(problem, row, col, kept, g_pos, g_row, g_col, needs, interrupt);
+  return fc::stats_backward(problem, row, col, kept, g_pos, g_row, g_col, needs, joint, interrupt);
 }
 
 auto at_once(const fc::Problem& problem, const at::Tensor& weights, double margin, bool decoupled,

@@ -36,11 +36,12 @@ using Interrupt = std::function<void()>;  // called between blocks; throws to st
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> stats_forward(const Problem& problem,
                                                                          const Interrupt& interrupt);
 
-// dx, dy, dscale, dcol_bias; undefined where `needs` says no. A gradient that is absent is zero.
+// dx, dy, dscale, dcol_bias; undefined where `needs` says no. A gradient that is absent is zero. `joint`, where y is x:
+// dx is the sum of both, and g_pos absent.
 std::array<at::Tensor, 4> stats_backward(const Problem& problem, const at::Tensor& row, const at::Tensor& col,
                                          const at::Tensor& kept, const OptionalTensor& g_pos,
                                          const OptionalTensor& g_row, const OptionalTensor& g_col,
-                                         std::array<bool, 4> needs, const Interrupt& interrupt);
+                                         std::array<bool, 4> needs, bool joint, const Interrupt& interrupt);
 
 struct LossAndGradients {
   at::Tensor loss;                  // 0-d float64

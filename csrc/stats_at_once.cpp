@@ -20,7 +20,7 @@ namespace {
 
 // Rows held: more of them make the products with x, which add to all of dy, cheaper.
 int64_t rows_at_once(int64_t n) {
-  return std::clamp<int64_t>((int64_t(1) << 24) / n / 128 * 128, 128, 512);
+  return std::clamp<int64_t>((int64_t(1) << 24) / n / 128 * 128, 128, 256);
 }
 
 struct Term {

@@ -18,7 +18,8 @@ namespace {
 template <class E>
 std::array<at::Tensor, 4> backward(const Problem& problem, const at::Tensor& row, const at::Tensor& col,
                                    const at::Tensor& kept, const OptionalTensor& g_pos, const OptionalTensor& g_row,
-                                   const OptionalTensor& g_col, std::array<bool, 4> needs, const Interrupt& interrupt) {
+                                   const OptionalTensor& g_col, std::array<bool, 4> needs, bool joint,
+                                   const Interrupt& interrupt) {
   using T = typename Accumulator<E>::Type;
   constexpr auto dtype = c10::CppTypeToScalarType<T>::value;
   const Prepared<E> p(problem);
@@ -31,7 +32,7 @@ std::array<at::Tensor, 4> backward(const Problem& problem, const at::Tensor& row
   const Normaliser<T> col_norm(g_col ? col : at::empty({0}, at::kDouble));
 
   const Walk walk(p.x.rows, n, problem.kept_rows, problem.upper);
-  FeatureGradients<E> gradients(p, needs);
+  FeatureGradients<E> gradients(p, needs, joint);
   Panels<E> y_transposed;
   const T* kept_data = kept.const_data_ptr<T>();
   for (const Range& group : g_row || g_col ? walk.groups() : std::vector<Range>()) {
@@ -59,9 +60,9 @@ std::array<at::Tensor, 4> backward(const Problem& problem, const at::Tensor& row
 std::array<at::Tensor, 4> stats_backward(const Problem& problem, const at::Tensor& row, const at::Tensor& col,
                                          const at::Tensor& kept, const OptionalTensor& g_pos,
                                          const OptionalTensor& g_row, const OptionalTensor& g_col,
-                                         std::array<bool, 4> needs, const Interrupt& interrupt) {
+                                         std::array<bool, 4> needs, bool joint, const Interrupt& interrupt) {
   return with_elements(problem, [&](auto element) {
-    return backward<decltype(element)>(problem, row, col, kept, g_pos, g_row, g_col, needs, interrupt);
+    return backward<decltype(element)>(problem, row, col, kept, g_pos, g_row, g_col, needs, joint, interrupt);
   });
 }
 

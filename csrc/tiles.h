@@ -44,8 +44,8 @@ class Walk {
  public:
   Walk(int64_t m, int64_t n, int64_t kept_rows, bool upper) : m_(m), n_(n), kept_rows_(kept_rows), upper_(upper) {
     // Smaller tiles where S is small, so that all threads find work, and where those on the diagonal are half for
-    // nothing. Even, for pairs of rows.
-    tile_rows_ = std::clamp<int64_t>(round_up(m / (upper ? 8 : 4), 16), 64, kTileRows);
+    // nothing. Multiples of 32: a panel's columns, and even for pairs of rows.
+    tile_rows_ = std::clamp<int64_t>(round_up(m / (upper ? 8 : 4), 32), 64, kTileRows);
     tile_cols_ = upper ? tile_rows_ : kTileCols;
   }
 

@@ -42,6 +42,9 @@ except ImportError as error:
     _unavailable = _explain(error)
 
 
+JOINT = True  # of a feature matrix against itself, it can add up both gradients in one
+
+
 def unavailable() -> str | None:
     return _unavailable
 
@@ -71,13 +74,14 @@ def stats_forward(spec: StatsSpec, x: Tensor, y: Tensor) -> Forward:
 def stats_backward(
     spec: StatsSpec, x: Tensor, y: Tensor, saved: Forward, upstream: Upstream, needs: Needs
 ) -> Gradients:
-    return Gradients(*_C.stats_backward(_C.Problem(x, y, *spec), saved.row, saved.col, saved.kept, *upstream, needs))
+    problem, (*of, joint) = _C.Problem(x, y, *spec), needs
+    return Gradients(*_C.stats_backward(problem, saved.row, saved.col, saved.kept, *upstream, of, joint))
 
 
 def stats_at_once(
     spec: StatsSpec, x: Tensor, y: Tensor, weights: Tensor, margin: float, decoupled: bool, needs: Needs
 ) -> tuple[Tensor, Gradients]:
-    loss, gradients = _C.stats_at_once(_C.Problem(x, y, *spec), weights, margin, decoupled, needs)
+    loss, gradients = _C.stats_at_once(_C.Problem(x, y, *spec), weights, margin, decoupled, needs[:4])
     return loss, Gradients(*gradients)
 
 

@@ -11,16 +11,29 @@ import math
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 # "auto" keeps at most total memory divided by this: a GPU's memory holds the model and its activations as well.
 AUTO_SHARE = {"cuda": 64}
 AUTO_SHARE_ELSEWHERE = 16
-# On a CPU, of products no more than this share of them, or this many bytes where that is more: with it a step takes a
-# tenth of eager's memory and is faster than it; all of them would make it a fifth faster than that, for thrice the memory.
-AUTO_PRODUCTS = 1 / 5
-AUTO_SMALL = 12 << 20
+
+
+class Most(NamedTuple):
+    """What "auto" keeps at most on a CPU: this share of everything, or these bytes where that is more.
+
+    A step is then faster than eager in a tenth of its memory. All of the products would save it another sixth of its
+    time, for thrice the memory.
+    """
+
+    share: float
+    floor: int
+
+
+PRODUCTS = Most(1 / 5, 12 << 20)
+TRIANGLE = Most(1 / 64, 2 << 20)  # of what is kept of a triangle, half is never computed
+EVERYTHING = Most(1, 0)
 
 Layout = Callable[[int], tuple[tuple[int, ...], torch.dtype]]  # number of rows -> shape and dtype of what is kept
 
@@ -42,8 +55,8 @@ def total_memory(device_type: str, index: int | None) -> int:
     return _host_memory()
 
 
-def rows_to_keep(m: int, layout: Layout, budget: int | str, device: torch.device, products: bool = True) -> int:
-    """How many of m rows fit the budget; none where the backend keeps none. ``products``: what is kept are floats of S."""
+def rows_to_keep(m: int, layout: Layout, budget: int | str, device: torch.device, most: Most = EVERYTHING) -> int:
+    """How many of m rows fit the budget; none where the backend keeps none."""
     shape, dtype = layout(64)
     of_64 = math.prod(shape) * dtype.itemsize
     if not of_64:
@@ -51,6 +64,6 @@ def rows_to_keep(m: int, layout: Layout, budget: int | str, device: torch.device
     size = budget
     if isinstance(size, str):
         size = total_memory(device.type, device.index) // AUTO_SHARE.get(device.type, AUTO_SHARE_ELSEWHERE)
-        if products and device.type == "cpu":
-            size = min(size, max(AUTO_SMALL, int(AUTO_PRODUCTS * m * of_64 / 64)))
+        if device.type == "cpu":
+            size = min(size, max(most.floor, int(most.share * m * of_64 / 64)))
     return min(m, 64 * size // of_64)

@@ -58,6 +58,7 @@ class Needs(NamedTuple):
     y: bool
     scale: bool
     col_bias: bool
+    joint: bool = False  # y is x: its gradient is wanted as one, in that of x. Only of a backend with ``JOINT``
 
 
 class Gradients(NamedTuple):

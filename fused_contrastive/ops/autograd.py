@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fused_contrastive.core.spec import Forward, StatsSpec
-from fused_contrastive.ops import schema
+from fused_contrastive.ops import dispatch, schema
 
 INPUTS = 2 + len(StatsSpec._fields) + 1  # of stats_forward: x, y, the problem, the backend
 
@@ -26,6 +26,7 @@ def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
     _, row, col, kept = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(kept)
+    ctx.same = y is x
     ctx.save_for_backward(x, y, scale, targets, col_bias, row_ids, col_ids, row, col, kept)
 
 
@@ -35,6 +36,8 @@ def backward(ctx: Any, g_pos: Tensor | None, g_row: Tensor | None, g_col: Tensor
     x, y, scale, targets, col_bias, row_ids, col_ids, row, col, kept = ctx.saved_tensors
     needs = [ctx.needs_input_grad[i] for i in (0, 1, 2, 4)]
     direct = is_plain(x) and not torch.is_grad_enabled()
+    if direct and ctx.same and needs[0] and g_pos is None and not needs[3] and _adds_both(ctx.options):
+        needs = [True, False, needs[2], False, True]
     run = schema.stats_backward if direct else torch.ops.fused_contrastive.stats_backward
     dx, dy, dscale, dcol_bias = run(
         g_pos, g_row, g_col, row, col, kept, needs, x, y, scale, targets, col_bias, row_ids, col_ids, *ctx.options
@@ -47,6 +50,11 @@ def backward(ctx: Any, g_pos: Tensor | None, g_row: Tensor | None, g_col: Tensor
         dcol_bias if needs[3] else None,
         *(None,) * (INPUTS - 5),
     )
+
+
+def _adds_both(options: list[Any]) -> bool:
+    """Whether the backend can give the gradient of x, where y is x, as one."""
+    return getattr(dispatch.BACKENDS[options[-1]], "JOINT", False)
 
 
 def is_plain(x: Tensor) -> bool:

@@ -13,13 +13,14 @@ Each block is the backend's own forward and backward, so the one autograd formul
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fused_contrastive.core import checks
-from fused_contrastive.core.memory import rows_to_keep
+from fused_contrastive.core.memory import PRODUCTS, rows_to_keep
 from fused_contrastive.core.spec import Forward, Gradients, Needs, StatsSpec, Upstream, compute_dtype, statistics_dtype
 from fused_contrastive.distributed.agreement import Agreed
 from fused_contrastive.distributed.collectives import gather_rows, merge_log_sums, scatter_sum
@@ -56,7 +57,8 @@ class _Gather(torch.autograd.Function):
         columns = len(everything)
         kept = 0
         if agreed.differentiable:
-            kept = rows_to_keep(len(x), lambda r: backend.kept(r, columns, x.dtype), problem.budget, x.device)
+            layout = functools.partial(backend.kept, n=columns, dtype=x.dtype)
+            kept = rows_to_keep(len(x), layout, problem.budget, x.device, PRODUCTS)
         spec = spec._replace(
             scale=scale,
             col_bias=None if col_bias is None else gather_rows(col_bias, sizes, group),

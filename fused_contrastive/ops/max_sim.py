@@ -234,7 +234,7 @@ def _sums(
     kept = 0
     if differentiable:
         row = bytes_of_row(x, y, both)
-        kept = rows_to_keep(x.shape[0], lambda rows: ((rows, row), torch.uint8), budget, x.device, products=False)
+        kept = rows_to_keep(x.shape[0], lambda rows: ((rows, row), torch.uint8), budget, x.device)
     inputs = (x, y, x_mask, y_mask, both, kept, backend)
     if not (is_plain(x) and is_plain(y)):
         x_sums, y_sums, _, _ = torch.ops.fused_contrastive.max_sim_forward(*inputs)

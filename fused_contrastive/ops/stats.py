@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fused_contrastive.core import checks
-from fused_contrastive.core.memory import rows_to_keep
+from fused_contrastive.core import checks, memory
 from fused_contrastive.core.spec import StatsSpec, autocast_enabled, compute_dtype
 from fused_contrastive.distributed.agreement import Call, Group, agree, collective
 from fused_contrastive.ops import autograd, dispatch, global_stats
@@ -228,7 +228,8 @@ class Problem:
                 raise NotImplementedError("exclude_self: got True with a group, which is not covered: use self_stats")
             return self._run_globally(options)
         differentiable = self.is_differentiable()
-        spec = self.spec._replace(kept_rows=self.rows_to_keep() if differentiable else 0, **options)
+        most = memory.TRIANGLE if options.get("upper") else memory.PRODUCTS
+        spec = self.spec._replace(kept_rows=self.rows_to_keep(most) if differentiable else 0, **options)
         pos, row, col, _ = autograd.stats_forward(self.x, self.y, *spec, self.backend, differentiable=differentiable)
         return pos, row, col
 
@@ -241,10 +242,11 @@ class Problem:
             or (bias is not None and bias.requires_grad)
         )
 
-    def rows_to_keep(self) -> int:
+    def rows_to_keep(self, most: memory.Most = memory.PRODUCTS) -> int:
         """How many rows' products the budget lets the forward keep."""
         x, backend, n = self.x, dispatch.BACKENDS[self.backend], self.y.shape[0]
-        return rows_to_keep(x.shape[0], lambda rows: backend.kept(rows, n, x.dtype), self.memory_budget, x.device)
+        layout = functools.partial(backend.kept, n=n, dtype=x.dtype)
+        return memory.rows_to_keep(x.shape[0], layout, self.memory_budget, x.device, most)
 
     def _run_globally(self, options: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
         spec = self.spec._replace(**options)

@@ -17,8 +17,6 @@
 
 namespace fc {
 
-constexpr int64_t kChunkRows = 64;  // rows of dx, and of dy, that one task adds to
-
 // G of one section, as the left-hand matrix of both products.
 template <class E>
 class Gradients {

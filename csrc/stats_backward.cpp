@@ -34,7 +34,7 @@ std::array<at::Tensor, 4> backward(const Problem& problem, const at::Tensor& row
   const Walk walk(p.x.rows, n, problem.kept_rows, problem.upper);
   FeatureGradients<E> gradients(p, needs, joint);
   Panels<E> y_transposed;
-  const T* kept_data = kept.const_data_ptr<T>();
+  const T* kept_data = problem.kept_rows ? kept.const_data_ptr<T>() : nullptr;
   for (const Range& group : g_row || g_col ? walk.groups() : std::vector<Range>()) {
     if (problem.kept_rows < p.x.rows) y_transposed.set_transposed(p.y, group.begin, group.end);
     gradients.start_group(group);

@@ -18,6 +18,8 @@ namespace fc {
 constexpr int64_t kGroupCols = 1024;
 constexpr int64_t kSectionRows = 512;  // for up to kSectionThreads threads, and as much again for more
 constexpr int64_t kSectionThreads = 8;
+constexpr int64_t kChunkRows = 64;  // rows of dx, and of dy, that one task adds to
+static_assert(kTileRows % kChunkRows == 0 && kTileCols % kChunkRows == 0);
 
 struct Range {
   int64_t begin, end;
@@ -44,8 +46,8 @@ class Walk {
  public:
   Walk(int64_t m, int64_t n, int64_t kept_rows, bool upper) : m_(m), n_(n), kept_rows_(kept_rows), upper_(upper) {
     // Smaller tiles where S is small, so that all threads find work, and where those on the diagonal are half for
-    // nothing. Multiples of 32: a panel's columns, and even for pairs of rows.
-    tile_rows_ = std::clamp<int64_t>(round_up(m / (upper ? 8 : 4), 32), 64, kTileRows);
+    // nothing. Whole chunks, so that of a chunk's rows all skip the same tiles; and so whole panels.
+    tile_rows_ = std::clamp<int64_t>(round_up(m / (upper ? 8 : 4), kChunkRows), kChunkRows, kTileRows);
     tile_cols_ = upper ? tile_rows_ : kTileCols;
   }
 

@@ -35,8 +35,12 @@ def stats_backward(
     g_pos: Tensor | None,
     g_row: Tensor | None,
     g_col: Tensor | None,
-    needs: tuple[bool, bool, bool, bool],
+    needs: Sequence[bool],
+    joint: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]: ...
+def stats_at_once(
+    problem: Problem, weights: Tensor, margin: float, decoupled: bool, needs: Sequence[bool]
+) -> tuple[Tensor, tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]]: ...
 def normalize(x: Tensor) -> Tensor: ...
 def cross_entropy(
     pos: Tensor, normalisers: Sequence[Tensor], decoupled: bool, reduction: str, dtype: torch.dtype

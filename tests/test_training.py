@@ -105,12 +105,15 @@ def assert_same(found: dict[str, Tensor], wanted: dict[str, Tensor], tolerance: 
 
 
 def widened(images: Tensor, texts: Tensor, scale: Tensor) -> Tensor:
-    """Under autocast the eager formula rounds its logits to half; this one does not, as ours does not."""
+    """Under autocast the eager formula rounds its logits to half; this one does not, as ours does not.
+
+    Where the CPU multiplies bfloat16, ours rounds the gradients of the logits before their products.
+    """
     with torch.autocast("cpu", enabled=False):
         return eager(images.float(), texts.float(), scale)
 
 
-@pytest.mark.parametrize(("formula", "tolerance"), [(eager, 0.06), (widened, 6e-3)])
+@pytest.mark.parametrize(("formula", "tolerance"), [(eager, 0.06), (widened, 1e-2)])
 def test_autocast_bfloat16(formula: Loss, tolerance: float, seed: int) -> None:
     data = batches(dtype=torch.float32)
 

@@ -21,18 +21,18 @@ AUTO_SHARE_ELSEWHERE = 16
 
 
 class Most(NamedTuple):
-    """What "auto" keeps at most on a CPU: this share of everything, or these bytes where that is more.
+    """What "auto" keeps at most on a CPU: a part of all rows, 1 / ``part``, or these bytes where that is more.
 
     A step is then faster than eager in a tenth of its memory. All of the products would save it another sixth of its
     time, for thrice the memory.
     """
 
-    share: float
+    part: int
     floor: int
 
 
-PRODUCTS = Most(1 / 5, 12 << 20)
-TRIANGLE = Most(1 / 64, 2 << 20)  # of what is kept of a triangle, half is never computed
+PRODUCTS = Most(5, 12 << 20)
+TRIANGLE = Most(64, 2 << 20)  # of what is kept of a triangle, half is never computed
 EVERYTHING = Most(1, 0)
 
 Layout = Callable[[int], tuple[tuple[int, ...], torch.dtype]]  # number of rows -> shape and dtype of what is kept
@@ -61,9 +61,13 @@ def rows_to_keep(m: int, layout: Layout, budget: int | str, device: torch.device
     of_64 = math.prod(shape) * dtype.itemsize
     if not of_64:
         return 0
-    size = budget
-    if isinstance(size, str):
-        size = total_memory(device.type, device.index) // AUTO_SHARE.get(device.type, AUTO_SHARE_ELSEWHERE)
-        if device.type == "cpu":
-            size = min(size, max(most.floor, int(most.share * m * of_64 / 64)))
-    return min(m, 64 * size // of_64)
+    if not isinstance(budget, str):
+        return min(m, 64 * budget // of_64)
+    total = total_memory(device.type, device.index)
+    rows: int = 64 * (total // AUTO_SHARE.get(device.type, AUTO_SHARE_ELSEWHERE)) // of_64
+    if device.type == "cpu":  # without a guard on the shapes where they are symbols
+        rows = torch.sym_min(rows, torch.sym_max(64 * most.floor // of_64, m // most.part))
+        rows = torch.sym_min(m, rows)
+    else:
+        rows = min(m, rows)
+    return rows

@@ -2,8 +2,8 @@
 
 Where a loss needs each row's own statistics only, the gradient of the row's logits is known, up to the gradient of the
 loss itself, as soon as they are. A backend that has ``stats_at_once`` then forms the gradients of the features in the
-forward: 3 products in all and nothing of S kept, where forward and backward take 4, or keep M * N products. The backward
-multiplies by the gradient of the loss.
+forward: 3 products in all and nothing of S kept, where forward and backward take 4 or keep M * N products. What is left
+of the backward is to multiply by the gradient of the loss.
 """
 
 from __future__ import annotations

@@ -161,8 +161,8 @@ MUTANTS = [
     Mutant(
         "rows beyond the budget", "more is kept than the memory budget allows",
         f"{PACKAGE}/core/memory.py",
-        "min(m, 64 * size // of_64)",
-        "min(m, 128 * size // of_64)",
+        "min(m, 64 * budget // of_64)",
+        "min(m, 128 * budget // of_64)",
         ("tests/test_max_sim.py::test_what_is_kept_is_one_byte_for_each_of_the_tokens",
          "tests/test_stats.py::test_any_memory_budget_gives_the_same"), "cpp",
     ),

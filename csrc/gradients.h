@@ -160,8 +160,9 @@ double finish_rows(const at::Tensor& grad, const Features<E>& features, const Fe
     std::vector<T> own, other;
     for (int64_t i = part * kGrain; i < std::min(rows, (part + 1) * kGrain); ++i) {
       const int64_t o = g ? other_row(i) : -1;
-      dots[part] += kernels<T>().finish_row(out + i * d, wide_row(features, i, own),
-                                            o < 0 ? nullptr : wide_row(others, o, other), o < 0 ? T(0) : g[i], scale, d);
+      dots[part] +=
+          kernels<T>().finish_row(out + i * d, wide_row(features, i, own), o < 0 ? nullptr : wide_row(others, o, other),
+                                  o < 0 ? T(0) : g[i], scale, d);
     }
   });
   return std::accumulate(dots.begin(), dots.end(), 0.);
@@ -175,7 +176,12 @@ class FeatureGradients {
 
   // `joint`: y is x, and dx is to hold what y gains too. There are no gradients of positives, and dy is not asked.
   FeatureGradients(const Prepared<E>& p, std::array<bool, 4> needs, bool joint = false)
-      : p_(p), needs_(needs), joint_(joint), g_(p.options()), scratch_(p.options()), bias_(needs[3], p.y.rows, p.options()) {
+      : p_(p),
+        needs_(needs),
+        joint_(joint),
+        g_(p.options()),
+        scratch_(p.options()),
+        bias_(needs[3], p.y.rows, p.options()) {
     // dscale = sum_i x_i . (G y)_i, or the same sum over columns when dx is not needed.
     scale_by_rows_ = needs[0] || (needs[2] && !needs[1]);
     if (scale_by_rows_) dx_ = at::zeros({p.x.rows, p.x.d}, p.options());

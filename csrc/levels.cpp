@@ -17,8 +17,10 @@
 #define FC_TARGET_BEGIN_AVX2 _Pragma("clang attribute push(__attribute__((target(\"avx2,fma\"))), apply_to = function)")
 #define FC_TARGET_BEGIN_AVX512 \
   _Pragma("clang attribute push(__attribute__((target(\"avx512f,avx512dq,avx512vl,fma\"))), apply_to = function)")
-#define FC_TARGET_BEGIN_AVX512_BF16                                                                                      \
-  _Pragma("clang attribute push(__attribute__((target(\"avx512f,avx512dq,avx512vl,avx512bw,avx512bf16,fma\"))), apply_to = function)")
+#define FC_TARGET_BEGIN_AVX512_BF16                                                                                    \
+  _Pragma(                                                                                                             \
+      "clang attribute push(__attribute__((target(\"avx512f,avx512dq,avx512vl,avx512bw,avx512bf16,fma\"))), apply_to " \
+      "= function)")
 #define FC_TARGET_END _Pragma("clang attribute pop")
 #elif defined(__x86_64__)
 #define FC_TARGET_BEGIN_AVX2 _Pragma("GCC push_options") _Pragma("GCC target(\"avx2,fma\")")
@@ -98,8 +100,9 @@ Level chosen_level() {
     if (!asked || !*asked) return best;
     for (int l = kBaseline; l <= best; ++l)
       if (!std::strcmp(asked, kNames[l])) return static_cast<Level>(l);
-    throw std::invalid_argument(std::string("FUSED_CONTRASTIVE_CPU_LEVEL: got '") + asked +
-                                "', expected baseline, avx2, avx512 or avx512_bf16, at most what this CPU has: " + kNames[best]);
+    throw std::invalid_argument(
+        std::string("FUSED_CONTRASTIVE_CPU_LEVEL: got '") + asked +
+        "', expected baseline, avx2, avx512 or avx512_bf16, at most what this CPU has: " + kNames[best]);
   }();
   return level;
 }
@@ -113,8 +116,7 @@ const char* vector_level() {
 template <class T>
 const Kernels<T>& kernels() {
 #ifdef __x86_64__
-  static const Kernels<T> tables[] = {baseline::table<T>(), avx2::table<T>(), avx512::table<T>(),
-                                      avx512::table<T>()};
+  static const Kernels<T> tables[] = {baseline::table<T>(), avx2::table<T>(), avx512::table<T>(), avx512::table<T>()};
 #else
   static const Kernels<T> tables[] = {baseline::table<T>()};
 #endif

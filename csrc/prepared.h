@@ -51,7 +51,8 @@ template <class F>
 auto with_elements(const Problem& problem, const F& f) {
   const at::ScalarType dtype = problem.x.scalar_type();
   if (dtype == at::kDouble) return f(double{});
-  const bool pairs = dtype == at::kBFloat16 && problem.y.scalar_type() == dtype && problem.x.size(1) % 2 == 0 && products<Bf16Pair>().multiply;
+  const bool pairs = dtype == at::kBFloat16 && problem.y.scalar_type() == dtype && problem.x.size(1) % 2 == 0 &&
+                     products<Bf16Pair>().multiply;
   return pairs ? f(Bf16Pair{}) : f(float{});
 }
 

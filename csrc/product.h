@@ -1,8 +1,8 @@
 // The contract between the ATen drivers and the matrix products of product.inl: what one thread multiplies at a time.
 //
-// Why not the vendor's GEMM: asked for a tile that stays in a core's cache, it packs both operands again for every tile.
-// Here the right-hand matrix is packed once for all tiles that share it and the left one is read where it lies, so that
-// a tile is multiplied and swept before it leaves the cache.
+// Why not the vendor's GEMM: asked for a tile that stays in a core's cache, it packs both operands again for every
+// tile. Here the right-hand matrix is packed once for all tiles that share it and the left one is read where it lies,
+// so that a tile is multiplied and swept before it leaves the cache.
 #pragma once
 #include <cstdint>
 

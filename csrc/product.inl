@@ -1,8 +1,8 @@
 // Matrix products of one thread, written once with the compiler's vector types; included like tile.inl.
 //
 // A micro-tile of C, kMicroRows x 2 vectors, stays in registers while k runs: per step two loads of a panel of B, and
-// one element of A for each row, broadcast. Sums run over kDepth steps at a time and are then added to C: a panel's part
-// of that length stays in L1, and the rounding error of a long sum grows with the number of parts.
+// one element of A for each row, broadcast. Sums run over kDepth steps at a time and are then added to C: a panel's
+// part of that length stays in L1, and the rounding error of a long sum grows with the number of parts.
 
 constexpr int64_t kDepth = 256;
 
@@ -178,8 +178,8 @@ static void round_pairs(const float* g, int64_t g_row, int64_t rows, int64_t col
       const __m256i first = (__m256i)_mm512_cvtneps_pbh(upper), second = (__m256i)_mm512_cvtneps_pbh(lower);
       _mm256_mask_storeu_epi32(along + r * along_row + c / 2, __mmask8(pairs), first);
       if (r + 1 < rows) _mm256_mask_storeu_epi32(along + (r + 1) * along_row + c / 2, __mmask8(pairs), second);
-      const __m512i both = _mm512_or_si512(_mm512_cvtepu16_epi32(first),
-                                           _mm512_slli_epi32(_mm512_cvtepu16_epi32(second), 16));
+      const __m512i both =
+          _mm512_or_si512(_mm512_cvtepu16_epi32(first), _mm512_slli_epi32(_mm512_cvtepu16_epi32(second), 16));
       _mm512_mask_storeu_epi32(down + r / 2 * down_row + c, lanes, both);
     }
 }

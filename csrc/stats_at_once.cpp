@@ -1,6 +1,6 @@
-// The loss and its gradients in one walk over the rows of S: 3 products, where a forward and a backward take 4 that keep
-// no products between them. For sums over rows alone, whose weights in the loss are known: some hundred rows of S are
-// held until their normalisers are, become the gradient of their logits, and are forgotten.
+// The loss and its gradients in one walk over the rows of S: 3 products, where a forward and a backward take 4 that
+// keep no products between them. For sums over rows alone, whose weights in the loss are known: some hundred rows of S
+// are held until their normalisers are, become the gradient of their logits, and are forgotten.
 #include <ATen/ATen.h>
 
 #include <algorithm>
@@ -65,8 +65,8 @@ LossAndGradients loss_and_gradients(const Problem& problem, const at::Tensor& we
             T* tile = products(at);
             const int64_t r = at.row - rows.begin;
             multiply_tile(p.x, y_transposed, at, at.col - group.begin, tile, stride);
-            kernels<T>().forward(p.rule, {at, tile, stride, pos_data, row.part_max(strip, r), row.part_sum(strip, r),
-                                          nullptr, nullptr});
+            kernels<T>().forward(
+                p.rule, {at, tile, stride, pos_data, row.part_max(strip, r), row.part_sum(strip, r), nullptr, nullptr});
           },
           [](const Place&, int64_t, int64_t) {});
       row.merge(0);

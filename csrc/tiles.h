@@ -64,7 +64,8 @@ class Walk {
   int64_t strips(const Section& s) const { return ceil_div(s.cols.size(), tile_cols_); }
   int64_t stories(const Section& s) const { return ceil_div(s.rows.size(), tile_rows_); }
 
-  // Calls `sweep(place, story, strip)` for every tile of a section, in parallel; `skip` for one with no pair that counts.
+  // Calls `sweep(place, story, strip)` for every tile of a section, in parallel; `skip` for one with no pair that
+  // counts.
   template <class F, class G>
   void for_each_tile(const Section& s, const F& sweep, const G& skip) const {
     const int64_t strips = this->strips(s);
@@ -89,8 +90,10 @@ class Walk {
   }
   Range rows_of(const Section& s, int64_t col) const {
     if (!upper_) return s.rows;
-    const int64_t end = std::min(s.cols.end, s.cols.begin + (col - s.cols.begin) / tile_cols_ * tile_cols_ + tile_cols_);
-    return {s.rows.begin, std::clamp(s.rows.begin + round_up(end - s.rows.begin, tile_rows_), s.rows.begin, s.rows.end)};
+    const int64_t end =
+        std::min(s.cols.end, s.cols.begin + (col - s.cols.begin) / tile_cols_ * tile_cols_ + tile_cols_);
+    return {s.rows.begin,
+            std::clamp(s.rows.begin + round_up(end - s.rows.begin, tile_rows_), s.rows.begin, s.rows.end)};
   }
 
  private:

@@ -13,8 +13,8 @@
 namespace fc {
 
 // Running log-sum-exps of one direction over the whole of S (or, where not `log`, sums), and the partials of one
-// section's tiles: `parts` runs of `length`. Tiles write partials in parallel; `merge` adds them in a fixed order, so the
-// result does not depend on the number of threads.
+// section's tiles: `parts` runs of `length`. Tiles write partials in parallel; `merge` adds them in a fixed order, so
+// the result does not depend on the number of threads.
 template <class T>
 class Totals {
  public:

@@ -46,8 +46,8 @@ class Walk {
  public:
   Walk(int64_t m, int64_t n, int64_t kept_rows, bool upper) : m_(m), n_(n), kept_rows_(kept_rows), upper_(upper) {
     // Smaller tiles where S is small, so that all threads find work, and where those on the diagonal are half for
-    // nothing. Whole chunks, so that of a chunk's rows all skip the same tiles; and so whole panels.
-    tile_rows_ = std::clamp<int64_t>(round_up(m / (upper ? 8 : 4), kChunkRows), kChunkRows, kTileRows);
+    // nothing. Whole chunks, of whose rows all skip the same tiles then, and parts of a section.
+    for (tile_rows_ = kChunkRows; tile_rows_ < std::min(kTileRows, m / (upper ? 8 : 4));) tile_rows_ *= 2;
     tile_cols_ = upper ? tile_rows_ : kTileCols;
   }
 

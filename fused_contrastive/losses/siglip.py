@@ -49,7 +49,7 @@ def siglip_loss(
         row_ids, col_ids: (N,) int64; pairs with equal ids are positives too.
         reduction: "mean" over the N images, as in the paper, "sum" or "none" ((N,)).
         memory_budget, backend, group: see ``contrastive_stats``. One direction is all there is: a step costs 3 products
-            (nothing kept: 4). Over a group, the loss is that of the whole batch.
+            (on a GPU with nothing kept: 4). Over a group, the loss is that of the whole batch.
 
     Returns:
         A scalar, or (N,) with ``reduction="none"``; float32 (float64 for float64 features).

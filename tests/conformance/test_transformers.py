@@ -80,7 +80,7 @@ def test_loss_and_gradients(name: str, dtype: torch.dtype) -> None:
         with torch.no_grad():
             evaluated = model(**inputs, return_loss=True)
     assert type(adapted) is type(theirs)
-    tolerance = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 1e-9, "atol": 1e-10}
+    tolerance = {"rtol": 3e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 1e-9, "atol": 1e-10}
     assert found.keys() == wanted.keys()
     for key, gradient in wanted.items():
         torch.testing.assert_close(found[key], gradient, **tolerance, msg=lambda m, key=key: f"{key}: {m}")

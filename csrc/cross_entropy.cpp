@@ -17,14 +17,6 @@ at::Tensor vector_of(const at::Tensor& t) {
   return t.to(at::kDouble).resolve_neg().contiguous();
 }
 
-double softplus(double x) {
-  return std::max(x, 0.) + std::log1p(std::exp(-std::abs(x)));
-}
-
-double sigmoid(double x) {
-  return 1 / (1 + std::exp(-x));
-}
-
 struct CrossEntropy : torch::autograd::Function<CrossEntropy> {
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& pos, at::TensorList normalisers, bool decoupled,
                             const std::string& reduction, at::ScalarType dtype) {

@@ -43,7 +43,6 @@ class Panels {
     p.b_panel = k_ * products<E>().panel;
     products<E>().multiply(p);
   }
-  bool empty() const { return k_ == 0; }
 
  private:
   static bool own() { return products<E>().multiply != nullptr; }

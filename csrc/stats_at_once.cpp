@@ -7,6 +7,7 @@
 #include <cmath>
 #include <vector>
 
+#include "cross_entropy.h"
 #include "gradients.h"
 #include "panels.h"
 #include "prepared.h"
@@ -28,11 +29,10 @@ struct Term {
 };
 
 // One row's loss, unweighted, and its derivatives by the row's statistics.
-Term term(double pos, double row, bool softplus, bool decoupled) {
-  const double z = softplus ? -pos : row - pos;
-  const double soft = std::max(z, 0.) + std::log1p(std::exp(-std::abs(z))), share = 1 / (1 + std::exp(-z));
-  if (softplus) return {row + soft, 1, -share};
-  return decoupled ? Term{z, 1, -1} : Term{soft, share, -share};
+Term term(double pos, double row, bool is_softplus, bool decoupled) {
+  const double z = is_softplus ? -pos : row - pos;
+  if (is_softplus) return {row + softplus(z), 1, -sigmoid(z)};
+  return decoupled ? Term{z, 1, -1} : Term{softplus(z), sigmoid(z), -sigmoid(z)};
 }
 
 template <class E>

@@ -66,24 +66,29 @@ class Gradients {
   E *along_ = nullptr, *down_ = nullptr;
 };
 
-// Column sums of G, tile by tile: the gradient of the bias. Added up in the tiles' order.
+// Column sums of G, tile by tile: the gradient of the bias. Added up in the tiles' order, some rows at a time in
+// double: of a bias that all columns share it is one sum over all of G.
 template <class T>
 class ColumnSums {
  public:
-  ColumnSums(bool asked, int64_t n, const at::TensorOptions& options)
-      : total_(asked ? at::zeros({n}, options) : at::Tensor()) {}
+  ColumnSums(bool asked, int64_t n) : total_(asked ? at::zeros({n}, at::kDouble) : at::Tensor()) {}
   void start(int64_t stories, int64_t length) {
     length_ = length;
-    parts_.assign(total_.defined() ? stories * length : 0, T(0));
+    parts_.assign(total_.defined() ? stories * length : 0, 0);
   }
   void add(int64_t story, int64_t c, const T* tile, int64_t stride, int64_t rows, int64_t cols) {
     if (parts_.empty()) return;
-    T* part = parts_.data() + story * length_ + c;
-    for (int64_t r = 0; r < rows; ++r)
-      for (int64_t j = 0; j < cols; ++j) part[j] += tile[r * stride + j];
+    double* part = parts_.data() + story * length_ + c;
+    std::array<T, kTileCols> some;
+    for (const Range& at : pieces(0, rows, 16)) {
+      std::fill_n(some.data(), cols, T(0));
+      for (int64_t r = at.begin; r < at.end; ++r)
+        for (int64_t j = 0; j < cols; ++j) some[j] += tile[r * stride + j];
+      for (int64_t j = 0; j < cols; ++j) part[j] += some[j];
+    }
   }
   void merge(int64_t first) {
-    T* total = total_.defined() ? total_.template mutable_data_ptr<T>() + first : nullptr;
+    double* total = total_.defined() ? total_.template mutable_data_ptr<double>() + first : nullptr;
     for (size_t i = 0; i < parts_.size(); ++i) total[i % length_] += parts_[i];
   }
   at::Tensor total() const { return total_; }
@@ -91,7 +96,7 @@ class ColumnSums {
  private:
   at::Tensor total_;
   int64_t length_ = 0;
-  std::vector<T> parts_;
+  std::vector<double> parts_;
 };
 
 // One task's share of dx and dy: rows [begin, end) of it, counted from the section's first.
@@ -131,10 +136,6 @@ void add_products(const Walk& walk, const Section& s, const Gradients<E>& g, con
   }
 }
 
-// The positives' gradients come after the products: among thousands of small negatives, one large term would cost the
-// sum its low bits. They, the factor `scale` and the dot products for the scale's own gradient take one pass over
-// `grad`.
-//
 // Row i of the features in T: bfloat16 is widened into `room`.
 template <class E, class T = typename Accumulator<E>::Type>
 const T* wide_row(const Features<E>& f, int64_t i, std::vector<T>& room) {
@@ -147,6 +148,10 @@ const T* wide_row(const Features<E>& f, int64_t i, std::vector<T>& room) {
   }
 }
 
+// The positives' gradients come after the products: among thousands of small negatives, one large term would cost the
+// sum its low bits. They, the factor `scale` and the dot products for the scale's own gradient take one pass over
+// `grad`.
+//
 // grad: (rows, D) sums over the negatives -> gradient of `features`. Row i gains g[i] times row other_row(i) of
 // `others`, unless that is negative. Returns sum(features * grad) before the factor.
 template <class E, class F, class T = typename Accumulator<E>::Type>
@@ -176,12 +181,7 @@ class FeatureGradients {
 
   // `joint`: y is x, and dx is to hold what y gains too. There are no gradients of positives, and dy is not asked.
   FeatureGradients(const Prepared<E>& p, std::array<bool, 4> needs, bool joint = false)
-      : p_(p),
-        needs_(needs),
-        joint_(joint),
-        g_(p.options()),
-        scratch_(p.options()),
-        bias_(needs[3], p.y.rows, p.options()) {
+      : p_(p), needs_(needs), joint_(joint), g_(p.options()), scratch_(p.options()), bias_(needs[3], p.y.rows) {
     // dscale = sum_i x_i . (G y)_i, or the same sum over columns when dx is not needed.
     scale_by_rows_ = needs[0] || (needs[2] && !needs[1]);
     if (scale_by_rows_) dx_ = at::zeros({p.x.rows, p.x.d}, p.options());
@@ -234,7 +234,7 @@ class FeatureGradients {
     at::Tensor dbias = bias_.total();
     if (dbias.defined() && g) {
       if (p_.targets)
-        dbias.index_add_(0, *p_.targets, *pos);
+        dbias.index_add_(0, *p_.targets, pos->to(at::kDouble));
       else
         dbias.slice(0, 0, p_.x.rows).add_(*pos);
     }
@@ -242,7 +242,7 @@ class FeatureGradients {
     if (needs_[0]) grads[0] = dx_;
     grads[1] = dy_;
     if (needs_[2]) grads[2] = scalar(dscale);
-    grads[3] = dbias;
+    if (dbias.defined()) grads[3] = dbias.to(dtype);
     return grads;
   }
 

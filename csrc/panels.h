@@ -72,7 +72,10 @@ class Panels {
       at::Tensor c = at::from_blob(p.c, {p.m, p.n}, {p.c_row, 1}, options);
       const at::Tensor a = at::from_blob(const_cast<E*>(p.a), {p.m, p.k}, {p.a_row, p.a_k}, options);
       const at::Tensor b = matrix_.slice(0, from, from + p.k).slice(1, first, first + p.n);
-      if (p.add)
+      if (p.n == 1) {  // dot products, which sum in many lanes
+        at::Tensor column = c.select(1, 0);
+        column.addmv_(a, b.select(1, 0), p.add);
+      } else if (p.add)
         c.addmm_(a, b);
       else
         at::mm_out(c, a, b);

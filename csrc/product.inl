@@ -2,9 +2,11 @@
 //
 // A micro-tile of C, kMicroRows x 2 vectors, stays in registers while k runs: per step two loads of a panel of B, and
 // one element of A for each row, broadcast. Sums run over kDepth steps at a time and are then added to C: a panel's
-// part of that length stays in L1, and the rounding error of a long sum grows with the number of parts.
+// part of that length stays in L1, and the rounding error of a long sum grows with the number of parts. Where C has one
+// column the vendor's dot products sum in many lanes: C narrower than a panel, whose time is another's, sums less at a
+// time.
 
-constexpr int64_t kDepth = 256;
+constexpr int64_t kDepth = 256, kNarrowDepth = 16;
 
 template <class E>
 using Sum = typename Accumulator<E>::Type;
@@ -64,8 +66,9 @@ template <class E>
 static void multiply(const Product<E>& p) {
   using T = Sum<E>;
   const int64_t tiles = (p.m + kMicroRows - 1) / kMicroRows;
-  for (int64_t k = 0; k < p.k; k += kDepth) {
-    const int64_t steps = smaller(kDepth, p.k - k);
+  const int64_t depth = p.n < kPanel<E> ? kNarrowDepth : kDepth;
+  for (int64_t k = 0; k < p.k; k += depth) {
+    const int64_t steps = smaller(depth, p.k - k);
     const bool add = p.add || k > 0;
     for (int64_t t = 0; t < tiles; ++t) {  // rows in equal shares, so that no short rest is left
       const int64_t row = p.m * t / tiles, rows = p.m * (t + 1) / tiles - row;

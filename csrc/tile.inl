@@ -157,13 +157,17 @@ static void forward_softplus(const LogitRule<T>& rule, const ForwardTile<T>& til
   for (int64_t r = 0; r < at.rows; ++r) {
     const int64_t i = at.row + r;
     mask_row(rule, strip, at, i, tile.products + r * tile.stride, logits, tile.pos + i);
-    Vec<T> sum{};
-    for (int64_t j = 0; j < at.cols; j += kLanes<T>) {
-      const Vec<T> s = load(logits + j);
-      sum += (s > T(0) ? s : Vec<T>{}) + log1p_unit<T>(exp_minus_abs<T>(s));
+    Vec<T> whole{};
+    for (int64_t block = 0; block < at.cols; block += 8 * kLanes<T>) {  // no log follows to shrink the sum's error
+      Vec<T> sum{};
+      for (int64_t j = block; j < smaller(block + 8 * kLanes<T>, at.cols); j += kLanes<T>) {
+        const Vec<T> s = load(logits + j);
+        sum += (s > T(0) ? s : Vec<T>{}) + log1p_unit<T>(exp_minus_abs<T>(s));
+      }
+      whole += sum;
     }
     T total = 0;
-    for (int l = 0; l < kLanes<T>; ++l) total += sum[l];
+    for (int l = 0; l < kLanes<T>; ++l) total += whole[l];
     tile.row_sum[r] = total;
   }
 }

@@ -61,6 +61,24 @@ assert report.breaches == 0, [(cell.worst_case, cell.worst) for cell in report.c
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.parametrize("level", LEVELS)
+def test_sums_of_equal_terms(level: str, seed: int) -> None:
+    """At D = 1, normalised, S has two values: no rounding error of a sum over rows, columns or both averages out."""
+    if LEVELS.index(level) > LEVELS.index(cpp.vector_level()):
+        pytest.skip(f"this CPU has {cpp.vector_level()} at most")
+    code = f"""
+import torch
+from fused_contrastive.testing import family
+for n, dtype in ((257, torch.float32), (257, torch.float64), (1500, torch.float32), (2500, torch.float64)):
+    for variant, scale in (("plain", 0.5), ("plain", 1.0), ("none", 1.0)):
+        case = family.FamilyCase("siglip", variant, family.Sizes(n, 1, dtype, scale), {seed})
+        for deviation in family.deviations(case, "cpp", torch.device("cpu")):
+            assert deviation.share <= 1, f"{{case}}: {{deviation}}"
+"""
+    result = run(code, FUSED_CONTRASTIVE_CPU_LEVEL=level)
+    assert result.returncode == 0, result.stderr
+
+
 def test_unknown_vector_level() -> None:
     code = "import torch, fused_contrastive as f; f.clip_loss(torch.randn(2, 2), torch.randn(2, 2), 1.0)"
     result = run(code, FUSED_CONTRASTIVE_CPU_LEVEL="mmx")

@@ -162,10 +162,10 @@ def check_kinds(backend: str, option: tuple[str, str], n: int, d: int, fill: str
                 assert torch.equal(kinds(value).where(~close, 0), kinds(expected)), place
     # Linear in the logits: a gradient of any loss.
     linear = any(("decoupled" in name or name == "label_smoothing") and value for name, value in options.items())
-    # A constant: where all others are positives, in the sum too.
+    # One pair, each the other's positive, whose logit overflows to -inf, as of an excluded one: both sums are -inf.
     labels = options.get("labels")
-    constant = case.variant == "in" and labels is not None and bool((labels == labels[0]).all())
-    if results[backend]["loss"].isnan().any() and not linear and not constant:
+    pair = case.variant == "in" and labels is not None and bool((labels == labels[0]).all())
+    if results[backend]["loss"].isnan().any() and not linear and not pair:
         assert not all(t.isfinite().all() for name, t in results[backend].items() if name != "loss"), f"{case} {fill}"
 
 

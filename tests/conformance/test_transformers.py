@@ -80,10 +80,12 @@ def test_loss_and_gradients(name: str, dtype: torch.dtype) -> None:
         with torch.no_grad():
             evaluated = model(**inputs, return_loss=True)
     assert type(adapted) is type(theirs)
-    tolerance = {"rtol": 3e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 1e-9, "atol": 1e-10}
+    tolerance = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 1e-9, "atol": 1e-10}
     assert found.keys() == wanted.keys()
     for key, gradient in wanted.items():
-        torch.testing.assert_close(found[key], gradient, **tolerance, msg=lambda m, key=key: f"{key}: {m}")
+        size = max(1.0, gradient.abs().max().item())  # 1.6e8 of one: its small entries have the rounding of its large
+        near = {**tolerance, "atol": tolerance["atol"] * size}
+        torch.testing.assert_close(found[key], gradient, **near, msg=lambda m, key=key: f"{key}: {m}")
     for key in ("loss", "text_embeds", "image_embeds"):
         torch.testing.assert_close(adapted[key], theirs[key], **tolerance)
     torch.testing.assert_close(adapted.text_model_output[0], theirs.text_model_output[0])

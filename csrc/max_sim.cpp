@@ -148,6 +148,9 @@ struct Output {
   int64_t n;
   Argmax argmax;
 
+  void clear(int64_t first, int64_t last) const {
+    if (sums) std::fill(sums + first * n, sums + last * n, T(0));
+  }
   void add(int64_t m, int64_t item, int64_t offset, const T* best, const int32_t* index, int64_t count) const {
     if (sums) sums[m * n + item] += static_cast<T>(std::accumulate(best, best + count, 0.));
     if (argmax.holds(m)) argmax.put(m, item, offset, index, count);
@@ -173,7 +176,14 @@ void sweep(const Side& x, const Side& y, int64_t first, int64_t last, const Outp
   const auto x_pieces = pieces(x, first, last, kBlockTokens), y_pieces = pieces(y, 0, y.items, kBlockTokens);
   const at::Tensor scratch = at::empty({longest(x_pieces) * longest(y_pieces)}, x.tokens.options());
   Maxima<T> of_x, of_y;
+  int64_t cleared = first;  // rows of sums, as the sweep comes to them: the first touch of (M, N) takes long
+  const auto clear_until = [&](int64_t row) {
+    for (const Output<T>* out : {out_x, out_y})
+      if (out) out->clear(cleared, row);
+    cleared = row;
+  };
   for (const Piece& xp : x_pieces) {
+    clear_until(xp.item1);
     for (const Piece& yp : y_pieces) {
       const int64_t rows = yp.tokens(), cols = xp.tokens(), x_items = xp.item1 - xp.item0;
       const int64_t y_items = yp.item1 - yp.item0;
@@ -225,6 +235,7 @@ void sweep(const Side& x, const Side& y, int64_t first, int64_t last, const Outp
       interrupt();
     }
   }
+  clear_until(last);
 }
 
 template <class T>
@@ -233,8 +244,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> forward(const TokenPr
   constexpr auto dtype = c10::CppTypeToScalarType<T>::value;
   const Side x(p.x, p.x_lengths, dtype), y(p.y, p.y_lengths, dtype);
   const int64_t m = x.items, n = y.items;
-  const at::Tensor x_sums = at::zeros({m, n}, dtype);
-  const at::Tensor y_sums = p.both ? at::zeros({m, n}, dtype) : at::empty({0, 0}, dtype);
+  const at::Tensor x_sums = at::empty({m, n}, dtype), y_sums = at::empty({p.both ? m : 0, p.both ? n : 0}, dtype);
   const Output<T> out_x{x_sums.mutable_data_ptr<T>(), n, {argmax_room(kept_rows, n, x, y)}};
   const Output<T> out_y{y_sums.mutable_data_ptr<T>(),
                         n,

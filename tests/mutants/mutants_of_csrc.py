@@ -65,8 +65,8 @@ MUTANTS = [
     Mutant(
         "the rest of a sum", "products leave out the steps beyond the last whole part of a sum",
         "csrc/product.inl",
-        "const int64_t steps = smaller(kDepth, p.k - k);",
-        "const int64_t steps = p.k > kDepth && p.k - k < kDepth ? 0 : smaller(kDepth, p.k - k);",
+        "const int64_t steps = smaller(depth, p.k - k);",
+        "const int64_t steps = p.k > depth && p.k - k < depth ? 0 : smaller(depth, p.k - k);",
         (BUDGET,), "cpp",
     ),
     Mutant(

@@ -25,12 +25,14 @@ class Gradients {
 
   explicit Gradients(const at::TensorOptions& options) : options_(options) {}
   void start(const Section& s) {
-    // An odd number of cache lines: rows a power of two apart would fall into the same few sets of the cache.
+    // Odd numbers of cache lines: rows a power of two apart would fall into the same few sets of the cache.
     stride_ = round_up(s.cols.size(), 32) + 16;
-    const int64_t rows = round_up(s.rows.size(), 2), size = (kPairs ? 2 : 1) * rows * stride_;
+    down_stride_ = round_up(ceil_div(s.rows.size(), kStep), 32) + 16;
+    const int64_t along = s.rows.size() * stride_ / kStep;
+    const int64_t size = along + (kPairs ? round_up(s.cols.size(), 16) * down_stride_ : 0);
     if (!memory_.defined() || memory_.numel() < size) memory_ = at::empty({size}, options_);
     along_ = static_cast<E*>(memory_.mutable_data_ptr());
-    down_ = along_ + (kPairs ? rows * stride_ / 2 : 0);
+    down_ = along_ + along;
   }
   // Where a tile's gradient is to be written, and with what stride; `store` then takes it over.
   T* tile(int64_t r, int64_t c, const TileScratch<T>& scratch) const {
@@ -43,7 +45,7 @@ class Gradients {
   void store(const T* tile, int64_t r, int64_t c, int64_t rows, int64_t cols) const {
     if constexpr (kPairs)
       products<E>().round_pairs(tile, kTileCols, rows, cols, along_ + r * stride_ / 2 + c / 2, stride_ / 2,
-                                down_ + r / 2 * stride_ + c, stride_);
+                                down_ + c * down_stride_ + r / 2, down_stride_);
   }
   // Rows of G, or of G.T, as an operand: k runs over `cols` or `rows`, counted from the section's first.
   Product<E> times_y(int64_t r, int64_t rows, const Range& cols) const {
@@ -51,7 +53,8 @@ class Gradients {
     return operand(rows, cols, along_ + r * stride + cols.begin / kStep, stride, 1);
   }
   Product<E> times_x(int64_t c, int64_t cols, const Range& rows) const {
-    return operand(cols, rows, down_ + rows.begin / kStep * stride_ + c, 1, stride_);
+    if constexpr (kPairs) return operand(cols, rows, down_ + c * down_stride_ + rows.begin / kStep, down_stride_, 1);
+    return operand(cols, rows, along_ + rows.begin * stride_ + c, 1, stride_);
   }
 
  private:
@@ -62,8 +65,8 @@ class Gradients {
   }
   at::Tensor memory_;
   at::TensorOptions options_;
-  int64_t stride_ = 0;
-  E *along_ = nullptr, *down_ = nullptr;
+  int64_t stride_ = 0, down_stride_ = 0;
+  E *along_ = nullptr, *down_ = nullptr;  // of G, and for pairs of G.T as well
 };
 
 // Column sums of G, tile by tile: the gradient of the bias. Added up in the tiles' order, some rows at a time in

@@ -1,4 +1,5 @@
 // Compiles the kernels once per instruction set and picks one when the extension is first used.
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <stdexcept>
@@ -6,7 +7,13 @@
 #include <utility>
 
 #ifdef __x86_64__
+#include <cpuid.h>
 #include <immintrin.h>
+#endif
+#if defined(__x86_64__) && defined(__linux__) && (defined(__clang__) || __GNUC__ >= 11)
+#include <sys/syscall.h>
+#include <unistd.h>
+#define FC_AMX  // the compiler knows it, and how to ask the system for it
 #endif
 
 #include "max_sim_kernels.h"
@@ -21,12 +28,20 @@
   _Pragma(                                                                                                             \
       "clang attribute push(__attribute__((target(\"avx512f,avx512dq,avx512vl,avx512bw,avx512bf16,fma\"))), apply_to " \
       "= function)")
+#define FC_TARGET_BEGIN_AMX                                                                                     \
+  _Pragma(                                                                                                      \
+      "clang attribute "                                                                                        \
+      "push(__attribute__((target(\"avx512f,avx512dq,avx512vl,avx512bw,avx512bf16,fma,amx-tile,amx-bf16\"))), " \
+      "apply_to = function)")
 #define FC_TARGET_END _Pragma("clang attribute pop")
 #elif defined(__x86_64__)
 #define FC_TARGET_BEGIN_AVX2 _Pragma("GCC push_options") _Pragma("GCC target(\"avx2,fma\")")
 #define FC_TARGET_BEGIN_AVX512 _Pragma("GCC push_options") _Pragma("GCC target(\"avx512f,avx512dq,avx512vl,fma\")")
 #define FC_TARGET_BEGIN_AVX512_BF16 \
   _Pragma("GCC push_options") _Pragma("GCC target(\"avx512f,avx512dq,avx512vl,avx512bw,avx512bf16,fma\")")
+#define FC_TARGET_BEGIN_AMX   \
+  _Pragma("GCC push_options") \
+      _Pragma("GCC target(\"avx512f,avx512dq,avx512vl,avx512bw,avx512bf16,fma,amx-tile,amx-bf16\")")
 #define FC_TARGET_END _Pragma("GCC pop_options")
 #endif
 
@@ -78,16 +93,45 @@ namespace avx512_bf16 {
 FC_TARGET_END
 #endif
 
+#ifdef FC_AMX
+FC_TARGET_BEGIN_AMX
+namespace amx_bf16 {
+#define FC_VECTOR_BYTES 64
+#define FC_BF16
+#include "vector.inl"
+#include "product.inl"
+#include "product_amx.inl"
+#undef FC_BF16
+#undef FC_VECTOR_BYTES
+}  // namespace amx_bf16
+FC_TARGET_END
+#endif
+
 namespace {
 
-enum Level { kBaseline, kAvx2, kAvx512, kAvx512Bf16 };
-constexpr const char* kNames[] = {"baseline", "avx2", "avx512", "avx512_bf16"};
+enum Level { kBaseline, kAvx2, kAvx512, kAvx512Bf16, kAmxBf16 };
+constexpr const char* kNames[] = {"baseline", "avx2", "avx512", "avx512_bf16", "amx_bf16"};
+
+// The system keeps AMX's large registers from a process that has not asked for them.
+bool has_amx() {
+#ifdef FC_AMX
+  constexpr unsigned kTile = 1u << 24, kBf16 = 1u << 22;
+  constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  unsigned a, b, c, d;
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kTile) && (d & kBf16) &&
+         syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+#else
+  return false;
+#endif
+}
 
 Level best_level() {
 #ifdef __x86_64__
   __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-    return __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512bf16") ? kAvx512Bf16 : kAvx512;
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+    if (!__builtin_cpu_supports("avx512bw") || !__builtin_cpu_supports("avx512bf16")) return kAvx512;
+    return has_amx() ? kAmxBf16 : kAvx512Bf16;
+  }
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return kAvx2;
 #endif
   return kBaseline;
@@ -102,7 +146,7 @@ Level chosen_level() {
       if (!std::strcmp(asked, kNames[l])) return static_cast<Level>(l);
     throw std::invalid_argument(
         std::string("FUSED_CONTRASTIVE_CPU_LEVEL: got '") + asked +
-        "', expected baseline, avx2, avx512 or avx512_bf16, at most what this CPU has: " + kNames[best]);
+        "', expected baseline, avx2, avx512, avx512_bf16 or amx_bf16, at most what this CPU has: " + kNames[best]);
   }();
   return level;
 }
@@ -113,25 +157,26 @@ const char* vector_level() {
   return kNames[chosen_level()];
 }
 
+// Levels above avx512 differ from it in the products of bfloat16 alone.
 template <class T>
 const Kernels<T>& kernels() {
 #ifdef __x86_64__
-  static const Kernels<T> tables[] = {baseline::table<T>(), avx2::table<T>(), avx512::table<T>(), avx512::table<T>()};
+  static const Kernels<T> tables[] = {baseline::table<T>(), avx2::table<T>(), avx512::table<T>()};
 #else
   static const Kernels<T> tables[] = {baseline::table<T>()};
 #endif
-  return tables[chosen_level()];
+  return tables[std::min(chosen_level(), kAvx512)];
 }
 
 template <class T>
 const MaxSimKernels<T>& max_sim_kernels() {
 #ifdef __x86_64__
   static const MaxSimKernels<T> tables[] = {baseline::max_sim_table<T>(), avx2::max_sim_table<T>(),
-                                            avx512::max_sim_table<T>(), avx512::max_sim_table<T>()};
+                                            avx512::max_sim_table<T>()};
 #else
   static const MaxSimKernels<T> tables[] = {baseline::max_sim_table<T>()};
 #endif
-  return tables[chosen_level()];
+  return tables[std::min(chosen_level(), kAvx512)];
 }
 
 // The baseline leaves the products of whole blocks to the vendor's library, which knows the CPU better.
@@ -139,9 +184,8 @@ template <class E>
 const Products<E>& products() {
   static const Products<E> none{};
 #ifdef __x86_64__
-  static const Products<E> tables[] = {none, avx2::product_table<E>(), avx512::product_table<E>(),
-                                       avx512::product_table<E>()};
-  return tables[chosen_level()];
+  static const Products<E> tables[] = {none, avx2::product_table<E>(), avx512::product_table<E>()};
+  return tables[std::min(chosen_level(), kAvx512)];
 #else
   return none;
 #endif
@@ -150,12 +194,15 @@ const Products<E>& products() {
 template <>
 const Products<Bf16Pair>& products<Bf16Pair>() {
   static const Products<Bf16Pair> none{};
+#ifdef FC_AMX
+  static const Products<Bf16Pair> amx = amx_bf16::amx_table();
+  if (chosen_level() == kAmxBf16) return amx;
+#endif
 #ifdef __x86_64__
   static const Products<Bf16Pair> pairs = avx512_bf16::product_table<Bf16Pair>();
-  return chosen_level() == kAvx512Bf16 ? pairs : none;
-#else
-  return none;
+  if (chosen_level() == kAvx512Bf16) return pairs;
 #endif
+  return none;
 }
 
 template const Kernels<float>& kernels<float>();

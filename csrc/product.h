@@ -40,7 +40,7 @@ template <class E>
 struct Product {
   using T = typename Accumulator<E>::Type;
   int64_t m, n, k;
-  const E* a;  // (m, k), with any strides
+  const E* a;  // (m, k), with any strides; of Bf16Pair a_k is 1
   int64_t a_row, a_k;
   const E* b;       // (k, n) in panels of Products::panel columns: panel j is (k, panel), its last columns padded
   int64_t b_panel;  // elements between one panel and the next
@@ -59,8 +59,9 @@ struct Products {
   void (*pack)(const typename Stored<E>::Type* b, int64_t b_row, int64_t rows, int64_t columns, E* panel);
   // Fills one panel with `columns` rows of b (n, k), which become columns.
   void (*pack_transposed)(const E* b, int64_t b_row, int64_t k, int64_t columns, E* panel);
-  // For Bf16Pair: rounds g (rows, cols) to pairs that follow each other along a row, (rows, cols / 2), and down a
-  // column, (rows / 2, cols); 0 where a pair has only one. What the two products of the backward read.
+  // For Bf16Pair: rounds g (rows, cols) to pairs that follow each other along a row, (rows, cols / 2), and to pairs
+  // that do down a column, of g's transpose: (cols, rows / 2). What the two products of the backward read. 0 where a
+  // pair has only one; of the second also where a block of 16 columns by 16 pairs ends behind g.
   void (*round_pairs)(const T* g, int64_t g_row, int64_t rows, int64_t cols, E* along, int64_t along_row, E* down,
                       int64_t down_row);
 };

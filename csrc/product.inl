@@ -143,18 +143,22 @@ static inline void transpose_square(const E* in, int64_t in_row, E* out, int64_t
   }
   for (int i = 0; i < n; ++i) __builtin_memcpy(out + i * out_row, &rows[from][i], sizeof(Vec<T>));
 }
+#else
+template <class E>
+static inline void transpose_square(const E* in, int64_t in_row, E* out, int64_t out_row) {
+  for (int i = 0; i < kLanes<Sum<E>>; ++i)
+    for (int j = 0; j < kLanes<Sum<E>>; ++j) out[j * out_row + i] = in[i * in_row + j];
+}
 #endif
 
 template <class E>
 static void pack_transposed(const E* b, int64_t b_row, int64_t k, int64_t columns, E* panel) {
   int64_t done = 0;  // steps of k
-#ifdef FC_SHUFFLE
   constexpr int n = kLanes<Sum<E>>;
   if (columns == kPanel<E>)
     for (; done + n <= k; done += n)
       for (int half = 0; half < 2; ++half)
         transpose_square(b + half * n * b_row + done, b_row, panel + done * kPanel<E> + half * n, kPanel<E>);
-#endif
   for (int64_t s = done; s < k; ++s)
     for (int64_t j = 0; j < kPanel<E>; ++j) panel[s * kPanel<E> + j] = j < columns ? b[j * b_row + s] : E{};
 }
@@ -169,21 +173,27 @@ void pack<Bf16Pair>(const uint16_t* b, int64_t b_row, int64_t rows, int64_t colu
   }
 }
 
+// 32 rows by 16 columns at a time, whose pairs down the columns make a square.
 static void round_pairs(const float* g, int64_t g_row, int64_t rows, int64_t cols, Bf16Pair* along, int64_t along_row,
                         Bf16Pair* down, int64_t down_row) {
   constexpr int64_t n = 16;
-  for (int64_t r = 0; r < rows; r += 2)
+  alignas(64) Bf16Pair square[n * n];
+  for (int64_t r = 0; r < rows; r += 2 * n)
     for (int64_t c = 0; c < cols; c += n) {
       const int64_t width = smaller(n, cols - c);
-      const __mmask16 lanes = __mmask16((1u << width) - 1), pairs = __mmask16((1u << (width + 1) / 2) - 1);
-      const __m512 upper = _mm512_maskz_loadu_ps(lanes, g + r * g_row + c);
-      const __m512 lower = r + 1 < rows ? _mm512_maskz_loadu_ps(lanes, g + (r + 1) * g_row + c) : _mm512_setzero_ps();
-      const __m256i first = (__m256i)_mm512_cvtneps_pbh(upper), second = (__m256i)_mm512_cvtneps_pbh(lower);
-      _mm256_mask_storeu_epi32(along + r * along_row + c / 2, __mmask8(pairs), first);
-      if (r + 1 < rows) _mm256_mask_storeu_epi32(along + (r + 1) * along_row + c / 2, __mmask8(pairs), second);
-      const __m512i both =
-          _mm512_or_si512(_mm512_cvtepu16_epi32(first), _mm512_slli_epi32(_mm512_cvtepu16_epi32(second), 16));
-      _mm512_mask_storeu_epi32(down + r / 2 * down_row + c, lanes, both);
+      const __mmask16 lanes = __mmask16((1u << width) - 1);
+      const __mmask8 pairs = __mmask8((1u << (width + 1) / 2) - 1);
+      for (int64_t i = 0; i < n; ++i) {
+        __m256i half[2] = {};
+        for (int64_t k = 0; k < 2 && r + 2 * i + k < rows; ++k) {
+          const int64_t row = r + 2 * i + k;
+          half[k] = (__m256i)_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(lanes, g + row * g_row + c));
+          _mm256_mask_storeu_epi32(along + row * along_row + c / 2, pairs, half[k]);
+        }
+        const __m512i second = _mm512_slli_epi32(_mm512_cvtepu16_epi32(half[1]), 16);
+        _mm512_store_si512(square + i * n, _mm512_or_si512(_mm512_cvtepu16_epi32(half[0]), second));
+      }
+      transpose_square(square, n, down + c * down_row + r / 2, down_row);
     }
 }
 #endif

@@ -12,7 +12,7 @@ from interrupting import seconds_to_end
 
 from fused_contrastive.backends import cpp
 
-LEVELS = ["baseline", "avx2", "avx512", "avx512_bf16"]
+LEVELS = ["baseline", "avx2", "avx512", "avx512_bf16", "amx_bf16"]
 CASES = "cpp and (random_problems or longer or nan_and_inf or by_hand or equal_tokens)"
 
 

@@ -15,7 +15,7 @@ from interrupting import seconds_to_end
 from fused_contrastive import contrastive_stats
 from fused_contrastive.backends import cpp
 
-LEVELS = ["baseline", "avx2", "avx512", "avx512_bf16"]
+LEVELS = ["baseline", "avx2", "avx512", "avx512_bf16", "amx_bf16"]
 
 
 def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -83,7 +83,10 @@ def test_unknown_vector_level() -> None:
     code = "import torch, fused_contrastive as f; f.clip_loss(torch.randn(2, 2), torch.randn(2, 2), 1.0)"
     result = run(code, FUSED_CONTRASTIVE_CPU_LEVEL="mmx")
     assert result.returncode != 0
-    assert "FUSED_CONTRASTIVE_CPU_LEVEL: got 'mmx', expected baseline, avx2, avx512 or avx512_bf16" in result.stderr
+    assert (
+        "FUSED_CONTRASTIVE_CPU_LEVEL: got 'mmx', expected baseline, avx2, avx512, avx512_bf16 or amx_bf16"
+        in result.stderr
+    )
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")

@@ -58,7 +58,7 @@ def kept(rows: int, n: int, dtype: torch.dtype) -> tuple[tuple[int, ...], torch.
 
 
 def vector_level() -> str:
-    """The instruction set of the vector kernels here: baseline, avx2, avx512 or avx512_bf16."""
+    """The instruction set of the vector kernels here: baseline, avx2, avx512, avx512_bf16 or amx_bf16."""
     return _C.vector_level()
 
 

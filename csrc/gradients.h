@@ -139,7 +139,7 @@ void add_products(const Walk& walk, const Section& s, const Gradients<E>& g, con
   }
 }
 
-// Row i of the features in T: bfloat16 is widened into `room`.
+// Row i of the features in T: bfloat16 is widened into `room`, a unit feature made there.
 template <class E, class T = typename Accumulator<E>::Type>
 const T* wide_row(const Features<E>& f, int64_t i, std::vector<T>& room) {
   if constexpr (std::is_same_v<E, Bf16Pair>) {
@@ -147,7 +147,7 @@ const T* wide_row(const Features<E>& f, int64_t i, std::vector<T>& room) {
     for (int64_t j = 0; j < f.d; ++j) room[j] = c10::detail::f32_from_bits(f.elements[i * f.d + j]);
     return room.data();
   } else {
-    return f.elements + i * f.d;
+    return f.read(i, 1, 0, f.d, room).first;
   }
 }
 
@@ -157,6 +157,7 @@ const T* wide_row(const Features<E>& f, int64_t i, std::vector<T>& room) {
 //
 // grad: (rows, D) sums over the negatives -> gradient of `features`. Row i gains g[i] times row other_row(i) of
 // `others`, unless that is negative. Returns sum(features * grad) before the factor.
+// Of unit features `grad` is in the end that of the features before they were.
 template <class E, class F, class T = typename Accumulator<E>::Type>
 double finish_rows(const at::Tensor& grad, const Features<E>& features, const Features<E>& others, const T* g, T scale,
                    const F& other_row) {
@@ -168,9 +169,10 @@ double finish_rows(const at::Tensor& grad, const Features<E>& features, const Fe
     std::vector<T> own, other;
     for (int64_t i = part * kGrain; i < std::min(rows, (part + 1) * kGrain); ++i) {
       const int64_t o = g ? other_row(i) : -1;
-      dots[part] +=
-          kernels<T>().finish_row(out + i * d, wide_row(features, i, own), o < 0 ? nullptr : wide_row(others, o, other),
-                                  o < 0 ? T(0) : g[i], scale, d);
+      const T* feature = wide_row(features, i, own);
+      dots[part] += kernels<T>().finish_row(out + i * d, feature, o < 0 ? nullptr : wide_row(others, o, other),
+                                            o < 0 ? T(0) : g[i], scale, d);
+      if (features.unit()) project_row(out + i * d, feature, features.norm(i), d);
     }
   });
   return std::accumulate(dots.begin(), dots.end(), 0.);
@@ -229,7 +231,7 @@ class FeatureGradients {
     }
     if (dx_.defined()) dscale = finish_rows(dx_, p_.x, p_.y, g, scale, [&](int64_t i) { return p_.rule.target(i); });
     if (dy_.defined()) {
-      if (g && p_.targets) dy_.index_add_(0, *p_.targets, pos->unsqueeze(1) * p_.x.tensor.to(dtype));
+      if (g && p_.targets) add_to_targets(g);
       const int64_t diagonal = p_.targets ? 0 : p_.x.rows;  // row j of y is row j's positive
       const double dot = finish_rows(dy_, p_.y, p_.x, g, scale, [&](int64_t j) { return j < diagonal ? j : -1; });
       if (!scale_by_rows_) dscale = dot;
@@ -250,6 +252,16 @@ class FeatureGradients {
   }
 
  private:
+  // dy += the positives' part, of rows of x with targets of their own: several may have the same.
+  void add_to_targets(const T* g) {
+    const int64_t d = p_.x.d;
+    std::vector<T> room;
+    for (int64_t i = 0; i < p_.x.rows; ++i) {
+      TORCH_CHECK_INDEX(p_.rule.target(i) >= 0 && p_.rule.target(i) < p_.y.rows, "targets: no column of row ", i);
+      const T* x = wide_row(p_.x, i, room);
+      kernels<T>().finish_row(dy_.mutable_data_ptr<T>() + p_.rule.target(i) * d, x, x, g[i], T(1), d);
+    }
+  }
   // By way of a double tensor, which becomes inf in float where a C++ number would raise.
   at::Tensor scalar(double value) const { return at::scalar_tensor(value, at::kDouble).to(p_.options()); }
 

@@ -91,13 +91,13 @@ auto backward(const fc::Problem& problem, at::Tensor row, at::Tensor col, at::Te
   return fc::stats_backward(problem, row, col, kept, g_pos, g_row, g_col, needs, joint, interrupt);
 }
 
-auto at_once(const fc::Problem& problem, const at::Tensor& weights, double margin, bool decoupled,
+auto at_once(const fc::Problem& problem, double weight, double margin, bool decoupled, bool normalize,
              std::array<bool, 4> needs) {
   threads_after_fork();
   const auto interrupt = python_interrupt();
   py::gil_scoped_release release;
   const at::NoGradGuard no_grad;
-  auto [loss, grads] = fc::stats_at_once(problem, weights, margin, decoupled, needs, interrupt);
+  auto [loss, grads] = fc::stats_at_once(problem, weight, margin, decoupled, normalize, needs, interrupt);
   return std::make_tuple(loss, grads);
 }
 
@@ -108,10 +108,10 @@ at::Tensor cross_entropy(const at::Tensor& pos, const std::vector<at::Tensor>& n
   return fc::cross_entropy(pos, normalisers, decoupled, reduction, dtype);
 }
 
-at::Tensor normalize(const at::Tensor& x) {
+at::Tensor normalize(const std::vector<at::Tensor>& views) {
   threads_after_fork();
   py::gil_scoped_release release;
-  return fc::normalize(x);
+  return fc::normalize(views);
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> max_sim_forward(at::Tensor x, at::Tensor y,

@@ -1,7 +1,5 @@
 // F.normalize's backward is eight passes over the features: of a batch of 1000 they take a third of a matrix product.
-// Here a row stays in L1 from its norm to its result, and its gradient likewise:
-//
-//     z = x / |x|        dx = (g - z (z . g)) / |x|        and g / 1e-12 where |x| is below 1e-12
+// Here a row stays in L1 from its norm to its result, and its gradient likewise.
 #include "normalize.h"
 
 #include <ATen/ATen.h>
@@ -9,10 +7,9 @@
 #include <torch/csrc/autograd/custom_function.h>
 
 #include <algorithm>
-#include <cmath>
-#include <cstring>
+#include <vector>
 
-#include "tile.h"
+#include "unit_rows.h"
 
 namespace fc {
 namespace {
@@ -20,62 +17,91 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-constexpr double kLeastNorm = 1e-12;
 constexpr int64_t kGrain = 64;  // rows
 
+int64_t row_count(const at::Tensor& x) {
+  return x.numel() / std::max<int64_t>(1, x.size(-1));
+}
+
 template <class F>
-void for_each_row(int64_t rows, const F& f) {
-  at::parallel_for(0, rows, kGrain, [&](int64_t begin, int64_t end) {
+void for_each_row(const at::Tensor& x, const F& f) {
+  at::parallel_for(0, row_count(x), kGrain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) f(i);
   });
 }
 
-// z and the norms, as they are before the least one.
+// z and the norms, as they are before the least one, of some rows.
 template <class T>
-void forward(const at::Tensor& x, const at::Tensor& z, const at::Tensor& norms) {
+void forward(const at::Tensor& x, T* z, T* norms) {
   const int64_t d = x.size(-1);
   const T* in = x.const_data_ptr<T>();
-  T *out = z.mutable_data_ptr<T>(), *norm = norms.mutable_data_ptr<T>();
-  for_each_row(norms.numel(), [&](int64_t i) {
-    const T* own = in + i * d;
-    T* row = out + i * d;
-    std::memcpy(row, own, d * sizeof(T));
-    norm[i] = static_cast<T>(std::sqrt(kernels<T>().finish_row(row, own, nullptr, T(0), T(1), d)));
-    kernels<T>().finish_row(row, own, nullptr, T(0), T(1) / std::max(norm[i], T(kLeastNorm)), d);
+  for_each_row(x, [&](int64_t i) {
+    T* row = z + i * d;
+    norms[i] = copy_and_norm(in + i * d, row, d);
+    kernels<T>().finish_row(row, row, nullptr, T(0), inverse_of(norms[i]), d);
   });
 }
 
+// The gradient of z becomes that of x.
 template <class T>
-void backward(const at::Tensor& g, const at::Tensor& z, const at::Tensor& norms, const at::Tensor& dx) {
-  const int64_t d = z.size(-1);
-  const T *upstream = g.const_data_ptr<T>(), *unit = z.const_data_ptr<T>(), *norm = norms.const_data_ptr<T>();
-  T* out = dx.mutable_data_ptr<T>();
-  for_each_row(norms.numel(), [&](int64_t i) {
-    const T* own = unit + i * d;
-    T* row = out + i * d;
-    std::memcpy(row, upstream + i * d, d * sizeof(T));
-    const auto dot = static_cast<T>(kernels<T>().finish_row(row, own, nullptr, T(0), T(1), d));
-    const bool constant = norm[i] < T(kLeastNorm);  // the divisor
-    kernels<T>().finish_row(row, own, constant ? nullptr : own, -dot, T(1) / std::max(norm[i], T(kLeastNorm)), d);
-  });
+void backward(const T* z, const T* norms, const at::Tensor& grad) {
+  const int64_t d = grad.size(-1);
+  T* out = grad.mutable_data_ptr<T>();
+  for_each_row(grad, [&](int64_t i) { project_row(out + i * d, z + i * d, norms[i], d); });
 }
 
+// Calls f(T{}) for the dtype of t.
+template <class F>
+void with_dtype(const at::Tensor& t, const F& f) {
+  t.scalar_type() == at::kDouble ? f(double{}) : f(float{});
+}
+
+// The views are normalised straight into one tensor: put together first, they would be held twice.
 struct Normalize : torch::autograd::Function<Normalize> {
-  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& given) {
-    const at::Tensor x = given.resolve_neg().contiguous(), z = at::empty_like(x);
-    const at::Tensor norms = at::empty({x.numel() / std::max<int64_t>(1, x.size(-1))}, x.options());
-    x.scalar_type() == at::kDouble ? fc::forward<double>(x, z, norms) : fc::forward<float>(x, z, norms);
-    ctx->save_for_backward({given, z, norms});
+  static at::Tensor forward(AutogradContext* ctx, at::TensorList views) {
+    std::vector<int64_t> shape = views[0].sizes().vec();
+    shape[0] = 0;
+    for (const at::Tensor& x : views) shape[0] += x.size(0);
+    const at::Tensor z = at::empty(shape, views[0].options()), norms = at::empty({row_count(z)}, z.options());
+    with_dtype(z, [&](auto zero) {
+      using T = decltype(zero);
+      T *out = z.mutable_data_ptr<T>(), *norm = norms.mutable_data_ptr<T>();
+      for (const at::Tensor& x : views) {
+        fc::forward<T>(x.resolve_neg().contiguous(), out, norm);
+        out += x.numel();
+        norm += row_count(x);
+      }
+    });
+    variable_list saved(views.begin(), views.end());
+    saved.insert(saved.end(), {z, norms});
+    ctx->save_for_backward(saved);
     return z;
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& upstream) {
-    const variable_list saved = ctx->get_saved_variables();
-    if (at::GradMode::is_enabled()) return {recorded(saved[0], upstream[0])};
-    const at::Tensor g = upstream[0].resolve_neg().contiguous(), dx = at::empty_like(saved[1]);
-    const bool wide = dx.scalar_type() == at::kDouble;
-    wide ? fc::backward<double>(g, saved[1], saved[2], dx) : fc::backward<float>(g, saved[1], saved[2], dx);
-    return {dx};
+    variable_list views = ctx->get_saved_variables(), grads;
+    const at::Tensor norms = views.back(), z = views[views.size() - 2];
+    views.resize(views.size() - 2);
+    if (at::GradMode::is_enabled()) {
+      int64_t first = 0;
+      for (const at::Tensor& x : views) {
+        grads.push_back(recorded(x, upstream[0].narrow(0, first, x.size(0))));
+        first += x.size(0);
+      }
+      return grads;
+    }
+    const at::Tensor dx = upstream[0].resolve_neg().contiguous();  // z's gradient, and then x's
+    with_dtype(z, [&](auto zero) {
+      using T = decltype(zero);
+      fc::backward<T>(z.const_data_ptr<T>(), norms.const_data_ptr<T>(), dx);
+    });
+    if (views.size() == 1) return {dx};
+    int64_t first = 0;
+    for (const at::Tensor& x : views) {
+      grads.push_back(dx.narrow(0, first, x.size(0)));
+      first += x.size(0);
+    }
+    return grads;
   }
 
  private:
@@ -90,8 +116,8 @@ struct Normalize : torch::autograd::Function<Normalize> {
 
 }  // namespace
 
-at::Tensor normalize(const at::Tensor& x) {
-  return Normalize::apply(x);
+at::Tensor normalize(at::TensorList views) {
+  return Normalize::apply(views);
 }
 
 }  // namespace fc

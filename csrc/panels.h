@@ -3,6 +3,7 @@
 #include <ATen/ATen.h>
 
 #include <algorithm>
+#include <vector>
 
 #include "parallel.h"
 #include "prepared.h"
@@ -22,16 +23,20 @@ class Panels {
 
   // Rows [begin, end) of the features as the columns of a (D, rows) matrix.
   void set_transposed(const Features<E>& f, int64_t begin, int64_t end) {
-    if (!own()) return set_vendor(rows_of(f.tensor, begin, end).t());
+    if (!own()) return set_vendor(f.as_tensor(begin, end).t());
     fill(f.row_stride(), end - begin, [&](int64_t column, int64_t columns, E* panel) {
-      products<E>().pack_transposed(f.row(begin + column), f.row_stride(), k_, columns, panel);
+      std::vector<typename Features<E>::Element> room;
+      const auto rows = f.read(begin + column, columns, 0, f.d, room).first;
+      products<E>().pack_transposed(reinterpret_cast<const E*>(rows), f.row_stride(), k_, columns, panel);
     });
   }
   // Rows [begin, end) of the features as a (rows, D) matrix.
   void set(const Features<E>& f, int64_t begin, int64_t end) {
-    if (!own()) return set_vendor(rows_of(f.tensor, begin, end));
+    if (!own()) return set_vendor(f.as_tensor(begin, end));
     fill(ceil_div(end - begin, Stored<E>::rows), f.d, [&](int64_t column, int64_t columns, E* panel) {
-      products<E>().pack(f.elements + begin * f.d + column, f.d, end - begin, columns, panel);
+      std::vector<typename Features<E>::Element> room;
+      const auto [first, stride] = f.read(begin, end - begin, column, columns, room);
+      products<E>().pack(first, stride, end - begin, columns, panel);
     });
   }
 
@@ -72,14 +77,28 @@ class Panels {
       at::Tensor c = at::from_blob(p.c, {p.m, p.n}, {p.c_row, 1}, options);
       const at::Tensor a = at::from_blob(const_cast<E*>(p.a), {p.m, p.k}, {p.a_row, p.a_k}, options);
       const at::Tensor b = matrix_.slice(0, from, from + p.k).slice(1, first, first + p.n);
-      if (p.n == 1) {  // dot products, which sum in many lanes
-        at::Tensor column = c.select(1, 0);
-        column.addmv_(a, b.select(1, 0), p.add);
-      } else if (p.add)
+      if (p.n == 1)
+        times_column(p, b.template const_data_ptr<T>(), b.stride(0));
+      else if (p.add)
         c.addmm_(a, b);
       else
         at::mm_out(c, a, b);
     }
+  }
+
+  // Of features of one dimension the terms of a sum may all be equal, and their rounding errors then add up. No library
+  // says how it sums: here a few terms at a time, and in double.
+  static void times_column(const Product<E>& p, const T* b, int64_t b_stride) {
+    constexpr int64_t kTerms = 16;
+    std::vector<double> sums(p.m), some(p.m);
+    for (int64_t first = 0; first < p.k; first += kTerms) {
+      some.assign(p.m, 0);
+      for (int64_t k = first; k < std::min(p.k, first + kTerms); ++k)
+        for (int64_t i = 0; i < p.m; ++i)
+          some[i] += static_cast<double>(p.a[i * p.a_row + k * p.a_k]) * b[k * b_stride];
+      for (int64_t i = 0; i < p.m; ++i) sums[i] += some[i];
+    }
+    for (int64_t i = 0; i < p.m; ++i) p.c[i * p.c_row] = static_cast<T>(p.add ? p.c[i * p.c_row] + sums[i] : sums[i]);
   }
 
   E* packed() const { return static_cast<E*>(memory_.data_ptr()); }

@@ -48,9 +48,10 @@ struct LossAndGradients {
   std::array<at::Tensor, 4> grads;  // dx, dy, dscale, dcol_bias in float32 (float64), undefined where not needed
 };
 
-// The weighted sum over rows of softplus(row - (pos - margin)), or of row - (pos - margin) where decoupled; for
+// `weight` times the sum over rows of softplus(row - (pos - margin)), or of row - (pos - margin) where decoupled; for
 // softplus problems of row + softplus(-pos). And its gradients. Needs rows alone, and all pairs: not `upper`.
-LossAndGradients stats_at_once(const Problem& problem, const at::Tensor& weights, double margin, bool decoupled,
+// `normalize`: x and y, float32 or float64, are divided by their lengths first.
+LossAndGradients stats_at_once(const Problem& problem, double weight, double margin, bool decoupled, bool normalize,
                                std::array<bool, 4> needs, const Interrupt& interrupt);
 
 }  // namespace fc

@@ -1,5 +1,5 @@
 // The loss and its gradients in one walk over the rows of S: 3 products, where a forward and a backward take 4 that
-// keep no products between them. For sums over rows alone, whose weights in the loss are known: some hundred rows of S
+// keep no products between them. For sums over rows alone, all of one weight: some hundred rows of S
 // are held until their normalisers are, become the gradient of their logits, and are forgotten.
 #include <ATen/ATen.h>
 
@@ -36,12 +36,12 @@ Term term(double pos, double row, bool is_softplus, bool decoupled) {
 }
 
 template <class E>
-LossAndGradients loss_and_gradients(const Problem& problem, const at::Tensor& weights, double margin, bool decoupled,
-                                    std::array<bool, 4> needs, const Interrupt& interrupt) {
+LossAndGradients loss_and_gradients(const Problem& problem, double weight, double margin, bool decoupled,
+                                    std::array<bool, 4> needs, bool normalize, const Interrupt& interrupt) {
   using T = typename Accumulator<E>::Type;
-  const Prepared<E> p(problem);
+  const Prepared<E> p(problem, normalize);
   const int64_t m = p.x.rows, n = p.y.rows, stride = round_up(n, 32) + 16;
-  const at::Tensor pos = at::empty({m}, p.options()), weight = contiguous_as(weights, at::kDouble);
+  const at::Tensor pos = at::empty({m}, p.options());
   const at::Tensor losses = at::empty({m}, at::kDouble), g_pos = at::empty({m}, p.options());
   const at::Tensor g_row = at::empty({m}, p.options());
   const std::vector<Range> all = pieces(0, m, rows_at_once(n));
@@ -52,8 +52,10 @@ LossAndGradients loss_and_gradients(const Problem& problem, const at::Tensor& we
   const Walk walk(m, n, 0, false);
   FeatureGradients<E> gradients(p, needs);
   Panels<E> y_transposed;
+  at::Tensor units;
   for (const Range& rows : all) {
     const auto products = [&](const Place& at) { return s + (at.row - rows.begin) * stride + at.col; };
+    const Rows<E> x = p.x.read_rows(rows.begin, rows.end, units);
     Totals<T> row(true, rows.size(), !problem.softplus);
     for (const Range& group : walk.groups()) {
       const Section section{rows, group, true};
@@ -64,7 +66,7 @@ LossAndGradients loss_and_gradients(const Problem& problem, const at::Tensor& we
           [&](const Place& at, int64_t, int64_t strip) {
             T* tile = products(at);
             const int64_t r = at.row - rows.begin;
-            multiply_tile(p.x, y_transposed, at, at.col - group.begin, tile, stride);
+            multiply_tile(x, y_transposed, at, at.col - group.begin, tile, stride);
             kernels<T>().forward(
                 p.rule, {at, tile, stride, pos_data, row.part_max(strip, r), row.part_sum(strip, r), nullptr, nullptr});
           },
@@ -75,12 +77,11 @@ LossAndGradients loss_and_gradients(const Problem& problem, const at::Tensor& we
     const at::Tensor value = row.value();
     if (!problem.softplus) norm.set(rows.begin, value);
     for (int64_t i = rows.begin; i < rows.end; ++i) {
-      const double w = weight.const_data_ptr<double>()[i];
       const Term t = term(static_cast<double>(pos_data[i]) - margin, value.const_data_ptr<double>()[i - rows.begin],
                           problem.softplus, decoupled);
-      losses.mutable_data_ptr<double>()[i] = t.loss * w;
-      g_row.mutable_data_ptr<T>()[i] = static_cast<T>(t.g_row * w);
-      g_pos.mutable_data_ptr<T>()[i] = static_cast<T>(t.g_pos * w);
+      losses.mutable_data_ptr<double>()[i] = t.loss * weight;
+      g_row.mutable_data_ptr<T>()[i] = static_cast<T>(t.g_row * weight);
+      g_pos.mutable_data_ptr<T>()[i] = static_cast<T>(t.g_pos * weight);
     }
     for (const Range& group : walk.groups()) {
       gradients.start_group(group);
@@ -96,10 +97,10 @@ LossAndGradients loss_and_gradients(const Problem& problem, const at::Tensor& we
 
 }  // namespace
 
-LossAndGradients stats_at_once(const Problem& problem, const at::Tensor& weights, double margin, bool decoupled,
+LossAndGradients stats_at_once(const Problem& problem, double weight, double margin, bool decoupled, bool normalize,
                                std::array<bool, 4> needs, const Interrupt& interrupt) {
   return with_elements(problem, [&](auto element) {
-    return loss_and_gradients<decltype(element)>(problem, weights, margin, decoupled, needs, interrupt);
+    return loss_and_gradients<decltype(element)>(problem, weight, margin, decoupled, needs, normalize, interrupt);
   });
 }
 

@@ -33,6 +33,8 @@ std::array<at::Tensor, 4> backward(const Problem& problem, const at::Tensor& row
 
   const Walk walk(p.x.rows, n, problem.kept_rows, problem.upper);
   FeatureGradients<E> gradients(p, needs, joint);
+  at::Tensor room;
+  const Rows<E> x = p.x.read_rows(0, p.x.rows, room);
   Panels<E> y_transposed;
   const T* kept_data = problem.kept_rows ? kept.const_data_ptr<T>() : nullptr;
   for (const Range& group : g_row || g_col ? walk.groups() : std::vector<Range>()) {
@@ -40,7 +42,7 @@ std::array<at::Tensor, 4> backward(const Problem& problem, const at::Tensor& row
     gradients.start_group(group);
     for (const Section& s : walk.sections(group)) {
       gradients.add(walk, s, [&](const Place& at, T* tile, int64_t stride) {
-        if (!s.kept) multiply_tile(p.x, y_transposed, at, at.col - group.begin, tile, stride);
+        if (!s.kept) multiply_tile(x, y_transposed, at, at.col - group.begin, tile, stride);
         kernels<T>().backward(p.rule,
                               {at, s.kept ? kept_data + at.row * n + at.col : tile, s.kept ? n : stride, tile, stride,
                                g_row ? row_norm.high.data() : nullptr, row_norm.low.data(), data<T>(row_grad),

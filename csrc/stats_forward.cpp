@@ -26,6 +26,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> forward(const Problem
   const TileScratch<T> scratch(p.options());
   T *pos_data = pos.mutable_data_ptr<T>(), *kept_data = kept.mutable_data_ptr<T>();
 
+  at::Tensor room;
+  const Rows<E> x = p.x.read_rows(0, m, room);
   Panels<E> y;
   for (const Range& group : walk.groups()) {
     y.set_transposed(p.y, group.begin, group.end);
@@ -38,7 +40,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> forward(const Problem
             const int64_t r = at.row - s.rows.begin, c = at.col - s.cols.begin;
             T* tile = s.kept ? kept_data + at.row * n + at.col : scratch.get();
             const int64_t stride = s.kept ? n : kTileCols;
-            multiply_tile(p.x, y, at, c, tile, stride);
+            multiply_tile(x, y, at, c, tile, stride);
             kernels<T>().forward(p.rule, {at, tile, stride, pos_data, row.part_max(strip, r), row.part_sum(strip, r),
                                           col.part_max(story, c), col.part_sum(story, c)});
           },

@@ -109,8 +109,8 @@ class Walk {
 
 // A tile's products x @ y.T, of which `y` has the columns from `first` on.
 template <class E, class T = typename Accumulator<E>::Type>
-void multiply_tile(const Features<E>& x, const Panels<E>& y, const Place& at, int64_t first, T* tile, int64_t stride) {
-  const int64_t d = x.row_stride();
+void multiply_tile(const Rows<E>& x, const Panels<E>& y, const Place& at, int64_t first, T* tile, int64_t stride) {
+  const int64_t d = x.d / Stored<E>::rows;
   y.multiply({at.rows, at.cols, d, x.row(at.row), d, 1, nullptr, 0, tile, stride, false}, 0, first);
 }
 

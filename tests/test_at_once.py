@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -81,6 +85,49 @@ def test_info_nce(name: str, dtype: torch.dtype, seed: int) -> None:
     truth, graph = run(loss, {k: t.double() for k, t in leaves.items()}, {**options, "backend": "reference"})
     assert "AtOnce" not in graph
     assert_close(found, truth, DTYPES[dtype])
+
+
+@pytest.mark.parametrize("level", ["baseline", ""])  # the vendor's products, and ours
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_features_normalised_where_they_are_read(dtype: torch.dtype, level: str, seed: int) -> None:
+    code = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+import torch, test_at_once
+test_at_once.check_normalised({dtype}, {seed})
+"""
+    environment = {**os.environ, "FUSED_CONTRASTIVE_CPU_LEVEL": level}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr
+
+
+def check_normalised(dtype: torch.dtype, seed: int) -> None:
+    for name in CASES:
+        torch.manual_seed(seed)
+        loss, leaves, options = info_nce(CASES[name], normalize=True)
+        lengths = 10 ** torch.randn(M)  # far apart; one row without any, whose divisor is a constant
+        lengths[3] = 0
+        leaves = {k: t.to(dtype) for k, t in leaves.items()}
+        leaves["query"] = lengths[:, None].to(dtype) * leaves["query"]
+        found, graph = run(loss, leaves, {**options, "memory_budget": 0, "backend": "cpp"})
+        assert "AtOnce" in graph
+        assert "Normalize" not in graph
+        truth, _ = run(loss, {k: t.double() for k, t in leaves.items()}, {**options, "backend": "reference"})
+        for results in (found, truth):  # gradients of short features are long
+            results["no length"] = results["query"][3].clone()
+            results["query"][3] = 0
+            results["query"] *= lengths[:, None].to(dtype).double()
+        assert_close(found, truth, DTYPES[dtype])
+
+
+def test_normalised_negatives_are_columns(seed: int) -> None:
+    torch.manual_seed(seed)
+    loss, leaves, options = info_nce({}, normalize=True)
+    leaves["negatives"] = 5 * torch.randn(90, D)
+    found, graph = run(loss, leaves, {**options, "memory_budget": 0, "backend": "cpp"})
+    assert "AtOnce" in graph
+    truth, _ = run(loss, {k: t.double() for k, t in leaves.items()}, {**options, "backend": "reference"})
+    assert_close(found, truth, 3e-6)
 
 
 @pytest.mark.parametrize("ids", [False, True])

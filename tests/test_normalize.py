@@ -20,7 +20,7 @@ def both(x: Tensor, g: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Ten
     for function, dtype in ((cpp.normalize, x.dtype), (lambda t: F.normalize(t, dim=-1), torch.float64)):
         leaf = x.detach().to(dtype).requires_grad_()
         value = function(leaf)
-        (gradient,) = torch.autograd.grad(value, leaf, g.to(dtype))
+        (gradient,) = torch.autograd.grad(value, leaf, g.to(dtype).clone())
         found.append((value.detach(), gradient))
     return found[0], found[1]
 
@@ -56,7 +56,7 @@ def test_nan_and_inf_stay_in_their_rows() -> None:
     expected = F.normalize(leaf, dim=-1)
     torch.testing.assert_close(value, expected, equal_nan=True)
     g = torch.randn(5, 33)
-    ours, theirs = (torch.autograd.grad(v, leaf, g)[0] for v in (value, expected))
+    ours, theirs = (torch.autograd.grad(v, leaf, g.clone())[0] for v in (value, expected))
     torch.testing.assert_close(ours[[0, 4]], theirs[[0, 4]])
     assert ours[[1, 2, 3]].isnan().any(dim=1).all()
 
@@ -75,18 +75,32 @@ def test_strides() -> None:
     torch.testing.assert_close(ours[1].double(), exact[1], rtol=1e-5, atol=1e-6)
 
 
-def test_second_derivative() -> None:
-    x = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(cpp.normalize, x)
-    assert torch.autograd.gradgradcheck(cpp.normalize, x)
+@pytest.mark.parametrize("views", [1, 3])
+def test_second_derivative(views: int) -> None:
+    leaves = [torch.randn(3, 5, dtype=torch.float64, requires_grad=True) for _ in range(views)]
+
+    def value(*leaves: Tensor) -> Tensor:
+        return cpp.normalize(*leaves) * 1.0  # a gradient of its own, which may be written to
+
+    assert torch.autograd.gradcheck(value, leaves)
+    assert torch.autograd.gradgradcheck(value, leaves)
+
+
+def test_views_come_one_after_the_other() -> None:
+    leaves = [torch.randn(n, 9, requires_grad=True) for n in (70, 1, 33)]
+    g = torch.randn(104, 9)
+    value = cpp.normalize(*leaves)
+    assert torch.equal(value, torch.cat([cpp.normalize(x) for x in leaves]))
+    found = torch.autograd.grad(value, leaves, g.clone())
+    for x, dx, own in zip(leaves, found, g.split([70, 1, 33]), strict=True):
+        assert torch.equal(dx, torch.autograd.grad(cpp.normalize(x), x, own.clone())[0])
 
 
 def test_what_is_given_is_not_written_to() -> None:
-    x, g = torch.randn(70, 9, requires_grad=True), torch.randn(70, 9)
-    before = x.detach().clone(), g.clone()
+    x = torch.randn(70, 9, requires_grad=True)
+    before = x.detach().clone()
     value = cpp.normalize(x)
     kept = value.detach().clone()
-    torch.autograd.grad(value, x, g)
-    assert torch.equal(x.detach(), before[0])
-    assert torch.equal(g, before[1])
+    torch.autograd.grad(value, x, torch.randn(70, 9))
+    assert torch.equal(x.detach(), before)
     assert torch.equal(value.detach(), kept)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from lightly.loss import dcl_loss, ntx_ent_loss
 from lightly.utils import dist
 from torch import Tensor
@@ -28,7 +29,7 @@ class NTXentLoss(Fused, ntx_ent_loss.NTXentLoss):
 
     def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
         """(N, D), (N, D) -> scalar."""
-        out0, out1 = normalized(out0, self.backend), normalized(out1, self.backend)
+        out0, out1 = normalized(out0, backend=self.backend), normalized(out1, backend=self.backend)
         out1, bank = self.memory_bank.forward(
             out1, update=out0.requires_grad
         )  # which keeps what autocast has not rounded
@@ -64,7 +65,10 @@ class DCLLoss(Fused, dcl_loss.DCLLoss):
 
     def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
         """(N, D), (N, D) -> scalar."""
-        out0, out1 = normalized(out0, self.backend), normalized(out1, self.backend)
+        if self.weight_fn:  # which may do with them, and with their gradients, whatever it likes
+            out0, out1 = F.normalize(out0, dim=1), F.normalize(out1, dim=1)
+        else:
+            out0, out1 = normalized(out0, backend=self.backend), normalized(out1, backend=self.backend)
         gathers = self.gather_distributed and dist.world_size() > 1
         pos, row = _both_views(autocast(out0), autocast(out1), 1 / self.temperature, gathers, self._options())
         if self.weight_fn:

@@ -39,8 +39,11 @@ class Backend(Protocol):
         """Differentiable mean over the normalisers, each (M,), of ``softplus(normaliser - pos)``; or, where
         decoupled, of ``normaliser - pos``. Reduced over M and cast to ``dtype`` at the end."""
 
-    def normalize(self, x: Tensor) -> Tensor:
-        """Differentiable ``F.normalize(x, dim=-1)`` of float32 or float64 features. Nobody may write to the result."""
+    def normalize(self, *views: Tensor) -> Tensor:
+        """Differentiable ``F.normalize(torch.cat(views), dim=-1)`` of float32 or float64 features.
+
+        Nobody may write to the result; its gradient must be for it alone, since the backward may write to that.
+        """
 
     def max_sim_forward(self, spec: TokenSpec, x: Tensor, y: Tensor) -> MaxSimForward:
         """Sums of maxima over the products of tokens; x (M, T, D), y (N, P, D) of one dtype and device."""

@@ -79,9 +79,9 @@ def stats_backward(
 
 
 def stats_at_once(
-    spec: StatsSpec, x: Tensor, y: Tensor, weights: Tensor, margin: float, decoupled: bool, needs: Needs
+    spec: StatsSpec, x: Tensor, y: Tensor, weight: float, margin: float, decoupled: bool, normalize: bool, needs: Needs
 ) -> tuple[Tensor, Gradients]:
-    loss, gradients = _C.stats_at_once(_C.Problem(x, y, *spec), weights, margin, decoupled, needs[:4])
+    loss, gradients = _C.stats_at_once(_C.Problem(x, y, *spec), weight, margin, decoupled, normalize, needs[:4])
     return loss, Gradients(*gradients)
 
 
@@ -91,8 +91,8 @@ def cross_entropy(
     return _C.cross_entropy(pos, normalisers, decoupled, reduction, dtype)
 
 
-def normalize(x: Tensor) -> Tensor:
-    return _C.normalize(x)
+def normalize(*views: Tensor) -> Tensor:
+    return _C.normalize(views)
 
 
 def max_sim_forward(spec: TokenSpec, x: Tensor, y: Tensor) -> MaxSimForward:

@@ -197,8 +197,8 @@ class _Maxima:
         return self.y_real[None] & self.x_real[rows].any(dim=1)[:, None, None]
 
 
-def normalize(x: Tensor) -> Tensor:
-    return F.normalize(x, dim=-1)
+def normalize(*views: Tensor) -> Tensor:
+    return F.normalize(torch.cat(views), dim=-1)
 
 
 def max_sim_forward(spec: TokenSpec, x: Tensor, y: Tensor) -> MaxSimForward:

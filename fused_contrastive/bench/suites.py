@@ -48,7 +48,8 @@ def cpu() -> Suite:
         *_seconds(_each(["clip"], [1024, 4096], 512, ["bf16"]), 6),
         *_seconds(_each(["max_sim"], [256], 128), 5),
     ]
-    return Suite(timed, [*_each(["clip"], [1024, 4096, 8192], 256), Problem("max_sim", 256, 128)])
+    weighed = [*_each(["clip"], [1024, 4096, 8192], 512), *_each(MATRIX[1:], [4096], 512)]
+    return Suite(timed, [*weighed, Problem("clip", 4096, 512, "bf16"), Problem("max_sim", 256, 128)])
 
 
 def memory() -> Suite:

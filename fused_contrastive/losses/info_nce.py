@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Literal
 
 import torch
@@ -108,14 +109,21 @@ def info_nce_loss(
         checks.vector("weight", weight, query.shape[0], query, of="one per query", integer=False)
     if negatives is not None:
         negatives = _checked_negatives(autocast(negatives), query, group is not None)
-    if normalize:
-        query, key = normalized(query, backend), normalized(key, backend)
-        negatives = None if negatives is None else normalized(negatives, backend)
-    columns, own = key, None  # own: (M, K, D)
-    if negatives is not None and negatives.dim() == 2:
-        columns = torch.cat((key, negatives))
-    elif negatives is not None:
-        own = negatives
+    shared = negatives is None or negatives.dim() == 2
+    by_rows = shared and not (symmetric or label_smoothing) and weight is None and group is None
+    at_once = by_rows and reduction != "none"
+    inside = at_once and normalize and query.dtype in (torch.float32, torch.float64)
+    if normalize and not inside:
+        query, key, negatives = _unit_features(query, key, negatives, backend)
+    if at_once:
+        columns = _columns(key, negatives)
+        problem = Problem(query, columns, scale, targets, col_bias, row_ids, col_ids, memory_budget, backend)
+        loss = loss_at_once(problem, reduction == "mean", margin=margin, decoupled=decoupled, normalize=inside)
+        if loss is not None:
+            return loss
+    if inside:
+        query, key, negatives = _unit_features(query, key, negatives, backend)
+    columns, own = _columns(key, negatives), None if shared else negatives  # own: (M, K, D)
 
     agreed = None
     if group is not None:
@@ -131,11 +139,6 @@ def info_nce_loss(
         assert agreed is not None
         targets = agreed.columns_of(targets, query.device)
     directions: list[Literal["row", "col"]] = ["row", "col"] if symmetric else ["row"]
-    if not (symmetric or label_smoothing) and own is None and weight is None and reduction != "none" and group is None:
-        problem = Problem(query, columns, scale, targets, col_bias, row_ids, col_ids, memory_budget, backend)
-        loss = loss_at_once(problem, reduction == "mean", margin=margin, decoupled=decoupled)
-        if loss is not None:
-            return loss
     pos, row, col = contrastive_stats(
         query, columns, scale, targets=targets, col_bias=col_bias, row_ids=row_ids, col_ids=col_ids,
         directions=directions, memory_budget=memory_budget, backend=backend, group=group,
@@ -162,6 +165,18 @@ def info_nce_loss(
             mean = (mean + (of_keys if col_bias is None else of_keys + col_bias[: key.shape[0]])) / 2
         losses = losses + label_smoothing * (pos - mean)
     return terms.reduce_weighted(losses, weight, reduction, agreed).to(dtype)
+
+
+def _unit_features(
+    query: Tensor, key: Tensor, negatives: Tensor | None, backend: str
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    unit = functools.partial(normalized, backend=backend)
+    return unit(query), unit(key), None if negatives is None else unit(negatives)
+
+
+def _columns(key: Tensor, negatives: Tensor | None) -> Tensor:
+    """The columns that all queries share."""
+    return torch.cat((key, negatives)) if negatives is not None and negatives.dim() == 2 else key
 
 
 def _mean_over_columns(

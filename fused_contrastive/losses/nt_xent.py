@@ -16,6 +16,7 @@ from fused_contrastive.distributed.agreement import Group, agree, collective
 from fused_contrastive.losses import terms
 from fused_contrastive.ops.cross_entropy import cross_entropy
 from fused_contrastive.ops.normalize import normalized
+from fused_contrastive.ops.row_dots import RowMap
 from fused_contrastive.ops.stats import autocast, log_add, self_stats
 
 
@@ -73,26 +74,31 @@ def nt_xent_loss(
     scale = terms.scale_of(temperature, None, 0.5)
 
     n, count = z1.shape[0], len(everything)
-    z = torch.cat(everything)
-    if normalize:
-        z = normalized(z, backend)
+    z = normalized(*everything, backend=backend) if normalize else torch.cat(everything)
     options = {"views": count, "decoupled": decoupled, "reduction": reduction, "normalize": normalize}
     agreed = agree(group, "nt_xent_loss", z, z, options, scale)
     first = 0 if agreed is None else agreed.first_row // count
     sample = torch.arange(first, first + n, device=z.device).repeat(count)
+    positives = []
+    for k in range(1, count):
+        z, logits = terms.own_logits(scale, z, _other_view(k * n), _other_view(-k * n))
+        positives.append(logits)
     row = self_stats(z, scale, ids=sample, memory_budget=memory_budget, backend=backend, group=group)  # negatives alone
-    split = z.unflatten(0, (count, n))
     dtype = compute_dtype(z.dtype)
     if count == 2:
-        pos = terms.pair_logit(scale, split[0], split[1]).to(row.dtype).repeat(2)
+        pos = positives[0].to(row.dtype)
         if agreed is None:
             return cross_entropy(pos, row, dtype=dtype, decoupled=decoupled, reduction=reduction, backend=backend)
         losses = cross_entropy(pos, row, dtype=pos.dtype, decoupled=decoupled, reduction="none", backend=backend)
         return agreed.reduce(losses, reduction).to(dtype)
-    turned = [terms.pair_logit(scale, z, split.roll(-k, dims=0).flatten(0, 1)) for k in range(1, count)]
-    positives = torch.stack(turned).to(row.dtype)  # (V - 1, V * N)
-    denominator = row if decoupled else log_add(row, positives.logsumexp(dim=0))
-    return terms.reduce_weighted(denominator - positives.mean(dim=0), None, reduction, agreed).to(dtype)
+    stacked = torch.stack(positives).to(row.dtype)  # (V - 1, V * N)
+    denominator = row if decoupled else log_add(row, stacked.logsumexp(dim=0))
+    return terms.reduce_weighted(denominator - stacked.mean(dim=0), None, reduction, agreed).to(dtype)
+
+
+def _other_view(rows: int) -> RowMap:
+    """Each feature of z becomes that of the same sample as many rows further on."""
+    return lambda part: part.roll(-rows, dims=0)
 
 
 class NTXentLoss(nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Literal
 
 import torch
@@ -11,7 +12,7 @@ from fused_contrastive.core import checks
 from fused_contrastive.core.observing import observed
 from fused_contrastive.core.reduction import REDUCTIONS, Reduction
 from fused_contrastive.core.spec import compute_dtype
-from fused_contrastive.distributed.agreement import Group, agree, collective
+from fused_contrastive.distributed.agreement import Agreed, Group, agree, collective
 from fused_contrastive.distributed.collectives import gather_rows
 from fused_contrastive.losses import terms
 from fused_contrastive.ops.cross_entropy import cross_entropy
@@ -80,7 +81,7 @@ def supcon_loss(
     scale = terms.scale_of(temperature, None, 0.1)
 
     z = features.flatten(0, 1) if features.dim() == 3 else features
-    z = normalized(z, backend) if normalize else z
+    z = normalized(z, backend=backend) if normalize else z
     labels = labels.repeat_interleave(count) if count > 1 else labels
     said = {"views": count, "variant": variant, "no_positive": no_positive, "reduction": reduction}
     agreed = agree(group, "supcon_loss", z, z, {**said, "normalize": normalize}, scale)
@@ -93,11 +94,13 @@ def supcon_loss(
     options = {"memory_budget": memory_budget, "backend": backend, "group": group}
     dtype = compute_dtype(z.dtype)
     if variant == "out":
+        if agreed is None:
+            z, positives = terms.own_logits(scale, z, functools.partial(_others_of_class, code))
+        else:
+            wide = z.to(dtype)
+            positives = terms.pair_logit(scale, wide, _others_of_class(code, wide, codes.shape[0], agreed))
+        positives = positives / shared.clamp_min(1)
         row = self_stats(z, scale, **options)  # type: ignore[arg-type]
-        wide = z.to(dtype)
-        sums = wide.new_zeros(codes.shape[0], wide.shape[1]).index_put((code,), wide, accumulate=True)
-        sums = sums if agreed is None else agreed.sum(sums)
-        positives = terms.pair_logit(scale, wide, sums[code] - wide) / shared.clamp_min(1)
         losses = row.masked_fill(~has, 0) - positives.masked_fill(~has, 0)
     else:
         negatives = self_stats(z, scale, ids=code, **options)  # type: ignore[arg-type]
@@ -114,6 +117,13 @@ def supcon_loss(
         counted = counted.clamp_min(1)
         return (losses.sum() / counted if agreed is None else agreed.reduce(losses, "mean", counted)).to(dtype)
     return terms.reduce_weighted(losses, None, reduction, agreed).to(dtype)
+
+
+def _others_of_class(code: Tensor, z: Tensor, classes: int = 0, agreed: Agreed | None = None) -> Tensor:
+    """(N, D) the sum of the other rows of z with the same code, which is below ``classes`` (default: N)."""
+    sums = z.new_zeros(classes or z.shape[0], z.shape[1]).index_put((code,), z, accumulate=True)
+    sums = sums if agreed is None else agreed.sum(sums)
+    return sums[code] - z
 
 
 class SupConLoss(nn.Module):

@@ -11,6 +11,7 @@ from fused_contrastive.core.spec import compute_dtype
 from fused_contrastive.distributed.agreement import Agreed
 from fused_contrastive.ops import dispatch
 from fused_contrastive.ops.autograd import is_plain
+from fused_contrastive.ops.row_dots import RowMap, row_dots
 
 
 def check_module(reduction: object, memory_budget: object, backend: object, **flags: object) -> None:
@@ -36,6 +37,14 @@ def pair_logit(scale: float | Tensor, x: Tensor, y: Tensor) -> Tensor:
     """(M,) ``scale * x_i . y_i``, a positive's logit."""
     dtype = compute_dtype(x.dtype)
     return positive(scale * (x.to(dtype) * y.to(dtype)).sum(dim=1))
+
+
+def own_logits(
+    scale: float | Tensor, z: Tensor, partners: RowMap, transposed: RowMap | None = None
+) -> tuple[Tensor, Tensor]:
+    """z, and (N,) ``scale * z_i . partners(z)_i`` for a linear map of the rows of z, (N, D); see ``row_dots``."""
+    z, dots = row_dots(z, partners, transposed)
+    return z, positive(scale * dots)
 
 
 def positive(logits: Tensor) -> Tensor:

@@ -25,13 +25,20 @@ _AFTER_SPEC = 3
 
 
 def loss_at_once(
-    problem: Problem, mean: bool, *, margin: float = 0.0, decoupled: bool = False, **options: Any
+    problem: Problem,
+    mean: bool,
+    *,
+    margin: float = 0.0,
+    decoupled: bool = False,
+    normalize: bool = False,
+    **options: Any,
 ) -> Tensor | None:
     """The mean or sum over rows of ``softplus(row - (pos - margin))``, or of ``row - (pos - margin)`` where decoupled.
 
     With ``reduction="softplus"`` among the ``options``, which are fields of the StatsSpec, of ``row + softplus(-pos)``.
-    A scalar in the compute dtype; or None where it would save nothing, or cannot be had: no gradients are asked, the
-    memory budget takes all products, the backend has no such walk, something traces.
+    ``normalize``: of the features divided by their lengths, which are made where they are read and never held; float32
+    or float64. A scalar in the compute dtype; or None where it would save nothing, or cannot be had: no gradients are
+    asked, the memory budget takes all products, the backend has no such walk, something traces.
     """
     backend = dispatch.BACKENDS[problem.backend]
     if not hasattr(backend, "stats_at_once") or problem.group is not None or not problem.is_differentiable():
@@ -41,7 +48,7 @@ def loss_at_once(
     if not all(is_plain(t) for t in (x, problem.y, *spec) if isinstance(t, Tensor)) or problem.rows_to_keep() == m:
         return None
     weight = 1 / m if mean else 1.0
-    return _AtOnce.apply(x, problem.y, *spec, weight, (margin, decoupled), problem.backend)  # type: ignore[no-any-return, no-untyped-call]
+    return _AtOnce.apply(x, problem.y, *spec, weight, (margin, decoupled, normalize), problem.backend)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _AtOnce(torch.autograd.Function):
@@ -73,14 +80,13 @@ class _AtOnce(torch.autograd.Function):
 
 
 def _run(ctx: Any, x: Tensor, y: Tensor, *tensors: Any) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-    *fields, weight, (margin, decoupled), backend = ctx.others
+    *fields, weight, how, backend = ctx.others
     spec = StatsSpec(*tensors, *fields)
     if spec.targets is not None:
         checks.target_range(spec.targets, y.shape[0])
     needs = Needs(*(ctx.needs_input_grad[i] for i in (0, 1, 2, 4)))
-    weights = torch.full((x.shape[0],), weight, dtype=torch.float64)
     with without_autocast(x):
-        return dispatch.BACKENDS[backend].stats_at_once(spec, x, y, weights, margin, decoupled, needs)  # type: ignore[attr-defined, no-any-return]
+        return dispatch.BACKENDS[backend].stats_at_once(spec, x, y, weight, *how, needs)  # type: ignore[attr-defined, no-any-return]
 
 
 class _Last(torch.autograd.Function):

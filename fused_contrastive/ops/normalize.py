@@ -11,11 +11,14 @@ from fused_contrastive.ops import dispatch
 from fused_contrastive.ops.autograd import is_plain
 
 
-def normalized(x: Tensor, backend: str = "auto") -> Tensor:
-    """``F.normalize`` along the last dimension, by way of float32: in float16 a row of zeros would become NaN.
+def normalized(*views: Tensor, backend: str = "auto") -> Tensor:
+    """``F.normalize(torch.cat(views), dim=-1)``, by way of float32: in float16 a row of zeros would become NaN.
 
-    Where something traces, it is the plain formula, for the compiler to fuse.
+    The gradient that the result is given must be for it alone: the backward writes to it. Where something traces, it is
+    the plain formula, for the compiler to fuse.
     """
-    if is_plain(x) and x.dtype in (torch.float32, torch.float64):
-        return dispatch.BACKENDS[dispatch.resolve(backend, x.device, x.dtype)].normalize(x)
+    if all(is_plain(x) for x in views) and views[0].dtype in (torch.float32, torch.float64):
+        backend = dispatch.resolve(backend, views[0].device, views[0].dtype)
+        return dispatch.BACKENDS[backend].normalize(*views)
+    x = torch.cat(views) if len(views) > 1 else views[0]
     return F.normalize(x.to(compute_dtype(x.dtype)), dim=-1).to(x.dtype)

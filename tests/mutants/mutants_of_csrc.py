@@ -37,8 +37,8 @@ MUTANTS = [
     Mutant(
         "dy of targets skipped", "where targets are given, y gets no gradient of the positives",
         "csrc/gradients.h",
-        "if (g && p_.targets) dy_.index_add_",
-        "if (g && !g) dy_.index_add_",
+        "if (g && p_.targets) add_to_targets",
+        "if (g && !g) add_to_targets",
         (BUDGET,), CPP,
     ),
     Mutant(
@@ -117,6 +117,13 @@ MUTANTS = [
         "static_cast<double>(pos_data[i]) - margin",
         "static_cast<double>(pos_data[i])",
         (AT_ONCE,), "",
+    ),
+    Mutant(
+        "gradient of unit features", "features normalised where they are read get the gradient of unit ones",
+        "csrc/gradients.h",
+        "if (features.unit()) project_row(",
+        "if (false) project_row(",
+        (AT_ONCE,), "normalised_where",
     ),
     Mutant(
         "gradient of the first rows", "gradients formed in the forward take the normalisers of the first rows for all",

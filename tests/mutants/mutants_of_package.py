@@ -81,10 +81,17 @@ MUTANTS = [
         (LOSSES,), f"{CPP} and supcon",
     ),
     Mutant(
+        "partners not transposed", "the gradient of dot products takes a map of rows for its transpose",
+        f"{PACKAGE}/ops/row_dots.py",
+        "+ transposed(g * part)",
+        "+ partners(g * part)",
+        ("tests/test_row_dots.py",), "",
+    ),
+    Mutant(
         "SupCon's own feature", "a feature is among its own positives",
         f"{PACKAGE}/losses/supcon.py",
-        "terms.pair_logit(scale, wide, sums[code] - wide)",
-        "terms.pair_logit(scale, wide, sums[code])",
+        "return sums[code] - z",
+        "return sums[code]",
         (LOSSES,), f"{CPP} and supcon",
     ),
     Mutant(

@@ -61,8 +61,8 @@ def cross_entropy(
     return loss_node.cross_entropy(pos, normalisers, decoupled, reduction, dtype)
 
 
-def normalize(x: Tensor) -> Tensor:
-    return F.normalize(x, dim=-1)
+def normalize(*views: Tensor) -> Tensor:
+    return F.normalize(torch.cat(views), dim=-1)
 
 
 def max_sim_forward(spec: TokenSpec, x: Tensor, y: Tensor) -> MaxSimForward:

@@ -1,0 +1,75 @@
+"""Dot products of features with partners made of the same features, a few columns at a time.
+
+Positives in closed form are such products: the partner of a feature is its other view, or the sum of its class. Written
+as ``(z * partners(z)).sum(dim=1)``, they hold several more copies of the features until the backward; nothing of them
+is needed at once, as every column of the features goes its own way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_contrastive.core.spec import compute_dtype
+from fused_contrastive.ops.autograd import is_plain
+
+RowMap = Callable[[Tensor], Tensor]  # (N, C) -> (N, C): linear, and the same for every column
+
+ELEMENTS = 1 << 18  # of the features that are looked at in one step
+LEAST_COLUMNS = 64
+
+
+def row_dots(z: Tensor, partners: RowMap, transposed: RowMap | None = None) -> tuple[Tensor, Tensor]:
+    """z, and (N,) ``z_i . partners(z)_i`` in the compute dtype.
+
+    The z that comes back is for one use: what that gives it for a gradient is added to in place.
+
+    Args:
+        z: (N, D) features.
+        partners: a linear map of rows, A.
+        transposed: A.T. Default: A, for an A that is symmetric.
+    """
+    if not is_plain(z):
+        wide = z.to(compute_dtype(z.dtype))
+        return z, (wide * partners(wide)).sum(dim=1)
+    return _RowDots.apply(z, partners, transposed or partners)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _RowDots(torch.autograd.Function):
+    """``dz = g * A z + A.T (g * z)``, of which autograd records the operations where it is asked to."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, partners: RowMap, transposed: RowMap) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(z)
+        ctx.maps = partners, transposed
+        dots = z.new_zeros(z.shape[0], dtype=compute_dtype(z.dtype))
+        for columns in _columns(z):
+            part = z[:, columns].to(dots.dtype)
+            dots += (part * partners(part)).sum(dim=1)
+        return z, dots
+
+    @staticmethod
+    def backward(ctx: Any, dz: Tensor | None, g: Tensor | None) -> tuple[Tensor | None, None, None]:
+        if g is None:
+            return dz, None, None
+        (z,) = ctx.saved_tensors
+        partners, transposed = ctx.maps
+        if dz is None:
+            dz = torch.zeros_like(z)
+        elif torch.is_grad_enabled():
+            dz = dz.clone()
+        g = g.unsqueeze(1)
+        for columns in _columns(z):
+            part = z[:, columns].to(g.dtype)
+            dz[:, columns] += g * partners(part) + transposed(g * part)
+        return dz, None, None
+
+
+def _columns(z: Tensor) -> Iterator[slice]:
+    n, d = z.shape
+    size = max(LEAST_COLUMNS, ELEMENTS // max(n, 1))
+    return (slice(first, first + size) for first in range(0, d, size))

@@ -55,7 +55,7 @@ MUTANTS = [
     Mutant(
         "NT-Xent's mean", "three views' positives are summed, not averaged",
         f"{PACKAGE}/losses/nt_xent.py",
-        "denominator - positives.mean(dim=0)",
+        "denominator - stacked.mean(dim=0)",
         "denominator - positives.sum(dim=0)",
         (LOSSES,), f"{CPP} and nt_xent",
     ),

@@ -56,14 +56,14 @@ MUTANTS = [
         "NT-Xent's mean", "three views' positives are summed, not averaged",
         f"{PACKAGE}/losses/nt_xent.py",
         "denominator - stacked.mean(dim=0)",
-        "denominator - positives.sum(dim=0)",
+        "denominator - stacked.sum(dim=0)",
         (LOSSES,), f"{CPP} and nt_xent",
     ),
     Mutant(
         "NT-Xent's other view", "of three views, the second positive is met twice",
         f"{PACKAGE}/losses/nt_xent.py",
-        "split.roll(-k, dims=0)",
-        "split.roll(-1, dims=0)",
+        "_other_view(k * n), _other_view(-k * n)",
+        "_other_view(n), _other_view(-n)",
         (LOSSES,), f"{CPP} and nt_xent",
     ),
     Mutant(

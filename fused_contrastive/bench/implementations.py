@@ -78,6 +78,12 @@ def reason_not_to(implementation: Implementation, problem: Problem) -> str | Non
     return None
 
 
+def fit_together(count: int, problem: Problem) -> bool:
+    """Whether memory suffices for so many of the implementations at a time."""
+    most = max(i.matrices for i in REGISTRY)
+    return count * most * _matrix_bytes(problem) < 0.7 * total_memory(problem.device, None)
+
+
 def _matrix_bytes(problem: Problem) -> int:
     m, _, n = WORKLOADS[problem.loss].unit(problem)
     return m * n * problem.torch_dtype.itemsize

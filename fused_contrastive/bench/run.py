@@ -6,6 +6,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -14,7 +15,13 @@ from rich.console import Console
 
 from fused_contrastive.bench import memory, peers  # noqa: F401  peers: puts the libraries into the registry
 from fused_contrastive.bench.check import CHECKED, Truth
-from fused_contrastive.bench.implementations import REGISTRY, CannotRunError, Implementation, reason_not_to
+from fused_contrastive.bench.implementations import (
+    REGISTRY,
+    CannotRunError,
+    Implementation,
+    fit_together,
+    reason_not_to,
+)
 from fused_contrastive.bench.suites import Suite
 from fused_contrastive.bench.timing import in_units, interleaved, product, quantile, step
 from fused_contrastive.bench.workloads import WORKLOADS, Loss, Problem
@@ -118,22 +125,27 @@ def time_problem(problem: Problem, seconds: float, only: tuple[str, ...], consol
 
 
 def measure_memory(problem: Problem, only: tuple[str, ...], console: Console) -> list[Row]:
+    """Two processes at a time where their memory is not the same: most of their seconds are imports."""
     rows, why = [], memory.cannot_measure(problem.device)
-    for implementation, row in candidates(problem, only):
-        rows.append(row)
-        try:
-            if why is not None:
-                raise CannotRunError(why)
-            load(implementation, problem)
-        except CannotRunError as error:
-            row["status"] = str(error)
-            continue
-        found = memory.in_own_process(implementation, problem)
-        if isinstance(found, str):
-            if implementation.ours:
-                raise RuntimeError(f"{implementation.name}, {problem}: {found}")
-            row["status"] = found
-        else:
-            row |= {"status": "ok", "extra_bytes": found}
-            console.print(f"    {implementation.name}: {found / 2**20:.1f} MB", markup=False)
+    with ThreadPoolExecutor(2 if problem.device == "cpu" and fit_together(2, problem) else 1) as pool:
+        waiting: list[tuple[Implementation, Row, Future[int | str]]] = []
+        for implementation, row in candidates(problem, only):
+            rows.append(row)
+            try:
+                if why is not None:
+                    raise CannotRunError(why)
+                load(implementation, problem)
+            except CannotRunError as error:
+                row["status"] = str(error)
+                continue
+            waiting.append((implementation, row, pool.submit(memory.in_own_process, implementation, problem)))
+        for implementation, row, measured in waiting:
+            found = measured.result()
+            if isinstance(found, str):
+                if implementation.ours:
+                    raise RuntimeError(f"{implementation.name}, {problem}: {found}")
+                row["status"] = found
+            else:
+                row |= {"status": "ok", "extra_bytes": found}
+                console.print(f"    {implementation.name}: {found / 2**20:.1f} MB", markup=False)
     return rows

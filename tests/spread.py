@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -112,9 +114,9 @@ def _columns(case: family.FamilyCase, each: list[Tensor], parts: list[dict[str, 
 
 
 def start(rank: int, world: int, folder: str) -> None:
-    from datetime import timedelta
-
+    """Joins this process to the others, until it ends: gloo's threads left running then can abort it."""
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world, timeout=timedelta(seconds=20)
     )
+    atexit.register(dist.destroy_process_group)

@@ -80,8 +80,9 @@ def reason_not_to(implementation: Implementation, problem: Problem) -> str | Non
 
 def fit_together(count: int, problem: Problem) -> bool:
     """Whether memory suffices for so many of the implementations at a time."""
-    most = max(i.matrices for i in REGISTRY)
-    return count * most * _matrix_bytes(problem) < 0.7 * total_memory(problem.device, None)
+    most: float = max(i.matrices for i in REGISTRY)
+    have: float = 0.7 * total_memory(problem.device, None)
+    return count * most * _matrix_bytes(problem) < have
 
 
 def _matrix_bytes(problem: Problem) -> int:

@@ -46,6 +46,13 @@ def test_ids_by_hand(backend: str) -> None:
     assert col.tolist() == [4, 2, 6]
 
 
+def test_ids_that_no_column_has_exclude_nothing(backend: str) -> None:
+    ids = {"row_ids": torch.tensor([9, -9]), "col_ids": torch.tensor([5, 6, 1])}
+    _, row, col = one_hot_stats([[1, 2, 3], [4, 5, 6]], backend, **ids)
+    torch.testing.assert_close(row, torch.tensor([lse(2, 3), lse(4, 6)]).double())
+    torch.testing.assert_close(col, torch.tensor([4, 2, lse(3, 6)]).double())
+
+
 def test_exclude_self_by_hand(backend: str) -> None:
     pos, row, col = one_hot_stats(
         [[1, 2, 3], [4, 5, 6], [7, 8, 9]], backend, targets=torch.tensor([1, 2, 0]), exclude_self=True

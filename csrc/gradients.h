@@ -6,8 +6,10 @@
 #include <array>
 #include <numeric>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
+#include "memory.h"
 #include "panels.h"
 #include "parallel.h"
 #include "prepared.h"
@@ -108,9 +110,9 @@ struct Chunk {
   Range rows;
 };
 
-inline std::vector<Chunk> chunks(bool of_x, int64_t rows) {
+inline std::vector<Chunk> chunks(bool of_x, int64_t rows, int64_t at_once) {
   std::vector<Chunk> all;
-  for (const Range& r : pieces(0, rows, kChunkRows)) all.push_back({of_x, r});
+  for (const Range& r : pieces(0, rows, at_once)) all.push_back({of_x, r});
   return all;
 }
 
@@ -129,7 +131,8 @@ void add_products(const Walk& walk, const Section& s, const Gradients<E>& g, con
     p.c = of_x ? dx + (s.rows.begin + rows.begin) * d : dy + (s.cols.begin + rows.begin) * d;
     (of_x ? y : x).multiply(p, k.begin / Stored<E>::rows, 0);
   };
-  std::vector<Chunk> of_x = chunks(true, dx ? s.rows.size() : 0), of_y = chunks(false, dy ? s.cols.size() : 0);
+  std::vector<Chunk> of_x = chunks(true, dx ? s.rows.size() : 0, walk.chunk_rows());
+  std::vector<Chunk> of_y = chunks(false, dy ? s.cols.size() : 0, walk.chunk_rows());
   if (dx == dy) {
     for_each_task(of_x.size(), [&](int64_t task) { add(of_x[task]); });
     for_each_task(of_y.size(), [&](int64_t task) { add(of_y[task]); });
@@ -219,17 +222,24 @@ class FeatureGradients {
     bias_.merge(s.cols.begin);
   }
 
-  // dx, dy, dscale, dcol_bias in T, undefined where not needed. `pos`: (M,) gradient of the positives' logits.
-  std::array<at::Tensor, 4> finish(const OptionalTensor& pos) {
+  // dx and dy in their features' dtypes, dscale and dcol_bias in T; undefined where not needed. `pos`: (M,) gradient of
+  // the positives' logits. What only the products needed is given back first, and dx in T before dy is converted.
+  std::array<at::Tensor, 4> finish(const OptionalTensor& pos, at::ScalarType x_dtype, at::ScalarType y_dtype) {
     constexpr auto dtype = c10::CppTypeToScalarType<T>::value;
+    x_ = y_ = Panels<E>();
+    g_ = Gradients<E>(p_.options());
     const T* g = data<T>(pos);
     const T scale = p_.rule.scale;
     double dscale = 0;
     if (joint_) {
       dscale = finish_rows(dx_, p_.x, p_.y, g, scale, [](int64_t) { return -1; }) / 2;  // each pair, from both sides
-      return {dx_, at::Tensor(), needs_[2] ? scalar(dscale) : at::Tensor(), at::Tensor()};
+      dy_.reset();
+      return {converted(std::exchange(dx_, {}), x_dtype), at::Tensor(), needs_[2] ? scalar(dscale) : at::Tensor(),
+              at::Tensor()};
     }
+    std::array<at::Tensor, 4> grads;
     if (dx_.defined()) dscale = finish_rows(dx_, p_.x, p_.y, g, scale, [&](int64_t i) { return p_.rule.target(i); });
+    if (needs_[0]) grads[0] = converted(std::exchange(dx_, {}), x_dtype);
     if (dy_.defined()) {
       if (g && p_.targets) add_to_targets(g);
       const int64_t diagonal = p_.targets ? 0 : p_.x.rows;  // row j of y is row j's positive
@@ -243,9 +253,7 @@ class FeatureGradients {
       else
         dbias.slice(0, 0, p_.x.rows).add_(*pos);
     }
-    std::array<at::Tensor, 4> grads;
-    if (needs_[0]) grads[0] = dx_;
-    grads[1] = dy_;
+    if (needs_[1]) grads[1] = converted(std::exchange(dy_, {}), y_dtype);
     if (needs_[2]) grads[2] = scalar(dscale);
     if (dbias.defined()) grads[3] = dbias.to(dtype);
     return grads;

@@ -6,8 +6,12 @@
 
 #include <ATen/ATen.h>
 
+#include <algorithm>
+#include <cstdint>
+
 #ifdef __linux__
 #include <sys/mman.h>
+#include <unistd.h>
 
 #include <cerrno>
 #include <cstring>
@@ -77,5 +81,35 @@ at::Tensor reused_matrix(int64_t rows, int64_t cols, const at::TensorOptions& op
   return at::empty({rows, cols}, options);
 }
 #endif
+
+namespace {
+
+// The whole pages of [begin, end), the contents of which are lost.
+void release_pages(void* begin, void* end) {
+#ifdef __linux__
+  static const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
+  const uintptr_t first = (reinterpret_cast<uintptr_t>(begin) + page - 1) / page * page;
+  const uintptr_t last = reinterpret_cast<uintptr_t>(end) / page * page;
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_DONTNEED);
+#endif
+}
+
+}  // namespace
+
+at::Tensor converted(at::Tensor matrix, at::ScalarType dtype) {
+  constexpr int64_t kPart = 256 << 10, kReused = 4 << 20;  // bytes; up to kReused malloc keeps for the next step
+  if (matrix.scalar_type() == dtype) return matrix;
+  at::Tensor out = at::empty(matrix.sizes(), matrix.options().dtype(dtype));
+  const int64_t rows = matrix.size(0), row_bytes = matrix.size(1) * static_cast<int64_t>(matrix.element_size());
+  const int64_t at_once = std::max<int64_t>(1, kPart / std::max<int64_t>(1, row_bytes));
+  const bool own = matrix.use_count() == 1 && matrix.storage().use_count() == 1 && rows * row_bytes > kReused;
+  auto* bytes = static_cast<char*>(matrix.mutable_data_ptr());
+  for (int64_t first = 0; first < rows; first += at_once) {
+    const int64_t last = std::min(rows, first + at_once);
+    out.slice(0, first, last).copy_(matrix.slice(0, first, last));
+    if (own) release_pages(bytes + first * row_bytes, bytes + last * row_bytes);
+  }
+  return out;
+}
 
 }  // namespace fc

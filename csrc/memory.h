@@ -1,4 +1,4 @@
-// Memory for the kept products.
+// Memory for the kept products, and of gradients that change their dtype.
 #pragma once
 #include <ATen/core/Tensor.h>
 
@@ -6,5 +6,9 @@ namespace fc {
 
 // An uninitialised (rows, cols) matrix, from memory that an earlier one gave back where there is such.
 at::Tensor reused_matrix(int64_t rows, int64_t cols, const at::TensorOptions& options);
+
+// (rows, cols) in another dtype. Of a matrix that nobody else reads, memory goes back to the system as it is converted:
+// the two are never resident together.
+at::Tensor converted(at::Tensor matrix, at::ScalarType dtype);
 
 }  // namespace fc

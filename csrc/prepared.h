@@ -143,7 +143,8 @@ struct Prepared {
             p.softplus};
   }
 
-  at::TensorOptions options() const { return x.tensor.options().dtype(c10::CppTypeToScalarType<T>::value); }
+  static constexpr at::ScalarType scalar_type() { return c10::CppTypeToScalarType<T>::value; }
+  at::TensorOptions options() const { return x.tensor.options().dtype(scalar_type()); }
 
  private:
   // A column's code is the rank of its id among the columns' ids; a row's is that of the equal column id, or -1.

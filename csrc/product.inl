@@ -62,37 +62,39 @@ static void micro_rows(const Product<E>& p, int64_t rows, int64_t steps, const E
   }
 }
 
+// One panel's columns of C, for all rows: the panel's part stays in L1, and A comes a few rows at a time.
 template <class E>
-static void multiply(const Product<E>& p) {
+static void multiply_panel(const Product<E>& p, int64_t k, int64_t steps, int64_t column, bool add) {
   using T = Sum<E>;
   const int64_t tiles = (p.m + kMicroRows - 1) / kMicroRows;
-  const int64_t depth = p.n < kPanel<E> ? kNarrowDepth : kDepth;
-  for (int64_t k = 0; k < p.k; k += depth) {
-    const int64_t steps = smaller(depth, p.k - k);
-    const bool add = p.add || k > 0;
-    for (int64_t t = 0; t < tiles; ++t) {  // rows in equal shares, so that no short rest is left
-      const int64_t row = p.m * t / tiles, rows = p.m * (t + 1) / tiles - row;
-      const E* a = p.a + row * p.a_row + k * p.a_k;
-      for (int64_t column = 0; column < p.n; column += kPanel<E>) {
-        const E* b = p.b + column / kPanel<E> * p.b_panel + k * kPanel<E>;
-        T* c = p.c + row * p.c_row + column;
-        const int64_t columns = p.n - column;
-        if (columns >= kPanel<E>) {
-          micro_rows<E, kMicroRows>(p, rows, steps, a, b, c, add);
-          continue;
-        }
-        alignas(64) T whole[kMicroRows * kPanel<E>];  // C's rows end before the panel does
-        Product<E> padded = p;
-        padded.c_row = kPanel<E>;
-        micro_rows<E, kMicroRows>(padded, rows, steps, a, b, whole, false);
-        for (int64_t i = 0; i < rows; ++i)
-          for (int64_t j = 0; j < columns; ++j) {
-            const T value = whole[i * kPanel<E> + j];
-            c[i * p.c_row + j] = add ? c[i * p.c_row + j] + value : value;
-          }
-      }
+  const E* b = p.b + column / kPanel<E> * p.b_panel + k * kPanel<E>;
+  const int64_t columns = p.n - column;
+  for (int64_t t = 0; t < tiles; ++t) {  // rows in equal shares, so that no short rest is left
+    const int64_t row = p.m * t / tiles, rows = p.m * (t + 1) / tiles - row;
+    const E* a = p.a + row * p.a_row + k * p.a_k;
+    T* c = p.c + row * p.c_row + column;
+    if (columns >= kPanel<E>) {
+      micro_rows<E, kMicroRows>(p, rows, steps, a, b, c, add);
+      continue;
     }
+    alignas(64) T whole[kMicroRows * kPanel<E>];  // C's rows end before the panel does
+    Product<E> padded = p;
+    padded.c_row = kPanel<E>;
+    micro_rows<E, kMicroRows>(padded, rows, steps, a, b, whole, false);
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t j = 0; j < columns; ++j) {
+        const T value = whole[i * kPanel<E> + j];
+        c[i * p.c_row + j] = add ? c[i * p.c_row + j] + value : value;
+      }
   }
+}
+
+template <class E>
+static void multiply(const Product<E>& p) {
+  const int64_t depth = p.n < kPanel<E> ? kNarrowDepth : kDepth;
+  for (int64_t k = 0; k < p.k; k += depth)
+    for (int64_t column = 0; column < p.n; column += kPanel<E>)
+      multiply_panel(p, k, smaller(depth, p.k - k), column, p.add || k > 0);
   if (p.k == 0 && !p.add)
     for (int64_t i = 0; i < p.m; ++i)
       for (int64_t j = 0; j < p.n; ++j) p.c[i * p.c_row + j] = 0;

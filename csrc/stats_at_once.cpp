@@ -49,7 +49,7 @@ LossAndGradients loss_and_gradients(const Problem& problem, double weight, doubl
   Normaliser<T> norm(problem.softplus ? 0 : m);
   T *s = held.mutable_data_ptr<T>(), *pos_data = pos.mutable_data_ptr<T>();
 
-  const Walk walk(m, n, 0, false);
+  const Walk walk(m, n, kGroupCols<E>, 0, false);
   FeatureGradients<E> gradients(p, needs);
   Panels<E> y_transposed;
   at::Tensor units;
@@ -92,7 +92,7 @@ LossAndGradients loss_and_gradients(const Problem& problem, double weight, doubl
       interrupt();
     }
   }
-  return {losses.sum(), gradients.finish(g_pos)};
+  return {losses.sum(), gradients.finish(g_pos, p.scalar_type(), p.scalar_type())};
 }
 
 }  // namespace

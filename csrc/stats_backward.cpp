@@ -31,7 +31,7 @@ std::array<at::Tensor, 4> backward(const Problem& problem, const at::Tensor& row
   const Normaliser<T> row_norm(g_row && !problem.softplus ? row : at::empty({0}, at::kDouble));
   const Normaliser<T> col_norm(g_col ? col : at::empty({0}, at::kDouble));
 
-  const Walk walk(p.x.rows, n, problem.kept_rows, problem.upper);
+  const Walk walk(p.x.rows, n, kGroupCols<E>, problem.kept_rows, problem.upper);
   FeatureGradients<E> gradients(p, needs, joint);
   at::Tensor room;
   const Rows<E> x = p.x.read_rows(0, p.x.rows, room);
@@ -51,10 +51,7 @@ std::array<at::Tensor, 4> backward(const Problem& problem, const at::Tensor& row
       interrupt();
     }
   }
-  std::array<at::Tensor, 4> grads = gradients.finish(pos_grad);
-  if (needs[0]) grads[0] = grads[0].to(problem.x.scalar_type());
-  if (needs[1]) grads[1] = grads[1].to(problem.y.scalar_type());
-  return grads;
+  return gradients.finish(pos_grad, problem.x.scalar_type(), problem.y.scalar_type());
 }
 
 }  // namespace

@@ -70,10 +70,13 @@ __attribute__((noinline)) static void mask_row(const LogitRule<T>& rule, const S
   for (int64_t j = at.cols; j % kLanes<T> != 0; ++j) out[j] = kNegInf<T>;  // the scale may be negative or 0
 }
 
+#include "near.inl"
+
 template <class T, bool kRow, bool kCol>
 static void forward_tile(const LogitRule<T>& rule, const ForwardTile<T>& tile) {
   const Place& at = tile.at;
   const StripRule<T> strip(rule, at);
+  if (forward_near<T, kRow, kCol>(rule, strip, tile)) return;
   alignas(64) T logits[kGroupRows][kTileCols];
   alignas(64) T col_max[kTileCols], col_sum[kTileCols], next_max[kTileCols], reference[kTileCols];
   for (int64_t j = 0; j < kTileCols; ++j) col_max[j] = next_max[j] = kNegInf<T>, col_sum[j] = 0;
@@ -90,8 +93,7 @@ static void forward_tile(const LogitRule<T>& rule, const ForwardTile<T>& tile) {
         if (kRow) most = maximum<T>(most, s);
         if (kCol) store(next_max + j, maximum<T>(load(next_max + j), s));
       }
-      row_max[g] = most[0];
-      for (int l = 1; l < kLanes<T>; ++l) row_max[g] = most[l] > row_max[g] ? most[l] : row_max[g];
+      row_max[g] = largest<T>(most);
     }
     if (kCol) {
       for (int64_t j = 0; j < at.cols; j += kLanes<T>) {
@@ -110,10 +112,8 @@ static void forward_tile(const LogitRule<T>& rule, const ForwardTile<T>& tile) {
         if (kCol) store(col_sum + j, load(col_sum + j) + exp_nonpositive<T>(s - load(reference + j)));
       }
       if (kRow) {
-        T total = 0;
-        for (int l = 0; l < kLanes<T>; ++l) total += sum[l];
         tile.row_max[first + g] = row_max[g];
-        tile.row_sum[first + g] = total;
+        tile.row_sum[first + g] = total<T>(sum);
       }
     }
   }
@@ -127,6 +127,8 @@ template <class T, bool kRow, bool kCol>
 static void backward_tile(const LogitRule<T>& rule, const BackwardTile<T>& tile) {
   const Place& at = tile.at;
   const StripRule<T> strip(rule, at);
+  if constexpr (kRow && kCol)
+    if (backward_near(rule, strip, tile)) return;
   alignas(64) T logits[kTileCols], col[kTileCols], col_low[kTileCols], g_col[kTileCols];
   if (kCol) {
     copy_padded(col, tile.col + at.col, at.cols, T(0));
@@ -166,9 +168,7 @@ static void forward_softplus(const LogitRule<T>& rule, const ForwardTile<T>& til
       }
       whole += sum;
     }
-    T total = 0;
-    for (int l = 0; l < kLanes<T>; ++l) total += whole[l];
-    tile.row_sum[r] = total;
+    tile.row_sum[r] = total<T>(whole);
   }
 }
 

@@ -15,11 +15,15 @@
 
 namespace fc {
 
-constexpr int64_t kGroupCols = 1024;
+// Columns whose features are packed at once. Of pairs half as many: what is made of them is then a small part of the
+// memory that eager bfloat16 takes, and they fill one part of a sum (kDepth).
+template <class E>
+constexpr int64_t kGroupCols = std::is_same_v<E, Bf16Pair> ? 512 : 1024;
 constexpr int64_t kSectionRows = 512;  // for up to kSectionThreads threads, and as much again for more
 constexpr int64_t kSectionThreads = 8;
-constexpr int64_t kChunkRows = 64;  // rows of dx, and of dy, that one task adds to
-static_assert(kTileRows % kChunkRows == 0 && kTileCols % kChunkRows == 0);
+constexpr int64_t kLeastTileRows = 64;
+constexpr int64_t kChunkRows = 128;  // most rows of dx, and of dy, that one task adds to; it reads all of y, or x
+static_assert(kTileRows % kChunkRows == 0 && kChunkRows % kLeastTileRows == 0);
 
 struct Range {
   int64_t begin, end;
@@ -44,14 +48,16 @@ struct Section {
 
 class Walk {
  public:
-  Walk(int64_t m, int64_t n, int64_t kept_rows, bool upper) : m_(m), n_(n), kept_rows_(kept_rows), upper_(upper) {
+  Walk(int64_t m, int64_t n, int64_t group_cols, int64_t kept_rows, bool upper)
+      : m_(m), n_(n), group_cols_(group_cols), kept_rows_(kept_rows), upper_(upper) {
     // Smaller tiles where S is small, so that all threads find work, and where those on the diagonal are half for
     // nothing. Whole chunks, of whose rows all skip the same tiles then, and parts of a section.
-    for (tile_rows_ = kChunkRows; tile_rows_ < std::min(kTileRows, m / (upper ? 8 : 4));) tile_rows_ *= 2;
+    for (tile_rows_ = kLeastTileRows; tile_rows_ < std::min(kTileRows, m / (upper ? 8 : 4));) tile_rows_ *= 2;
     tile_cols_ = upper ? tile_rows_ : kTileCols;
   }
+  int64_t chunk_rows() const { return std::min(kChunkRows, tile_rows_); }
 
-  std::vector<Range> groups() const { return pieces(0, n_, kGroupCols); }
+  std::vector<Range> groups() const { return pieces(0, n_, group_cols_); }
   // Kept rows first, so that no section is half kept. Of the upper triangle, those below the diagonal are left out.
   std::vector<Section> sections(const Range& cols) const {
     const int64_t height = kSectionRows * ceil_div(at::get_num_threads(), kSectionThreads);
@@ -102,7 +108,7 @@ class Walk {
     return {whole.begin + index * size, std::min(whole.begin + (index + 1) * size, whole.end)};
   }
 
-  int64_t m_, n_, kept_rows_;
+  int64_t m_, n_, group_cols_, kept_rows_;
   bool upper_;
   int64_t tile_rows_, tile_cols_;
 };

@@ -16,6 +16,7 @@ struct Lanes<float> {
   static constexpr float kRound = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer held in the low bits
   static constexpr float kLn2Hi = 0.693359375f, kLn2Lo = -2.12194440e-4f;  // kLn2Hi * n is exact
   static constexpr float kLowest = -87.f;  // below, exp is under the smallest normal number: 0
+  static constexpr float kExact = 1e4f;    // up to here n ln2 leaves r no error to speak of
   static constexpr int kTerms = 7, kLogTerms = 7, kMantissa = 23, kExponentBias = 127;
 };
 template <>
@@ -26,6 +27,7 @@ struct Lanes<double> {
   static constexpr double kRound = 6755399441055744.;  // 1.5 * 2^52
   static constexpr double kLn2Hi = 6.93145751953125e-1, kLn2Lo = 1.42860682030941723212e-6;
   static constexpr double kLowest = -708.;
+  static constexpr double kExact = 1e4;
   static constexpr int kTerms = 13, kLogTerms = 16, kMantissa = 52, kExponentBias = 1023;
 };
 
@@ -57,6 +59,18 @@ static inline Vec<T> maximum(Vec<T> a, Vec<T> b) {  // ignores NaN in b: the sum
   return b > a ? b : a;
 }
 template <class T>
+static inline T largest(Vec<T> v) {
+  T most = v[0];
+  for (int l = 1; l < kLanes<T>; ++l) most = v[l] > most ? v[l] : most;
+  return most;
+}
+template <class T>
+static inline T total(Vec<T> v) {
+  T sum = 0;
+  for (int l = 0; l < kLanes<T>; ++l) sum += v[l];
+  return sum;
+}
+template <class T>
 static inline Vec<T> finite_reference(Vec<T> m) {
   return m == kNegInf<T> ? Vec<T>{} : m;
 }
@@ -65,14 +79,15 @@ static inline T finite_reference(T m) {
   return m == kNegInf<T> ? T(0) : m;
 }
 
-// exp(x) for x <= 0 (up to rounding), -inf or NaN: x = n ln2 + r, |r| <= ln2 / 2, Taylor in r, times 2^n.
+// exp(x - low) * 2^shift, 0 where x < lowest, NaN where x is: x = n ln2 + r, |r| <= ln2 / 2, Taylor in r, times
+// 2^(n + shift), which must be a normal number. As accurate for a large x as for a small one, up to kExact.
 template <class T>
-static inline Vec<T> exp_nonpositive(Vec<T> x) {
+static inline Vec<T> exp_shifted(Vec<T> x, Vec<T> low, int shift, T lowest) {
   using L = Lanes<T>;
   constexpr T kLog2E = T(1.44269504088896340736);
   const Vec<T> rounded = x * kLog2E + L::kRound;
   const Vec<T> n = rounded - L::kRound;
-  const Vec<T> r = (x - n * L::kLn2Hi) - n * L::kLn2Lo;
+  const Vec<T> r = ((x - n * L::kLn2Hi) - n * L::kLn2Lo) - low;
   constexpr T kInverseFactorial[] = {
       1.,        1.,         1. / 2,      1. / 6,       1. / 24,       1. / 120,       1. / 720,
       1. / 5040, 1. / 40320, 1. / 362880, 1. / 3628800, 1. / 39916800, 1. / 479001600, 1. / 6227020800};
@@ -81,10 +96,16 @@ static inline Vec<T> exp_nonpositive(Vec<T> x) {
   for (int k = L::kTerms - 1; k >= 0; --k) p = p * r + kInverseFactorial[k];
   IntVec<T> bits;
   __builtin_memcpy(&bits, &rounded, sizeof bits);
-  bits = (bits + L::kExponentBias) << L::kMantissa;
+  bits = (bits + (L::kExponentBias + shift)) << L::kMantissa;
   Vec<T> power;
   __builtin_memcpy(&power, &bits, sizeof power);
-  return x < L::kLowest ? Vec<T>{} : p * power;
+  return x < lowest ? Vec<T>{} : p * power;
+}
+
+// exp(x) for x <= 0 (up to rounding), -inf or NaN.
+template <class T>
+static inline Vec<T> exp_nonpositive(Vec<T> x) {
+  return exp_shifted<T>(x, Vec<T>{}, 0, Lanes<T>::kLowest);
 }
 
 // log(1 + u) for u in [0, 1] or NaN, to full relative precision: with z = u / (2 + u) <= 1/3 it is

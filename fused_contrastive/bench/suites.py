@@ -49,6 +49,7 @@ def cpu() -> Suite:
         *_seconds(_each(["max_sim"], [256], 128), 5),
     ]
     weighed = [*_each(["clip"], [1024, 4096, 8192], 512), *_each(MATRIX[1:], [4096], 512)]
+    weighed += _each(["clip"], [4096], 512, ["bf16"])
     return Suite(timed, [*weighed, Problem("max_sim", 256, 128)])
 
 

@@ -29,11 +29,21 @@ class Most(NamedTuple):
 
     part: int
     floor: int
+    fades: bool = False  # the floor counts for less, the more rows there are
 
 
 PRODUCTS = Most(5, 12 << 20)
+# Of bfloat16 features: eager's own matrices are half as large, the products kept are float32 all the same, and
+# multiplying again costs half as much.
+BFLOAT16_PRODUCTS = Most(1 << 20, 4 << 20, fades=True)
 TRIANGLE = Most(64, 2 << 20)  # of what is kept of a triangle, half is never computed
 EVERYTHING = Most(1, 0)
+
+
+def products_of(dtype: torch.dtype) -> Most:
+    """What "auto" keeps of the products of features of this dtype."""
+    return BFLOAT16_PRODUCTS if dtype == torch.bfloat16 else PRODUCTS
+
 
 Layout = Callable[[int], tuple[tuple[int, ...], torch.dtype]]  # number of rows -> shape and dtype of what is kept
 
@@ -66,7 +76,10 @@ def rows_to_keep(m: int, layout: Layout, budget: int | str, device: torch.device
     total = total_memory(device.type, device.index)
     rows: int = 64 * (total // AUTO_SHARE.get(device.type, AUTO_SHARE_ELSEWHERE)) // of_64
     if device.type == "cpu":  # without a guard on the shapes where they are symbols
-        rows = torch.sym_min(rows, torch.sym_max(64 * most.floor // of_64, m // most.part))
+        floor = 64 * most.floor // of_64
+        if most.fades:
+            floor = torch.sym_min(floor, floor * floor // torch.sym_max(m, 1))
+        rows = torch.sym_min(rows, torch.sym_max(floor, m // most.part))
         rows = torch.sym_min(m, rows)
     else:
         rows = min(m, rows)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from fused_contrastive.core import checks
-from fused_contrastive.core.memory import PRODUCTS, rows_to_keep
+from fused_contrastive.core.memory import products_of, rows_to_keep
 from fused_contrastive.core.spec import Forward, Gradients, Needs, StatsSpec, Upstream, compute_dtype, statistics_dtype
 from fused_contrastive.distributed.agreement import Agreed
 from fused_contrastive.distributed.collectives import gather_rows, merge_log_sums, scatter_sum
@@ -58,7 +58,7 @@ class _Gather(torch.autograd.Function):
         kept = 0
         if agreed.differentiable:
             layout = functools.partial(backend.kept, n=columns, dtype=x.dtype)
-            kept = rows_to_keep(len(x), layout, problem.budget, x.device, PRODUCTS)
+            kept = rows_to_keep(len(x), layout, problem.budget, x.device, products_of(x.dtype))
         spec = spec._replace(
             scale=scale,
             col_bias=None if col_bias is None else gather_rows(col_bias, sizes, group),

@@ -69,7 +69,8 @@ def contrastive_stats(
         memory_budget: bytes to keep for the backward: 0 recomputes all products (4 matrix products for forward and
             backward), enough for M * N of them (4 bytes each; on a GPU 2 for half-precision features) saves one
             product, anything between saves a part of it. "auto" is on a CPU a fifth of them, or 12 MB where that is
-            more, and at most a sixteenth of the machine's memory; on a GPU a sixty-fourth of its memory.
+            more (of bfloat16 features 4 MB, and less the larger M is), and at most a sixteenth of the machine's
+            memory; on a GPU a sixty-fourth of its memory.
         backend: "cpp" (CPU), "triton" (NVIDIA and AMD GPUs; not float64), "reference" (plain torch, any device), or
             "auto": "cpp" for CPU tensors ("reference", after a warning, where the extension was not built), "triton"
             for GPU tensors but "reference" for float64 ones, elsewhere "reference".
@@ -228,7 +229,7 @@ class Problem:
                 raise NotImplementedError("exclude_self: got True with a group, which is not covered: use self_stats")
             return self._run_globally(options)
         differentiable = self.is_differentiable()
-        most = memory.TRIANGLE if options.get("upper") else memory.PRODUCTS
+        most = memory.TRIANGLE if options.get("upper") else None
         spec = self.spec._replace(kept_rows=self.rows_to_keep(most) if differentiable else 0, **options)
         pos, row, col, _ = autograd.stats_forward(self.x, self.y, *spec, self.backend, differentiable=differentiable)
         return pos, row, col
@@ -242,10 +243,11 @@ class Problem:
             or (bias is not None and bias.requires_grad)
         )
 
-    def rows_to_keep(self, most: memory.Most = memory.PRODUCTS) -> int:
+    def rows_to_keep(self, most: memory.Most | None = None) -> int:
         """How many rows' products the budget lets the forward keep."""
         x, backend, n = self.x, dispatch.BACKENDS[self.backend], self.y.shape[0]
         layout = functools.partial(backend.kept, n=n, dtype=x.dtype)
+        most = most or memory.products_of(x.dtype)
         return memory.rows_to_keep(x.shape[0], layout, self.memory_budget, x.device, most)
 
     def _run_globally(self, options: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:

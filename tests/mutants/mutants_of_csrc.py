@@ -9,6 +9,7 @@ BUDGET = "tests/test_budget.py::test_stats"
 LOSSES = "tests/test_losses.py::test_budget"
 MAX_SIM = "tests/test_max_sim.py"
 RANK = "tests/test_rank.py"
+NEAR = "tests/test_near_and_far.py"
 AT_ONCE = "tests/test_at_once.py"
 CPP = "cpp and (hand or float32 and (257-257 or 17-17 or 300-2 or 2101))"
 
@@ -65,15 +66,15 @@ MUTANTS = [
     Mutant(
         "the rest of a sum", "products leave out the steps beyond the last whole part of a sum",
         "csrc/product.inl",
-        "const int64_t steps = smaller(depth, p.k - k);",
-        "const int64_t steps = p.k > depth && p.k - k < depth ? 0 : smaller(depth, p.k - k);",
+        "multiply_panel(p, k, smaller(depth, p.k - k), column,",
+        "multiply_panel(p, k, p.k > depth && p.k - k < depth ? 0 : smaller(depth, p.k - k), column,",
         (BUDGET,), "cpp",
     ),
     Mutant(
         "parts of a sum overwritten", "of a long sum only the last part is left",
         "csrc/product.inl",
-        "const bool add = p.add || k > 0;",
-        "const bool add = p.add;",
+        "column, p.add || k > 0);",
+        "column, p.add);",
         (BUDGET,), "cpp",
     ),
     Mutant(
@@ -158,21 +159,77 @@ MUTANTS = [
         "csrc/tile.inl",
         "const Vec<T> most = maximum<T>(load(m + k), load(m2 + k)), ref",
         "const Vec<T> most = load(m2 + k), ref",
-        (BUDGET,), CPP,
+        (NEAR,), "cpp",
     ),
     Mutant(
         "column sums not rescaled", "a new maximum of a column leaves its sum relative to the old one",
         "csrc/tile.inl",
         "store(col_sum + j, load(col_sum + j) * exp_nonpositive<T>(load(col_max + j) - ref));",
         "store(col_sum + j, load(col_sum + j));",
-        (BUDGET,), CPP,
+        (NEAR,), "cpp",
     ),
     Mutant(
         "row and column swapped", "the backward's column gradients are those of the rows' places",
         "csrc/tile.inl",
         "copy_padded(g_col, tile.g_col + at.col, at.cols, T(0));",
         "copy_padded(g_col, tile.g_col + (at.row < at.col ? at.row : at.col), at.cols, T(0));",
-        (BUDGET,), CPP,
+        (NEAR,), "cpp",
+    ),
+    Mutant(
+        "small sums are near", "a tile's rows and columns share an exponential even where some lose all their terms",
+        "csrc/near.inl",
+        "return sum >= 1 / kNear<T> && sum <= kNear<T>;",
+        "return sum <= kNear<T>;",
+        (NEAR,), "cpp",
+    ),
+    Mutant(
+        "large sums are near", "a tile's rows and columns share an exponential even where it is inf or NaN",
+        "csrc/near.inl",
+        "return sum >= 1 / kNear<T> && sum <= kNear<T>;",
+        "return sum >= 1 / kNear<T>;",
+        (NEAR,), "cpp",
+    ),
+    Mutant(
+        "lost columns are empty", "a column whose terms are all too small for a tile's exponential counts as excluded",
+        "csrc/near.inl",
+        "return !zeros || zeros_are_empty(rule, strip, tile, col_sum);",
+        "return true;",
+        (NEAR,), "cpp",
+    ),
+    Mutant(
+        "lost rows are empty", "a row whose terms are all too small for a tile's exponential counts as excluded",
+        "csrc/near.inl",
+        "const bool empty = of_row == 0 && largest_of_row(logits, at.cols) == kNegInf<T>;",
+        "const bool empty = of_row == 0;",
+        (NEAR,), "cpp",
+    ),
+    Mutant(
+        "exponent wraps", "a logit far above its tile's power of 2 is not held back",
+        "csrc/near.inl",
+        "s < power.highest ? s : fill<T>(power.highest)",
+        "s",
+        (NEAR,), "cpp",
+    ),
+    Mutant(
+        "logarithm of a power rounded", "what float32 does not hold of n ln2 is dropped from the sums",
+        "csrc/near.inl",
+        "rest = T(1 + left + left * left / 2);",
+        "rest = T(1);",
+        (NEAR,), "cpp",
+    ),
+    Mutant(
+        "factors out of range", "weights too small or large for a shared exponential are multiplied all the same",
+        "csrc/near.inl",
+        "held &= (size >= kLeast && size <= kMost) || at[2][l] == 0;",
+        "held &= true;",
+        (NEAR,), "cpp",
+    ),
+    Mutant(
+        "near row for column", "where directions share an exponential, columns get the factors of the rows' places",
+        "csrc/near.inl",
+        "tile.col_low + at.col, tile.g_col + at.col, at.cols, of_col)",
+        "tile.col_low + at.col, tile.g_row + (at.row < at.col ? at.row : at.col), at.cols, of_col)",
+        (BUDGET, NEAR), "cpp",
     ),
     Mutant(
         "positive skipped in the tail", "features beyond the last whole vector get no gradient of the positive",

@@ -1,0 +1,116 @@
+"""Logits whose rows and columns lie near each other, or so far apart that what is small for one is all that another has.
+
+x is the matrix of logits itself and y the identity: the products are exact, and x's gradient is that of the logits.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from fused_contrastive import contrastive_stats
+
+N = 300  # several tiles in each direction
+OFFSETS = {
+    "near": lambda i, j: 0.0,
+    "near, all large": lambda i, j: 9000.0,
+    "near, all small": lambda i, j: -9000.0,
+    "near, at a million": lambda i, j: 1e6,  # n ln2 is no longer exact
+    "near, at ten million": lambda i, j: 1e7,  # nor is n
+    "near, at minus ten million": lambda i, j: -1e7,
+    "rows drift a little": lambda i, j: -0.12 * i,
+    "columns drift a little": lambda i, j: 0.12 * j,
+    "rows drift": lambda i, j: 0.4 * i,
+    "columns drift": lambda i, j: -0.4 * j,
+    "both drift": lambda i, j: 3.0 * i - 2.5 * j,
+    "a row far below": lambda i, j: -200.0 * (i == 17),
+    "a row far above": lambda i, j: 200.0 * (i == 17),
+    "a row above by 2^9 powers of 2": lambda i, j: 355.0 * (i == 17),
+    "the first row far below": lambda i, j: -200.0 * (i == 0),
+    "a column far below": lambda i, j: -200.0 * (j == 21),
+    "a column far above": lambda i, j: 200.0 * (j == 21),
+    "beyond any exponent": lambda i, j: 30000.0 * ((i + j) % 3 - 1),
+}
+# Rows and columns that have the same id are excluded.
+EMPTY = {
+    "a row": (lambda i: i != 17, lambda j: j < 0),
+    "the first rows": (lambda i: i >= 20, lambda j: j < 0),
+    "a column": (lambda i: i < 0, lambda j: j != 21),
+    "the first columns": (lambda i: i < 0, lambda j: j >= 20),
+    "a whole tile": (lambda i: i >= 256, lambda j: 2 * (j >= 256)),
+}
+BOTH, ROWS, COLS = ("row", "col"), ("row",), ("col",)
+
+
+def logits(offset: str) -> Tensor:
+    noise = 4 * torch.randn(N, N, generator=torch.Generator().manual_seed(5))
+    return noise + OFFSETS[offset](torch.arange(N)[:, None], torch.arange(N))
+
+
+def check(s: Tensor, backend: str, directions: tuple[str, ...], size: float = 1.0, **ids: Tensor) -> None:
+    """Log-sum-exps without the positives and what ids exclude, and the gradient of a weighted sum, against float64."""
+    generator = torch.Generator().manual_seed(6)
+    weights = {"row": torch.rand(N, generator=generator) + 0.5, "col": torch.rand(N, generator=generator) + 0.5}
+    exact = s.double().requires_grad_()
+    excluded = torch.eye(N, dtype=torch.bool)
+    if ids:
+        excluded |= ids["row_ids"][:, None] == ids["col_ids"]
+    others = exact.masked_fill(excluded, -torch.inf)
+    expected = {"row": others.logsumexp(1), "col": others.logsumexp(0)}
+    there = {name: expected[name].isfinite() for name in directions}
+    (g,) = torch.autograd.grad(
+        sum((weights[name] * size).double()[there[name]] @ expected[name][there[name]] for name in directions), exact
+    )
+
+    device = "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
+    x = s.to(device).requires_grad_()
+    on = {name: value.to(device) for name, value in ids.items()}
+    found = contrastive_stats(x, torch.eye(N, device=device), backend=backend, directions=directions, **on)
+    total = torch.zeros((), device=device)
+    for name in directions:
+        values = getattr(found, name)
+        torch.testing.assert_close(values.cpu(), expected[name].detach(), rtol=1e-7, atol=1e-6)
+        total = total + (weights[name] * size).to(device)[there[name]] @ values[there[name]].to(torch.float32)
+    (dx,) = torch.autograd.grad(total, x)
+    torch.testing.assert_close(dx.cpu().double() / size, g / size, rtol=4e-6, atol=1e-11)
+
+
+@pytest.mark.parametrize("directions", [BOTH, ROWS, COLS], ids=str)
+@pytest.mark.parametrize("offset", OFFSETS)
+def test_against_float64(offset: str, directions: tuple[str, ...], backend: str) -> None:
+    check(logits(offset), backend, directions)
+
+
+@pytest.mark.parametrize("size", [1e-33, 1e34])
+@pytest.mark.parametrize("offset", ["near", "rows drift a little", "columns drift a little"])
+def test_tiny_and_huge_weights(offset: str, size: float, backend: str) -> None:
+    check(logits(offset), backend, BOTH, size)
+
+
+@pytest.mark.parametrize("offset", ["near", "a row far below", "a column far below"])
+@pytest.mark.parametrize("empty", EMPTY)
+def test_nothing_left(empty: str, offset: str, backend: str) -> None:
+    of_row, of_col = EMPTY[empty]
+    ids = {"row_ids": torch.as_tensor(of_row(torch.arange(N))).long()}
+    ids["col_ids"] = torch.as_tensor(of_col(torch.arange(N))).long()
+    check(logits(offset), backend, BOTH, **ids)
+
+
+@pytest.mark.parametrize("at", [(0, 5), (17, 0), (299, 298)])
+def test_one_nan(at: tuple[int, int], backend: str) -> None:
+    """A NaN stays in its own row and column."""
+    s = logits("near")
+    good = contrastive_stats(s, torch.eye(N), backend=backend)
+    # As a bias of one column it would be in all rows: one product is made NaN by inf - inf.
+    x = torch.cat([s, torch.zeros(N, 2)], dim=1)
+    y = torch.cat([torch.eye(N), torch.zeros(N, 2)], dim=1)
+    x[at[0], N], x[at[0], N + 1] = 1, -1
+    y[at[1], N:] = 3e38
+    x[at[0], N:] *= 3e38
+    found = contrastive_stats(x, y, backend=backend)
+    for name, index in (("row", at[0]), ("col", at[1])):
+        values = getattr(found, name)
+        assert values.isnan().nonzero().flatten().tolist() == [index]
+        rest = torch.arange(N) != index
+        torch.testing.assert_close(values[rest], getattr(good, name)[rest], rtol=1e-6, atol=1e-6)

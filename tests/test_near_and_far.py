@@ -1,4 +1,4 @@
-"""Logits whose rows and columns lie near each other, or so far apart that what is small for one is all that another has.
+"""Logits whose rows and columns lie near each other, or so far apart that what is little to one is all another has.
 
 x is the matrix of logits itself and y the identity: the products are exact, and x's gradient is that of the logits.
 """

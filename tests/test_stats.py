@@ -176,6 +176,22 @@ def test_large_losses_alive_at_once(backend: str) -> None:
             torch.testing.assert_close(ours.grad.double(), exact.grad, rtol=1e-5, atol=3e-5 / n)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("m", [2100, 4096])
+def test_gradients_of_megabytes_are_rounded_whole(m: int, dtype: torch.dtype) -> None:
+    """Summed in float32, and given back to the system part by part as they are rounded."""
+    x, y = F.normalize(torch.randn(m, 512), dim=1).to(dtype), F.normalize(torch.randn(40, 512), dim=1).to(dtype)
+    targets, weights = torch.randint(40, (m,)), torch.rand(m, dtype=torch.float64) + 0.5
+    found = []
+    for on, at in (("cpp", dtype), ("reference", torch.float64)):
+        leaves = [t.to(at).requires_grad_() for t in (x, y)]
+        stats = contrastive_stats(*leaves, 5.0, targets=targets, directions=["row"], backend=on)
+        found.append(torch.autograd.grad((weights * (stats.row - stats.pos)).sum(), leaves))
+    for ours, exact in zip(*found, strict=True):
+        assert ours.dtype == dtype
+        torch.testing.assert_close(ours.double(), exact, rtol=2 * torch.finfo(dtype).eps, atol=1e-2 * exact.abs().max())
+
+
 def test_kept_products_of_problems_that_grow_and_shrink() -> None:
     """Each over 32 MB: what the last one gave back is too small for the second, and far too large for the third."""
     for n in (3001, 4201, 2950):

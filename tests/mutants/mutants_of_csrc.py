@@ -232,6 +232,13 @@ MUTANTS = [
         (BUDGET, NEAR), "cpp",
     ),
     Mutant(
+        "pages given back too early", "rows of a gradient that are not rounded yet are given back to the system",
+        "csrc/memory.cpp",
+        "release_pages(bytes + first * row_bytes, bytes + last * row_bytes);",
+        "release_pages(bytes + first * row_bytes, bytes + rows * row_bytes);",
+        (f"{STATS}::test_gradients_of_megabytes_are_rounded_whole",), "",
+    ),
+    Mutant(
         "positive skipped in the tail", "features beyond the last whole vector get no gradient of the positive",
         "csrc/tile.inl",
         "const T total = other ? grad[j] + other[j] * g : grad[j];",

@@ -33,7 +33,7 @@ MUTANTS = [
         "csrc/prepared.h",
         "at::scalar_tensor(-1, rank.options())",
         "at::scalar_tensor(0, rank.options())",
-        (f"{STATS}::test_ids_that_no_column_has_exclude_nothing",), CPP,
+        (f"{STATS}::test_ids_that_no_column_has_exclude_nothing",), "cpp",
     ),
     Mutant(
         "dy of targets skipped", "where targets are given, y gets no gradient of the positives",

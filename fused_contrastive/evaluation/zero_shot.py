@@ -67,5 +67,6 @@ def zero_shot(
             images, classes, scale, targets=best.indices[:, 0], directions=["row"], backend=backend
         )
         assert others.row is not None
-        normaliser = torch.logaddexp(others.pos, others.row)
+        # The best one's score as it was ranked: others.pos may be rounded otherwise, and a share be above 1.
+        normaliser = torch.logaddexp(best.scores[:, 0].to(others.row.dtype), others.row)
         return Ranking((best.scores - normaliser[:, None]).exp().to(dtype), best.indices)

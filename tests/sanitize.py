@@ -35,7 +35,19 @@ _C.merge_top_k(torch.ones(1, 4), 2**63 - 1, torch.zeros(1, 4), columns)
 """,
 }
 
-TESTS = ["stats", "losses", "max_sim", "rank", "cross_entropy", "normalize", "adversarial", "adversarial_primitives"]
+TESTS = [
+    "stats",
+    "near_and_far",
+    "at_once",
+    "row_dots",
+    "losses",
+    "max_sim",
+    "rank",
+    "cross_entropy",
+    "normalize",
+    "adversarial",
+    "adversarial_primitives",
+]
 # All that the C++ backend takes part in, in this process: memory is the sanitizer's there.
 CHOSEN = "not reference and not triton and not compile and not memory_does_not_grow"
 # --capture=sys: by default the report would end in a file of pytest's.

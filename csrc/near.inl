@@ -4,8 +4,8 @@
 // rows and along columns, in the place of exp(s - row's maximum) and exp(s - column's). In the backward
 //   g_row exp(s - row) + g_col exp(s - col) = exp(s) / 2^n (g_row 2^n exp(-row) + g_col 2^n exp(-col)).
 // Dividing by a power of 2 rounds nothing, and exp_shifted is as accurate far from 2^n as near it: what must not happen
-// is that a term falls out of T's range and is more than nothing to its row or its column. And that one term alone, of
-// which the log-sum-exp is to be exact, is not all that there is: a logit of 0.01 allows no error of its exponential's.
+// is that a term falls out of T's range and is more than nothing to its row or its column. And that one term is all
+// that there is: its log-sum-exp is to be exact, and a logit of 0.01 allows no error of its exponential's.
 
 // 2^n near exp(x), |x| < kExact.
 template <class T>
@@ -34,75 +34,52 @@ static inline bool is_near(T sum) {
   return sum >= 1 / kNear<T> && sum <= kNear<T>;
 }
 
+// Whether every row and column of the tile has more pairs than a few.
 template <class T>
-static inline T largest_of_row(const T* logits, int64_t n) {
-  Vec<T> most = fill<T>(kNegInf<T>);
-  for (int64_t j = 0; j < n; j += kLanes<T>) most = maximum<T>(most, load(logits + j));
-  return largest<T>(most);
-}
-
-// Where one term may be all that a row or a column has, and next to nothing itself.
-static inline bool may_be_alone(const Place& at, EqualIds equal_ids) {
+static inline bool is_plain(const LogitRule<T>& rule, const Place& at) {
   constexpr int64_t kFew = 16;
-  return at.rows < kFew || at.cols < kFew || equal_ids == EqualIds::kOnly;
-}
-
-// Whether no pair of the columns whose sum is 0 counts; what does may have been too small for the sum.
-template <class T>
-static bool zeros_are_empty(const LogitRule<T>& rule, const StripRule<T>& strip, const ForwardTile<T>& tile,
-                            const T* col_sum) {
-  const Place& at = tile.at;
-  alignas(64) T logits[kTileCols], most[kTileCols];
-  for (int64_t j = 0; j < kTileCols; ++j) most[j] = kNegInf<T>;
-  for (int64_t r = 0; r < at.rows; ++r) {
-    mask_row<T>(rule, strip, at, at.row + r, tile.products + r * tile.stride, logits, nullptr);
-    for (int64_t j = 0; j < at.cols; j += kLanes<T>) store(most + j, maximum<T>(load(most + j), load(logits + j)));
-  }
-  bool empty = true;
-  for (int64_t j = 0; j < at.cols; ++j) empty &= col_sum[j] != 0 || most[j] == kNegInf<T>;
-  return empty;
+  return at.rows >= kFew && at.cols >= kFew && !rule.row_ids && !rule.col_bias && !rule.upper;
 }
 
 // Returns false, having written partials that do not count, where they are not near: NaN and inf never are.
 template <class T, bool kRow, bool kCol>
 static bool forward_near(const LogitRule<T>& rule, const StripRule<T>& strip, const ForwardTile<T>& tile) {
   const Place& at = tile.at;
-  if (may_be_alone(at, rule.equal_ids)) return false;
-  alignas(64) T logits[kTileCols], col_sum[kTileCols] = {};
-  Power<T> power(0);  // near exp of the first row that has a pair that counts
-  bool chosen = false, zeros = false;
-  for (int64_t r = 0; r < at.rows; ++r) {
-    mask_row(rule, strip, at, at.row + r, tile.products + r * tile.stride, logits, tile.pos + at.row + r);
-    if (!chosen) {
-      const T most = largest_of_row(logits, at.cols);
-      if (most >= Lanes<T>::kExact || (most <= -Lanes<T>::kExact && most != kNegInf<T>)) return false;
-      if (most != kNegInf<T>) {
-        chosen = true;
-        power = Power<T>(most);
+  if (!is_plain(rule, at)) return false;
+  alignas(64) T logits[kTileCols], col_sum[kTileCols] = {}, of_group[kTileCols];
+  Power<T> power(0);  // near exp of the first row's maximum
+  for (int64_t first = 0; first < at.rows; first += kGroupRows) {
+    for (int64_t j = 0; j < kTileCols; ++j) of_group[j] = 0;  // the sums of equal terms round alike: few at a time
+    for (int64_t r = first; r < smaller(first + kGroupRows, at.rows); ++r) {
+      mask_row(rule, strip, at, at.row + r, tile.products + r * tile.stride, logits, tile.pos + at.row + r);
+      if (r == 0) {
+        Vec<T> most = fill<T>(kNegInf<T>);
+        for (int64_t j = 0; j < at.cols; j += kLanes<T>) most = maximum<T>(most, load(logits + j));
+        const T reference = largest<T>(most);
+        if (!(reference > -Lanes<T>::kExact && reference < Lanes<T>::kExact)) return false;
+        power = Power<T>(reference);
+      }
+      Vec<T> sum{};
+      for (int64_t j = 0; j < at.cols; j += kLanes<T>) {
+        const Vec<T> s = load(logits + j), e = power.exp_over(s < power.highest ? s : fill<T>(power.highest));
+        if (kRow) sum += e;
+        if (kCol) store(of_group + j, load(of_group + j) + e);
+      }
+      if (kRow) {
+        const T of_row = total<T>(sum);
+        if (!is_near(of_row)) return false;
+        tile.row_max[r] = power.log;
+        tile.row_sum[r] = of_row * power.rest;
       }
     }
-    Vec<T> sum{};
-    for (int64_t j = 0; j < at.cols; j += kLanes<T>) {
-      const Vec<T> s = load(logits + j), e = power.exp_over(s < power.highest ? s : fill<T>(power.highest));
-      if (kRow) sum += e;
-      if (kCol) store(col_sum + j, load(col_sum + j) + e);
-    }
-    if (kRow) {
-      const T of_row = total<T>(sum);
-      const bool empty = of_row == 0 && largest_of_row(logits, at.cols) == kNegInf<T>;
-      if (!empty && !is_near(of_row)) return false;
-      tile.row_max[r] = empty ? kNegInf<T> : power.log;
-      tile.row_sum[r] = of_row * power.rest;
-    }
+    for (int64_t j = 0; kCol && j < at.cols; j += kLanes<T>) store(col_sum + j, load(col_sum + j) + load(of_group + j));
   }
   for (int64_t j = 0; kCol && j < at.cols; ++j) {
-    const bool zero = col_sum[j] == 0;
-    if (!zero && !is_near(col_sum[j])) return false;
-    zeros |= zero;
-    tile.col_max[j] = zero ? kNegInf<T> : power.log;
+    if (!is_near(col_sum[j])) return false;
+    tile.col_max[j] = power.log;
     tile.col_sum[j] = col_sum[j] * power.rest;
   }
-  return !zeros || zeros_are_empty(rule, strip, tile, col_sum);
+  return true;
 }
 
 // Factors g exp(2^n's logarithm - norm - low) for n values that all are near each other; false if one cannot be held.

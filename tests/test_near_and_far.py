@@ -5,6 +5,8 @@ x is the matrix of logits itself and y the identity: the products are exact, and
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -95,6 +97,32 @@ def test_nothing_left(empty: str, offset: str, backend: str) -> None:
     ids = {"row_ids": torch.as_tensor(of_row(torch.arange(N))).long()}
     ids["col_ids"] = torch.as_tensor(of_col(torch.arange(N))).long()
     check(logits(offset), backend, BOTH, **ids)
+
+
+@pytest.mark.parametrize("by", ["bias", "ids"])
+def test_one_pair_that_counts(by: str, backend: str) -> None:
+    """Its logit, next to 0, is the log-sum-exp, without an error of an exponential's."""
+    x, y = 0.02 * torch.randn(N, 16), 0.02 * torch.randn(N, 16)
+    bias = torch.full((N,), -torch.inf).index_fill(0, torch.tensor(3), 0.0)
+    ids = {"row_ids": torch.zeros(N, dtype=torch.long), "col_ids": (torch.arange(N) == 3).long()}
+    options = {"col_bias": bias} if by == "bias" else ids
+    row = contrastive_stats(x, y, backend=backend, directions=["row"], **options).row
+    expected = x.double() @ y[3].double()
+    others = torch.arange(N) != 3  # row 3 has nothing
+    torch.testing.assert_close(row[others], expected[others], rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("scale", [0.3, 6.09])
+def test_collapsed_features(scale: float, backend: str) -> None:
+    """All logits are the same: log-sum-exps of N - 1 equal terms, and gradients that cancel."""
+    x, y = (torch.zeros(N, 8).index_fill(1, torch.tensor(0), 1.0).requires_grad_() for _ in range(2))
+    stats = contrastive_stats(x, y, scale, backend=backend)
+    expected = torch.full((N,), scale + math.log(N - 1), dtype=torch.float64)
+    for found in (stats.row, stats.col):
+        torch.testing.assert_close(found, expected, rtol=0, atol=8e-7)
+    loss = (stats.row + stats.col - 2 * stats.pos).mean()
+    for gradient in torch.autograd.grad(loss, (x, y)):
+        torch.testing.assert_close(gradient, torch.zeros_like(gradient), rtol=0, atol=1e-5 * scale / N)
 
 
 @pytest.mark.parametrize("at", [(0, 5), (17, 0), (299, 298)])

@@ -190,17 +190,10 @@ MUTANTS = [
         (NEAR,), "cpp",
     ),
     Mutant(
-        "lost columns are empty", "a column whose terms are all too small for a tile's exponential counts as excluded",
+        "one term is no tile", "a tile with a bias or ids, of which one pair may be left, shares an exponential",
         "csrc/near.inl",
-        "return !zeros || zeros_are_empty(rule, strip, tile, col_sum);",
-        "return true;",
-        (NEAR,), "cpp",
-    ),
-    Mutant(
-        "lost rows are empty", "a row whose terms are all too small for a tile's exponential counts as excluded",
-        "csrc/near.inl",
-        "const bool empty = of_row == 0 && largest_of_row(logits, at.cols) == kNegInf<T>;",
-        "const bool empty = of_row == 0;",
+        "at.cols >= kFew && !rule.row_ids && !rule.col_bias && !rule.upper;",
+        "at.cols >= kFew;",
         (NEAR,), "cpp",
     ),
     Mutant(

@@ -1,7 +1,7 @@
 // A training step keeps a matrix of products from forward to backward and frees it; the next step wants the same again.
-// malloc returns blocks of that size to the system each time, and the page faults of getting them back cost a third of
-// a matrix product. So the last block given back is held here, marked MADV_FREE: the kernel takes its pages, without
-// writing them anywhere, as soon as anything else needs memory.
+// malloc returns blocks of that size to the system again and again, and the page faults of getting them back cost a
+// third of a matrix product. So the last block given back is held here, marked MADV_FREE: the kernel takes its pages,
+// without writing them anywhere, as soon as anything else needs memory.
 #include "memory.h"
 
 #include <ATen/ATen.h>
@@ -24,7 +24,7 @@ namespace fc {
 #if defined(__linux__) && defined(MADV_FREE)
 namespace {
 
-constexpr size_t kSmall = 32 << 20;  // up to here malloc itself reuses what was freed
+constexpr size_t kSmall = 1 << 20;  // larger blocks malloc may return to the system, by what else has been freed
 
 struct Slab {
   void* memory = nullptr;
@@ -98,16 +98,16 @@ void release_pages(void* begin, void* end) {
 
 at::Tensor converted(at::Tensor matrix, at::ScalarType dtype) {
   constexpr int64_t kPart = 256 << 10, kReused = 4 << 20;  // bytes; up to kReused malloc keeps for the next step
-  if (matrix.scalar_type() == dtype) return matrix;
-  at::Tensor out = at::empty(matrix.sizes(), matrix.options().dtype(dtype));
   const int64_t rows = matrix.size(0), row_bytes = matrix.size(1) * static_cast<int64_t>(matrix.element_size());
-  const int64_t at_once = std::max<int64_t>(1, kPart / std::max<int64_t>(1, row_bytes));
-  const bool own = matrix.use_count() == 1 && matrix.storage().use_count() == 1 && rows * row_bytes > kReused;
+  const bool own = matrix.use_count() == 1 && matrix.storage().use_count() == 1;
+  if (matrix.scalar_type() == dtype || !own || rows * row_bytes <= kReused) return matrix.to(dtype);
+  at::Tensor out = at::empty(matrix.sizes(), matrix.options().dtype(dtype));
+  const int64_t at_once = std::max<int64_t>(1, kPart / row_bytes);
   auto* bytes = static_cast<char*>(matrix.mutable_data_ptr());
   for (int64_t first = 0; first < rows; first += at_once) {
     const int64_t last = std::min(rows, first + at_once);
     out.slice(0, first, last).copy_(matrix.slice(0, first, last));
-    if (own) release_pages(bytes + first * row_bytes, bytes + last * row_bytes);
+    release_pages(bytes + first * row_bytes, bytes + last * row_bytes);
   }
   return out;
 }

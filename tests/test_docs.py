@@ -28,17 +28,27 @@ def test_distributed() -> None:
     assert run_page("docs/distributed.md") >= 1
 
 
-def test_the_readme_s_table_is_the_benchmark_s() -> None:
-    """Line by line what `make bench` wrote, for the machine and commit that the page names."""
+def test_the_readme_s_tables_are_the_benchmark_s() -> None:
+    """Line by line what `make bench` wrote, for the machine that the page names; then ratios from three machines."""
     cost = (ROOT / "README.md").read_text().partition("## Cost")[2].partition("## ")[0]
-    measured = (ROOT / "benchmarks/results/cpu.md").read_text()
-    lines = [line for line in cost.splitlines() if line.startswith("|")]
-    assert len(lines) >= 6
-    for line in lines:
-        assert line in measured.splitlines(), line
-    report = json.loads((ROOT / "benchmarks/results/cpu.json").read_text())
+    results = ROOT / "benchmarks/results"
+    first, second = (lines.splitlines() for lines in re.findall(r"(?:^\|.*\n)+", cost, re.MULTILINE))
+    measured = (results / "cpu.md").read_text().splitlines()
+    assert len(first) >= 6
+    for line in first:
+        assert line in measured, line
+    report = json.loads((results / "cpu.json").read_text())
     for fact in (report["provenance"]["date"], report["provenance"]["torch"].partition("+")[0]):
         assert fact in cost
+
+    pages = [(results / f"{name}.md").read_text() for name in ("cpu", "cpu-epyc", "cpu-intel-amx")]
+    assert len(second) >= 12
+    for line in second[2:]:
+        loss, n, *ratios = (cell.strip() for cell in line.strip("|").split("|"))
+        name, _, dtype = loss.partition(", ")
+        row = rf"\| {name} N = {n}, D = \d+, {dtype or 'fp32'} \| .* \| ([\d.]+) \|"
+        found = [re.search(row, page) for page in pages]
+        assert ratios == [match[1] if match else "" for match in found], line
 
 
 @pytest.mark.parametrize("page", ["mathematics", "cost", "verify"])

@@ -225,7 +225,7 @@ class FeatureGradients {
   // dx and dy in their features' dtypes, dscale and dcol_bias in T; undefined where not needed. `pos`: (M,) gradient of
   // the positives' logits. What only the products needed is given back first, and dx in T before dy is converted.
   std::array<at::Tensor, 4> finish(const OptionalTensor& pos, at::ScalarType x_dtype, at::ScalarType y_dtype) {
-    constexpr auto dtype = c10::CppTypeToScalarType<T>::value;
+    constexpr auto dtype = Prepared<E>::scalar_type();
     x_ = y_ = Panels<E>();
     g_ = Gradients<E>(p_.options());
     const T* g = data<T>(pos);

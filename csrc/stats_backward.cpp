@@ -21,7 +21,7 @@ std::array<at::Tensor, 4> backward(const Problem& problem, const at::Tensor& row
                                    const OptionalTensor& g_col, std::array<bool, 4> needs, bool joint,
                                    const Interrupt& interrupt) {
   using T = typename Accumulator<E>::Type;
-  constexpr auto dtype = c10::CppTypeToScalarType<T>::value;
+  constexpr auto dtype = Prepared<E>::scalar_type();
   const Prepared<E> p(problem);
   const int64_t n = p.y.rows;
   OptionalTensor pos_grad, row_grad, col_grad;

@@ -9,8 +9,10 @@ import torch
 import torch.nn.functional as F
 
 from fused_contrastive import clip_loss, contrastive_stats
+from fused_contrastive.backends import cpp
 
 INF = torch.inf
+NEEDS_CPP = pytest.mark.skipif(cpp.unavailable() is not None, reason="backend cpp cannot run here")
 
 
 def one_hot_stats(logits: list[list[float]], backend: str, **options: object):
@@ -176,6 +178,7 @@ def test_large_losses_alive_at_once(backend: str) -> None:
             torch.testing.assert_close(ours.grad.double(), exact.grad, rtol=1e-5, atol=3e-5 / n)
 
 
+@NEEDS_CPP
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("m", [2100, 4096])
 def test_gradients_of_megabytes_are_rounded_whole(m: int, dtype: torch.dtype) -> None:
@@ -192,6 +195,7 @@ def test_gradients_of_megabytes_are_rounded_whole(m: int, dtype: torch.dtype) ->
         torch.testing.assert_close(ours.double(), exact, rtol=2 * torch.finfo(dtype).eps, atol=1e-2 * exact.abs().max())
 
 
+@NEEDS_CPP
 def test_kept_products_of_problems_that_grow_and_shrink() -> None:
     """Each over 32 MB: what the last one gave back is too small for the second, and far too large for the third."""
     for n in (3001, 4201, 2950):

@@ -110,9 +110,9 @@ struct Chunk {
   Range rows;
 };
 
-inline std::vector<Chunk> chunks(bool of_x, int64_t rows, int64_t at_once) {
+inline std::vector<Chunk> chunks(bool of_x, int64_t rows) {
   std::vector<Chunk> all;
-  for (const Range& r : pieces(0, rows, at_once)) all.push_back({of_x, r});
+  for (const Range& r : pieces(0, rows, kChunkRows)) all.push_back({of_x, r});
   return all;
 }
 
@@ -131,8 +131,8 @@ void add_products(const Walk& walk, const Section& s, const Gradients<E>& g, con
     p.c = of_x ? dx + (s.rows.begin + rows.begin) * d : dy + (s.cols.begin + rows.begin) * d;
     (of_x ? y : x).multiply(p, k.begin / Stored<E>::rows, 0);
   };
-  std::vector<Chunk> of_x = chunks(true, dx ? s.rows.size() : 0, walk.chunk_rows());
-  std::vector<Chunk> of_y = chunks(false, dy ? s.cols.size() : 0, walk.chunk_rows());
+  std::vector<Chunk> of_x = chunks(true, dx ? s.rows.size() : 0);
+  std::vector<Chunk> of_y = chunks(false, dy ? s.cols.size() : 0);
   if (dx == dy) {
     for_each_task(of_x.size(), [&](int64_t task) { add(of_x[task]); });
     for_each_task(of_y.size(), [&](int64_t task) { add(of_y[task]); });

@@ -22,8 +22,10 @@ constexpr int64_t kGroupCols = std::is_same_v<E, Bf16Pair> ? 512 : 1024;
 constexpr int64_t kSectionRows = 512;  // for up to kSectionThreads threads, and as much again for more
 constexpr int64_t kSectionThreads = 8;
 constexpr int64_t kLeastTileRows = 64;
-constexpr int64_t kChunkRows = 128;  // most rows of dx, and of dy, that one task adds to; it reads all of y, or x
-static_assert(kTileRows % kChunkRows == 0 && kChunkRows % kLeastTileRows == 0);
+// Most rows of dx, and of dy, that one task adds to. It reads all of y's panels, or x's, and for each of them its rows
+// of G again: those stay in a core's second cache while the panels pass through.
+constexpr int64_t kChunkRows = 64;
+static_assert(kLeastTileRows % kChunkRows == 0);  // all rows of a chunk skip the same tiles
 
 struct Range {
   int64_t begin, end;
@@ -51,11 +53,10 @@ class Walk {
   Walk(int64_t m, int64_t n, int64_t group_cols, int64_t kept_rows, bool upper)
       : m_(m), n_(n), group_cols_(group_cols), kept_rows_(kept_rows), upper_(upper) {
     // Smaller tiles where S is small, so that all threads find work, and where those on the diagonal are half for
-    // nothing. Whole chunks, of whose rows all skip the same tiles then, and parts of a section.
+    // nothing. Whole chunks, and parts of a section.
     for (tile_rows_ = kLeastTileRows; tile_rows_ < std::min(kTileRows, m / (upper ? 8 : 4));) tile_rows_ *= 2;
     tile_cols_ = upper ? tile_rows_ : kTileCols;
   }
-  int64_t chunk_rows() const { return std::min(kChunkRows, tile_rows_); }
 
   std::vector<Range> groups() const { return pieces(0, n_, group_cols_); }
   // Kept rows first, so that no section is half kept. Of the upper triangle, those below the diagonal are left out.

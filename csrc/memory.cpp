@@ -97,10 +97,11 @@ void release_pages(void* begin, void* end) {
 }  // namespace
 
 at::Tensor converted(at::Tensor matrix, at::ScalarType dtype) {
-  constexpr int64_t kPart = 256 << 10, kReused = 4 << 20;  // bytes; up to kReused malloc keeps for the next step
+  // Bytes. Up to kWhole in one call: pages given back are page faults of the next step.
+  constexpr int64_t kPart = 256 << 10, kWhole = 4 << 20;
   const int64_t rows = matrix.size(0), row_bytes = matrix.size(1) * static_cast<int64_t>(matrix.element_size());
   const bool own = matrix.use_count() == 1 && matrix.storage().use_count() == 1;
-  if (matrix.scalar_type() == dtype || !own || rows * row_bytes <= kReused) return matrix.to(dtype);
+  if (matrix.scalar_type() == dtype || !own || rows * row_bytes <= kWhole) return matrix.to(dtype);
   at::Tensor out = at::empty(matrix.sizes(), matrix.options().dtype(dtype));
   const int64_t at_once = std::max<int64_t>(1, kPart / row_bytes);
   auto* bytes = static_cast<char*>(matrix.mutable_data_ptr());

@@ -184,6 +184,31 @@ def test_what_eager_went_through_as_well_is_noise(tmp_path: Path) -> None:
     assert "0 of ours slower" in text
 
 
+def test_what_the_probe_went_through_as_well_is_noise(tmp_path: Path) -> None:
+    """Another guest on the same cores slows what uses their full vector width: ours and the probe, and eager little."""
+    old, slow = made_up(4), made_up(104, slower=1.3)
+    for made, probe in ((old, 0.25), (slow, 0.25 * 1.3)):
+        for row in made["rows"]:
+            row["probe"] = probe
+    code, text = compared(tmp_path, old, slow)
+    assert code == 0, text
+    for row in slow["rows"]:
+        row["probe"] = 0.25 * 0.7  # a probe that became faster hides nothing
+    assert compared(tmp_path, old, slow)[0] == 1
+
+
+def test_a_slower_reference_is_told_but_no_failure(tmp_path: Path) -> None:
+    reports = made_up(5), made_up(105, slower=1.6)
+    for made in reports:
+        for row in made["rows"]:
+            if row["ours"]:
+                row["implementation"] = "ours, backend=reference"
+    code, text = compared(tmp_path, *reports)
+    assert code == 0, text
+    assert "slower" in text
+    assert "0 of ours slower" in text
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_a_slowdown_is_flagged_and_noise_is_not(seed: int, tmp_path: Path) -> None:
     code, text = compared(tmp_path, made_up(seed), made_up(seed + 100, slower=1.3))

@@ -23,7 +23,7 @@ from fused_contrastive.bench.implementations import (
     reason_not_to,
 )
 from fused_contrastive.bench.suites import Suite
-from fused_contrastive.bench.timing import in_units, interleaved, product, quantile, step
+from fused_contrastive.bench.timing import in_units, interleaved, probe, product, quantile, step
 from fused_contrastive.bench.workloads import WORKLOADS, Loss, Problem
 
 ROUNDS = 60  # of an implementation, kept for `compare`, from the whole time
@@ -100,7 +100,7 @@ def time_problem(problem: Problem, seconds: float, only: tuple[str, ...], consol
         if wrong and wrong.startswith("WRONG") and implementation.ours:
             raise AssertionError(f"{implementation.name}, {problem}: {wrong}; nothing is timed")
     del truth
-    times = interleaved(product(problem), steps, seconds)
+    times = interleaved(product(problem), probe(problem.device), steps, seconds)
     u = statistics.median(times.u)
     for row in rows:
         name = row["implementation"]
@@ -114,6 +114,8 @@ def time_problem(problem: Problem, seconds: float, only: tuple[str, ...], consol
             "seconds": statistics.median(both),
             "unit_tflops": 2 * math.prod(WORKLOADS[problem.loss].unit(problem)) / u / 1e12,
         }
+        if times.probe:
+            row["probe"] = statistics.median(times.probe) / u
         row |= {"both": in_units(both, u), "forward": in_units(times.forward[name], u)}
         row |= {
             "backward": in_units(times.backward[name], u),

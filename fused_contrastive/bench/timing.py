@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from fused_contrastive.bench.workloads import WORKLOADS, Loss, Problem
 
 AHEAD = 4_000_000  # clocks that the GPU waits, about 2 ms, while the host queues what is timed
 FITS = 16 * 2**30  # bytes of a product that u is measured on in one piece
+BETWEEN_PROBES = 0.05  # seconds
 
 Step = Callable[[], tuple[float, float]]  # seconds forward, seconds backward
 
@@ -22,6 +24,7 @@ class Times(NamedTuple):
     """Seconds, round by round."""
 
     u: list[float]
+    probe: list[float]
     forward: dict[str, list[float]]
     backward: dict[str, list[float]]
 
@@ -44,6 +47,24 @@ def product(problem: Problem) -> Callable[[], float]:
         watch.start()
         torch.mm(x, y.T)
         return parts * watch.stop()[0]
+
+    return run
+
+
+def probe(device: str) -> Callable[[], float] | None:
+    """Seconds of a bfloat16 product of fixed size by the vendor, on a CPU: what its full vector width yields just now.
+
+    float32 products of MKL use half the width on some CPUs, and so do not slow down by what slows kernels that use all
+    of it: another guest of the same cores, a lower clock for wide vectors. On a GPU u itself is such a product.
+    """
+    if device == "cuda":
+        return None
+    x, y = (torch.randn(1024, 512).bfloat16() for _ in range(2))
+
+    def run() -> float:
+        started = time.perf_counter()
+        torch.mm(x, y.T)
+        return time.perf_counter() - started
 
     return run
 
@@ -92,15 +113,27 @@ def step(loss: Loss, leaves: dict[str, Tensor], device: str) -> Step:
     return run
 
 
-def interleaved(product: Callable[[], float], steps: dict[str, Step], seconds: float) -> Times:
-    """Rounds of one call each, for about ``seconds``, 5 at least, or 3 where they are slow; each was called before."""
-    times = Times([], {name: [] for name in steps}, {name: [] for name in steps})
+def interleaved(
+    product: Callable[[], float], probe: Callable[[], float] | None, steps: dict[str, Step], seconds: float
+) -> Times:
+    """Rounds of one call each, for about ``seconds``, 5 at least, or 3 where they are slow; each was called before.
+
+    The probe takes part in a round now and then only: in each, it would be most of what rounds of small problems do.
+    """
+    times = Times([], [], {name: [] for name in steps}, {name: [] for name in steps})
     product()
+    if probe is not None:
+        probe()
     started = time.perf_counter()
+    probed = -math.inf
     while True:
         rounds, spent = len(times.u), time.perf_counter() - started
         if (rounds >= 5 and spent >= seconds) or (rounds >= 3 and spent >= 2 * seconds):
             return times
+        if probe is not None and time.perf_counter() - probed > BETWEEN_PROBES:
+            times.probe.append(probe())
+            probed = time.perf_counter()
+            product()  # what the probe left in the caches is not the unit's
         times.u.append(product())
         for name, run in steps.items():
             forward, backward = run()

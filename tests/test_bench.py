@@ -18,7 +18,18 @@ import torch
 from rich.console import Console
 
 from fused_contrastive.__main__ import main
-from fused_contrastive.bench import command, compare, growth, implementations, memory, peers, report, run, suites
+from fused_contrastive.bench import (
+    command,
+    compare,
+    growth,
+    implementations,
+    memory,
+    peers,
+    report,
+    run,
+    suites,
+    timing,
+)
 from fused_contrastive.bench.check import Truth, evaluate
 from fused_contrastive.bench.implementations import Implementation, named
 from fused_contrastive.bench.provenance import provenance
@@ -195,6 +206,18 @@ def test_what_the_probe_went_through_as_well_is_noise(tmp_path: Path) -> None:
     for row in slow["rows"]:
         row["probe"] = 0.25 * 0.7  # a probe that became faster hides nothing
     assert compared(tmp_path, old, slow)[0] == 1
+
+
+@pytest.mark.parametrize("pays", [True, False])
+def test_the_probe_is_no_emulation(pays: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without bfloat16 units it would take more time than all that is measured, and say nothing."""
+    monkeypatch.setattr(timing, "bfloat16_pays", lambda: pays)
+    probe = timing.probe("cpu")
+    assert (probe is not None) == pays
+    times = timing.interleaved(lambda: 1e-3, probe, {"ours": lambda: (1e-3, 1e-3)}, 0.01)
+    assert bool(times.probe) == pays
+    assert min(times.probe, default=1.0) > 0
+    assert timing.probe("cuda") is None
 
 
 def test_a_slower_reference_is_told_but_no_failure(tmp_path: Path) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import statistics
 import time
+import timeit
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -51,13 +53,25 @@ def product(problem: Problem) -> Callable[[], float]:
     return run
 
 
+@functools.cache
+def bfloat16_pays() -> bool:
+    """Whether this CPU multiplies bfloat16 faster than float32: emulated, a product takes many times more."""
+
+    def seconds(dtype: torch.dtype) -> float:
+        x = torch.randn(512, 512).to(dtype)
+        return min(timeit.repeat(lambda: torch.mm(x, x.T), number=1, repeat=3))
+
+    return seconds(torch.bfloat16) < seconds(torch.float32)
+
+
 def probe(device: str) -> Callable[[], float] | None:
     """Seconds of a bfloat16 product of fixed size by the vendor, on a CPU: what its full vector width yields just now.
 
     float32 products of MKL use half the width on some CPUs, and so do not slow down by what slows kernels that use all
-    of it: another guest of the same cores, a lower clock for wide vectors. On a GPU u itself is such a product.
+    of it: another guest of the same cores, a lower clock for wide vectors. None on a CPU without bfloat16 units, where
+    it would measure their emulation, and on a GPU, where u itself is such a product.
     """
-    if device == "cuda":
+    if device == "cuda" or not bfloat16_pays():
         return None
     x, y = (torch.randn(1024, 512).bfloat16() for _ in range(2))
 

@@ -8,7 +8,7 @@ namespace fc {
 at::Tensor reused_matrix(int64_t rows, int64_t cols, const at::TensorOptions& options);
 
 // (rows, cols) in another dtype. Of a matrix that nobody else reads, memory goes back to the system as it is converted:
-// the two are never resident together.
+// of more than 4 MB the two are never resident together.
 at::Tensor converted(at::Tensor matrix, at::ScalarType dtype);
 
 }  // namespace fc

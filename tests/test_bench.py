@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import io
+import itertools
 import json
 import os
-import random
-import statistics
 import subprocess
 import sys
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,6 @@ from rich.console import Console
 from fused_contrastive.__main__ import main
 from fused_contrastive.bench import (
     command,
-    compare,
     growth,
     implementations,
     memory,
@@ -44,6 +41,10 @@ def _not_interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
 
 QUIET = Console(quiet=True)
 SMALL = {loss: Problem(loss, 16 if loss == "max_sim" else 48, 24) for loss in WORKLOADS}
+
+
+def timed(problem: Problem, only: tuple[str, ...] = ()) -> list[run.Row]:
+    return run.run_suite(suites.Suite([(problem, 0.0)], [], only), QUIET, lambda rows: None)
 
 
 def cli(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -76,7 +77,7 @@ def test_what_is_wrong_is_reported_and_not_timed(loss: str, break_: str, monkeyp
 
     broken = Implementation("broken", loss, load)
     monkeypatch.setattr(run, "REGISTRY", [named(loss, "ours"), broken])
-    rows = {row["implementation"]: row for row in run.time_problem(SMALL[loss], 0.0, (), QUIET)}
+    rows = {row["implementation"]: row for row in timed(SMALL[loss])}
     assert rows["ours"]["status"] == "ok"
     assert rows["broken"]["status"].startswith("WRONG: "), rows["broken"]
     assert "both" not in rows["broken"]
@@ -86,7 +87,7 @@ def test_ours_being_wrong_ends_the_benchmark(monkeypatch: pytest.MonkeyPatch) ->
     broken = Implementation("ours", "clip", lambda problem: lambda x, y, scale: (x + y).sum() * scale, ours=True)
     monkeypatch.setattr(run, "REGISTRY", [broken])
     with pytest.raises(AssertionError, match=r"ours, clip N = 48.*WRONG.*nothing is timed"):
-        run.time_problem(SMALL["clip"], 0.0, (), QUIET)
+        timed(SMALL["clip"])
 
 
 def test_a_peer_that_fails_is_a_row_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,7 +104,7 @@ def test_a_peer_that_fails_is_a_row_with_its_reason(monkeypatch: pytest.MonkeyPa
     others += [Implementation("gpu", "clip", fails, devices=("cuda",)), Implementation("big", "clip", fails, largest=8)]
     others.append(Implementation("matrices", "clip", fails, matrices=1e12))
     monkeypatch.setattr(run, "REGISTRY", [named("clip", "ours"), *others])
-    rows = {row["implementation"]: row["status"] for row in run.time_problem(SMALL["clip"], 0.0, (), QUIET)}
+    rows = {row["implementation"]: row["status"] for row in timed(SMALL["clip"])}
     assert rows.pop("matrices").startswith("its N x N tensors would take")
     assert rows == {
         "ours": "ok",
@@ -126,11 +127,104 @@ def test_a_peer_s_known_lack_of_a_gradient_is_allowed() -> None:
 
 
 def test_timing_counts_forward_and_backward() -> None:
-    (row,) = run.time_problem(SMALL["clip"], 0.0, ("ours",), QUIET)
+    (row,) = timed(SMALL["clip"], only=("ours",))
     assert len(row["rounds"]) >= 3
     assert 0 < row["forward"]["median"] < row["both"]["median"]
     assert row["both"]["q20"] <= row["both"]["median"] <= row["both"]["q80"]
     assert row["seconds"] == pytest.approx(row["both"]["median"] * row["u_seconds"])
+
+
+@pytest.mark.parametrize("pays", [True, False])
+def test_the_probe_is_no_emulation(pays: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without bfloat16 units it would take more time than all that is measured, and say nothing."""
+    spent = {torch.bfloat16: [0.1, 0.2] if pays else [0.3, 0.4], torch.float32: [0.2, 0.3]}
+    dtypes = iter([torch.bfloat16, torch.float32])
+    monkeypatch.setattr(timing.timeit, "repeat", lambda *_, **__: spent[next(dtypes)])
+    timing.bfloat16_pays.cache_clear()
+    probe = timing.probe("cpu")
+    assert (probe is not None) == pays
+    assert timing.probe("cuda") is None
+    timing.bfloat16_pays.cache_clear()
+
+
+def test_the_probe_is_spaced_and_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "bfloat16_pays", lambda: True)
+    times = timing.Times.of(["ours"])
+    timing.interleaved(times, lambda: 1e-3, timing.probe("cpu"), {"ours": lambda: (1e-3, 1e-3)}, 0.12)
+    assert 2 <= len(times.probe) <= 3 < len(times.u)
+    (row,) = timed(SMALL["clip"], only=("ours",))
+    assert row["probe"] > 0
+    monkeypatch.setattr(timing, "bfloat16_pays", lambda: False)
+    (row,) = timed(SMALL["clip"], only=("ours",))
+    assert "probe" not in row
+
+
+def test_each_starts_a_round_in_turn() -> None:
+    """What runs directly behind the unit finds other caches than the others do."""
+    called: list[str] = []
+
+    def stepping(name: str) -> timing.Step:
+        return lambda: (float(called.append(name) or 1), 1.0)
+
+    times = timing.Times.of("abc")
+    timing.interleaved(times, lambda: 1e-3, None, {name: stepping(name) for name in "abc"}, 0.0)
+    assert "".join(called) == "abc" + "bca" + "cab" + "abc"  # once untimed, then three rounds
+    assert {len(rounds) for rounds in times.forward.values()} == {3}
+
+
+def test_each_problem_is_compiled_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Code that a library compiles for any size, a small one first, would do for a large one what is best for small.
+
+    And no sweep's rounds have a compilation in them.
+    """
+    events: list[int | str] = []
+
+    def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
+        events.append("compiled")
+        return graph.forward
+
+    whole = torch.compile(WORKLOADS["clip"].eager, dynamic=True, backend=backend)
+
+    def load(problem: Problem) -> Any:
+        def loss(x: Any, y: Any, scale: Any) -> Any:
+            value = whole(x, y, scale)
+            events.append(len(x))
+            return value
+
+        return loss
+
+    monkeypatch.setattr(run, "REGISTRY", [Implementation("any size", "clip", load)])
+    problems = [Problem("clip", n, 24) for n in (16, 48)]
+    run.run_suite(suites.Suite([(p, 0.0) for p in problems], [], sweeps=2), QUIET, lambda rows: None)
+    compiled = [size for event, size in itertools.pairwise(events) if event == "compiled"]
+    assert [size for k, size in enumerate(compiled) if k == 0 or size != compiled[k - 1]] == [16, 48] * 3
+
+
+def test_sweeps_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All is prepared before anything is timed; each sweep adds rounds, and what was measured is kept as it comes."""
+    monkeypatch.setattr(run, "REGISTRY", [named("clip", "ours"), named("siglip", "ours")])
+    order: list[str] = []
+    interleaved, prepare = run.interleaved, run.prepare
+
+    def prepared(problem: Problem, *arguments: Any) -> Any:
+        order.append(f"prepared {problem.loss}")
+        return prepare(problem, *arguments)
+
+    def listed(times: Any, *arguments: Any) -> None:
+        before = len(times.u)
+        interleaved(times, *arguments)
+        assert len(times.u) > before
+        order.append(f"{arguments[-1]} sweeps, after {before} rounds")
+
+    monkeypatch.setattr(run, "interleaved", listed)
+    monkeypatch.setattr(run, "prepare", prepared)
+    kept: list[int] = []
+    suite = suites.Suite([(SMALL["clip"], 0.0), (SMALL["siglip"], 0.0)], [], sweeps=3)
+    rows = run.run_suite(suite, QUIET, lambda rows: kept.append(len(rows)))
+    assert order[:2] == ["prepared clip", "prepared siglip"]
+    assert order[2:] == [f"3 sweeps, after {before} rounds" for before in (0, 0, 1, 1, 2, 2)]
+    assert kept == [0, 1, 2, 2, 2, 2, 2]
+    assert [len(row["rounds"]) for row in rows] == [3, 3]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="resident memory is measured on Linux")
@@ -161,115 +255,6 @@ def test_exponents() -> None:
     assert (times.d, times.time, times.memory) == (512, pytest.approx(2.0), None)
     assert (memories.d, memories.time, memories.memory) == (256, None, pytest.approx(1.0))
     assert growth.exponent([(1024, 0.0), (2048, 5e6), (4096, 1e7)]) is None
-
-
-# --- comparing two reports --------------------------------------------------------------------------------------------
-
-
-def made_up(seed: int, slower: float = 1.0, drift: float = 0.0) -> dict[str, Any]:
-    """A report of noisy rounds: a spread of a twentieth, one in ten twice as long."""
-    draw = random.Random(seed)
-    rows = []
-    for n in (128, 1024, 4096):
-        for name in ("ours", "eager"):
-            factor = (slower if name == "ours" and n == 1024 else 1.0) * (1 + drift)
-            rounds = [factor * 3 * draw.gauss(1, 0.05) * (2 if draw.random() < 0.1 else 1) for _ in range(25)]
-            rows.append({
-                **asdict(Problem("clip", n, 512)), "implementation": name, "ours": name == "ours", "status": "ok",
-                "rounds": rounds, "both": {"median": statistics.median(rounds)},
-            })  # fmt: skip
-    return {"command": "", "provenance": {"machine": "made up"}, "rows": rows}
-
-
-def compared(tmp_path: Path, old: dict[str, Any], new: dict[str, Any]) -> tuple[int, str]:
-    for name, made in (("old", old), ("new", new)):
-        (tmp_path / f"{name}.json").write_text(json.dumps(made))
-    console = Console(record=True, width=160, file=io.StringIO())
-    code = compare.compare(tmp_path / "old.json", tmp_path / "new.json", compare.TOLERANCE, console)
-    return code, console.export_text()
-
-
-def test_what_eager_went_through_as_well_is_noise(tmp_path: Path) -> None:
-    code, text = compared(tmp_path, made_up(3), made_up(103, drift=0.4))
-    assert code == 0, text
-    assert "0 of ours slower" in text
-
-
-def test_what_the_probe_went_through_as_well_is_noise(tmp_path: Path) -> None:
-    """Another guest on the same cores slows what uses their full vector width: ours and the probe, and eager little."""
-    old, slow = made_up(4), made_up(104, slower=1.3)
-    for made, probe in ((old, 0.25), (slow, 0.25 * 1.3)):
-        for row in made["rows"]:
-            row["probe"] = probe
-    code, text = compared(tmp_path, old, slow)
-    assert code == 0, text
-    for row in slow["rows"]:
-        row["probe"] = 0.25 * 0.7  # a probe that became faster hides nothing
-    assert compared(tmp_path, old, slow)[0] == 1
-
-
-@pytest.mark.parametrize("pays", [True, False])
-def test_the_probe_is_no_emulation(pays: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without bfloat16 units it would take more time than all that is measured, and say nothing."""
-    monkeypatch.setattr(timing, "bfloat16_pays", lambda: pays)
-    probe = timing.probe("cpu")
-    assert (probe is not None) == pays
-    times = timing.interleaved(lambda: 1e-3, probe, {"ours": lambda: (1e-3, 1e-3)}, 0.01)
-    assert bool(times.probe) == pays
-    assert min(times.probe, default=1.0) > 0
-    assert timing.probe("cuda") is None
-
-
-def test_a_slower_reference_is_told_but_no_failure(tmp_path: Path) -> None:
-    reports = made_up(5), made_up(105, slower=1.6)
-    for made in reports:
-        for row in made["rows"]:
-            if row["ours"]:
-                row["implementation"] = "ours, backend=reference"
-    code, text = compared(tmp_path, *reports)
-    assert code == 0, text
-    assert "slower" in text
-    assert "0 of ours slower" in text
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_a_slowdown_is_flagged_and_noise_is_not(seed: int, tmp_path: Path) -> None:
-    code, text = compared(tmp_path, made_up(seed), made_up(seed + 100, slower=1.3))
-    assert code == 1
-    assert "clip N = 1024, D = 512, fp32: ours" in text
-    assert "1 of ours slower" in text
-    code, text = compared(tmp_path, made_up(seed), made_up(seed + 200, drift=0.03))
-    assert code == 0, text
-    assert "0 of ours slower" in text
-
-
-def test_a_speed_up_or_a_slower_peer_is_told_but_no_failure(tmp_path: Path) -> None:
-    code, text = compared(tmp_path, made_up(1, slower=1.5), made_up(2))
-    assert code == 0
-    assert "faster" in text
-
-
-def test_what_can_no_longer_be_measured_is_a_regression(tmp_path: Path) -> None:
-    new = made_up(2)
-    del new["rows"][0]["rounds"]
-    new["rows"][0]["status"] = "not timed: 31 s a call"
-    code, text = compared(tmp_path, made_up(1), new)
-    assert code == 1
-    assert "no longer measured: clip N = 128, D = 512, fp32: ours: not timed: 31 s a call" in text
-
-
-def test_compare_refuses_what_is_no_report(tmp_path: Path) -> None:
-    (tmp_path / "a.json").write_text("{")
-    (tmp_path / "b.json").write_text('{"rows": 3}')
-    with pytest.raises(ValueError, match=r"a.json: got no JSON.*expected a report of `bench`"):
-        compare.load(tmp_path / "a.json")
-    with pytest.raises(ValueError, match=r"b.json: got JSON without rows"):
-        compare.load(tmp_path / "b.json")
-    result = cli("compare", "a.json", "nowhere.json", cwd=tmp_path)
-    assert result.returncode == 2
-    assert "a.json" in result.stdout
-    empty = {"command": "", "provenance": {}, "rows": []}
-    assert compared(tmp_path, empty, empty)[0] == 2
 
 
 # --- the command ------------------------------------------------------------------------------------------------------

@@ -28,9 +28,9 @@ def add_parsers(commands: Any, positive: Any) -> None:
     bench.add_argument(
         "--show", type=Path, metavar="REPORT.json", help="print an earlier report and draw it, beside it; runs nothing"
     )
-    two = commands.add_parser("compare", help="what became slower between two reports of bench, beyond noise")
-    two.add_argument("old", type=Path, metavar="OLD.json")
-    two.add_argument("new", type=Path, metavar="NEW.json")
+    two = commands.add_parser("compare", help="what became slower between reports of bench, beyond noise")
+    two.add_argument("old", type=Path, metavar="OLD", help="a report, .json, or a folder of them")
+    two.add_argument("new", type=Path, metavar="NEW", help="the same, made by the changed code; best in turns with OLD")
     two.add_argument(
         "--tolerance",
         type=positive,

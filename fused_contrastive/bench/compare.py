@@ -1,10 +1,14 @@
-"""Two reports of the same machine: what became slower in u, beyond noise."""
+"""Reports of the same machine, before a change and after: what became slower in u, beyond noise.
+
+A side is one report or a folder of several. Other guests of a machine slow some minutes of it: where reports of both
+sides were made in turns, each side has some of the quiet ones, and a time is that of its quiet rounds.
+"""
 
 from __future__ import annotations
 
 import json
 import random
-import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,44 +16,46 @@ from rich.console import Console
 from rich.table import Table
 
 from fused_contrastive.bench.provenance import line
+from fused_contrastive.bench.timing import quantile
 from fused_contrastive.bench.workloads import Problem, problem_of
 
-TOLERANCE = 0.15  # what two honest runs differ by: placement in memory, clocks
-CONTROL = "eager"  # whose own change between the runs is not the change of anything here
-CHECKED_BY = "ours, backend=reference"  # told of, no failure: its time is page faults, or none if malloc keeps memory
+TOLERANCE = 0.15
+CONTROL = "eager"
+CHECKED_BY = "ours, backend=reference"  # told of, no failure: much of its time is page faults, as malloc keeps memory
 RESAMPLES = 400
-FEWEST = 5  # rounds: of three, a median's interval is the three themselves
+FEWEST = 5  # rounds: of three, an interval is the three themselves
+QUIET = 0.1  # a time is this quantile of its rounds
+Report = dict[str, Any]
+Reports = Sequence[Report]
+Row = dict[str, Any]
+Key = tuple[Problem, str]  # and the implementation's name
 FIELDS = ("loss", "dtype", "d", "n", "device", "implementation", "ours", "status")
 
 
 class Change(NamedTuple):
-    """One row of both reports. ``low`` and ``high`` hold the ratio of the medians, 90% of the time.
+    """One row of both reports: its times in u, and by what factor it changed, 90% of the time.
 
-    ``controls`` are the ratios of what is not ours, measured in the same rounds: eager PyTorch on the same problem and
-    the vendor's bfloat16 product of ``timing.probe``. What they went through as well, a busier machine or a unit of a
-    few microseconds that came out otherwise, is noise: slower is slower by itself and by each of them.
+    ``factors`` has a low and a high end for each control. The first is u. The others are not ours either, and were
+    timed in the same rounds, or in between: eager PyTorch on the same problem, and the vendor's bfloat16 product of
+    ``timing.probe``. What they went through as well is noise, a busier machine or a u that came out otherwise: slower
+    is slower by each of them.
     """
 
     what: str
     counts: bool  # whether a slowdown is a failure
     old: float
     new: float
-    low: float
-    high: float
-    controls: tuple[float, ...] = ()
-
-    @property
-    def ratio(self) -> float:
-        return self.new / self.old
+    factors: dict[str, tuple[float, float]]
 
     def verdict(self, tolerance: float) -> str:
-        controls = (1.0, *self.controls)
-        if self.low / max(controls) > 1 + tolerance:
+        if min(low for low, _ in self.factors.values()) > 1 + tolerance:
             return "slower"
-        return "faster" if self.high / min(controls) < 1 / (1 + tolerance) else ""
+        if max(high for _, high in self.factors.values()) < 1 / (1 + tolerance):
+            return "faster"
+        return "as others" if self.factors["u"][0] > 1 + tolerance else ""
 
 
-def load(path: Path) -> dict[str, Any]:
+def load(path: Path) -> Report:
     """A report, or ValueError that says what the file is instead."""
     try:
         report = json.loads(path.read_text())
@@ -63,81 +69,134 @@ def load(path: Path) -> dict[str, Any]:
     return report
 
 
-def _measured(report: dict[str, Any]) -> dict[tuple[Problem, str], dict[str, Any]]:
-    """The rows that were timed, by problem and implementation."""
-    return {(problem_of(row), row["implementation"]): row for row in report["rows"] if "rounds" in row}
-
-
-def _medians(rounds: list[float], draw: random.Random) -> list[float]:
-    return [statistics.median(draw.choices(rounds, k=len(rounds))) for _ in range(RESAMPLES)]
-
-
-def changes(old: dict[str, Any], new: dict[str, Any]) -> list[Change]:
-    """Of all rows that both have measured."""
-    draw = random.Random(0)
-    before, after = _measured(old), _measured(new)
-    found = []
-    for (problem, name), row in after.items():
-        was = before.get((problem, name))
-        if was is None or min(len(was["rounds"]), len(row["rounds"])) < FEWEST:
-            continue
-        ratios = sorted(
-            b / a for a, b in zip(_medians(was["rounds"], draw), _medians(row["rounds"], draw), strict=True)
-        )
-        edge = RESAMPLES // 20
-        medians = (was["both"]["median"], row["both"]["median"])
-        controls = [row["probe"] / was["probe"]] if "probe" in was and "probe" in row else []
-        eager = (problem, CONTROL)
-        if eager in before and eager in after and name != CONTROL:
-            controls.append(after[eager]["both"]["median"] / before[eager]["both"]["median"])
-        interval = (ratios[edge], ratios[-edge - 1])
-        counts = row["ours"] and name != CHECKED_BY
-        found.append(Change(f"{problem}: {name}", counts, *medians, *interval, tuple(controls)))
+def side(path: Path) -> list[tuple[Path, Report]]:
+    """The report, or those in a folder."""
+    paths = sorted(p for p in path.glob("*.json") if not p.name.endswith(".partial.json")) if path.is_dir() else [path]
+    if not paths:
+        raise ValueError(f"{path}: got a folder without reports, expected some of `bench`")
+    found = [(p, load(p)) for p in paths]
+    for p, report in found:
+        if any("rounds" in row and "u_rounds" not in row for row in report["rows"]):
+            raise ValueError(f"{p}: got rounds without 'u_rounds', expected a report of this version's `bench`")
     return found
 
 
-def lost(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """What of ours was measured in the old report and could not be in the new one."""
-    before = _measured(old)
-    return [
-        f"{problem_of(row)}: {row['implementation']}: {row['status']}"
-        for row in new["rows"]
-        if row["ours"] and row["status"] != "ok" and (problem_of(row), row["implementation"]) in before
+def _measured(reports: Reports) -> dict[Key, Row]:
+    """The rows that were timed, with the rounds of all reports, in seconds."""
+    pooled: dict[Key, Row] = {}
+    for row in (row for report in reports for row in report["rows"] if "rounds" in row):
+        seconds = {name: [t * row["u_seconds"] for t in row[name]] for name in ("rounds", "u_rounds")}
+        if "probe" in row:
+            seconds["probe"] = [row["probe"] * row["u_seconds"]]
+        into = pooled.setdefault((problem_of(row), row["implementation"]), {"ours": row["ours"]})
+        for name, values in seconds.items():
+            into[name] = into.get(name, []) + values
+    return pooled
+
+
+def _resampled(rows: list[list[float]], draw: random.Random) -> list[list[float]]:
+    """The quiet times of several things that were timed in the same rounds, of rounds drawn with replacement."""
+    count = len(rows[0])
+    chosen = [draw.choices(range(count), k=count) for _ in range(RESAMPLES)]
+    return [[quantile([row[i] for i in some], QUIET) for some in chosen] for row in rows]
+
+
+def _ends(ratios: list[float]) -> tuple[float, float]:
+    ratios = sorted(ratios)
+    edge = len(ratios) // 20
+    return ratios[edge], ratios[-edge - 1]
+
+
+def _change(key: Key, was: Row, row: Row, eager: tuple[Row, Row] | None, draw: random.Random) -> Change:
+    """``eager``: its rows before and after, timed in the same rounds."""
+    controls = {"u": (was["u_rounds"], row["u_rounds"])}
+    if eager is not None:
+        controls[CONTROL] = (eager[0]["rounds"], eager[1]["rounds"])
+    pairs = [(was["rounds"], row["rounds"]), *controls.values()]
+    old, new = (_resampled([pair[which] for pair in pairs], draw) for which in (0, 1))
+    ratios = [[b / a for a, b in zip(*resampled, strict=True)] for resampled in zip(old, new, strict=True)]
+    factors = {
+        name: _ends([ours / control for ours, control in zip(ratios[0], ratios[k], strict=True)])
+        for k, name in enumerate(controls, 1)
+    }
+    if "probe" in was and "probe" in row:
+        probe = min(row["probe"]) / min(was["probe"])
+        factors["bfloat16"] = _ends([ours / probe for ours in ratios[0]])
+    times = [quantile(of["rounds"], QUIET) / quantile(of["u_rounds"], QUIET) for of in (was, row)]
+    return Change(f"{key[0]}: {key[1]}", row["ours"] and key[1] != CHECKED_BY, times[0], times[1], factors)
+
+
+def changes(old: Reports, new: Reports) -> list[Change]:
+    """Of all rows that both sides have measured, in ``FEWEST`` rounds at least."""
+    draw = random.Random(0)
+    before, after = ({k: row for k, row in _measured(r).items() if len(row["rounds"]) >= FEWEST} for r in (old, new))
+    found = []
+    for key, row in after.items():
+        if key in before:
+            eager = (key[0], CONTROL)
+            control = (before[eager], after[eager]) if eager in before and eager in after and key != eager else None
+            if control and any(
+                len(a["rounds"]) != len(b["rounds"]) for a, b in zip(control, (before[key], row), strict=True)
+            ):
+                control = None  # not in all reports of a side
+            found.append(_change(key, before[key], row, control, draw))
+    return found
+
+
+def uncompared(old: Reports, new: Reports) -> list[str]:
+    """Problems of both sides with a row in too few rounds."""
+    before, after = _measured(old), _measured(new)
+    few = [
+        key for key in after if key in before and min(len(before[key]["rounds"]), len(after[key]["rounds"])) < FEWEST
     ]
+    return list(dict.fromkeys(str(problem) for problem, _ in few))
+
+
+def lost(old: Reports, new: Reports) -> list[str]:
+    """What of ours the old side measured and the new one could not."""
+    before, after = _measured(old), _measured(new)
+    rows = [row for report in new for row in report["rows"] if row["ours"] and row["status"] != "ok"]
+    gone = {(problem_of(row), row["implementation"]): row["status"] for row in rows}
+    return [f"{key[0]}: {key[1]}: {why}" for key, why in gone.items() if key in before and key not in after]
 
 
 def compare(old: Path, new: Path, tolerance: float, console: Console) -> int:
     """Prints what changed; 1 if something of ours became slower, 2 if there is nothing to compare."""
-    reports = load(old), load(new)
-    for name, report in zip((old, new), reports, strict=True):
-        console.print(f"{name}: {line(report['provenance'])}", markup=False)
+    sides = side(old), side(new)
+    for path, report in (*sides[0], *sides[1]):
+        console.print(f"{path}: {line(report['provenance'])}", markup=False)
+    reports = [[report for _, report in one] for one in sides]
     for what in ("machine", "torch"):
-        one, other = (report["provenance"].get(what) for report in reports)
-        if one != other:
-            console.print(f"{what}: {one} and {other}, so u itself differs", style="yellow", markup=False)
+        values = {str(report["provenance"].get(what)) for one in reports for report in one}
+        if len(values) > 1:
+            console.print(f"{what}: {' and '.join(sorted(values))}, so u itself differs", style="yellow", markup=False)
     found = changes(*reports)
+    for problem in uncompared(*reports):
+        console.print(f"not compared, in fewer than {FEWEST} rounds: {problem}", markup=False)
     if not found:
         console.print(f"No row of at least {FEWEST} rounds is in both reports.", style="red")
         return 2
     told = [change for change in found if change.verdict(tolerance)]
     if told:
-        table = Table("", "old, u", "new, u", "new / old", "90% interval", "")
-        for c in sorted(told, key=lambda c: -c.ratio):
+        names = list(dict.fromkeys(name for change in told for name in change.factors))
+        table = Table("", "old, u", "new, u", *(f"change by {name}" for name in names), "")
+        for c in sorted(told, key=lambda c: -c.new / c.old):
             style = "red" if c.counts and c.verdict(tolerance) == "slower" else None
-            cells = (
-                f"{c.old:.2f}",
-                f"{c.new:.2f}",
-                f"{c.ratio:.2f}",
-                f"{c.low:.2f}..{c.high:.2f}",
-                c.verdict(tolerance),
-            )
-            table.add_row(c.what, *cells, style=style)
+            ends = ("{:.2f}..{:.2f}".format(*c.factors[name]) if name in c.factors else "" for name in names)
+            table.add_row(c.what, f"{c.old:.2f}", f"{c.new:.2f}", *ends, c.verdict(tolerance), style=style)
         console.print(table)
+    verdicts = [change.verdict(tolerance) for change in told]
     regressions = [change for change in told if change.counts and change.verdict(tolerance) == "slower"]
     console.print(
-        f"{len(found)} rows compared; beyond noise and {tolerance:.0%}: {len(told)} changed, "
+        f"{len(found)} rows compared; beyond noise and {tolerance:.0%}: {verdicts.count('slower')} slower, "
+        f"{verdicts.count('faster')} faster, {verdicts.count('as others')} slower as what is not ours was; "
         f"{len(regressions)} of ours slower."
     )
+    if regressions and min(map(len, reports)) == 1:
+        console.print(
+            "One report a side: on a machine that others use too, measure both again in turns, into two folders, and "
+            "compare those."
+        )
     for row in (gone := lost(*reports)):
         console.print(f"no longer measured: {row}", style="red", markup=False)
     return 1 if regressions or gone else 0

@@ -21,13 +21,18 @@ PEERS = (
 
 
 def _processor() -> str:
+    """Its name, and on Linux the family and model, which tell apart what has one name."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        text = Path("/proc/cpuinfo").read_text()
     except OSError:
         return platform.processor()
-    return next(
-        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor()
-    )
+    fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in text.splitlines())}
+    if "model name" not in fields:
+        return platform.processor()
+    numbers = [
+        f"{short} {fields[key]}" for short, key in (("family", "cpu family"), ("model", "model")) if key in fields
+    ]
+    return " ".join([fields["model name"], *([f"({', '.join(numbers)})"] if numbers else [])])
 
 
 def _commit() -> str:

@@ -1,4 +1,4 @@
-"""Runs a suite: for each problem every implementation that can, checked, then timed in turns; then memory."""
+"""Runs a suite: of each problem all implementations that can, checked, then timed in turns; then their memory."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
@@ -23,7 +23,7 @@ from fused_contrastive.bench.implementations import (
     reason_not_to,
 )
 from fused_contrastive.bench.suites import Suite
-from fused_contrastive.bench.timing import in_units, interleaved, probe, product, quantile, step
+from fused_contrastive.bench.timing import Step, Times, in_units, interleaved, probe, product, quantile, step
 from fused_contrastive.bench.workloads import WORKLOADS, Loss, Problem
 
 ROUNDS = 60  # of an implementation, kept for `compare`, from the whole time
@@ -32,20 +32,93 @@ SLOW = 30.0  # seconds of a call, beyond which an implementation is not timed
 Row = dict[str, Any]  # a problem's fields, "implementation", "status"; if that is "ok", what was measured
 
 
+class Prepared(NamedTuple):
+    """A problem whose implementations are checked and called once, and the rounds that they were timed in so far."""
+
+    problem: Problem
+    rows: list[Row]
+    unit: Callable[[], float]
+    probe: Callable[[], float] | None
+    steps: dict[str, Step]
+    times: Times
+
+    def time(self, seconds: float, sweeps: int) -> None:
+        """One sweep's rounds. Puts the figures of all rounds so far into the rows."""
+        forget_shapes()
+        interleaved(self.times, self.unit, self.probe, self.steps, seconds, sweeps)
+        times, u = self.times, statistics.median(self.times.u)
+        for row in self.rows:
+            if row["status"] != "ok":
+                continue
+            name = row["implementation"]
+            both = times.both(name)
+            row |= {
+                "u_seconds": u,
+                "u_spread": [quantile(times.u, q) / u for q in (0.2, 0.8)],
+                "seconds": statistics.median(both),
+                "unit_tflops": 2 * math.prod(WORKLOADS[self.problem.loss].unit(self.problem)) / u / 1e12,
+            }
+            if times.probe:
+                row["probe"] = quantile(times.probe, 0.2) / u
+            row |= {"both": in_units(both, u), "forward": in_units(times.forward[name], u)}
+            every = -(-len(both) // ROUNDS)
+            row |= {
+                "backward": in_units(times.backward[name], u),
+                "rounds": [round(t / u, 4) for t in both[::every]],
+                "u_rounds": [round(t / u, 4) for t in times.u[::every]],
+            }
+
+    def show(self, console: Console) -> None:
+        console.print(f"{self.problem}, {len(self.times.u)} rounds", markup=False)
+        for row in self.rows:
+            if row["status"] == "ok":
+                both = row["both"]
+                line = f"{both['median']:.2f} u ({both['q20']:.2f}..{both['q80']:.2f})"
+                console.print(f"    {row['implementation']}: {line}", markup=False)
+
+
 def run_suite(suite: Suite, console: Console, keep: Callable[[list[Row]], None], speed: float = 1.0) -> list[Row]:
     """Rows of all timed problems and of all measured memory. ``keep`` gets the rows so far, after each problem."""
     started = time.monotonic()
     rows: list[Row] = []
     total = len(suite.timed) + len(suite.memory)
-    for k, (problem, seconds) in enumerate(suite.timed):
-        console.print(f"[{k + 1} / {total}, {time.monotonic() - started:.0f} s] {problem}", markup=False)
-        rows += time_problem(problem, seconds / speed, suite.only, console)
-        keep(rows)
-    for k, problem in enumerate(suite.memory, len(suite.timed)):
-        console.print(f"[{k + 1} / {total}, {time.monotonic() - started:.0f} s] memory, {problem}", markup=False)
+    numbers = iter(range(1, total + 1))
+
+    def say(what: str) -> None:
+        console.print(f"[{time.monotonic() - started:.0f} s] {what}", markup=False)
+
+    def time_all(problems: list[tuple[Problem, float]]) -> None:
+        waiting = []
+        for problem, seconds in problems:
+            say(f"{next(numbers)} of {total}: {problem}")
+            waiting.append((prepare(problem, suite.only, console), seconds / speed))
+        for sweep in range(suite.sweeps):
+            say(f"timing, sweep {sweep + 1} of {suite.sweeps}")
+            for prepared, seconds in waiting:
+                prepared.time(seconds, suite.sweeps)
+                if sweep == 0:
+                    rows.extend(prepared.rows)
+                keep(rows)
+        for prepared, _ in waiting:
+            prepared.show(console)
+
+    keep(rows)
+    for problems in [suite.timed] if suite.sweeps > 1 else [[one] for one in suite.timed]:
+        time_all(problems)
+    for problem in suite.memory:
+        say(f"{next(numbers)} of {total}: memory, {problem}")
         rows += measure_memory(problem, suite.only, console)
         keep(rows)
     return rows
+
+
+def forget_shapes() -> None:
+    """What is compiled next is compiled for the next problem.
+
+    Else code for any size that was compiled for a small one would serve, on one thread say, and after 8 sizes of a
+    function it would run uncompiled, and say nothing.
+    """
+    torch._dynamo.reset()
 
 
 def candidates(problem: Problem, only: tuple[str, ...]) -> Iterator[tuple[Implementation, Row]]:
@@ -72,9 +145,10 @@ def load(implementation: Implementation, problem: Problem) -> Loss:
         raise CannotRunError(f"cannot be imported: {error}") from error
 
 
-def time_problem(problem: Problem, seconds: float, only: tuple[str, ...], console: Console) -> list[Row]:
+def prepare(problem: Problem, only: tuple[str, ...], console: Console) -> Prepared:
+    """Checks all implementations, and calls those that are right once. Says of each other why it is not timed."""
     torch.manual_seed(0)
-    torch._dynamo.reset()  # after 8 shapes of one function it would run uncompiled, and say nothing
+    forget_shapes()
     smaller = replace(problem, n=min(problem.n, CHECKED))
     truth = Truth(smaller)
     leaves = truth.leaves if smaller == problem else WORKLOADS[problem.loss].inputs(problem)
@@ -86,8 +160,10 @@ def time_problem(problem: Problem, seconds: float, only: tuple[str, ...], consol
             wrong = truth.wrong(implementation, loss)
             if wrong is None:
                 run = step(loss, leaves, problem.device)
-                first = sum(run())  # compiles, tunes, touches memory
-                wrong = f"not timed: {first:.0f} s a call" if first > SLOW else None
+                spent = sum(run())
+                if spent > SLOW:  # to compile, perhaps
+                    spent = sum(run())
+                wrong = f"not timed: {spent:.0f} s a call" if spent > SLOW else None
         except CannotRunError as error:
             wrong = str(error)
         except Exception as error:  # a peer's failure is a result; ours is not
@@ -97,33 +173,11 @@ def time_problem(problem: Problem, seconds: float, only: tuple[str, ...], consol
         row["status"] = wrong or "ok"
         if wrong is None:
             steps[implementation.name] = run
-        if wrong and wrong.startswith("WRONG") and implementation.ours:
-            raise AssertionError(f"{implementation.name}, {problem}: {wrong}; nothing is timed")
-    del truth
-    times = interleaved(product(problem), probe(problem.device), steps, seconds)
-    u = statistics.median(times.u)
-    for row in rows:
-        name = row["implementation"]
-        if row["status"] != "ok":
-            console.print(f"    {name}: {row['status']}", markup=False)
             continue
-        both = times.both(name)
-        row |= {
-            "u_seconds": u,
-            "u_spread": [quantile(times.u, q) / u for q in (0.2, 0.8)],
-            "seconds": statistics.median(both),
-            "unit_tflops": 2 * math.prod(WORKLOADS[problem.loss].unit(problem)) / u / 1e12,
-        }
-        if times.probe:
-            row["probe"] = statistics.median(times.probe) / u
-        row |= {"both": in_units(both, u), "forward": in_units(times.forward[name], u)}
-        row |= {
-            "backward": in_units(times.backward[name], u),
-            "rounds": [round(t / u, 4) for t in both[:: -(-len(both) // ROUNDS)]],
-        }
-        line = f"{row['both']['median']:.2f} u ({row['both']['q20']:.2f}..{row['both']['q80']:.2f})"
-        console.print(f"    {name}: {line}, {len(both)} rounds", markup=False)
-    return rows
+        if wrong.startswith("WRONG") and implementation.ours:
+            raise AssertionError(f"{implementation.name}, {problem}: {wrong}; nothing is timed")
+        console.print(f"    {implementation.name}: {wrong}", markup=False)
+    return Prepared(problem, rows, product(problem), probe(problem.device), steps, Times.of(steps))
 
 
 def measure_memory(problem: Problem, only: tuple[str, ...], console: Console) -> list[Row]:

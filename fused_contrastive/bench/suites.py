@@ -9,11 +9,16 @@ from fused_contrastive.bench.workloads import Problem
 
 
 class Suite(NamedTuple):
-    """Problems with the seconds of timing each gets, and problems whose memory is measured."""
+    """Problems with the seconds of timing each gets, and problems whose memory is measured.
+
+    With several ``sweeps`` all problems are prepared first and then take turns, each getting a part of its seconds at a
+    time: where other guests share a CPU, a slow half minute is then a part of each figure and not the whole of some.
+    """
 
     timed: list[tuple[Problem, float]]
     memory: list[Problem]
     only: tuple[str, ...] = ()  # implementations; empty: all
+    sweeps: int = 1
 
 
 def _each(
@@ -27,13 +32,14 @@ def _seconds(problems: list[Problem], seconds: float) -> list[tuple[Problem, flo
 
 
 MATRIX = ("clip", "info_nce", "nt_xent", "siglip", "supcon")
+SWEEPS = 3  # on CPUs
 GPU_SIZES = (4096, 8192, 16384, 32768, 65536, 131072)
 
 
 def quick() -> Suite:
     """Every loss at one size, CLIP at three."""
-    timed = _seconds(_each(["clip"], [8, 128, 1024], 512), 3) + _seconds(_each(MATRIX[1:], [1024], 512), 3)
-    return Suite(timed, _each(["clip"], [1024, 2048, 4096], 256))
+    timed = _seconds(_each(["clip"], [8, 128, 1024], 512), 5) + _seconds(_each(MATRIX[1:], [1024], 512), 5)
+    return Suite(timed, _each(["clip"], [1024, 2048, 4096], 256), sweeps=SWEEPS)
 
 
 def cpu() -> Suite:
@@ -50,7 +56,7 @@ def cpu() -> Suite:
     ]
     weighed = [*_each(["clip"], [1024, 4096, 8192], 512), *_each(MATRIX[1:], [4096], 512)]
     weighed += _each(["clip"], [4096], 512, ["bf16"])
-    return Suite(timed, [*weighed, Problem("max_sim", 256, 128)])
+    return Suite(timed, [*weighed, Problem("max_sim", 256, 128)], sweeps=SWEEPS)
 
 
 def memory() -> Suite:

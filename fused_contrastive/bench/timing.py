@@ -7,7 +7,7 @@ import math
 import statistics
 import time
 import timeit
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -30,12 +30,18 @@ class Times(NamedTuple):
     forward: dict[str, list[float]]
     backward: dict[str, list[float]]
 
+    @classmethod
+    def of(cls, names: Iterable[str]) -> Times:
+        """No rounds yet, of these implementations."""
+        names = list(names)
+        return cls([], [], {name: [] for name in names}, {name: [] for name in names})
+
     def both(self, name: str) -> list[float]:
         return [a + b for a, b in zip(self.forward[name], self.backward[name], strict=True)]
 
 
 def quantile(values: list[float], q: float) -> float:
-    return sorted(values)[min(int(q * len(values)), len(values) - 1)]
+    return sorted(values)[round(q * (len(values) - 1))]
 
 
 def product(problem: Problem) -> Callable[[], float]:
@@ -65,19 +71,20 @@ def bfloat16_pays() -> bool:
 
 
 def probe(device: str) -> Callable[[], float] | None:
-    """Seconds of a bfloat16 product of fixed size by the vendor, on a CPU: what its full vector width yields just now.
+    """Seconds of a bfloat16 product of fixed size by the vendor, on a CPU: what its widest units yield just now.
 
-    float32 products of MKL use half the width on some CPUs, and so do not slow down by what slows kernels that use all
-    of it: another guest of the same cores, a lower clock for wide vectors. None on a CPU without bfloat16 units, where
-    it would measure their emulation, and on a GPU, where u itself is such a product.
+    float32 products of MKL use half the vector width on some CPUs, and so do not slow down by what slows kernels that
+    use all of it: another guest of the same cores, a lower clock for wide vectors. None on a CPU without bfloat16
+    units, where it would measure their emulation, and on a GPU.
     """
     if device == "cuda" or not bfloat16_pays():
         return None
     x, y = (torch.randn(1024, 512).bfloat16() for _ in range(2))
+    out = torch.empty(1024, 1024, dtype=torch.bfloat16)
 
     def run() -> float:
         started = time.perf_counter()
-        torch.mm(x, y.T)
+        torch.mm(x, y.T, out=out)
         return time.perf_counter() - started
 
     return run
@@ -128,31 +135,45 @@ def step(loss: Loss, leaves: dict[str, Tensor], device: str) -> Step:
 
 
 def interleaved(
-    product: Callable[[], float], probe: Callable[[], float] | None, steps: dict[str, Step], seconds: float
-) -> Times:
-    """Rounds of one call each, for about ``seconds``, 5 at least, or 3 where they are slow; each was called before.
+    times: Times,
+    product: Callable[[], float],
+    probe: Callable[[], float] | None,
+    steps: dict[str, Step],
+    seconds: float,
+    sweeps: int = 1,
+) -> None:
+    """Adds rounds of one call each to ``times``, for about ``seconds`` in so many calls of this, ``sweeps``.
 
-    The probe takes part in a round now and then only: in each, it would be most of what rounds of small problems do.
+    In all 5 rounds at least, or 3 where they are slow. Before the first each step is called once, so that caches and
+    kept memory are those of a training run, and compiled code is there. Each round starts with another step, and before
+    u the product runs untimed: what ran before something is the same for all, round by round. The probe takes part
+    now and then only: in each, it would be most of what rounds of small problems do.
     """
-    times = Times([], [], {name: [] for name in steps}, {name: [] for name in steps})
-    product()
+    least, if_slow = -(-5 // sweeps), -(-3 // sweeps)
+    seconds /= sweeps
+    names = list(steps)
+    for run in steps.values():
+        run()
     if probe is not None:
         probe()
     started = time.perf_counter()
     probed = -math.inf
+    rounds = 0
     while True:
-        rounds, spent = len(times.u), time.perf_counter() - started
-        if (rounds >= 5 and spent >= seconds) or (rounds >= 3 and spent >= 2 * seconds):
-            return times
+        spent = time.perf_counter() - started
+        if (rounds >= least and spent >= seconds) or (rounds >= if_slow and spent >= 2 * seconds):
+            return
         if probe is not None and time.perf_counter() - probed > BETWEEN_PROBES:
             times.probe.append(probe())
             probed = time.perf_counter()
-            product()  # what the probe left in the caches is not the unit's
+        product()
         times.u.append(product())
-        for name, run in steps.items():
-            forward, backward = run()
+        first = len(times.u) % max(len(names), 1)
+        for name in names[first:] + names[:first]:
+            forward, backward = steps[name]()
             times.forward[name].append(forward)
             times.backward[name].append(backward)
+        rounds += 1
 
 
 def in_units(values: list[float], u: float) -> dict[str, float]:

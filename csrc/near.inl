@@ -124,6 +124,7 @@ static bool backward_near(const LogitRule<T>& rule, const StripRule<T>& strip, c
       !factors_over(power, tile.col + at.col, tile.col_low + at.col, tile.g_col + at.col, at.cols, of_col))
     return false;
   for (int64_t r = 0; r < at.rows; ++r) {
+    fetch_row(tile, r + kAhead);
     mask_row<T>(rule, strip, at, at.row + r, tile.products + r * tile.stride, logits, nullptr);
     for (int64_t j = 0; j < at.cols; j += kLanes<T>)
       store_row(tile.grad + r * tile.grad_stride, j, at.cols,

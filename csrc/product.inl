@@ -35,6 +35,11 @@ template <class E, int kRows>
 static void micro_tile(const Product<E>& p, int64_t steps, const E* a, const E* b, Sum<E>* c, bool add) {
   using T = Sum<E>;
   Vec<T> sum[kRows][2] = {};
+#pragma GCC unroll 8
+  for (int i = 0; i < kRows; ++i) {  // C comes while k runs
+    __builtin_prefetch(c + i * p.c_row, 1);
+    __builtin_prefetch(c + i * p.c_row + kPanel<E> - 1, 1);
+  }
   for (int64_t s = 0; s < steps; ++s, a += p.a_k, b += kPanel<E>) {
     Vec<T> first, second;
     __builtin_memcpy(&first, b, sizeof first);

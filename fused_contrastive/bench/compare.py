@@ -135,9 +135,8 @@ def changes(old: Reports, new: Reports) -> list[Change]:
         if key in before:
             eager = (key[0], CONTROL)
             control = (before[eager], after[eager]) if eager in before and eager in after and key != eager else None
-            if control and any(
-                len(a["rounds"]) != len(b["rounds"]) for a, b in zip(control, (before[key], row), strict=True)
-            ):
+            lengths = [len(one["rounds"]) for one in (before[key], row)]
+            if control and [len(one["rounds"]) for one in control] != lengths:
                 control = None  # not in all reports of a side
             found.append(_change(key, before[key], row, control, draw))
     return found

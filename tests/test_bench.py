@@ -225,6 +225,11 @@ def test_sweeps_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     assert order[2:] == [f"3 sweeps, after {before} rounds" for before in (0, 0, 1, 1, 2, 2)]
     assert kept == [0, 1, 2, 2, 2, 2, 2]
     assert [len(row["rounds"]) for row in rows] == [3, 3]
+    order.clear()
+    monkeypatch.setattr(run, "LONG", 0.0)  # each warms up once: of long rounds a third of the time
+    rows = run.run_suite(suite, QUIET, lambda rows: None)
+    assert order[2:] == ["1 sweeps, after 0 rounds"] * 2
+    assert [len(row["rounds"]) for row in rows] == [3, 3]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="resident memory is measured on Linux")

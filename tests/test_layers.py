@@ -110,6 +110,20 @@ fused_contrastive.clip_loss(x.double(), x.double(), 2.0)  # once a process
     assert result.returncode == 0, result.stderr
 
 
+def test_importing_takes_no_longer_than_torch() -> None:
+    """torch's compiler, imported, would double it."""
+    code = """
+import sys, torch
+before = set(sys.modules)
+import fused_contrastive
+heavy = {name.split(".")[0] for name in set(sys.modules) - before if not name.startswith("fused_contrastive")}
+assert not {"sympy", "triton", "numpy", "matplotlib"} & heavy, heavy
+assert "torch._dynamo" in before or "torch._dynamo" not in sys.modules
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
 def test_missing_extension_under_compile() -> None:
     """The warning comes while the function is traced, and does not break the graph."""
     code = """

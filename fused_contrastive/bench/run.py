@@ -27,6 +27,7 @@ from fused_contrastive.bench.timing import Step, Times, in_units, interleaved, p
 from fused_contrastive.bench.workloads import WORKLOADS, Loss, Problem
 
 ROUNDS = 60  # of an implementation, kept for `compare`, from the whole time
+LONG = 1.5  # seconds of a round, whose problem is timed in one sweep: each would begin with an untimed round
 SLOW = 30.0  # seconds of a call, beyond which an implementation is not timed
 
 Row = dict[str, Any]  # a problem's fields, "implementation", "status"; if that is "ok", what was measured
@@ -40,6 +41,7 @@ class Prepared(NamedTuple):
     unit: Callable[[], float]
     probe: Callable[[], float] | None
     steps: dict[str, Step]
+    round_seconds: float  # of all steps, called once
     times: Times
 
     def time(self, seconds: float, sweeps: int) -> None:
@@ -95,7 +97,9 @@ def run_suite(suite: Suite, console: Console, keep: Callable[[list[Row]], None],
         for sweep in range(suite.sweeps):
             say(f"timing, sweep {sweep + 1} of {suite.sweeps}")
             for prepared, seconds in waiting:
-                prepared.time(seconds, suite.sweeps)
+                turns = suite.sweeps if prepared.round_seconds < LONG else 1
+                if sweep < turns:
+                    prepared.time(seconds, turns)
                 if sweep == 0:
                     rows.extend(prepared.rows)
                 keep(rows)
@@ -152,7 +156,7 @@ def prepare(problem: Problem, only: tuple[str, ...], console: Console) -> Prepar
     smaller = replace(problem, n=min(problem.n, CHECKED))
     truth = Truth(smaller)
     leaves = truth.leaves if smaller == problem else WORKLOADS[problem.loss].inputs(problem)
-    rows, steps = [], {}
+    rows, steps, round_seconds = [], {}, 0.0
     for implementation, row in candidates(problem, only):
         rows.append(row)
         try:
@@ -173,11 +177,12 @@ def prepare(problem: Problem, only: tuple[str, ...], console: Console) -> Prepar
         row["status"] = wrong or "ok"
         if wrong is None:
             steps[implementation.name] = run
+            round_seconds += spent
             continue
         if wrong.startswith("WRONG") and implementation.ours:
             raise AssertionError(f"{implementation.name}, {problem}: {wrong}; nothing is timed")
         console.print(f"    {implementation.name}: {wrong}", markup=False)
-    return Prepared(problem, rows, product(problem), probe(problem.device), steps, Times.of(steps))
+    return Prepared(problem, rows, product(problem), probe(problem.device), steps, round_seconds, Times.of(steps))
 
 
 def measure_memory(problem: Problem, only: tuple[str, ...], console: Console) -> list[Row]:

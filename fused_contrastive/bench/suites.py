@@ -12,7 +12,7 @@ class Suite(NamedTuple):
     """Problems with the seconds of timing each gets, and problems whose memory is measured.
 
     With several ``sweeps`` all problems are prepared first and then take turns, each getting a part of its seconds at a
-    time: where other guests share a CPU, a slow half minute is then a part of each figure and not the whole of some.
+    time: where other guests share a CPU, a slow half minute is then a part of many figures and not the whole of some.
     """
 
     timed: list[tuple[Problem, float]]

@@ -15,6 +15,8 @@ from typing import NamedTuple
 
 import torch
 
+from fused_contrastive.core import compiler
+
 # "auto" keeps at most total memory divided by this: a GPU's memory holds the model and its activations as well.
 AUTO_SHARE = {"cuda": 64}
 AUTO_SHARE_ELSEWHERE = 16
@@ -57,7 +59,7 @@ def _host_memory() -> int:
     return total
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@compiler.constant
 def total_memory(device_type: str, index: int | None) -> int:
     """Total memory of a device in bytes."""
     if device_type == "cuda":

@@ -16,7 +16,7 @@ import torch
 
 from fused_contrastive.backends import cpp, reference, triton
 from fused_contrastive.backends.contract import Backend
-from fused_contrastive.core import checks
+from fused_contrastive.core import checks, compiler
 
 BACKENDS: dict[str, Backend] = {"reference": reference, "cpp": cpp, "triton": triton}
 _AUTO = {"cpu": "cpp", "cuda": "triton"}  # device types not listed, and dtypes not supported: reference
@@ -54,7 +54,7 @@ _warned = False
 _OURS = tuple(f"{folder}{os.sep}" for folder in (Path(__file__).parent.parent, Path(torch.__file__).parent))
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@compiler.constant
 def _warn_once(missing: str) -> None:
     """Once a process, in the name of the line that called this package; under torch.compile, while it traces."""
     global _warned

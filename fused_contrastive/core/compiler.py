@@ -1,0 +1,14 @@
+"""What the package tells torch.compile, without importing it: that takes as long as importing torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def constant(function: F) -> F:
+    """As ``torch.compiler.assume_constant_result``: called while a graph is traced, and its result a constant there."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -245,6 +246,16 @@ def test_memory_says_what_went_wrong() -> None:
     found = memory.in_own_process(Implementation("nobody's", "clip", lambda problem: None), SMALL["clip"])  # type: ignore[arg-type, return-value]
     assert isinstance(found, str)
     assert found.startswith("failed: ValueError: implementation: got \"nobody's\" for 'clip', expected one of ours")
+
+
+def killed(answer: Any, name: str, problem: Problem) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_measurement_that_is_killed_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "_measure", killed)
+    found = memory.in_own_process(named("clip", "ours"), SMALL["clip"])
+    assert found == "failed: ended with -9, perhaps for want of memory"
 
 
 def test_exponents() -> None:

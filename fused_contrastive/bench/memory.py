@@ -5,13 +5,13 @@ On a CPU it is how far the peak of resident memory rises (Linux), on a GPU what 
 
 from __future__ import annotations
 
-import argparse
 import ctypes
-import json
+import functools
+import multiprocessing
 import os
-import subprocess
-import sys
-from dataclasses import asdict, replace
+from dataclasses import replace
+from multiprocessing.connection import Connection
+from multiprocessing.context import BaseContext
 from pathlib import Path
 
 import torch
@@ -74,25 +74,36 @@ def _peak(device: str) -> int:
     return resident("VmHWM")
 
 
+@functools.cache
+def _forks() -> BaseContext:
+    """Processes that begin with torch imported, which would take most of a measurement, and nothing run.
+
+    This package not: where it is forked it takes one thread, as threads do not survive that.
+    """
+    forks = multiprocessing.get_context("forkserver")
+    forks.set_forkserver_preload(["torch._dynamo"])
+    return forks
+
+
+def _measure(answer: Connection, name: str, problem: Problem) -> None:
+    try:
+        answer.send(extra_bytes(named(problem.loss, name), problem))
+    except Exception as error:
+        lines = str(error).strip().splitlines()
+        answer.send(f"failed: {type(error).__name__}: {lines[-1] if lines else 'no message'}")
+
+
 def in_own_process(implementation: Implementation, problem: Problem) -> int | str:
     """Bytes, or what went wrong."""
-    command = [sys.executable, "-m", __spec__.name, implementation.name, json.dumps(asdict(problem))]
-    result = subprocess.run(command, capture_output=True, text=True)
-    if result.returncode < 0:
-        return f"failed: ended by signal {-result.returncode}, perhaps for want of memory"
-    if result.returncode:
-        return f"failed: {(result.stderr.strip() or 'no message').splitlines()[-1]}"
-    return int(result.stdout.split()[-1])
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="One measurement, as JSON; python -m fused_contrastive bench calls it")
-    parser.add_argument("implementation")
-    parser.add_argument("problem", type=json.loads)
-    options = parser.parse_args()
-    problem = Problem(**options.problem)
-    print(extra_bytes(named(problem.loss, options.implementation), problem))
-
-
-if __name__ == "__main__":
-    main()
+    ours, theirs = multiprocessing.Pipe(duplex=False)
+    process = _forks().Process(target=_measure, args=(theirs, implementation.name, problem))  # type: ignore[attr-defined]
+    process.start()
+    theirs.close()
+    with ours:
+        try:
+            answer: int | str = ours.recv()
+        except EOFError:  # ended without a word
+            process.join()
+            return f"failed: ended with {process.exitcode}, perhaps for want of memory"
+    process.join()
+    return answer

@@ -43,10 +43,10 @@ std::array<at::Tensor, 4> backward(const Problem& problem, const at::Tensor& row
     for (const Section& s : walk.sections(group)) {
       gradients.add(walk, s, [&](const Place& at, T* tile, int64_t stride) {
         if (!s.kept) multiply_tile(x, y_transposed, at, at.col - group.begin, tile, stride);
-        kernels<T>().backward(p.rule,
-                              {at, s.kept ? kept_data + at.row * n + at.col : tile, s.kept ? n : stride, tile, stride,
-                               g_row ? row_norm.high.data() : nullptr, row_norm.low.data(), data<T>(row_grad),
-                               g_col ? col_norm.high.data() : nullptr, col_norm.low.data(), data<T>(col_grad)});
+        kernels<T>().backward(
+            p.rule, {at, s.kept ? kept_data + kept_offset(at, n) : tile, s.kept ? at.cols : stride, tile, stride,
+                     g_row ? row_norm.high.data() : nullptr, row_norm.low.data(), data<T>(row_grad),
+                     g_col ? col_norm.high.data() : nullptr, col_norm.low.data(), data<T>(col_grad)});
       });
       interrupt();
     }

@@ -38,8 +38,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> forward(const Problem
           s,
           [&](const Place& at, int64_t story, int64_t strip) {
             const int64_t r = at.row - s.rows.begin, c = at.col - s.cols.begin;
-            T* tile = s.kept ? kept_data + at.row * n + at.col : scratch.get();
-            const int64_t stride = s.kept ? n : kTileCols;
+            T* tile = s.kept ? kept_data + kept_offset(at, n) : scratch.get();
+            const int64_t stride = s.kept ? at.cols : kTileCols;
             multiply_tile(x, y, at, c, tile, stride);
             kernels<T>().forward(p.rule, {at, tile, stride, pos_data, row.part_max(strip, r), row.part_sum(strip, r),
                                           col.part_max(story, c), col.part_sum(story, c)});

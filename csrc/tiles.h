@@ -114,6 +114,12 @@ class Walk {
   int64_t tile_rows_, tile_cols_;
 };
 
+// Where a tile's products are in the (rows, N) that are kept, as rows of `at.cols`: by themselves, as rows of S may be
+// a power of two apart, and would fall into the same few sets of the cache. It depends on where a tile begins alone.
+inline int64_t kept_offset(const Place& at, int64_t n) {
+  return at.row * n + at.col * at.rows;
+}
+
 // A tile's products x @ y.T, of which `y` has the columns from `first` on.
 template <class E, class T = typename Accumulator<E>::Type>
 void multiply_tile(const Rows<E>& x, const Panels<E>& y, const Place& at, int64_t first, T* tile, int64_t stride) {

@@ -12,13 +12,16 @@ from __future__ import annotations
 
 import argparse
 import io
+import shlex
 import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -30,11 +33,11 @@ from fused_contrastive.bench.implementations import REGISTRY, Load
 from fused_contrastive.bench.suites import MATRIX, SUITES
 from fused_contrastive.bench.workloads import Loss, Problem
 
-N = 1024
+N, D = 1024, 512  # a size that the quick suite times each loss at
 
 
 def slowed(loss: Loss, factor: float) -> Loss:
-    """The same, and then as idle as to take ``factor`` times as long, forward and backward together."""
+    """The same, and then waiting, so that forward and backward together take ``factor`` times as long."""
     ratios: list[float] = []  # of forward and backward to the forward, in the first calls
 
     def run(*inputs: Tensor) -> Tensor:
@@ -70,17 +73,46 @@ def one_run(slow: str, factor: float, out: Path, name: str) -> int:
     return fused_contrastive(["bench", "--suite", "quick", "--out", str(out), "--name", name])
 
 
-def compared(old: Path, new: Path, tolerance: float) -> tuple[int, str]:
+def verdict(old: Path, new: Path, tolerance: float) -> tuple[list[str], str]:
+    """What of ours `compare` calls slower, and all that it says."""
     console = Console(record=True, width=250, file=io.StringIO())
-    return compare.compare(old, new, tolerance, console), console.export_text()
+    code = compare.compare(old, new, tolerance, console)
+    sides = ([report for _, report in compare.side(path)] for path in (old, new))
+    found = [c.what for c in compare.changes(*sides) if c.counts and c.verdict(tolerance) == "slower"]
+    if code != (1 if found else 0):
+        raise RuntimeError(f"compare: got exit status {code} with {len(found)} slowdowns\n{console.export_text()}")
+    return found, console.export_text()
+
+
+def made_in_turns(folder: Path, slow: str, options: argparse.Namespace) -> dict[str, Path]:
+    """Reports before a change, after one that changes nothing, after one that makes the loss ``slow`` slower."""
+    sides = {name: folder / name for name in ("old", "same", "slow")}
+    for report in range(options.reports):
+        for name, side in sides.items():
+            planted = [slow if name == "slow" else "", str(side), str(report)]
+            command = [sys.executable, __file__, "--factor", str(options.factor), "--run", *planted]
+            result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+            if result.returncode:
+                sys.exit(f"{shlex.join(command)}: exit status {result.returncode}\n{result.stdout}")
+    return sides
+
+
+def at_least(least: float, kind: type) -> Callable[[str], Any]:
+    def number(text: str) -> Any:
+        value = kind(text)
+        if not value >= least:
+            raise argparse.ArgumentTypeError(f"got {text}, expected at least {least}")
+        return value
+
+    return number
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--factor", type=float, default=1.3, help="default %(default)s")
-    parser.add_argument("--times", type=int, default=5, help="default %(default)s")
-    parser.add_argument("--reports", type=int, default=2, help="a side (default %(default)s)")
-    parser.add_argument("--tolerance", type=float, default=compare.TOLERANCE, help="default %(default)s")
+    parser.add_argument("--factor", type=at_least(1, float), default=1.3, help="default %(default)s")
+    parser.add_argument("--times", type=at_least(1, int), default=5, help="default %(default)s")
+    parser.add_argument("--reports", type=at_least(1, int), default=2, help="a side (default %(default)s)")
+    parser.add_argument("--tolerance", type=at_least(0, float), default=compare.TOLERANCE, help="default %(default)s")
     parser.add_argument("--run", nargs=3, metavar=("LOSS", "FOLDER", "NAME"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.run:
@@ -89,23 +121,13 @@ def main() -> int:
     for k in range(options.times):
         loss = MATRIX[k % len(MATRIX)]
         with TemporaryDirectory() as folder:
-            sides = {name: Path(folder) / name for name in ("old", "same", "slow")}
-            for report in range(options.reports):
-                for name, side in sides.items():
-                    slow = loss if name == "slow" else ""
-                    command = [sys.executable, __file__, "--factor", str(options.factor)]
-                    subprocess.run(
-                        [*command, "--run", slow, str(side), str(report)], check=True, stdout=subprocess.DEVNULL
-                    )
-            for name, expected in (("same", 0), ("slow", 1)):
-                code, text = compared(sides["old"], sides[name], options.tolerance)
-                right = code == expected and (
-                    name == "same" or ("; 1 of ours slower" in text and f"{loss} N = {N}" in text)
-                )
-                wrong += not right
-                print(f"{k + 1}: {loss}, {name}: {'as it should' if right else f'WRONG, {code}'}", flush=True)
-                if not right:
-                    print(text, flush=True)
+            sides = made_in_turns(Path(folder), loss, options)
+            for name, expected in (("same", []), ("slow", [f"{Problem(loss, N, D)}: ours"])):
+                found, text = verdict(sides["old"], sides[name], options.tolerance)
+                wrong += found != expected
+                said = "as it should be" if found == expected else f"WRONG\n{text}"
+                print(f"{k + 1}: {loss}, {name}: {', '.join(found) or 'quiet'}: {said}", flush=True)
+    print(f"{wrong} of {2 * options.times} verdicts are wrong")
     return wrong
 
 

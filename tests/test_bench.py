@@ -142,17 +142,23 @@ def test_the_probe_is_no_emulation(pays: bool, monkeypatch: pytest.MonkeyPatch) 
     dtypes = iter([torch.bfloat16, torch.float32])
     monkeypatch.setattr(timing.timeit, "repeat", lambda *_, **__: spent[next(dtypes)])
     timing.bfloat16_pays.cache_clear()
-    probe = timing.probe("cpu")
-    assert (probe is not None) == pays
-    assert timing.probe("cuda") is None
-    timing.bfloat16_pays.cache_clear()
+    try:
+        probe = timing.probe("cpu")
+        assert (probe is not None) == pays
+        assert timing.probe("cuda") is None
+    finally:
+        timing.bfloat16_pays.cache_clear()
 
 
 def test_the_probe_is_spaced_and_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(timing, "bfloat16_pays", lambda: True)
+    clock = itertools.count()  # hundredths of a second, one each time it is read
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: next(clock) / 100)
     times = timing.Times.of(["ours"])
-    timing.interleaved(times, lambda: 1e-3, timing.probe("cpu"), {"ours": lambda: (1e-3, 1e-3)}, 0.12)
-    assert 2 <= len(times.probe) <= 3 < len(times.u)
+    timing.interleaved(times, lambda: 1e-3, lambda: 2e-3, {"ours": lambda: (1e-3, 1e-3)}, 1.0)
+    assert times.probe[0] == 2e-3
+    assert 4 * len(times.probe) > len(times.u) > 2 * len(times.probe)
+    monkeypatch.undo()
+    monkeypatch.setattr(timing, "bfloat16_pays", lambda: True)
     (row,) = timed(SMALL["clip"], only=("ours",))
     assert row["probe"] > 0
     monkeypatch.setattr(timing, "bfloat16_pays", lambda: False)
@@ -168,9 +174,58 @@ def test_each_starts_a_round_in_turn() -> None:
         return lambda: (float(called.append(name) or 1), 1.0)
 
     times = timing.Times.of("abc")
-    timing.interleaved(times, lambda: 1e-3, None, {name: stepping(name) for name in "abc"}, 0.0)
-    assert "".join(called) == "abc" + "bca" + "cab" + "abc"  # once untimed, then three rounds
+    timing.interleaved(times, lambda: 1e-3, None, {name: stepping(name) for name in "abc"}, 0.0, least=3)
+    assert "".join(called) == "abc" + "bca" + "cab"
     assert {len(rounds) for rounds in times.forward.values()} == {3}
+
+
+def test_the_rounds_kept_started_with_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every eighth of 480 rounds would be those that one and the same of 8 implementations started."""
+    problem, names, count = SMALL["clip"], [f"peer {k}" for k in range(8)], 8 * run.ROUNDS
+    rows = [{"implementation": name, "ours": False, "status": "ok"} for name in names]
+    prepared = run.Prepared(
+        problem, rows, lambda: 1.0, None, dict.fromkeys(names, lambda: (0, 0)), 0.0, run.Times.of(names)
+    )
+
+    def rounds(times: timing.Times, *_: Any) -> None:
+        times.u.extend([1.0] * count)
+        for name in names:
+            times.forward[name].extend(float(k % 8) for k in range(count))  # told apart by who started
+            times.backward[name].extend([1.0] * count)
+
+    monkeypatch.setattr(run, "interleaved", rounds)
+    prepared.time_all(0.0)
+    for row in rows:
+        assert len(row["rounds"]) == len(row["u_rounds"]) == run.ROUNDS
+        assert row["rounds"] == rows[0]["rounds"]
+        assert set(row["rounds"]) == {1.0 + k for k in range(8)}
+
+
+@pytest.mark.parametrize("sweeps", [1, 2])
+def test_a_peer_that_fails_while_it_is_timed(sweeps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is a row with its reason, and the others' rounds are whole; ours ends the benchmark."""
+    calls = itertools.count()
+
+    def load(problem: Problem) -> Any:
+        def loss(*leaves: Any) -> Any:
+            if next(calls) == 4:
+                raise MemoryError("no room\nsecond line")
+            return WORKLOADS["clip"].eager(*leaves)
+
+        return loss
+
+    weary = Implementation("weary", "clip", load)
+    monkeypatch.setattr(run, "REGISTRY", [named("clip", "ours"), weary])
+    suite = suites.Suite([(SMALL["clip"], 0.0)], [], sweeps=sweeps)
+    rows = {row["implementation"]: row for row in run.run_suite(suite, QUIET, lambda rows: None)}
+    assert rows["weary"]["status"] == "failed: MemoryError: no room"
+    assert set(rows["weary"]) == run.IDENTITY | {"status"}
+    assert rows["ours"]["status"] == "ok"
+    assert len(rows["ours"]["rounds"]) == len(rows["ours"]["u_rounds"]) >= 3
+    calls = itertools.count()
+    monkeypatch.setattr(run, "REGISTRY", [replace(weary, ours=True)])
+    with pytest.raises(MemoryError, match="no room"):
+        run.run_suite(suite, QUIET, lambda rows: None)
 
 
 def test_each_problem_is_compiled_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -214,8 +269,7 @@ def test_sweeps_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     def listed(times: Any, *arguments: Any) -> None:
         before = len(times.u)
         interleaved(times, *arguments)
-        assert len(times.u) > before
-        order.append(f"{arguments[-1]} sweeps, after {before} rounds")
+        order.append(f"{len(times.u) - before} rounds after {before}")
 
     monkeypatch.setattr(run, "interleaved", listed)
     monkeypatch.setattr(run, "prepare", prepared)
@@ -223,13 +277,13 @@ def test_sweeps_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     suite = suites.Suite([(SMALL["clip"], 0.0), (SMALL["siglip"], 0.0)], [], sweeps=3)
     rows = run.run_suite(suite, QUIET, lambda rows: kept.append(len(rows)))
     assert order[:2] == ["prepared clip", "prepared siglip"]
-    assert order[2:] == [f"3 sweeps, after {before} rounds" for before in (0, 0, 1, 1, 2, 2)]
-    assert kept == [0, 1, 2, 2, 2, 2, 2]
+    assert order[2:] == [f"1 rounds after {before}" for before in (0, 0, 1, 1, 2, 2)]
+    assert kept == [0, 1, 2, 2, 2, 2, 2, 2, 2]
     assert [len(row["rounds"]) for row in rows] == [3, 3]
     order.clear()
-    monkeypatch.setattr(run, "LONG", 0.0)  # each warms up once: of long rounds a third of the time
+    monkeypatch.setattr(run, "LONG", 0.0)
     rows = run.run_suite(suite, QUIET, lambda rows: None)
-    assert order[2:] == ["1 sweeps, after 0 rounds"] * 2
+    assert order == ["prepared clip", "3 rounds after 0", "prepared siglip", "3 rounds after 0"]
     assert [len(row["rounds"]) for row in rows] == [3, 3]
 
 
@@ -248,14 +302,35 @@ def test_memory_says_what_went_wrong() -> None:
     assert found.startswith("failed: ValueError: implementation: got \"nobody's\" for 'clip', expected one of ours")
 
 
-def killed(answer: Any, name: str, problem: Problem) -> None:
+def killed(answer: Any, output: str, name: str, problem: Problem) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_a_measurement_that_is_killed_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "_measure", killed)
-    found = memory.in_own_process(named("clip", "ours"), SMALL["clip"])
-    assert found == "failed: ended with -9, perhaps for want of memory"
+def ended(answer: Any, output: str, name: str, problem: Problem) -> None:
+    Path(output).write_text("first line\nno room left\n")
+    os._exit(3)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="resident memory is measured on Linux")
+@pytest.mark.parametrize(
+    ("end", "told"),
+    [
+        (killed, "failed: ended by signal 9, perhaps for want of memory"),
+        (ended, "failed: exited with 3, and said 'no room left'"),
+    ],
+)
+def test_a_measurement_that_ends_early_is_told(end: Any, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "_measure", end)
+    assert memory.in_own_process(named("clip", "ours"), SMALL["clip"]) == told
+
+
+def test_a_measurement_starts_where_there_is_no_fork_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory._starter.cache_clear()
+    monkeypatch.setattr(memory.multiprocessing, "get_all_start_methods", lambda: ["spawn"])
+    try:
+        assert memory._starter().get_start_method() == "spawn"
+    finally:
+        memory._starter.cache_clear()
 
 
 def test_exponents() -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import io
 import json
 import random
-import statistics
+import runpy
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 
 from fused_contrastive.__main__ import main
@@ -30,7 +32,6 @@ def made_up(seed: int, slower: float = 1.0, drift: float = 0.0) -> dict[str, Any
             rows.append({
                 **asdict(Problem("clip", n, 512)), "implementation": name, "ours": name == "ours", "status": "ok",
                 "rounds": rounds, "u_rounds": u, "u_seconds": 2e-3 * (1 + drift / 3),
-                "both": {"median": statistics.median(rounds)},
             })  # fmt: skip
     return {"command": "", "provenance": {"machine": "made up"}, "rows": rows}
 
@@ -50,7 +51,9 @@ def compared(tmp_path: Path, old: dict[str, Any], new: dict[str, Any]) -> tuple[
 def test_what_eager_went_through_as_well_is_noise(tmp_path: Path) -> None:
     code, text = compared(tmp_path, made_up(3), made_up(103, drift=0.4))
     assert code == 0, text
-    assert "3 slower as what is not ours was; 0 of ours slower" in text  # not hidden either
+    assert (
+        "3 slower as what is not ours was, 0 unclear, as that was too noisy; 0 of ours slower" in text
+    )  # not hidden either
     assert "as others" in text
 
 
@@ -65,6 +68,21 @@ def test_what_the_probe_went_through_as_well_is_noise(tmp_path: Path) -> None:
     for row in slow["rows"]:
         row["probe"] = 0.25 * 0.7  # a probe that became faster hides nothing
     assert compared(tmp_path, old, slow)[0] == 1
+
+
+def test_a_control_that_is_too_noisy_is_not_said_to_have_slowed(tmp_path: Path) -> None:
+    """Slower in u alone is neither a failure nor excused: it is to be measured again."""
+    old, new = made_up(6), made_up(106, slower=1.4)
+    draw = random.Random(6)
+    for made in (old, new):
+        for row in made["rows"]:
+            if row["implementation"] == "eager":
+                row["rounds"] = [t * draw.uniform(1, 3) for t in row["rounds"]]
+    code, text = compared(tmp_path, old, new)
+    assert code == 0, text
+    assert "0 slower as what is not ours was, 1 unclear, as that was too noisy; 0 of ours slower" in text
+    assert "as others" not in text
+    assert "One report a side" in text
 
 
 def test_a_slower_reference_is_told_but_no_failure(tmp_path: Path) -> None:
@@ -113,17 +131,30 @@ def test_too_few_rounds_are_told(tmp_path: Path) -> None:
             row |= {"rounds": row["rounds"][:3], "u_rounds": row["u_rounds"][:3]}
     code, text = compared(tmp_path, made_up(1), new)
     assert code == 0
-    assert "not compared, in fewer than 5 rounds: clip N = 1024, D = 512, fp32" in text
+    assert "Not compared, in fewer than 5 rounds: clip N = 1024, D = 512, fp32 (3)." in text
     assert "4 rows compared" in text
 
 
-def test_a_report_of_an_earlier_version_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        ({"u_rounds": None}, "rounds without 'u_rounds'"),
+        ({"u_seconds": None}, "rounds without 'u_seconds'"),
+        ({"u_rounds": [1.0]}, "25 rounds and 1 of u"),
+        ({"rounds": [0.0] * 25}, "a time that is not above 0"),
+        ({"probe": 0.0}, "a time that is not above 0"),
+    ],
+)
+def test_a_report_that_cannot_be_compared_is_refused(
+    damage: dict[str, Any], told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One of an earlier version, or a damaged one."""
     old = made_up(1)
-    del old["rows"][0]["u_rounds"]
+    old["rows"][0] = {name: value for name, value in (old["rows"][0] | damage).items() if value is not None}
     (tmp_path / "old.json").write_text(json.dumps(old))
     (tmp_path / "new.json").write_text(json.dumps(made_up(2)))
     assert main(["compare", str(tmp_path / "old.json"), str(tmp_path / "new.json")]) == 2
-    assert "old.json: got rounds without 'u_rounds', expected" in " ".join(capsys.readouterr().out.split())
+    assert f"old.json: got {told}, expected" in " ".join(capsys.readouterr().out.split())
 
 
 def busy(made: dict[str, Any], factor: float) -> dict[str, Any]:
@@ -154,6 +185,12 @@ def test_a_side_may_be_a_folder(slower: float, tmp_path: Path, capsys: pytest.Ca
     (tmp_path / "empty").mkdir()
     assert main(["compare", str(tmp_path / "old"), str(tmp_path / "empty")]) == 2
     assert "empty: got a folder without reports" in " ".join(capsys.readouterr().out.split())
+    other = {**made_up(5), "provenance": {"machine": "another"}}
+    (tmp_path / "old" / "other.json").write_text(json.dumps(other))
+    assert main(["compare", str(tmp_path / "old"), str(tmp_path / "new")]) == 2
+    assert "old: got reports of 2 machines (another; made up), expected one" in " ".join(
+        capsys.readouterr().out.split()
+    )
 
 
 def test_what_can_no_longer_be_measured_is_a_regression(tmp_path: Path) -> None:
@@ -172,7 +209,40 @@ def test_compare_refuses_what_is_no_report(tmp_path: Path, capsys: pytest.Captur
         compare.load(tmp_path / "a.json")
     with pytest.raises(ValueError, match=r"b.json: got JSON without rows"):
         compare.load(tmp_path / "b.json")
+    (tmp_path / "c.json").write_text(json.dumps({"command": "", "provenance": {}, "rows": [3]}))
+    with pytest.raises(ValueError, match=r"c.json: got no row, but 3, expected a report"):
+        compare.load(tmp_path / "c.json")
     assert main(["compare", str(tmp_path / "a.json"), str(tmp_path / "nowhere.json")]) == 2
     assert "a.json: got no JSON" in " ".join(capsys.readouterr().out.split())
     empty = {"command": "", "provenance": {}, "rows": []}
     assert compared(tmp_path, empty, empty)[0] == 2
+
+
+def test_planted_names_what_compare_found(tmp_path: Path) -> None:
+    """And not what it merely mentions."""
+    planted: dict[str, Any] = runpy.run_path(str(Path(__file__).parent.parent / "benchmarks" / "planted.py"))
+    for name, made in (("old", made_up(1)), ("same", made_up(2)), ("slow", made_up(3, slower=1.3))):
+        (tmp_path / f"{name}.json").write_text(json.dumps(made))
+    sides = {name: tmp_path / f"{name}.json" for name in ("old", "same", "slow")}
+    assert planted["verdict"](sides["old"], sides["same"], compare.TOLERANCE)[0] == []
+    found, text = planted["verdict"](sides["old"], sides["slow"], compare.TOLERANCE)
+    assert found == ["clip N = 1024, D = 512, fp32: ours"]
+    assert found[0] in text
+
+
+def test_planted_waits() -> None:
+    planted: dict[str, Any] = runpy.run_path(str(Path(__file__).parent.parent / "benchmarks" / "planted.py"))
+
+    def loss(x: torch.Tensor) -> torch.Tensor:
+        time.sleep(0.02)
+        return x.sum()
+
+    def seconds(of: Any) -> float:
+        x = torch.ones(3, requires_grad=True)
+        started = time.perf_counter()
+        torch.autograd.grad(of(x), x)
+        return time.perf_counter() - started
+
+    slowed = planted["slowed"](loss, 3.0)
+    seconds(slowed)  # finds out how long it takes
+    assert 0.05 < min(seconds(slowed) for _ in range(3)) < 3 * max(seconds(loss) for _ in range(3)) + 0.02

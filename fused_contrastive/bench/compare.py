@@ -19,7 +19,7 @@ from fused_contrastive.bench.provenance import line
 from fused_contrastive.bench.timing import quantile
 from fused_contrastive.bench.workloads import Problem, problem_of
 
-TOLERANCE = 0.15
+TOLERANCE = 0.15  # half of the slowdown that is to be found, 1.3: noise and slowdown are then told apart alike
 CONTROL = "eager"
 CHECKED_BY = "ours, backend=reference"  # told of, no failure: much of its time is page faults, as malloc keeps memory
 RESAMPLES = 400
@@ -29,30 +29,35 @@ Report = dict[str, Any]
 Reports = Sequence[Report]
 Row = dict[str, Any]
 Key = tuple[Problem, str]  # and the implementation's name
+Interval = tuple[float, float]  # of the middle 90% of resampled rounds
 FIELDS = ("loss", "dtype", "d", "n", "device", "implementation", "ours", "status")
 
 
 class Change(NamedTuple):
-    """One row of both reports: its times in u, and by what factor it changed, 90% of the time.
+    """One row of both reports: its times in u, and by what factor it changed.
 
-    ``factors`` has a low and a high end for each control. The first is u. The others are not ours either, and were
+    ``factors`` has the change over that of each control. The first is u. The others are not ours either, and were
     timed in the same rounds, or in between: eager PyTorch on the same problem, and the vendor's bfloat16 product of
     ``timing.probe``. What they went through as well is noise, a busier machine or a u that came out otherwise: slower
-    is slower by each of them.
+    is slower by each of them. ``controls`` has these others' own change over that of u.
     """
 
     what: str
     counts: bool  # whether a slowdown is a failure
     old: float
     new: float
-    factors: dict[str, tuple[float, float]]
+    factors: dict[str, Interval]
+    controls: dict[str, Interval]
 
     def verdict(self, tolerance: float) -> str:
+        """Slower in u alone: "as others" where a control was slower too, "unclear" where one is too noisy to say."""
         if min(low for low, _ in self.factors.values()) > 1 + tolerance:
             return "slower"
         if max(high for _, high in self.factors.values()) < 1 / (1 + tolerance):
             return "faster"
-        return "as others" if self.factors["u"][0] > 1 + tolerance else ""
+        if self.factors["u"][0] <= 1 + tolerance:
+            return ""
+        return "as others" if max((low for low, _ in self.controls.values()), default=1) > 1 else "unclear"
 
 
 def load(path: Path) -> Report:
@@ -64,21 +69,40 @@ def load(path: Path) -> Report:
     if not isinstance(report, dict) or not isinstance(report.get("rows"), list):
         raise ValueError(f"{path}: got JSON without rows, expected a report of `bench`")
     for place, fields in ((report, ("command", "provenance")), *((row, FIELDS) for row in report["rows"])):
-        if missing := [name for name in fields if name not in place]:
-            raise ValueError(f"{path}: got no {missing[0]!r}, expected a report of this version's `bench`")
+        if not isinstance(place, dict) or (missing := [name for name in fields if name not in place]):
+            what = repr(missing[0]) if isinstance(place, dict) else f"row, but {place!r}"
+            raise ValueError(f"{path}: got no {what}, expected a report of this version's `bench`")
     return report
 
 
 def side(path: Path) -> list[tuple[Path, Report]]:
-    """The report, or those in a folder."""
-    paths = sorted(p for p in path.glob("*.json") if not p.name.endswith(".partial.json")) if path.is_dir() else [path]
+    """The report, or those in a folder, all of one machine."""
+    paths = [path]
+    if path.is_dir():
+        paths = sorted(p for p in path.glob("*.json") if p.is_file() and not p.name.endswith(".partial.json"))
     if not paths:
         raise ValueError(f"{path}: got a folder without reports, expected some of `bench`")
     found = [(p, load(p)) for p in paths]
     for p, report in found:
-        if any("rounds" in row and "u_rounds" not in row for row in report["rows"]):
-            raise ValueError(f"{p}: got rounds without 'u_rounds', expected a report of this version's `bench`")
+        for row in (row for row in report["rows"] if "rounds" in row):
+            if wrong := _damage(row):
+                raise ValueError(f"{p}: got {wrong}, expected a report of this version's `bench`")
+    machines = sorted({str(report["provenance"].get("machine")) for _, report in found})
+    if len(machines) > 1:
+        raise ValueError(f"{path}: got reports of {len(machines)} machines ({'; '.join(machines)}), expected one")
     return found
+
+
+def _damage(row: Row) -> str | None:
+    """What ``changes`` could not read of a row that was timed."""
+    for name in ("u_rounds", "u_seconds"):
+        if name not in row:
+            return f"rounds without {name!r}"
+    if len(row["u_rounds"]) != len(row["rounds"]):
+        return f"{len(row['rounds'])} rounds and {len(row['u_rounds'])} of u"
+    if not all(t > 0 for t in (*row["rounds"], *row["u_rounds"], row["u_seconds"], row.get("probe", 1))):
+        return "a time that is not above 0"
+    return None
 
 
 def _measured(reports: Reports) -> dict[Key, Row]:
@@ -101,7 +125,7 @@ def _resampled(rows: list[list[float]], draw: random.Random) -> list[list[float]
     return [[quantile([row[i] for i in some], QUIET) for some in chosen] for row in rows]
 
 
-def _ends(ratios: list[float]) -> tuple[float, float]:
+def _interval(ratios: list[float]) -> Interval:
     ratios = sorted(ratios)
     edge = len(ratios) // 20
     return ratios[edge], ratios[-edge - 1]
@@ -114,16 +138,19 @@ def _change(key: Key, was: Row, row: Row, eager: tuple[Row, Row] | None, draw: r
         controls[CONTROL] = (eager[0]["rounds"], eager[1]["rounds"])
     pairs = [(was["rounds"], row["rounds"]), *controls.values()]
     old, new = (_resampled([pair[which] for pair in pairs], draw) for which in (0, 1))
-    ratios = [[b / a for a, b in zip(*resampled, strict=True)] for resampled in zip(old, new, strict=True)]
-    factors = {
-        name: _ends([ours / control for ours, control in zip(ratios[0], ratios[k], strict=True)])
-        for k, name in enumerate(controls, 1)
-    }
+    ratios = [_over(after, before) for before, after in zip(old, new, strict=True)]
+    changed = dict(zip(("ours", *controls), ratios, strict=True))
     if "probe" in was and "probe" in row:
-        probe = min(row["probe"]) / min(was["probe"])
-        factors["bfloat16"] = _ends([ours / probe for ours in ratios[0]])
+        changed["bfloat16"] = [min(row["probe"]) / min(was["probe"])] * RESAMPLES
+    ours, *others = changed
+    factors = {name: _interval(_over(changed[ours], changed[name])) for name in others}
+    own = {name: _interval(_over(changed[name], changed["u"])) for name in others if name != "u"}
     times = [quantile(of["rounds"], QUIET) / quantile(of["u_rounds"], QUIET) for of in (was, row)]
-    return Change(f"{key[0]}: {key[1]}", row["ours"] and key[1] != CHECKED_BY, times[0], times[1], factors)
+    return Change(f"{key[0]}: {key[1]}", row["ours"] and key[1] != CHECKED_BY, times[0], times[1], factors, own)
+
+
+def _over(values: list[float], others: list[float]) -> list[float]:
+    return [a / b for a, b in zip(values, others, strict=True)]
 
 
 def changes(old: Reports, new: Reports) -> list[Change]:
@@ -143,12 +170,14 @@ def changes(old: Reports, new: Reports) -> list[Change]:
 
 
 def uncompared(old: Reports, new: Reports) -> list[str]:
-    """Problems of both sides with a row in too few rounds."""
+    """Problems of both sides with a row in too few rounds, and in how many."""
     before, after = _measured(old), _measured(new)
-    few = [
-        key for key in after if key in before and min(len(before[key]["rounds"]), len(after[key]["rounds"])) < FEWEST
-    ]
-    return list(dict.fromkeys(str(problem) for problem, _ in few))
+    few: dict[Problem, int] = {}
+    for key in (key for key in after if key in before):
+        rounds = min(len(before[key]["rounds"]), len(after[key]["rounds"]))
+        if rounds < FEWEST:
+            few[key[0]] = min(rounds, few.get(key[0], FEWEST))
+    return [f"{problem} ({rounds})" for problem, rounds in few.items()]
 
 
 def lost(old: Reports, new: Reports) -> list[str]:
@@ -166,32 +195,29 @@ def compare(old: Path, new: Path, tolerance: float, console: Console) -> int:
         console.print(f"{path}: {line(report['provenance'])}", markup=False)
     reports = [[report for _, report in one] for one in sides]
     for what in ("machine", "torch"):
-        values = {str(report["provenance"].get(what)) for one in reports for report in one}
-        if len(values) > 1:
-            console.print(f"{what}: {' and '.join(sorted(values))}, so u itself differs", style="yellow", markup=False)
+        was, now = ({str(report["provenance"].get(what)) for report in one} for one in reports)
+        if was != now:
+            sides_have = " before, after ".join(" and ".join(sorted(values)) for values in (was, now))
+            console.print(f"{what}: {sides_have}, so u itself differs", style="yellow", markup=False)
     found = changes(*reports)
-    for problem in uncompared(*reports):
-        console.print(f"not compared, in fewer than {FEWEST} rounds: {problem}", markup=False)
+    if few := uncompared(*reports):
+        console.print(
+            f"Not compared, in fewer than {FEWEST} rounds: {'; '.join(few)}. Folders of reports have more.",
+            markup=False,
+        )
     if not found:
-        console.print(f"No row of at least {FEWEST} rounds is in both reports.", style="red")
+        console.print(f"No row of at least {FEWEST} rounds is on both sides.", style="red")
         return 2
-    told = [change for change in found if change.verdict(tolerance)]
-    if told:
-        names = list(dict.fromkeys(name for change in told for name in change.factors))
-        table = Table("", "old, u", "new, u", *(f"change by {name}" for name in names), "")
-        for c in sorted(told, key=lambda c: -c.new / c.old):
-            style = "red" if c.counts and c.verdict(tolerance) == "slower" else None
-            ends = ("{:.2f}..{:.2f}".format(*c.factors[name]) if name in c.factors else "" for name in names)
-            table.add_row(c.what, f"{c.old:.2f}", f"{c.new:.2f}", *ends, c.verdict(tolerance), style=style)
-        console.print(table)
-    verdicts = [change.verdict(tolerance) for change in told]
-    regressions = [change for change in told if change.counts and change.verdict(tolerance) == "slower"]
+    verdicts = [change.verdict(tolerance) for change in found]
+    if any(verdicts):
+        _show([change for change in found if change.verdict(tolerance)], tolerance, console)
+    regressions = [change for change in found if change.counts and change.verdict(tolerance) == "slower"]
     console.print(
         f"{len(found)} rows compared; beyond noise and {tolerance:.0%}: {verdicts.count('slower')} slower, "
-        f"{verdicts.count('faster')} faster, {verdicts.count('as others')} slower as what is not ours was; "
-        f"{len(regressions)} of ours slower."
+        f"{verdicts.count('faster')} faster, {verdicts.count('as others')} slower as what is not ours was, "
+        f"{verdicts.count('unclear')} unclear, as that was too noisy; {len(regressions)} of ours slower."
     )
-    if regressions and min(map(len, reports)) == 1:
+    if (regressions or "unclear" in verdicts) and min(map(len, reports)) == 1:
         console.print(
             "One report a side: on a machine that others use too, measure both again in turns, into two folders, and "
             "compare those."
@@ -199,3 +225,13 @@ def compare(old: Path, new: Path, tolerance: float, console: Console) -> int:
     for row in (gone := lost(*reports)):
         console.print(f"no longer measured: {row}", style="red", markup=False)
     return 1 if regressions or gone else 0
+
+
+def _show(told: list[Change], tolerance: float, console: Console) -> None:
+    names = list(dict.fromkeys(name for change in told for name in change.factors))
+    table = Table("", "old, u", "new, u", *(f"change by {name}" for name in names), "")
+    for c in sorted(told, key=lambda c: -c.new / c.old):
+        style = "red" if c.counts and c.verdict(tolerance) == "slower" else None
+        ends = ("{:.2f}..{:.2f}".format(*c.factors[name]) if name in c.factors else "" for name in names)
+        table.add_row(c.what, f"{c.old:.2f}", f"{c.new:.2f}", *ends, c.verdict(tolerance), style=style)
+    console.print(table)

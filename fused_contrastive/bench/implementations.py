@@ -23,6 +23,12 @@ class CannotRunError(Exception):
     """Why an implementation does not run here."""
 
 
+def described(error: BaseException) -> str:
+    """Its kind and the first line of what it says."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
+
+
 @dataclass(frozen=True)
 class Implementation:
     """One way to compute one workload's loss. ``load`` imports what it needs; ImportError, CannotRunError: why not."""

@@ -13,11 +13,12 @@ from dataclasses import replace
 from multiprocessing.connection import Connection
 from multiprocessing.context import BaseContext
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 
 from fused_contrastive.bench import peers  # noqa: F401  puts the libraries into the registry
-from fused_contrastive.bench.implementations import Implementation, named
+from fused_contrastive.bench.implementations import Implementation, described, named
 from fused_contrastive.bench.workloads import WORKLOADS, Problem
 
 WARM_UP = 64  # rows of the first call: it loads libraries and starts threads
@@ -75,35 +76,50 @@ def _peak(device: str) -> int:
 
 
 @functools.cache
-def _forks() -> BaseContext:
-    """Processes that begin with torch imported, which would take most of a measurement, and nothing run.
+def _starter() -> BaseContext:
+    """Starts processes with torch imported, which would take most of a measurement, and nothing run.
 
-    This package not: where it is forked it takes one thread, as threads do not survive that.
+    Not with this package imported: it limits itself to one thread in a forked process. They have the environment of the
+    first one. Where there is no such way of starting processes (Windows), each imports torch by itself.
     """
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
     forks = multiprocessing.get_context("forkserver")
     forks.set_forkserver_preload(["torch._dynamo"])
     return forks
 
 
-def _measure(answer: Connection, name: str, problem: Problem) -> None:
+def _measure(answer: Connection, output: str, name: str, problem: Problem) -> None:
+    """In the new process. What libraries print goes to the file ``output``: it is no part of the progress shown."""
+    with open(output, "w") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
     try:
         answer.send(extra_bytes(named(problem.loss, name), problem))
     except Exception as error:
-        lines = str(error).strip().splitlines()
-        answer.send(f"failed: {type(error).__name__}: {lines[-1] if lines else 'no message'}")
+        answer.send(f"failed: {described(error)}")
 
 
 def in_own_process(implementation: Implementation, problem: Problem) -> int | str:
     """Bytes, or what went wrong."""
     ours, theirs = multiprocessing.Pipe(duplex=False)
-    process = _forks().Process(target=_measure, args=(theirs, implementation.name, problem))  # type: ignore[attr-defined]
-    process.start()
-    theirs.close()
-    with ours:
+    with TemporaryDirectory() as folder, ours:
+        output = Path(folder) / "output"
+        arguments = (theirs, str(output), implementation.name, problem)
+        process = _starter().Process(target=_measure, args=arguments)  # type: ignore[attr-defined]
+        process.start()
+        theirs.close()
         try:
             answer: int | str = ours.recv()
         except EOFError:  # ended without a word
             process.join()
-            return f"failed: ended with {process.exitcode}, perhaps for want of memory"
-    process.join()
+            return f"failed: {_end(process.exitcode, output)}"
+        process.join()
     return answer
+
+
+def _end(code: int, output: Path) -> str:
+    if code < 0:
+        return f"ended by signal {-code}, perhaps for want of memory"
+    said = output.read_text(errors="replace").strip() if output.exists() else ""
+    return f"exited with {code}, and said {said.splitlines()[-1]!r}" if said else f"exited with {code} in silence"

@@ -127,10 +127,9 @@ def markdown(report: dict[str, Any]) -> str:
     rows = report["rows"]
     lines = ["# Benchmark", "", f"`{report['command']}`", "", f"{line(report['provenance'])}.", ""]
     lines += [
-        "Medians of interleaved runs in one process, on a CPU of short ones in three sweeps, each checked against "
-        "float64 (at 4096 rows at most) before it was timed. u is one "
-        "torch.mm of all similarities there (for max_sim, of all tokens); its milliseconds are in the JSON. Memory is "
-        "the rise of the peak above inputs and gradients, in a process of its own.",
+        "Medians of interleaved runs in one process, of implementations that were checked against float64 before, at "
+        "4096 rows at most. u is one torch.mm of all similarities there (for max_sim, of all tokens); its seconds are "
+        "in the JSON. Memory is the rise of the peak above inputs and gradients, in a process of its own.",
         "",
     ]
     for grid in (time_grid(rows), memory_grid(rows)):

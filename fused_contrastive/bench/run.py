@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -19,18 +20,32 @@ from fused_contrastive.bench.implementations import (
     REGISTRY,
     CannotRunError,
     Implementation,
+    described,
     fit_together,
     reason_not_to,
 )
 from fused_contrastive.bench.suites import Suite
-from fused_contrastive.bench.timing import Step, Times, in_units, interleaved, probe, product, quantile, step
+from fused_contrastive.bench.timing import (
+    Step,
+    StepError,
+    Times,
+    called,
+    in_units,
+    interleaved,
+    probe,
+    product,
+    quantile,
+    step,
+)
 from fused_contrastive.bench.workloads import WORKLOADS, Loss, Problem
 
-ROUNDS = 60  # of an implementation, kept for `compare`, from the whole time
-LONG = 1.5  # seconds of a round, whose problem is timed in one sweep: each would begin with an untimed round
+ROUNDS = 60  # of an implementation, kept for `compare`
+LEAST, IF_SLOW = 5, 3  # rounds
+LONG = 1.5  # seconds of a round, whose problem is timed at once: a sweep would begin with an untimed round
 SLOW = 30.0  # seconds of a call, beyond which an implementation is not timed
 
-Row = dict[str, Any]  # a problem's fields, "implementation", "status"; if that is "ok", what was measured
+Row = dict[str, Any]  # a problem's fields, "implementation", "ours", "status"; if that is "ok", what was measured
+IDENTITY = {*(field.name for field in fields(Problem)), "implementation", "ours"}
 
 
 class Prepared(NamedTuple):
@@ -44,30 +59,65 @@ class Prepared(NamedTuple):
     round_seconds: float  # of all steps, called once
     times: Times
 
-    def time(self, seconds: float, sweeps: int) -> None:
-        """One sweep's rounds. Puts the figures of all rounds so far into the rows."""
-        forget_shapes()
-        interleaved(self.times, self.unit, self.probe, self.steps, seconds, sweeps)
+    def time_all(self, seconds: float) -> None:
+        """All of its rounds, where nothing ran since it was prepared."""
+        self._time(lambda: interleaved(self.times, self.unit, self.probe, self.steps, seconds, LEAST, IF_SLOW))
+
+    def time_part(self, seconds: float, sweeps: int) -> None:
+        """One sweep's part of the rounds.
+
+        Before them each is called once more, so that caches and kept memory are those of a training run, and compiled
+        code is there.
+        """
+        least, if_slow = -(-LEAST // sweeps), -(-IF_SLOW // sweeps)
+
+        def rounds() -> None:
+            forget_shapes()
+            for name in self.steps:
+                called(self.steps, name)
+            interleaved(self.times, self.unit, self.probe, self.steps, seconds / sweeps, least, if_slow)
+
+        self._time(rounds)
+
+    def _time(self, rounds: Callable[[], None]) -> None:
+        """Rounds, without a peer that fails now; then the figures of all rounds so far, into the rows."""
+        while True:
+            try:
+                rounds()
+                break
+            except StepError as error:
+                (row,) = (row for row in self.rows if row["implementation"] == error.name)
+                why = failure(row["ours"], error.__cause__ or error)
+                del self.steps[error.name]
+                for field in set(row) - IDENTITY:  # what it was measured at in earlier sweeps
+                    del row[field]
+                row["status"] = why
+        self._fill()
+
+    def _fill(self) -> None:
         times, u = self.times, statistics.median(self.times.u)
+        count = len(times.u)
+        # Drawn: rounds at equal distances may all have started with the same implementation.
+        kept = sorted(random.Random(0).sample(range(count), min(count, ROUNDS)))
+        shared = {
+            "u_seconds": u,
+            "u_spread": [quantile(times.u, q) / u for q in (0.2, 0.8)],
+            "unit_tflops": 2 * math.prod(WORKLOADS[self.problem.loss].unit(self.problem)) / u / 1e12,
+            "u_rounds": [round(times.u[k] / u, 4) for k in kept],
+            **({"probe": quantile(times.probe, 0.2) / u} if times.probe else {}),
+        }
         for row in self.rows:
-            if row["status"] != "ok":
-                continue
             name = row["implementation"]
+            if name not in self.steps:
+                continue
             both = times.both(name)
             row |= {
-                "u_seconds": u,
-                "u_spread": [quantile(times.u, q) / u for q in (0.2, 0.8)],
+                **shared,
                 "seconds": statistics.median(both),
-                "unit_tflops": 2 * math.prod(WORKLOADS[self.problem.loss].unit(self.problem)) / u / 1e12,
-            }
-            if times.probe:
-                row["probe"] = quantile(times.probe, 0.2) / u
-            row |= {"both": in_units(both, u), "forward": in_units(times.forward[name], u)}
-            every = -(-len(both) // ROUNDS)
-            row |= {
+                "both": in_units(both, u),
+                "forward": in_units(times.forward[name], u),
                 "backward": in_units(times.backward[name], u),
-                "rounds": [round(t / u, 4) for t in both[::every]],
-                "u_rounds": [round(t / u, 4) for t in times.u[::every]],
+                "rounds": [round(both[k] / u, 4) for k in kept],
             }
 
     def show(self, console: Console) -> None:
@@ -80,35 +130,37 @@ class Prepared(NamedTuple):
 
 
 def run_suite(suite: Suite, console: Console, keep: Callable[[list[Row]], None], speed: float = 1.0) -> list[Row]:
-    """Rows of all timed problems and of all measured memory. ``keep`` gets the rows so far, after each problem."""
+    """Rows of all timed problems and of all measured memory. ``keep`` gets the rows so far, whenever there are more."""
     started = time.monotonic()
     rows: list[Row] = []
     total = len(suite.timed) + len(suite.memory)
     numbers = iter(range(1, total + 1))
+    waiting: list[tuple[Prepared, float]] = []
 
     def say(what: str) -> None:
         console.print(f"[{time.monotonic() - started:.0f} s] {what}", markup=False)
 
-    def time_all(problems: list[tuple[Problem, float]]) -> None:
-        waiting = []
-        for problem, seconds in problems:
-            say(f"{next(numbers)} of {total}: {problem}")
-            waiting.append((prepare(problem, suite.only, console), seconds / speed))
-        for sweep in range(suite.sweeps):
-            say(f"timing, sweep {sweep + 1} of {suite.sweeps}")
-            for prepared, seconds in waiting:
-                turns = suite.sweeps if prepared.round_seconds < LONG else 1
-                if sweep < turns:
-                    prepared.time(seconds, turns)
-                if sweep == 0:
-                    rows.extend(prepared.rows)
-                keep(rows)
-        for prepared, _ in waiting:
+    def begin(problem: Problem, seconds: float) -> None:
+        say(f"{next(numbers)} of {total}: {problem}")
+        prepared = prepare(problem, suite.only, console)
+        rows.extend(prepared.rows)
+        if suite.sweeps == 1 or prepared.round_seconds >= LONG:
+            prepared.time_all(seconds)
             prepared.show(console)
+        else:
+            waiting.append((prepared, seconds))
+        keep(rows)
 
     keep(rows)
-    for problems in [suite.timed] if suite.sweeps > 1 else [[one] for one in suite.timed]:
-        time_all(problems)
+    for problem, seconds in suite.timed:
+        begin(problem, seconds / speed)
+    for sweep in range(1, suite.sweeps + 1) if waiting else ():
+        say(f"timing {len(waiting)} problems, sweep {sweep} of {suite.sweeps}")
+        for prepared, seconds in waiting:
+            prepared.time_part(seconds, suite.sweeps)
+            keep(rows)
+            if sweep == suite.sweeps:
+                prepared.show(console)
     for problem in suite.memory:
         say(f"{next(numbers)} of {total}: memory, {problem}")
         rows += measure_memory(problem, suite.only, console)
@@ -134,9 +186,11 @@ def candidates(problem: Problem, only: tuple[str, ...]) -> Iterator[tuple[Implem
             )
 
 
-def described(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"
+def failure(ours: bool, error: BaseException) -> str:
+    """The status of a peer that failed, which is a result; ours raises."""
+    if ours:
+        raise error
+    return f"failed: {described(error)}"
 
 
 def load(implementation: Implementation, problem: Problem) -> Loss:
@@ -156,37 +210,47 @@ def prepare(problem: Problem, only: tuple[str, ...], console: Console) -> Prepar
     smaller = replace(problem, n=min(problem.n, CHECKED))
     truth = Truth(smaller)
     leaves = truth.leaves if smaller == problem else WORKLOADS[problem.loss].inputs(problem)
-    rows, steps, round_seconds = [], {}, 0.0
+    rows: list[Row] = []
+    losses: dict[str, Loss] = {}
+    steps: dict[str, Step] = {}
+    round_seconds = 0.0
     for implementation, row in candidates(problem, only):
         rows.append(row)
         try:
-            loss = load(implementation, problem)
+            losses[implementation.name] = loss = load(implementation, problem)
             wrong = truth.wrong(implementation, loss)
-            if wrong is None:
-                run = step(loss, leaves, problem.device)
+        except CannotRunError as error:
+            wrong = str(error)
+        except Exception as error:
+            wrong = failure(implementation.ours, error)
+        row["status"] = wrong or "ok"
+        if row["status"].startswith("WRONG") and implementation.ours:
+            raise AssertionError(f"{implementation.name}, {problem}: {wrong}; nothing is timed")
+    if smaller != problem:
+        forget_shapes()
+    for row in rows:
+        if row["status"] == "ok":
+            run = step(losses[row["implementation"]], leaves, problem.device)
+            try:
                 spent = sum(run())
                 if spent > SLOW:  # to compile, perhaps
                     spent = sum(run())
-                wrong = f"not timed: {spent:.0f} s a call" if spent > SLOW else None
-        except CannotRunError as error:
-            wrong = str(error)
-        except Exception as error:  # a peer's failure is a result; ours is not
-            if implementation.ours:
-                raise
-            wrong = f"failed: {described(error)}"
-        row["status"] = wrong or "ok"
-        if wrong is None:
-            steps[implementation.name] = run
+            except Exception as error:
+                row["status"] = failure(row["ours"], error)
+                continue
+            if spent > SLOW:
+                row["status"] = f"not timed: {spent:.0f} s a call"
+                continue
+            steps[row["implementation"]] = run
             round_seconds += spent
-            continue
-        if wrong.startswith("WRONG") and implementation.ours:
-            raise AssertionError(f"{implementation.name}, {problem}: {wrong}; nothing is timed")
-        console.print(f"    {implementation.name}: {wrong}", markup=False)
+    for row in rows:
+        if row["status"] != "ok":
+            console.print(f"    {row['implementation']}: {row['status']}", markup=False)
     return Prepared(problem, rows, product(problem), probe(problem.device), steps, round_seconds, Times.of(steps))
 
 
 def measure_memory(problem: Problem, only: tuple[str, ...], console: Console) -> list[Row]:
-    """Two processes at a time where their memory is not the same: most of their seconds are imports."""
+    """Two processes at a time where there is memory for two of any: the imports of most take longer than the loss."""
     rows, why = [], memory.cannot_measure(problem.device)
     with ThreadPoolExecutor(2 if problem.device == "cpu" and fit_together(2, problem) else 1) as pool:
         waiting: list[tuple[Implementation, Row, Future[int | str]]] = []

@@ -13,6 +13,7 @@ class Suite(NamedTuple):
 
     With several ``sweeps`` all problems are prepared first and then take turns, each getting a part of its seconds at a
     time: where other guests share a CPU, a slow half minute is then a part of many figures and not the whole of some.
+    Problems whose rounds take long (``run.LONG``) are timed at once all the same.
     """
 
     timed: list[tuple[Problem, float]]

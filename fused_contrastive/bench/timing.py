@@ -134,26 +134,36 @@ def step(loss: Loss, leaves: dict[str, Tensor], device: str) -> Step:
     return run
 
 
+class StepError(Exception):
+    """An implementation that was called before, and was right, has failed; the cause says how."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.name = name
+
+
+def called(steps: dict[str, Step], name: str) -> tuple[float, float]:
+    try:
+        return steps[name]()
+    except Exception as error:
+        raise StepError(name) from error
+
+
 def interleaved(
     times: Times,
     product: Callable[[], float],
     probe: Callable[[], float] | None,
     steps: dict[str, Step],
     seconds: float,
-    sweeps: int = 1,
+    least: int = 5,
+    if_slow: int = 3,
 ) -> None:
-    """Adds rounds of one call each to ``times``, for about ``seconds`` in so many calls of this, ``sweeps``.
+    """Adds rounds of one call each to ``times``: for so many seconds and in ``least`` rounds, or ``if_slow`` in twice.
 
-    In all 5 rounds at least, or 3 where they are slow. Before the first each step is called once, so that caches and
-    kept memory are those of a training run, and compiled code is there. Each round starts with another step, and before
-    u the product runs untimed: what ran before something is the same for all, round by round. The probe takes part
-    now and then only: in each, it would be most of what rounds of small problems do.
+    Each round starts with another step, and before u the product runs untimed: what ran before something is the same
+    for all, round by round. The probe takes part now and then only: in each, it would be most of what rounds of small
+    problems do. Raises StepError, and has added whole rounds.
     """
-    least, if_slow = -(-5 // sweeps), -(-3 // sweeps)
-    seconds /= sweeps
-    names = list(steps)
-    for run in steps.values():
-        run()
     if probe is not None:
         probe()
     started = time.perf_counter()
@@ -167,10 +177,12 @@ def interleaved(
             times.probe.append(probe())
             probed = time.perf_counter()
         product()
-        times.u.append(product())
+        u = product()
+        names = list(steps)
         first = len(times.u) % max(len(names), 1)
-        for name in names[first:] + names[:first]:
-            forward, backward = steps[name]()
+        found = {name: called(steps, name) for name in names[first:] + names[:first]}
+        times.u.append(u)
+        for name, (forward, backward) in found.items():
             times.forward[name].append(forward)
             times.backward[name].append(backward)
         rounds += 1

@@ -73,15 +73,13 @@ def one_run(slow: str, factor: float, out: Path, name: str) -> int:
     return fused_contrastive(["bench", "--suite", "quick", "--out", str(out), "--name", name])
 
 
-def verdict(old: Path, new: Path, tolerance: float) -> tuple[list[str], str]:
-    """What of ours `compare` calls slower, and all that it says."""
+def verdict(old: Path, new: Path, tolerance: float) -> tuple[list[str], int, str]:
+    """What of ours `compare` calls slower, its exit status, and all that it says."""
     console = Console(record=True, width=250, file=io.StringIO())
     code = compare.compare(old, new, tolerance, console)
     sides = ([report for _, report in compare.side(path)] for path in (old, new))
-    found = [c.what for c in compare.changes(*sides) if c.counts and c.verdict(tolerance) == "slower"]
-    if code != (1 if found else 0):
-        raise RuntimeError(f"compare: got exit status {code} with {len(found)} slowdowns\n{console.export_text()}")
-    return found, console.export_text()
+    found = [change.what for change in compare.regressions(compare.changes(*sides), tolerance)]
+    return found, code, console.export_text()
 
 
 def made_in_turns(folder: Path, slow: str, options: argparse.Namespace) -> dict[str, Path]:
@@ -115,6 +113,8 @@ def main() -> int:
     parser.add_argument("--tolerance", type=at_least(0, float), default=compare.TOLERANCE, help="default %(default)s")
     parser.add_argument("--run", nargs=3, metavar=("LOSS", "FOLDER", "NAME"), help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.factor <= 1 + options.tolerance:
+        parser.error(f"--factor: got {options.factor}, expected more than 1 + the tolerance, {options.tolerance}")
     if options.run:
         return one_run(options.run[0], options.factor, Path(options.run[1]), options.run[2])
     wrong = 0
@@ -123,9 +123,10 @@ def main() -> int:
         with TemporaryDirectory() as folder:
             sides = made_in_turns(Path(folder), loss, options)
             for name, expected in (("same", []), ("slow", [f"{Problem(loss, N, D)}: ours"])):
-                found, text = verdict(sides["old"], sides[name], options.tolerance)
-                wrong += found != expected
-                said = "as it should be" if found == expected else f"WRONG\n{text}"
+                found, code, text = verdict(sides["old"], sides[name], options.tolerance)
+                right = found == expected and code == len(expected)
+                wrong += not right
+                said = "as it should be" if right else f"WRONG, exit status {code}\n{text}"
                 print(f"{k + 1}: {loss}, {name}: {', '.join(found) or 'quiet'}: {said}", flush=True)
     print(f"{wrong} of {2 * options.times} verdicts are wrong")
     return wrong

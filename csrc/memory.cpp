@@ -45,15 +45,17 @@ size_t round_up(size_t n, size_t multiple) {
 // Whole pages, in huge ones as far as they fill such, if the system has them to give: a thousand small ones cost a
 // twentieth of a step with 4 MB, to be marked as free and to be found again. Null where there is no memory.
 void* map_pages(size_t bytes) {
-  const size_t room = bytes < kHugePage ? bytes : bytes + kHugePage;
-  void* memory = mmap(nullptr, room, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  if (memory == MAP_FAILED) return nullptr;
-  if (room == bytes) return memory;
-  char* begin = static_cast<char*>(memory);
-  const size_t before = round_up(reinterpret_cast<uintptr_t>(begin), kHugePage) - reinterpret_cast<uintptr_t>(begin);
+  const auto map = [](size_t size) {
+    void* memory = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    return memory == MAP_FAILED ? nullptr : static_cast<char*>(memory);
+  };
+  if (bytes < kHugePage) return map(bytes);
+  char* begin = map(bytes + kHugePage);
+  if (!begin) return map(bytes);
+  const auto at = reinterpret_cast<uintptr_t>(begin);
+  const size_t before = round_up(at, kHugePage) - at;
   if (before) munmap(begin, before);
-  if (before < kHugePage) munmap(begin + before + bytes, kHugePage - before);
-  madvise(begin + before, bytes, MADV_HUGEPAGE);
+  munmap(begin + before + bytes, kHugePage - before);
   return begin + before;
 }
 
@@ -71,14 +73,18 @@ class Spare {
       const std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
       if (lock) slab = std::exchange(spare_, {});
     }
-    if (slab.bytes >= bytes && slab.bytes / 2 <= bytes) return slab;
-    release(slab);
-    void* memory = map_pages(bytes);
-    TORCH_CHECK_WITH(OutOfMemoryError, memory, "fused_contrastive: could not allocate ", bytes,
+    if (slab.bytes < bytes || slab.bytes / 2 > bytes) {
+      release(slab);
+      slab = {map_pages(bytes), bytes};
+    }
+    TORCH_CHECK_WITH(OutOfMemoryError, slab.memory, "fused_contrastive: could not allocate ", bytes,
                      " bytes for the kept products (", std::strerror(errno), "); a smaller memory_budget needs less");
-    return {memory, bytes};
+    madvise(slab.memory, slab.bytes, MADV_HUGEPAGE);
+    return slab;
   }
+  // The kernel's thread that gathers small pages to huge ones would take them for used again: it is not to come here.
   void give_back(Slab slab) {
+    madvise(slab.memory, slab.bytes, MADV_NOHUGEPAGE);
     madvise(slab.memory, slab.bytes, MADV_FREE);
     {
       const std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);

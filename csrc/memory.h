@@ -7,8 +7,8 @@ namespace fc {
 // An uninitialised (rows, cols) matrix, from memory that an earlier one gave back where there is such.
 at::Tensor reused_matrix(int64_t rows, int64_t cols, const at::TensorOptions& options);
 
-// (rows, cols) in another dtype. Of a matrix that nobody else reads, memory goes back to the system as it is converted:
-// of more than 4 MB the two are never resident together.
+// (rows, cols) in another dtype. Of a matrix above 4 MB that nobody else reads, memory goes back to the system as it is
+// converted, so that the two are never resident together.
 at::Tensor converted(at::Tensor matrix, at::ScalarType dtype);
 
 }  // namespace fc

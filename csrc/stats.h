@@ -31,8 +31,9 @@ struct Problem {
 
 using Interrupt = std::function<void()>;  // called between blocks; throws to stop
 
-// pos (M,), row (M,), col (N,) in float64, and the first `kept_rows` rows of the products x @ y.T (kept_rows, N) in
-// float32 (float64 for float64 features). A direction that is not asked has 0 elements.
+// pos (M,), row (M,), col (N,) in float64, and the products x @ y.T of the first `kept_rows` rows in float32 (float64
+// for float64 features): (kept_rows, N) elements, tile by tile (`kept_offset`), which only `stats_backward` reads. A
+// direction that is not asked has 0 elements.
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> stats_forward(const Problem& problem,
                                                                          const Interrupt& interrupt);
 

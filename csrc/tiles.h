@@ -21,7 +21,9 @@ template <class E>
 constexpr int64_t kGroupCols = std::is_same_v<E, Bf16Pair> ? 512 : 1024;
 constexpr int64_t kSectionRows = 512;  // for up to kSectionThreads threads, and as much again for more
 constexpr int64_t kSectionThreads = 8;
-constexpr int64_t kLeastTileRows = 64;
+constexpr int64_t kLeastTileRows = 64;  // of twice as many, and so on, up to kTileRows
+static_assert(kSectionRows % kTileRows == 0 && kGroupCols<float> % kTileCols == 0 &&
+              kGroupCols<Bf16Pair> % kTileCols == 0);
 // Most rows of dx, and of dy, that one task adds to. It reads all of y's panels, or x's, and for each of them its rows
 // of G again: those stay in a core's second cache while the panels pass through.
 constexpr int64_t kChunkRows = 64;
@@ -114,8 +116,9 @@ class Walk {
   int64_t tile_rows_, tile_cols_;
 };
 
-// Where a tile's products are in the (rows, N) that are kept, as rows of `at.cols`: by themselves, as rows of S may be
-// a power of two apart, and would fall into the same few sets of the cache. It depends on where a tile begins alone.
+// Where a tile's products are in the (rows, N) that are kept, as rows of `at.cols`: each tile by itself, as rows of S
+// may be a power of two apart, and would fall into the same few sets of the cache. The same for a forward and a
+// backward on different numbers of threads, whose sections differ, but not the tiles.
 inline int64_t kept_offset(const Place& at, int64_t n) {
   return at.row * n + at.col * at.rows;
 }

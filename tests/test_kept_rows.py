@@ -42,6 +42,7 @@ def test_auto_of_bfloat16_is_next_to_nothing_where_that_is_much() -> None:
     most = products_of(torch.bfloat16)
     assert kept(1024, 1024, most=most) == 1024
     assert kept(2048, 2048, most=most) == 128
-    assert kept(4096, 4096, most=most) == 16
-    assert kept(65536, 65536, most=most) == 0
+    assert kept(2560, 2560, most=most) == 64
+    assert kept(4096, 4096, most=most) == 0
+    assert kept(1 << 20, 1 << 20, most=most) == 0
     assert kept(0, 4096, most=most) == 0

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from fused_contrastive import clip_loss, contrastive_stats
+from fused_contrastive import clip_loss, contrastive_stats, nt_xent_loss
 from fused_contrastive.backends import cpp
 
 INF = torch.inf
@@ -161,7 +162,7 @@ def test_a_scale_s_gradient_past_float32_is_inf(backend: str) -> None:
 
 
 def test_large_losses_alive_at_once(backend: str) -> None:
-    """Several blocks both ways; each keeps over 32 MB of products, which the next step's forward takes over."""
+    """Several blocks both ways; each keeps megabytes of products, which the next step's forward takes over."""
     n = 3001 if backend != "triton" or torch.cuda.is_available() else 301  # the interpreter's blocks are smaller
     problems = [[torch.randn(n, 8).requires_grad_() for _ in range(2)] for _ in range(3)]
     losses = [clip_loss(x, y, 3.0, backend=backend) for x, y in problems[:2]]
@@ -196,12 +197,31 @@ def test_gradients_of_megabytes_are_rounded_whole(m: int, dtype: torch.dtype) ->
 
 
 @NEEDS_CPP
+@pytest.mark.parametrize("loss", [clip_loss, nt_xent_loss])
+def test_kept_products_on_another_number_of_threads(loss: Callable[..., torch.Tensor]) -> None:
+    """More threads take larger sections of rows: what the forward kept is where the backward looks for it."""
+    threads, gradients = torch.get_num_threads(), []
+    x, y = (torch.randn(1100, 4) for _ in range(2))
+    try:
+        for budget in (1 << 40, 0):
+            leaves = [t.clone().requires_grad_() for t in (x, y)]
+            torch.set_num_threads(2)
+            value = loss(*leaves, 0.5, memory_budget=budget, backend="cpp")
+            torch.set_num_threads(9)
+            gradients.append(torch.autograd.grad(value, leaves))
+    finally:
+        torch.set_num_threads(threads)
+    for kept, recomputed in zip(*gradients, strict=True):
+        torch.testing.assert_close(kept, recomputed, rtol=1e-5, atol=1e-8)
+
+
+@NEEDS_CPP
 def test_kept_products_of_problems_that_grow_and_shrink() -> None:
-    """Each over 32 MB: what the last one gave back is too small for the second, and far too large for the third."""
-    for n in (3001, 4201, 2950):
+    """What the last one gave back is too small for the second, far too large for the next, and does for the last."""
+    for n, megabytes in ((3001, 20), (4201, 50), (2950, 3), (1800, 1.5), (2950, 30), (3001, 25)):
         x, y = (torch.randn(n, 4) for _ in range(2))
         gradients = []
-        for budget in ("auto", 0):
+        for budget in (int(megabytes * 2**20), 0):
             leaves = [t.clone().requires_grad_() for t in (x, y)]
             clip_loss(*leaves, 3.0, memory_budget=budget, backend="cpp").backward()
             gradients.append([t.grad for t in leaves])

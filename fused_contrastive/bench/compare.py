@@ -7,6 +7,7 @@ sides were made in turns, each side has some of the quiet ones, and a time is th
 from __future__ import annotations
 
 import json
+import math
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -57,7 +58,8 @@ class Change(NamedTuple):
             return "faster"
         if self.factors["u"][0] <= 1 + tolerance:
             return ""
-        return "as others" if max((low for low, _ in self.controls.values()), default=1) > 1 else "unclear"
+        doubting = [name for name, (low, _) in self.factors.items() if low <= 1 + tolerance]
+        return "as others" if any(self.controls[name][0] > 1 for name in doubting) else "unclear"
 
 
 def load(path: Path) -> Report:
@@ -68,6 +70,8 @@ def load(path: Path) -> Report:
         raise ValueError(f"{path}: got no JSON ({error}), expected a report of `bench`") from None
     if not isinstance(report, dict) or not isinstance(report.get("rows"), list):
         raise ValueError(f"{path}: got JSON without rows, expected a report of `bench`")
+    if not isinstance(report.get("provenance", {}), dict):
+        raise ValueError(f"{path}: got provenance {report['provenance']!r}, expected a report of `bench`")
     for place, fields in ((report, ("command", "provenance")), *((row, FIELDS) for row in report["rows"])):
         if not isinstance(place, dict) or (missing := [name for name in fields if name not in place]):
             what = repr(missing[0]) if isinstance(place, dict) else f"row, but {place!r}"
@@ -98,11 +102,14 @@ def _damage(row: Row) -> str | None:
     for name in ("u_rounds", "u_seconds"):
         if name not in row:
             return f"rounds without {name!r}"
+    for name in ("rounds", "u_rounds"):
+        if not isinstance(row[name], list):
+            return f"{name} {row[name]!r}"
     if len(row["u_rounds"]) != len(row["rounds"]):
         return f"{len(row['rounds'])} rounds and {len(row['u_rounds'])} of u"
-    if not all(t > 0 for t in (*row["rounds"], *row["u_rounds"], row["u_seconds"], row.get("probe", 1))):
-        return "a time that is not above 0"
-    return None
+    times = (*row["rounds"], *row["u_rounds"], row["u_seconds"], row.get("probe", 1))
+    wrong = [t for t in times if not isinstance(t, int | float) or not 0 < t < math.inf]
+    return f"a time of {wrong[0]!r}" if wrong else None
 
 
 def _measured(reports: Reports) -> dict[Key, Row]:
@@ -139,12 +146,11 @@ def _change(key: Key, was: Row, row: Row, eager: tuple[Row, Row] | None, draw: r
     pairs = [(was["rounds"], row["rounds"]), *controls.values()]
     old, new = (_resampled([pair[which] for pair in pairs], draw) for which in (0, 1))
     ratios = [_over(after, before) for before, after in zip(old, new, strict=True)]
-    changed = dict(zip(("ours", *controls), ratios, strict=True))
+    ours, others = ratios[0], dict(zip(controls, ratios[1:], strict=True))
     if "probe" in was and "probe" in row:
-        changed["bfloat16"] = [min(row["probe"]) / min(was["probe"])] * RESAMPLES
-    ours, *others = changed
-    factors = {name: _interval(_over(changed[ours], changed[name])) for name in others}
-    own = {name: _interval(_over(changed[name], changed["u"])) for name in others if name != "u"}
+        others["bfloat16"] = [min(row["probe"]) / min(was["probe"])] * RESAMPLES
+    factors = {name: _interval(_over(ours, other)) for name, other in others.items()}
+    own = {name: _interval(_over(other, others["u"])) for name, other in others.items() if name != "u"}
     times = [quantile(of["rounds"], QUIET) / quantile(of["u_rounds"], QUIET) for of in (was, row)]
     return Change(f"{key[0]}: {key[1]}", row["ours"] and key[1] != CHECKED_BY, times[0], times[1], factors, own)
 
@@ -167,6 +173,11 @@ def changes(old: Reports, new: Reports) -> list[Change]:
                 control = None  # not in all reports of a side
             found.append(_change(key, before[key], row, control, draw))
     return found
+
+
+def regressions(found: Sequence[Change], tolerance: float) -> list[Change]:
+    """What of ours became slower."""
+    return [change for change in found if change.counts and change.verdict(tolerance) == "slower"]
 
 
 def uncompared(old: Reports, new: Reports) -> list[str]:
@@ -202,7 +213,7 @@ def compare(old: Path, new: Path, tolerance: float, console: Console) -> int:
     found = changes(*reports)
     if few := uncompared(*reports):
         console.print(
-            f"Not compared, in fewer than {FEWEST} rounds: {'; '.join(few)}. Folders of reports have more.",
+            f"Not compared, in fewer than {FEWEST} rounds: {'; '.join(few)}. More reports a side have more.",
             markup=False,
         )
     if not found:
@@ -211,20 +222,22 @@ def compare(old: Path, new: Path, tolerance: float, console: Console) -> int:
     verdicts = [change.verdict(tolerance) for change in found]
     if any(verdicts):
         _show([change for change in found if change.verdict(tolerance)], tolerance, console)
-    regressions = [change for change in found if change.counts and change.verdict(tolerance) == "slower"]
+    slower = regressions(found, tolerance)
     console.print(
         f"{len(found)} rows compared; beyond noise and {tolerance:.0%}: {verdicts.count('slower')} slower, "
         f"{verdicts.count('faster')} faster, {verdicts.count('as others')} slower as what is not ours was, "
-        f"{verdicts.count('unclear')} unclear, as that was too noisy; {len(regressions)} of ours slower."
+        f"{verdicts.count('unclear')} unclear, as that was too noisy; {len(slower)} of ours slower."
     )
-    if (regressions or "unclear" in verdicts) and min(map(len, reports)) == 1:
+    if (slower or "unclear" in verdicts) and min(map(len, reports)) == 1:
         console.print(
             "One report a side: on a machine that others use too, measure both again in turns, into two folders, and "
             "compare those."
         )
+    elif "unclear" in verdicts:
+        console.print("More reports a side, made in turns, make clear what is unclear.")
     for row in (gone := lost(*reports)):
         console.print(f"no longer measured: {row}", style="red", markup=False)
-    return 1 if regressions or gone else 0
+    return 1 if slower or gone else 0
 
 
 def _show(told: list[Change], tolerance: float, console: Console) -> None:

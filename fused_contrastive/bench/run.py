@@ -87,7 +87,7 @@ class Prepared(NamedTuple):
                 break
             except StepError as error:
                 (row,) = (row for row in self.rows if row["implementation"] == error.name)
-                why = failure(row["ours"], error.__cause__ or error)
+                why = failure(row["ours"], error.error)
                 del self.steps[error.name]
                 for field in set(row) - IDENTITY:  # what it was measured at in earlier sweeps
                     del row[field]
@@ -127,12 +127,15 @@ class Prepared(NamedTuple):
                 both = row["both"]
                 line = f"{both['median']:.2f} u ({both['q20']:.2f}..{both['q80']:.2f})"
                 console.print(f"    {row['implementation']}: {line}", markup=False)
+            elif row["implementation"] in self.times.forward:  # it was right, and then failed
+                console.print(f"    {row['implementation']}: {row['status']}", markup=False)
 
 
 def run_suite(suite: Suite, console: Console, keep: Callable[[list[Row]], None], speed: float = 1.0) -> list[Row]:
     """Rows of all timed problems and of all measured memory. ``keep`` gets the rows so far, whenever there are more."""
     started = time.monotonic()
-    rows: list[Row] = []
+    begun: list[tuple[Times, list[Row]]] = []  # of the problems, in order
+    weighed: list[Row] = []
     total = len(suite.timed) + len(suite.memory)
     numbers = iter(range(1, total + 1))
     waiting: list[tuple[Prepared, float]] = []
@@ -140,32 +143,35 @@ def run_suite(suite: Suite, console: Console, keep: Callable[[list[Row]], None],
     def say(what: str) -> None:
         console.print(f"[{time.monotonic() - started:.0f} s] {what}", markup=False)
 
+    def so_far() -> list[Row]:
+        return [row for times, rows in begun if times.u for row in rows] + weighed
+
     def begin(problem: Problem, seconds: float) -> None:
         say(f"{next(numbers)} of {total}: {problem}")
         prepared = prepare(problem, suite.only, console)
-        rows.extend(prepared.rows)
+        begun.append((prepared.times, prepared.rows))
         if suite.sweeps == 1 or prepared.round_seconds >= LONG:
             prepared.time_all(seconds)
             prepared.show(console)
+            keep(so_far())
         else:
             waiting.append((prepared, seconds))
-        keep(rows)
 
-    keep(rows)
+    keep(so_far())
     for problem, seconds in suite.timed:
         begin(problem, seconds / speed)
     for sweep in range(1, suite.sweeps + 1) if waiting else ():
         say(f"timing {len(waiting)} problems, sweep {sweep} of {suite.sweeps}")
         for prepared, seconds in waiting:
             prepared.time_part(seconds, suite.sweeps)
-            keep(rows)
+            keep(so_far())
             if sweep == suite.sweeps:
                 prepared.show(console)
     for problem in suite.memory:
         say(f"{next(numbers)} of {total}: memory, {problem}")
-        rows += measure_memory(problem, suite.only, console)
-        keep(rows)
-    return rows
+        weighed += measure_memory(problem, suite.only, console)
+        keep(so_far())
+    return so_far()
 
 
 def forget_shapes() -> None:

@@ -135,18 +135,18 @@ def step(loss: Loss, leaves: dict[str, Tensor], device: str) -> Step:
 
 
 class StepError(Exception):
-    """An implementation that was called before, and was right, has failed; the cause says how."""
+    """An implementation that was called before, and was right, has failed."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, error: Exception) -> None:
         super().__init__(name)
-        self.name = name
+        self.name, self.error = name, error
 
 
 def called(steps: dict[str, Step], name: str) -> tuple[float, float]:
     try:
         return steps[name]()
     except Exception as error:
-        raise StepError(name) from error
+        raise StepError(name, error) from error
 
 
 def interleaved(
@@ -155,14 +155,15 @@ def interleaved(
     probe: Callable[[], float] | None,
     steps: dict[str, Step],
     seconds: float,
-    least: int = 5,
-    if_slow: int = 3,
+    least: int,
+    if_slow: int,
 ) -> None:
-    """Adds rounds of one call each to ``times``: for so many seconds and in ``least`` rounds, or ``if_slow`` in twice.
+    """Adds rounds of one call each to ``times``.
 
-    Each round starts with another step, and before u the product runs untimed: what ran before something is the same
-    for all, round by round. The probe takes part now and then only: in each, it would be most of what rounds of small
-    problems do. Raises StepError, and has added whole rounds.
+    Until ``seconds`` and ``least`` rounds have passed, or twice the seconds and ``if_slow`` rounds. Each round starts
+    with another step, and before u the product runs untimed: what ran before something is the same for all, round by
+    round. The probe takes part now and then only: in each, it would be most of what rounds of small problems do. Raises
+    StepError, and has added whole rounds.
     """
     if probe is not None:
         probe()

@@ -22,8 +22,11 @@ AUTO_SHARE = {"cuda": 64}
 AUTO_SHARE_ELSEWHERE = 16
 
 
+WORTH_A_SECTION = 64  # rows: what a floor that fades comes to is a multiple of this
+
+
 class Most(NamedTuple):
-    """What "auto" keeps at most on a CPU: a part of all rows, 1 / ``part``, or these bytes where that is more.
+    """What "auto" keeps at most on a CPU: a part of all rows, 1 / ``part`` (0: none), or these bytes if that is more.
 
     A step is then faster than eager in a tenth of its memory. All of the products would save it another sixth of its
     time, for thrice the memory.
@@ -37,7 +40,7 @@ class Most(NamedTuple):
 PRODUCTS = Most(5, 12 << 20)
 # Of bfloat16 features: eager's own matrices are half as large, the products kept are float32 all the same, and
 # multiplying again costs half as much.
-BFLOAT16_PRODUCTS = Most(1 << 20, 4 << 20, fades=True)
+BFLOAT16_PRODUCTS = Most(0, 4 << 20, fades=True)
 TRIANGLE = Most(64, 2 << 20)  # of what is kept of a triangle, half is never computed
 EVERYTHING = Most(1, 0)
 
@@ -80,8 +83,8 @@ def rows_to_keep(m: int, layout: Layout, budget: int | str, device: torch.device
     if device.type == "cpu":  # without a guard on the shapes where they are symbols
         floor = 64 * most.floor // of_64
         if most.fades:
-            floor = torch.sym_min(floor, floor * floor // torch.sym_max(m, 1))
-        rows = torch.sym_min(rows, torch.sym_max(floor, m // most.part))
+            floor = torch.sym_min(floor, floor * floor // torch.sym_max(m, 1)) // WORTH_A_SECTION * WORTH_A_SECTION
+        rows = torch.sym_min(rows, torch.sym_max(floor, m // most.part if most.part else 0))
         rows = torch.sym_min(m, rows)
     else:
         rows = min(m, rows)

@@ -52,8 +52,15 @@ MUTANTS = [
     Mutant(
         "kept tile at column 0", "the backward reads kept products from the first column on",
         "csrc/stats_backward.cpp",
-        "s.kept ? kept_data + at.row * n + at.col : tile",
+        "s.kept ? kept_data + kept_offset(at, n) : tile",
         "s.kept ? kept_data + at.row * n : tile",
+        (BUDGET, f"{STATS}::test_large_losses_alive_at_once"), "cpp",
+    ),
+    Mutant(
+        "kept tiles overlap", "tiles of kept products begin where their first row would in whole rows of S",
+        "csrc/tiles.h",
+        "return at.row * n + at.col * at.rows;",
+        "return at.row * n + at.col;",
         (BUDGET, f"{STATS}::test_large_losses_alive_at_once"), "cpp",
     ),
     Mutant(

@@ -42,8 +42,8 @@ size_t round_up(size_t n, size_t multiple) {
   return (n + multiple - 1) / multiple * multiple;
 }
 
-// Whole pages, in huge ones as far as they fill such, if the system has them to give: a thousand small ones cost a
-// twentieth of a step with 4 MB, to be marked as free and to be found again. Null where there is no memory.
+// Whole pages, in huge ones as far as they fill such, if the system has them to give: a thousand small ones cost up to
+// a twentieth of a step that keeps 4 MB, to be marked as free and to be found again. Null where there is no memory.
 void* map_pages(size_t bytes) {
   const auto map = [](size_t size) {
     void* memory = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);

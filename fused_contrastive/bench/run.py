@@ -97,7 +97,7 @@ class Prepared(NamedTuple):
     def _fill(self) -> None:
         times, u = self.times, statistics.median(self.times.u)
         count = len(times.u)
-        # Drawn: rounds at equal distances may all have started with the same implementation.
+        # Drawn: rounds at equal distances may have something in common.
         kept = sorted(random.Random(0).sample(range(count), min(count, ROUNDS)))
         shared = {
             "u_seconds": u,

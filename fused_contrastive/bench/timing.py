@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import random
 import statistics
 import time
 import timeit
@@ -160,9 +161,9 @@ def interleaved(
 ) -> None:
     """Adds rounds of one call each to ``times``.
 
-    Until ``seconds`` and ``least`` rounds have passed, or twice the seconds and ``if_slow`` rounds. Each round starts
-    with another step, and before u the product runs untimed: what ran before something is the same for all, round by
-    round. The probe takes part now and then only: in each, it would be most of what rounds of small problems do. Raises
+    Until ``seconds`` and ``least`` rounds have passed, or twice the seconds and ``if_slow`` rounds. Each round has
+    another order, and before u the product runs untimed: what ran just before, and is in the caches, is no implementation's
+    own luck. The probe takes part now and then only: in each, it would be most of what rounds of small problems do. Raises
     StepError, and has added whole rounds.
     """
     if probe is not None:
@@ -179,9 +180,8 @@ def interleaved(
             probed = time.perf_counter()
         product()
         u = product()
-        names = list(steps)
-        first = len(times.u) % max(len(names), 1)
-        found = {name: called(steps, name) for name in names[first:] + names[:first]}
+        order = random.Random(len(times.u)).sample(list(steps), len(steps))
+        found = {name: called(steps, name) for name in order}
         times.u.append(u)
         for name, (forward, backward) in found.items():
             times.forward[name].append(forward)

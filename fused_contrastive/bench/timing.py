@@ -162,9 +162,9 @@ def interleaved(
     """Adds rounds of one call each to ``times``.
 
     Until ``seconds`` and ``least`` rounds have passed, or twice the seconds and ``if_slow`` rounds. Each round has
-    another order, and before u the product runs untimed: what ran just before, and is in the caches, is no implementation's
-    own luck. The probe takes part now and then only: in each, it would be most of what rounds of small problems do. Raises
-    StepError, and has added whole rounds.
+    another order, and before u the product runs untimed: nobody always runs behind the same one, whose data and code
+    are in the caches. The probe takes part now and then only: in each, it would be most of what rounds of small
+    problems do. Raises StepError, and has added whole rounds.
     """
     if probe is not None:
         probe()

@@ -6,6 +6,7 @@ the target's page. What is no page, such as a script, is served as it is.
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from pathlib import Path
@@ -20,7 +21,10 @@ PAGES = {
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
     "benchmarks/results/cpu.md": "benchmark.md",
+    "benchmarks/results/cpu-zen4.md": "benchmark-zen4.md",
+    "benchmarks/results/cpu-intel-amx.md": "benchmark-intel-amx.md",
 }
+LOG = logging.getLogger("mkdocs.hooks.links")  # with --strict, a warning fails the build
 LINK = re.compile(r"(\]\()([^)#\s]+)((?:#[^)\s]*)?\))")
 
 
@@ -41,6 +45,9 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
         if not target.is_file():  # for mkdocs to report
             return match[0]
         place = _place(target, Path(config.docs_dir))
+        if target.suffix == ".md" and files.get_file_from_path(place) is None:
+            LOG.warning("%s: links to %s, which is no page: PAGES in docs/mkdocs/links.py", page.file.src_uri, link)
+            return match[0]
         if files.get_file_from_path(place) is None:
             files.append(File.generated(config, place, abs_src_path=str(target)))
         return match[1] + os.path.relpath(place, Path(page.file.src_uri).parent) + match[3]

@@ -318,8 +318,8 @@ MUTANTS = [
     Mutant(
         "slab too small", "a block given back serves a larger problem",
         "csrc/memory.cpp",
-        "if (slab.bytes >= bytes && slab.bytes / 2 <= bytes) return slab;",
-        "if (slab.memory && slab.bytes / 2 <= bytes) return slab;",
+        "if (slab.bytes < bytes || slab.bytes / 2 > bytes) {",
+        "if (!slab.memory || slab.bytes / 2 > bytes) {",
         (f"{STATS}::test_kept_products_of_problems_that_grow_and_shrink",),
     ),
 ]  # fmt: skip

@@ -73,6 +73,14 @@ def test_target_ranks_with_ties(backend: str, shape: tuple[int, int]) -> None:
         assert torch.equal(target_ranks(queries, candidates, backend=backend), places(order, torch.arange(m)))
 
 
+@pytest.mark.parametrize("n", [33, 64, 70])
+def test_the_best_is_found_wherever_it_stands(n: int, backend: str) -> None:
+    """In the last column too, of whole parts and of a rest."""
+    scores, indices = rank(torch.eye(n), torch.eye(n), 2, backend=backend)
+    assert torch.equal(indices[:, 0], torch.arange(n))
+    assert torch.equal(scores, torch.tensor([1.0, 0.0]).expand(n, 2))
+
+
 def test_duplicates_go_by_index(backend: str) -> None:
     queries = torch.ones(20, 3)
     candidates = torch.ones(100, 3)

@@ -113,10 +113,10 @@ def main() -> int:
     parser.add_argument("--tolerance", type=at_least(0, float), default=compare.TOLERANCE, help="default %(default)s")
     parser.add_argument("--run", nargs=3, metavar=("LOSS", "FOLDER", "NAME"), help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.factor <= 1 + options.tolerance:
-        parser.error(f"--factor: got {options.factor}, expected more than 1 + the tolerance, {options.tolerance}")
     if options.run:
         return one_run(options.run[0], options.factor, Path(options.run[1]), options.run[2])
+    if options.factor <= 1 + options.tolerance:
+        parser.error(f"--factor: got {options.factor}, expected more than 1 + the tolerance, {options.tolerance}")
     wrong = 0
     for k in range(options.times):
         loss = MATRIX[k % len(MATRIX)]

@@ -9,6 +9,8 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "rounding.h"
+
 #ifdef __linux__
 #include <sys/mman.h>
 #include <unistd.h>
@@ -37,10 +39,6 @@ namespace {
 
 constexpr size_t kSmall = 1 << 20;  // larger blocks malloc may return to the system, by what else has been freed
 constexpr size_t kHugePage = 2 << 20;
-
-size_t round_up(size_t n, size_t multiple) {
-  return (n + multiple - 1) / multiple * multiple;
-}
 
 // Whole pages, in huge ones as far as they fill such, if the system has them to give: a thousand small ones cost up to
 // a twentieth of a step that keeps 4 MB, to be marked as free and to be found again. Null where there is no memory.
@@ -125,8 +123,7 @@ namespace {
 // The whole pages of [begin, end), the contents of which are lost.
 void release_pages(void* begin, void* end) {
 #ifdef __linux__
-  const uintptr_t page = page_size();
-  const uintptr_t first = (reinterpret_cast<uintptr_t>(begin) + page - 1) / page * page;
+  const uintptr_t page = page_size(), first = round_up(reinterpret_cast<uintptr_t>(begin), page);
   const uintptr_t last = reinterpret_cast<uintptr_t>(end) / page * page;
   if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_DONTNEED);
 #endif

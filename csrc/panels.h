@@ -8,12 +8,9 @@
 #include "parallel.h"
 #include "prepared.h"
 #include "product.h"
+#include "rounding.h"
 
 namespace fc {
-
-inline int64_t ceil_div(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
-}
 
 // Where `products<E>()` can multiply, panels; where it cannot, the tensor itself, for the vendor's library.
 template <class E>

@@ -11,6 +11,7 @@
 
 #include "panels.h"
 #include "parallel.h"
+#include "rounding.h"
 #include "tile.h"
 
 namespace fc {
@@ -39,10 +40,6 @@ inline std::vector<Range> pieces(int64_t begin, int64_t end, int64_t size) {
   std::vector<Range> all;
   for (int64_t at = begin; at < end; at += size) all.push_back({at, std::min(at + size, end)});
   return all;
-}
-
-inline int64_t round_up(int64_t n, int64_t multiple) {
-  return ceil_div(n, multiple) * multiple;
 }
 
 struct Section {

@@ -77,3 +77,9 @@ def threads() -> Iterator[None]:
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def not_interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The benchmark's "ours" is then the C++ backend, but where a test asks for Triton's interpreter."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)

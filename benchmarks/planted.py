@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -111,16 +112,19 @@ def main() -> int:
     parser.add_argument("--times", type=at_least(1, int), default=5, help="default %(default)s")
     parser.add_argument("--reports", type=at_least(1, int), default=2, help="a side (default %(default)s)")
     parser.add_argument("--tolerance", type=at_least(0, float), default=compare.TOLERANCE, help="default %(default)s")
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="keep the reports there (default: none)")
     parser.add_argument("--run", nargs=3, metavar=("LOSS", "FOLDER", "NAME"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.run:
         return one_run(options.run[0], options.factor, Path(options.run[1]), options.run[2])
     if options.factor <= 1 + options.tolerance:
         parser.error(f"--factor: got {options.factor}, expected more than 1 + the tolerance, {options.tolerance}")
+    if options.keep is not None and options.keep.exists():  # its reports would take part
+        parser.error(f"--keep: got {options.keep}, which exists, expected a new folder")
     wrong = 0
     for k in range(options.times):
         loss = MATRIX[k % len(MATRIX)]
-        with TemporaryDirectory() as folder:
+        with TemporaryDirectory() if options.keep is None else nullcontext(options.keep / f"{k + 1}") as folder:
             sides = made_in_turns(Path(folder), loss, options)
             for name, expected in (("same", []), ("slow", [f"{Problem(loss, N, D)}: ours"])):
                 found, code, text = verdict(sides["old"], sides[name], options.tolerance)

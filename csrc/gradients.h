@@ -116,6 +116,16 @@ inline std::vector<Chunk> chunks(bool of_x, int64_t rows) {
   return all;
 }
 
+// Both in one list, each evenly over it: any part of the list has the same part of dx and of dy in every section.
+inline std::vector<Chunk> merged(const std::vector<Chunk>& of_x, const std::vector<Chunk>& of_y) {
+  std::vector<Chunk> all;
+  for (size_t i = 0, j = 0; i < of_x.size() || j < of_y.size();) {
+    const bool x_next = j == of_y.size() || (i < of_x.size() && i * of_y.size() <= j * of_x.size());
+    all.push_back(x_next ? of_x[i++] : of_y[j++]);
+  }
+  return all;
+}
+
 // dx += G y and dy += G.T x for one section, dx and dy at the same time unless they are the same.
 template <class E, class T = typename Accumulator<E>::Type>
 void add_products(const Walk& walk, const Section& s, const Gradients<E>& g, const Panels<E>& y, const Panels<E>& x,
@@ -131,14 +141,16 @@ void add_products(const Walk& walk, const Section& s, const Gradients<E>& g, con
     p.c = of_x ? dx + (s.rows.begin + rows.begin) * d : dy + (s.cols.begin + rows.begin) * d;
     (of_x ? y : x).multiply(p, k.begin / Stored<E>::rows, 0);
   };
-  std::vector<Chunk> of_x = chunks(true, dx ? s.rows.size() : 0);
-  std::vector<Chunk> of_y = chunks(false, dy ? s.cols.size() : 0);
+  const std::vector<Chunk> of_x = chunks(true, dx ? s.rows.size() : 0);
+  const std::vector<Chunk> of_y = chunks(false, dy ? s.cols.size() : 0);
+  const auto add_all = [&](const std::vector<Chunk>& all) {
+    for_each_task(all.size(), [&](int64_t task) { add(all[task]); });
+  };
   if (dx == dy) {
-    for_each_task(of_x.size(), [&](int64_t task) { add(of_x[task]); });
-    for_each_task(of_y.size(), [&](int64_t task) { add(of_y[task]); });
+    add_all(of_x);
+    add_all(of_y);
   } else {
-    of_x.insert(of_x.end(), of_y.begin(), of_y.end());
-    for_each_task(of_x.size(), [&](int64_t task) { add(of_x[task]); });
+    add_all(merged(of_x, of_y));
   }
 }
 

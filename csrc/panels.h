@@ -3,6 +3,8 @@
 #include <ATen/ATen.h>
 
 #include <algorithm>
+#include <tuple>
+#include <utility>
 #include <vector>
 
 #include "parallel.h"
@@ -12,7 +14,8 @@
 
 namespace fc {
 
-// Where `products<E>()` can multiply, panels; where it cannot, the tensor itself, for the vendor's library.
+// Where `products<E>()` can multiply, panels; where it cannot, the tensor itself, for the vendor's library. Setting it
+// to what it holds already takes no time: the features must stay as they are.
 template <class E>
 class Panels {
  public:
@@ -20,6 +23,7 @@ class Panels {
 
   // Rows [begin, end) of the features as the columns of a (D, rows) matrix.
   void set_transposed(const Features<E>& f, int64_t begin, int64_t end) {
+    if (already({&f, begin, end, true})) return;
     if (!own()) return set_vendor(f.as_tensor(begin, end).t());
     fill(f.row_stride(), end - begin, [&](int64_t column, int64_t columns, E* panel) {
       std::vector<typename Features<E>::Element> room;
@@ -29,6 +33,7 @@ class Panels {
   }
   // Rows [begin, end) of the features as a (rows, D) matrix.
   void set(const Features<E>& f, int64_t begin, int64_t end) {
+    if (already({&f, begin, end, false})) return;
     if (!own()) return set_vendor(f.as_tensor(begin, end));
     fill(ceil_div(end - begin, Stored<E>::rows), f.d, [&](int64_t column, int64_t columns, E* panel) {
       std::vector<typename Features<E>::Element> room;
@@ -48,6 +53,11 @@ class Panels {
 
  private:
   static bool own() { return products<E>().multiply != nullptr; }
+
+  using Held = std::tuple<const Features<E>*, int64_t, int64_t, bool>;  // rows [begin, end), and whether transposed
+
+  // Whether that is held; if not, it is about to be.
+  bool already(const Held& wanted) { return std::exchange(held_, wanted) == wanted; }
 
   template <class F>
   void fill(int64_t k, int64_t n, const F& pack_panel) {
@@ -100,6 +110,7 @@ class Panels {
 
   E* packed() const { return static_cast<E*>(memory_.data_ptr()); }
 
+  Held held_{};
   at::Tensor memory_;
   int64_t k_ = 0;
   at::Tensor matrix_;

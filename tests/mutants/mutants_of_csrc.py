@@ -29,6 +29,20 @@ MUTANTS = [
         (BUDGET,), CPP,
     ),
     Mutant(
+        "panels of the first group", "columns beyond the first group are multiplied as if they were the first ones",
+        "csrc/panels.h",
+        "return std::exchange(held_, wanted) == wanted; }",
+        "return std::get<0>(std::exchange(held_, wanted)) == std::get<0>(wanted); }",
+        (BUDGET,), CPP,
+    ),
+    Mutant(
+        "last task of all", "the last thread's share ends a task too early",
+        "csrc/parallel.h",
+        "shares[i].end = (i + 1) * tasks / workers;",
+        "shares[i].end = (i + 1) * tasks / workers - (i + 1 == workers);",
+        (BUDGET,), CPP,
+    ),
+    Mutant(
         "unknown id is the first", "a row whose id no column has gets the code of the smallest one",
         "csrc/prepared.h",
         "at::scalar_tensor(-1, rank.options())",

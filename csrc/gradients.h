@@ -26,7 +26,14 @@ class Gradients {
   using T = typename Accumulator<E>::Type;
 
   explicit Gradients(const at::TensorOptions& options) : options_(options) {}
-  void start(const Section& s) {
+  // `room`, if it is not null: to hold G itself, (rows, room_stride) of it. Of pairs it cannot, being narrower.
+  void start(const Section& s, T* room, int64_t room_stride) {
+    if constexpr (!kPairs)
+      if (room) {
+        along_ = room;
+        stride_ = room_stride;
+        return;
+      }
     // Odd numbers of cache lines: rows a power of two apart would fall into the same few sets of the cache.
     stride_ = round_up(s.cols.size(), 32) + 16;
     down_stride_ = round_up(ceil_div(s.rows.size(), kStep), 32) + 16;
@@ -213,11 +220,14 @@ class FeatureGradients {
   void start_group(const Range& cols) {
     if (dx_.defined()) y_.set(p_.y, cols.begin, cols.end);
   }
-  // `logits_gradient(place, tile, stride)` writes G's tile there, or is also given its products there.
+  // What `start_group` packs into, for another use meanwhile.
+  Panels<E>& panels() { return y_; }
+  // `logits_gradient(place, tile, stride)` writes G's tile there, or is also given its products there. `room`: memory
+  // for G of this section, with that many elements from row to row, which is written to if it serves.
   template <class F>
-  void add(const Walk& walk, const Section& s, const F& logits_gradient) {
+  void add(const Walk& walk, const Section& s, const F& logits_gradient, T* room = nullptr, int64_t room_stride = 0) {
     if (dy_.defined()) x_.set(p_.x, s.rows.begin, s.rows.end);
-    g_.start(s);
+    g_.start(s, room, room_stride);
     bias_.start(walk.stories(s), s.cols.size());
     walk.for_each_tile(
         s,

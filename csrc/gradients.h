@@ -26,7 +26,8 @@ class Gradients {
   using T = typename Accumulator<E>::Type;
 
   explicit Gradients(const at::TensorOptions& options) : options_(options) {}
-  // `room`, if it is not null: to hold G itself, (rows, room_stride) of it. Of pairs it cannot, being narrower.
+  // `room`, if it is not null: to hold G, with that many elements from row to row. G of pairs is bfloat16, and not held
+  // there.
   void start(const Section& s, T* room, int64_t room_stride) {
     if constexpr (!kPairs)
       if (room) {

@@ -4,7 +4,6 @@
 
 #include <algorithm>
 #include <tuple>
-#include <utility>
 #include <vector>
 
 #include "parallel.h"
@@ -23,22 +22,24 @@ class Panels {
 
   // Rows [begin, end) of the features as the columns of a (D, rows) matrix.
   void set_transposed(const Features<E>& f, int64_t begin, int64_t end) {
-    if (already({&f, begin, end, true})) return;
-    if (!own()) return set_vendor(f.as_tensor(begin, end).t());
-    fill(f.row_stride(), end - begin, [&](int64_t column, int64_t columns, E* panel) {
-      std::vector<typename Features<E>::Element> room;
-      const auto rows = f.read(begin + column, columns, 0, f.d, room).first;
-      products<E>().pack_transposed(reinterpret_cast<const E*>(rows), f.row_stride(), k_, columns, panel);
+    hold({&f, begin, end, true}, [&] {
+      if (!own()) return set_vendor(f.as_tensor(begin, end).t());
+      fill(f.row_stride(), end - begin, [&](int64_t column, int64_t columns, E* panel) {
+        std::vector<typename Features<E>::Element> room;
+        const auto rows = f.read(begin + column, columns, 0, f.d, room).first;
+        products<E>().pack_transposed(reinterpret_cast<const E*>(rows), f.row_stride(), k_, columns, panel);
+      });
     });
   }
   // Rows [begin, end) of the features as a (rows, D) matrix.
   void set(const Features<E>& f, int64_t begin, int64_t end) {
-    if (already({&f, begin, end, false})) return;
-    if (!own()) return set_vendor(f.as_tensor(begin, end));
-    fill(ceil_div(end - begin, Stored<E>::rows), f.d, [&](int64_t column, int64_t columns, E* panel) {
-      std::vector<typename Features<E>::Element> room;
-      const auto [first, stride] = f.read(begin, end - begin, column, columns, room);
-      products<E>().pack(first, stride, end - begin, columns, panel);
+    hold({&f, begin, end, false}, [&] {
+      if (!own()) return set_vendor(f.as_tensor(begin, end));
+      fill(ceil_div(end - begin, Stored<E>::rows), f.d, [&](int64_t column, int64_t columns, E* panel) {
+        std::vector<typename Features<E>::Element> room;
+        const auto [first, stride] = f.read(begin, end - begin, column, columns, room);
+        products<E>().pack(first, stride, end - begin, columns, panel);
+      });
     });
   }
 
@@ -56,8 +57,14 @@ class Panels {
 
   using Held = std::tuple<const Features<E>*, int64_t, int64_t, bool>;  // rows [begin, end), and whether transposed
 
-  // Whether that is held; if not, it is about to be.
-  bool already(const Held& wanted) { return std::exchange(held_, wanted) == wanted; }
+  // `pack`s what is wanted, unless it is held already.
+  template <class F>
+  void hold(const Held& wanted, const F& pack) {
+    if (held_ == wanted) return;
+    held_ = {};
+    pack();
+    held_ = wanted;
+  }
 
   template <class F>
   void fill(int64_t k, int64_t n, const F& pack_panel) {

@@ -9,8 +9,8 @@
 namespace fc {
 
 // Calls f(0) to f(tasks - 1), each once. Each thread begins with a share of its own, the same in every call of as many
-// tasks, so that what it wrote it finds in its own cache; then it helps the others: tasks differ in length, and so do
-// cores in speed.
+// tasks on as many threads, so that what it wrote it finds in its own cache; then it helps the others: tasks differ in
+// length, and so do cores in speed.
 template <class F>
 void for_each_task(int64_t tasks, const F& f) {
   const int64_t workers = std::min<int64_t>(tasks, at::get_num_threads());

@@ -47,11 +47,6 @@ struct Section {
   bool kept;  // its products are kept from forward to backward
 };
 
-// Rows of a section.
-inline int64_t section_rows() {
-  return kSectionRows * ceil_div(at::get_num_threads(), kSectionThreads);
-}
-
 class Walk {
  public:
   Walk(int64_t m, int64_t n, int64_t group_cols, int64_t kept_rows, bool upper)
@@ -65,9 +60,10 @@ class Walk {
   std::vector<Range> groups() const { return pieces(0, n_, group_cols_); }
   // Kept rows first, so that no section is half kept. Of the upper triangle, those below the diagonal are left out.
   std::vector<Section> sections(const Range& cols) const {
+    const int64_t height = kSectionRows * ceil_div(at::get_num_threads(), kSectionThreads);
     std::vector<Section> all;
     for (const bool kept : {true, false})
-      for (const Range& rows : pieces(kept ? 0 : kept_rows_, kept ? kept_rows_ : m_, section_rows()))
+      for (const Range& rows : pieces(kept ? 0 : kept_rows_, kept ? kept_rows_ : m_, height))
         if (!excluded(rows, cols)) all.push_back({rows, cols, kept});
     return all;
   }

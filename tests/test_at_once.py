@@ -190,16 +190,26 @@ def test_wrong_targets_raise() -> None:
         loss(**leaves, **options, targets=torch.full((M,), N))
 
 
+def bits(threads: int, loss: Callable[..., Tensor], leaves: dict[str, Tensor], options: dict[str, Any]) -> list[Tensor]:
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        return list(run(loss, leaves, options)[0].values())
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_the_number_of_threads_changes_no_bit(seed: int) -> None:
     torch.manual_seed(seed)
-    loss, leaves, options = info_nce({}, memory_budget=0, backend="cpp")
-    threads = torch.get_num_threads()
-    try:
-        results = []
-        for count in (1, 2, 3, 9):  # sections have more rows where there are more than 8
-            torch.set_num_threads(count)
-            results.append(run(loss, leaves, options)[0])
-    finally:
-        torch.set_num_threads(threads)
-    for other in results[1:]:
-        assert all(torch.equal(value, other[name]) for name, value in results[0].items())
+    problem = info_nce({}, memory_budget=0, backend="cpp")
+    first = bits(1, *problem)
+    for threads in (2, 3, 9):
+        assert all(map(torch.equal, first, bits(threads, *problem)))
+
+
+def test_nor_of_rows_so_long_that_few_are_held(seed: int) -> None:
+    """More than 8 threads take more rows of S at once elsewhere."""
+    torch.manual_seed(seed)
+    leaves = {"query": torch.randn(1000, D), "key": torch.randn(24576, D)}
+    problem = fc.info_nce_loss, leaves, {"memory_budget": 0, "backend": "cpp"}
+    assert all(map(torch.equal, bits(8, *problem), bits(9, *problem)))

@@ -30,7 +30,7 @@ void for_each_task(int64_t tasks, const F& f) {
   at::parallel_for(0, workers, 1, [&](int64_t own, int64_t) {
     for (int64_t i = 0; i < workers; ++i) {
       Share& share = shares[(own + i) % workers];
-      if (i > 0 && share.next >= share.end) continue;
+      if (share.next >= share.end) continue;  // read before it is written to: others look too
       for (int64_t task = share.next++; task < share.end; task = share.next++) f(task);
     }
   });

@@ -190,25 +190,23 @@ def test_wrong_targets_raise() -> None:
         loss(**leaves, **options, targets=torch.full((M,), N))
 
 
-def bits(threads: int, loss: Callable[..., Tensor], leaves: dict[str, Tensor], options: dict[str, Any]) -> list[Tensor]:
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(threads)
-        return list(run(loss, leaves, options)[0].values())
-    finally:
-        torch.set_num_threads(before)
+def bits(count: int, loss: Callable[..., Tensor], leaves: dict[str, Tensor], options: dict[str, Any]) -> list[Tensor]:
+    torch.set_num_threads(count)
+    return list(run(loss, leaves, options)[0].values())
 
 
+@pytest.mark.usefixtures("threads")
 def test_the_number_of_threads_changes_no_bit(seed: int) -> None:
     torch.manual_seed(seed)
     problem = info_nce({}, memory_budget=0, backend="cpp")
     first = bits(1, *problem)
-    for threads in (2, 3, 9):
-        assert all(map(torch.equal, first, bits(threads, *problem)))
+    for count in (2, 3, 9):
+        assert all(map(torch.equal, first, bits(count, *problem)))
 
 
+@pytest.mark.usefixtures("threads")
 def test_nor_of_rows_so_long_that_few_are_held(seed: int) -> None:
-    """More than 8 threads take more rows of S at once elsewhere."""
+    """Where as many rows were held as a section has, which are more on more than 8 threads, dy's bits changed."""
     torch.manual_seed(seed)
     leaves = {"query": torch.randn(1000, D), "key": torch.randn(24576, D)}
     problem = fc.info_nce_loss, leaves, {"memory_budget": 0, "backend": "cpp"}

@@ -197,20 +197,18 @@ def test_gradients_of_megabytes_are_rounded_whole(m: int, dtype: torch.dtype) ->
 
 
 @NEEDS_CPP
+@pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("loss", [clip_loss, nt_xent_loss])
 def test_kept_products_on_another_number_of_threads(loss: Callable[..., torch.Tensor]) -> None:
     """More threads take larger sections of rows: what the forward kept is where the backward looks for it."""
-    threads, gradients = torch.get_num_threads(), []
+    gradients = []
     x, y = (torch.randn(1100, 4) for _ in range(2))
-    try:
-        for budget in (1 << 40, 0):
-            leaves = [t.clone().requires_grad_() for t in (x, y)]
-            torch.set_num_threads(2)
-            value = loss(*leaves, 0.5, memory_budget=budget, backend="cpp")
-            torch.set_num_threads(9)
-            gradients.append(torch.autograd.grad(value, leaves))
-    finally:
-        torch.set_num_threads(threads)
+    for budget in (1 << 40, 0):
+        leaves = [t.clone().requires_grad_() for t in (x, y)]
+        torch.set_num_threads(2)
+        value = loss(*leaves, 0.5, memory_budget=budget, backend="cpp")
+        torch.set_num_threads(9)
+        gradients.append(torch.autograd.grad(value, leaves))
     for kept, recomputed in zip(*gradients, strict=True):
         torch.testing.assert_close(kept, recomputed, rtol=1e-5, atol=1e-8)
 

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from fused_contrastive.bench.implementations import Implementation
 from fused_contrastive.bench.workloads import WORKLOADS, Loss, Problem
 
-CHECKED = 4096  # rows at most: the float64 truth writes its matrix many times
+CHECKED = 4096**2  # similarities at most: the float64 truth writes its matrix many times
 
 Results = dict[str, Tensor]  # "loss", and by the name of an input its gradient
+
+
+def small_enough(problem: Problem) -> Problem:
+    """The problem, or one of as many times less rows as it takes."""
+    m, _, n = WORKLOADS[problem.loss].unit(problem)
+    return problem if m * n <= CHECKED else small_enough(replace(problem, n=problem.n // 2))
 
 
 def evaluate(loss: Loss, leaves: dict[str, Tensor]) -> Results:
@@ -24,6 +32,7 @@ class Truth:
     """A problem's tensors with the float64 results, and how far eager PyTorch's are from them."""
 
     def __init__(self, problem: Problem) -> None:
+        torch.manual_seed(0)
         work = WORKLOADS[problem.loss]
         self.work, self.leaves = work, work.inputs(problem)
         wide = {name: t.detach().double().requires_grad_() for name, t in self.leaves.items()}
@@ -54,3 +63,20 @@ class Truth:
             if not errors[name] <= self.allowed[name]:
                 return f"WRONG: {what} is off by {errors[name]:.1e}, allowed {self.allowed[name]:.1e}"
         return None
+
+
+class Checks:
+    """What is wrong with each implementation, found once for all problems that are checked at one size."""
+
+    def __init__(self) -> None:
+        self.found: dict[tuple[Problem, str], str | None] = {}
+        self.truth: tuple[Problem, Truth] | None = None  # of the last problem
+
+    def wrong(self, implementation: Implementation, loss: Loss, problem: Problem) -> str | None:
+        smaller = small_enough(problem)
+        key = smaller, implementation.name
+        if key not in self.found:
+            if self.truth is None or self.truth[0] != smaller:
+                self.truth = smaller, Truth(smaller)
+            self.found[key] = self.truth[1].wrong(implementation, loss)
+        return self.found[key]

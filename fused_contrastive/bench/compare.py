@@ -16,12 +16,12 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.table import Table
 
+from fused_contrastive.bench.implementations import EAGER
 from fused_contrastive.bench.provenance import line
 from fused_contrastive.bench.timing import quantile
 from fused_contrastive.bench.workloads import Problem, problem_of
 
 TOLERANCE = 0.15  # half of the slowdown that is to be found, 1.3: noise and slowdown are then told apart alike
-CONTROL = "eager"
 CHECKED_BY = "ours, backend=reference"  # told of, no failure: much of its time is page faults, as malloc keeps memory
 RESAMPLES = 400
 FEWEST = 5  # rounds: of three, an interval is the three themselves
@@ -142,7 +142,7 @@ def _change(key: Key, was: Row, row: Row, eager: tuple[Row, Row] | None, draw: r
     """``eager``: its rows before and after, timed in the same rounds."""
     controls = {"u": (was["u_rounds"], row["u_rounds"])}
     if eager is not None:
-        controls[CONTROL] = (eager[0]["rounds"], eager[1]["rounds"])
+        controls[EAGER] = (eager[0]["rounds"], eager[1]["rounds"])
     pairs = [(was["rounds"], row["rounds"]), *controls.values()]
     old, new = (_resampled([pair[which] for pair in pairs], draw) for which in (0, 1))
     ratios = [_over(after, before) for before, after in zip(old, new, strict=True)]
@@ -166,7 +166,7 @@ def changes(old: Reports, new: Reports) -> list[Change]:
     found = []
     for key, row in after.items():
         if key in before:
-            eager = (key[0], CONTROL)
+            eager = (key[0], EAGER)
             control = (before[eager], after[eager]) if eager in before and eager in after and key != eager else None
             lengths = [len(one["rounds"]) for one in (before[key], row)]
             if control and [len(one["rounds"]) for one in control] != lengths:

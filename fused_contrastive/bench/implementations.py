@@ -16,6 +16,7 @@ from fused_contrastive.bench.workloads import TEMPERATURE, WORKLOADS, Loss, Prob
 from fused_contrastive.core.memory import total_memory
 
 Load = Callable[[Problem], Loss]
+EAGER = "eager"  # what training code does, and the control that `compare` has in all rounds
 INTERPRETER = "interpreter"  # Triton's, a device of sorts
 
 
@@ -108,7 +109,7 @@ register("ours, memory_budget=0", *WORKLOADS, ours=True)(functools.partial(_ours
 register("ours, backend=reference", *WORKLOADS, ours=True, largest=1024)(functools.partial(_ours, backend="reference"))
 
 
-@register("eager", *WORKLOADS, matrices=5)
+@register(EAGER, *WORKLOADS, matrices=5)
 def _(problem: Problem) -> Loss:
     return WORKLOADS[problem.loss].eager
 

@@ -8,15 +8,16 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, fields
 from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
 
 from fused_contrastive.bench import memory, peers  # noqa: F401  peers: puts the libraries into the registry
-from fused_contrastive.bench.check import CHECKED, Truth
+from fused_contrastive.bench.check import Checks, small_enough
 from fused_contrastive.bench.implementations import (
+    EAGER,
     REGISTRY,
     CannotRunError,
     Implementation,
@@ -40,7 +41,7 @@ from fused_contrastive.bench.timing import (
 from fused_contrastive.bench.workloads import WORKLOADS, Loss, Problem
 
 ROUNDS = 60  # of an implementation, kept for `compare`
-LEAST, IF_SLOW = 5, 3  # rounds
+LEAST, IF_SLOW = 5, 4  # rounds
 LONG = 1.5  # seconds of a round, whose problem is timed at once: a sweep would begin with an untimed round
 SLOW = 30.0  # seconds of a call, beyond which an implementation is not timed
 
@@ -61,7 +62,7 @@ class Prepared(NamedTuple):
 
     def time_all(self, seconds: float) -> None:
         """All of its rounds, where nothing ran since it was prepared."""
-        self._time(lambda: interleaved(self.times, self.unit, self.probe, self.steps, seconds, LEAST, IF_SLOW))
+        self._time(lambda: self._rounds(seconds, LEAST, IF_SLOW))
 
     def time_part(self, seconds: float, sweeps: int) -> None:
         """One sweep's part of the rounds.
@@ -75,9 +76,13 @@ class Prepared(NamedTuple):
             forget_shapes()
             for name in self.steps:
                 called(self.steps, name)
-            interleaved(self.times, self.unit, self.probe, self.steps, seconds / sweeps, least, if_slow)
+            self._rounds(seconds / sweeps, least, if_slow)
 
         self._time(rounds)
+
+    def _rounds(self, seconds: float, least: int, if_slow: int) -> None:
+        always = [row["implementation"] for row in self.rows if row["ours"] or row["implementation"] == EAGER]
+        interleaved(self.times, self.unit, self.probe, self.steps, always, seconds, least, if_slow)
 
     def _time(self, rounds: Callable[[], None]) -> None:
         """Rounds, without a peer that fails now; then the figures of all rounds so far, into the rows."""
@@ -98,12 +103,11 @@ class Prepared(NamedTuple):
         times, u = self.times, statistics.median(self.times.u)
         count = len(times.u)
         # Drawn: rounds at equal distances may have something in common.
-        kept = sorted(random.Random(0).sample(range(count), min(count, ROUNDS)))
+        kept = set(random.Random(0).sample(range(count), min(count, ROUNDS)))
         shared = {
             "u_seconds": u,
             "u_spread": [quantile(times.u, q) / u for q in (0.2, 0.8)],
             "unit_tflops": 2 * math.prod(WORKLOADS[self.problem.loss].unit(self.problem)) / u / 1e12,
-            "u_rounds": [round(times.u[k] / u, 4) for k in kept],
             **({"probe": quantile(times.probe, 0.2) / u} if times.probe else {}),
         }
         for row in self.rows:
@@ -111,13 +115,15 @@ class Prepared(NamedTuple):
             if name not in self.steps:
                 continue
             both = times.both(name)
+            rounds = [(k, seconds) for k, seconds in zip(times.rounds[name], both, strict=True) if k in kept]
             row |= {
                 **shared,
                 "seconds": statistics.median(both),
                 "both": in_units(both, u),
                 "forward": in_units(times.forward[name], u),
                 "backward": in_units(times.backward[name], u),
-                "rounds": [round(both[k] / u, 4) for k in kept],
+                "rounds": [round(seconds / u, 4) for _, seconds in rounds],
+                "u_rounds": [round(times.u[k] / u, 4) for k, _ in rounds],
             }
 
     def show(self, console: Console) -> None:
@@ -139,6 +145,7 @@ def run_suite(suite: Suite, console: Console, keep: Callable[[list[Row]], None],
     total = len(suite.timed) + len(suite.memory)
     numbers = iter(range(1, total + 1))
     waiting: list[tuple[Prepared, float]] = []
+    checks = Checks()
 
     def say(what: str) -> None:
         console.print(f"[{time.monotonic() - started:.0f} s] {what}", markup=False)
@@ -148,7 +155,7 @@ def run_suite(suite: Suite, console: Console, keep: Callable[[list[Row]], None],
 
     def begin(problem: Problem, seconds: float) -> None:
         say(f"{next(numbers)} of {total}: {problem}")
-        prepared = prepare(problem, suite.only, console)
+        prepared = prepare(problem, suite.only, console, checks)
         begun.append((prepared.times, prepared.rows))
         if suite.sweeps == 1 or prepared.round_seconds >= LONG:
             prepared.time_all(seconds)
@@ -209,13 +216,11 @@ def load(implementation: Implementation, problem: Problem) -> Loss:
         raise CannotRunError(f"cannot be imported: {error}") from error
 
 
-def prepare(problem: Problem, only: tuple[str, ...], console: Console) -> Prepared:
+def prepare(problem: Problem, only: tuple[str, ...], console: Console, checks: Checks) -> Prepared:
     """Checks all implementations, and calls those that are right once. Says of each other why it is not timed."""
     torch.manual_seed(0)
     forget_shapes()
-    smaller = replace(problem, n=min(problem.n, CHECKED))
-    truth = Truth(smaller)
-    leaves = truth.leaves if smaller == problem else WORKLOADS[problem.loss].inputs(problem)
+    leaves = WORKLOADS[problem.loss].inputs(problem)
     rows: list[Row] = []
     losses: dict[str, Loss] = {}
     steps: dict[str, Step] = {}
@@ -224,7 +229,7 @@ def prepare(problem: Problem, only: tuple[str, ...], console: Console) -> Prepar
         rows.append(row)
         try:
             losses[implementation.name] = loss = load(implementation, problem)
-            wrong = truth.wrong(implementation, loss)
+            wrong = checks.wrong(implementation, loss, problem)
         except CannotRunError as error:
             wrong = str(error)
         except Exception as error:
@@ -232,7 +237,7 @@ def prepare(problem: Problem, only: tuple[str, ...], console: Console) -> Prepar
         row["status"] = wrong or "ok"
         if row["status"].startswith("WRONG") and implementation.ours:
             raise AssertionError(f"{implementation.name}, {problem}: {wrong}; nothing is timed")
-    if smaller != problem:
+    if small_enough(problem) != problem:
         forget_shapes()
     for row in rows:
         if row["status"] == "ok":

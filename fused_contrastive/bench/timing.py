@@ -8,7 +8,7 @@ import random
 import statistics
 import time
 import timeit
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -19,23 +19,36 @@ from fused_contrastive.bench.workloads import WORKLOADS, Loss, Problem
 AHEAD = 4_000_000  # clocks that the GPU waits, about 2 ms, while the host queues what is timed
 FITS = 16 * 2**30  # bytes of a product that u is measured on in one piece
 BETWEEN_PROBES = 0.05  # seconds
+SLOW_PEER = 1.2  # times the fastest peer's time
+SELDOM = 3  # rounds, of which a slow peer takes part in one
 
 Step = Callable[[], tuple[float, float]]  # seconds forward, seconds backward
 
 
 class Times(NamedTuple):
-    """Seconds, round by round."""
+    """Seconds, round by round: of u in all rounds, of an implementation in those whose numbers are its ``rounds``."""
 
     u: list[float]
     probe: list[float]
+    rounds: dict[str, list[int]]
     forward: dict[str, list[float]]
     backward: dict[str, list[float]]
+    quickest: dict[str, float]
 
     @classmethod
     def of(cls, names: Iterable[str]) -> Times:
         """No rounds yet, of these implementations."""
         names = list(names)
-        return cls([], [], {name: [] for name in names}, {name: [] for name in names})
+        return cls([], [], {name: [] for name in names}, {name: [] for name in names}, {name: [] for name in names}, {})
+
+    def add(self, u: float, found: dict[str, tuple[float, float]]) -> None:
+        """A round of these implementations."""
+        for name, (forward, backward) in found.items():
+            self.rounds[name].append(len(self.u))
+            self.forward[name].append(forward)
+            self.backward[name].append(backward)
+            self.quickest[name] = min(self.quickest.get(name, math.inf), forward + backward)
+        self.u.append(u)
 
     def both(self, name: str) -> list[float]:
         return [a + b for a, b in zip(self.forward[name], self.backward[name], strict=True)]
@@ -150,18 +163,34 @@ def called(steps: dict[str, Step], name: str) -> tuple[float, float]:
         raise StepError(name, error) from error
 
 
+def taking_part(times: Times, names: Iterable[str], always: Collection[str]) -> list[str]:
+    """Who is timed in the next round: all, or but for each ``SELDOM``-th round all that are not ``SLOW_PEER`` slower.
+
+    What takes 1.4 times as long as another peer is no close call, and in each round would take most of the time that
+    the close ones need. Those in ``always`` take part in all rounds.
+    """
+    names = list(names)
+    peers = [name for name in names if name not in always and name in times.quickest]
+    if not peers or len(times.u) % SELDOM == 0:
+        return names
+    enough = SLOW_PEER * min(times.quickest[name] for name in peers)
+    return [name for name in names if name in always or times.quickest.get(name, 0.0) <= enough]
+
+
 def interleaved(
     times: Times,
     product: Callable[[], float],
     probe: Callable[[], float] | None,
     steps: dict[str, Step],
+    always: Collection[str],
     seconds: float,
     least: int,
     if_slow: int,
 ) -> None:
     """Adds rounds of one call each to ``times``.
 
-    Until ``seconds`` and ``least`` rounds have passed, or twice the seconds and ``if_slow`` rounds. Each round has
+    Until ``seconds`` and ``least`` rounds have passed, or twice the seconds and ``if_slow`` rounds. In each are the
+    steps that ``taking_part`` names, with those of ``always`` among them. Each round has
     another order, and before u the product runs untimed: nobody always runs behind the same one, whose data and code
     are in the caches. The probe takes part now and then only: in each, it would be most of what rounds of small
     problems do. Raises StepError, and has added whole rounds.
@@ -180,12 +209,9 @@ def interleaved(
             probed = time.perf_counter()
         product()
         u = product()
-        order = random.Random(len(times.u)).sample(list(steps), len(steps))
-        found = {name: called(steps, name) for name in order}
-        times.u.append(u)
-        for name, (forward, backward) in found.items():
-            times.forward[name].append(forward)
-            times.backward[name].append(backward)
+        names = taking_part(times, steps, always)
+        order = random.Random(len(times.u)).sample(names, len(names))
+        times.add(u, {name: called(steps, name) for name in order})
         rounds += 1
 
 

@@ -212,8 +212,8 @@ class FeatureGradients {
       : p_(p), needs_(needs), joint_(joint), g_(p.options()), scratch_(p.options()), bias_(needs[3], p.y.rows) {
     // dscale = sum_i x_i . (G y)_i, or the same sum over columns when dx is not needed.
     scale_by_rows_ = needs[0] || (needs[2] && !needs[1]);
-    if (scale_by_rows_) dx_ = at::zeros({p.x.rows, p.x.d}, p.options());
-    if (needs[1]) dy_ = at::zeros({p.y.rows, p.y.d}, p.options());
+    if (scale_by_rows_) dx_ = sums(p.x);
+    if (needs[1]) dy_ = sums(p.y);
     if (joint) dy_ = dx_;
   }
 
@@ -283,6 +283,10 @@ class FeatureGradients {
   }
 
  private:
+  at::Tensor sums(const Features<E>& f) const {
+    if constexpr (std::is_same_v<E, Bf16Pair>) return zeros_to_convert(f.rows, f.d, p_.options());
+    return at::zeros({f.rows, f.d}, p_.options());
+  }
   // dy += the positives' part, of rows of x with targets of their own: several may have the same.
   void add_to_targets(const T* g) {
     const int64_t d = p_.x.d;

@@ -22,6 +22,13 @@
 #endif
 
 namespace fc {
+namespace {
+
+constexpr size_t kHugePage = 2 << 20;
+// Matrices up to this are converted in one call: pages given back are page faults of the next step.
+constexpr size_t kWhole = 4 << 20;
+
+}  // namespace
 
 #ifdef __linux__
 namespace {
@@ -38,7 +45,6 @@ size_t page_size() {
 namespace {
 
 constexpr size_t kSmall = 1 << 20;  // larger blocks malloc may return to the system, by what else has been freed
-constexpr size_t kHugePage = 2 << 20;
 
 // Whole pages, in huge ones as far as they fill such, if the system has them to give: a thousand small ones cost up to
 // a twentieth of a step that keeps 4 MB, to be marked as free and to be found again. Null where there is no memory.
@@ -112,7 +118,19 @@ at::Tensor reused_matrix(int64_t rows, int64_t cols, const at::TensorOptions& op
   const Slab slab = spare().take(bytes);
   return at::from_blob(slab.memory, {rows, cols}, [slab](void*) { spare().give_back(slab); }, options);
 }
+
+at::Tensor zeros_to_convert(int64_t rows, int64_t cols, const at::TensorOptions& options) {
+  const size_t bytes = round_up(rows * cols * options.dtype().itemsize(), page_size());
+  void* memory = bytes > kWhole ? map_pages(bytes) : nullptr;
+  if (!memory) return at::zeros({rows, cols}, options);  // which says that there is no memory, if there is none
+  madvise(memory, bytes, MADV_HUGEPAGE);
+  return at::from_blob(memory, {rows, cols}, [bytes](void* begin) { munmap(begin, bytes); }, options);
+}
 #else
+at::Tensor zeros_to_convert(int64_t rows, int64_t cols, const at::TensorOptions& options) {
+  return at::zeros({rows, cols}, options);
+}
+
 at::Tensor reused_matrix(int64_t rows, int64_t cols, const at::TensorOptions& options) {
   return at::empty({rows, cols}, options);
 }
@@ -132,11 +150,11 @@ void release_pages(void* begin, void* end) {
 }  // namespace
 
 at::Tensor converted(at::Tensor matrix, at::ScalarType dtype) {
-  // Bytes. Up to kWhole in one call: pages given back are page faults of the next step.
-  constexpr int64_t kPart = 256 << 10, kWhole = 4 << 20;
+  constexpr int64_t kPart = 256 << 10;  // bytes
   const int64_t rows = matrix.size(0), row_bytes = matrix.size(1) * static_cast<int64_t>(matrix.element_size());
   const bool own = matrix.use_count() == 1 && matrix.storage().use_count() == 1;
-  if (matrix.scalar_type() == dtype || !own || rows * row_bytes <= kWhole) return matrix.to(dtype);
+  if (matrix.scalar_type() == dtype || !own || rows * row_bytes <= static_cast<int64_t>(kWhole))
+    return matrix.to(dtype);
   at::Tensor out = at::empty(matrix.sizes(), matrix.options().dtype(dtype));
   const int64_t at_once = std::max<int64_t>(1, kPart / row_bytes);
   auto* bytes = static_cast<char*>(matrix.mutable_data_ptr());

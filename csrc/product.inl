@@ -174,9 +174,14 @@ static void pack_transposed(const E* b, int64_t b_row, int64_t k, int64_t column
 template <>
 void pack<Bf16Pair>(const uint16_t* b, int64_t b_row, int64_t rows, int64_t columns, Bf16Pair* panel) {
   for (int64_t s = 0; s < rows; s += 2, b += 2 * b_row, panel += kPanel<Bf16Pair>) {
-    const bool two = s + 1 < rows;
-    for (int64_t j = 0; j < columns; ++j) panel[j] = {b[j], two ? b[b_row + j] : uint16_t(0)};
-    for (int64_t j = columns; j < kPanel<Bf16Pair>; ++j) panel[j] = {};
+    constexpr int64_t n = 16;
+    for (int64_t j = 0; j < kPanel<Bf16Pair>; j += n) {
+      const auto lanes = __mmask16((1u << (columns > j ? smaller(columns - j, n) : 0)) - 1);
+      const __mmask16 second_lanes = s + 1 < rows ? lanes : __mmask16(0);
+      const __m512i first = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, b + j));
+      const __m512i second = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(second_lanes, b + b_row + j));
+      _mm512_storeu_si512(panel + j, _mm512_or_si512(first, _mm512_slli_epi32(second, 16)));
+    }
   }
 }
 

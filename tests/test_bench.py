@@ -1,14 +1,10 @@
-"""The benchmark measures what it says, in time and memory, and refuses what is wrong."""
+"""The benchmark times what it says, and refuses what is wrong."""
 
 from __future__ import annotations
 
 import io
 import itertools
-import os
-import signal
-import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,8 +12,8 @@ import torch
 from rich.console import Console
 
 from fused_contrastive.bench import (
+    check,
     growth,
-    memory,
     run,
     suites,
     timing,
@@ -136,7 +132,7 @@ def test_the_probe_is_spaced_and_reported(monkeypatch: pytest.MonkeyPatch) -> No
     clock = itertools.count()  # hundredths of a second, one each time it is read
     monkeypatch.setattr(timing.time, "perf_counter", lambda: next(clock) / 100)
     times = timing.Times.of(["ours"])
-    timing.interleaved(times, lambda: 1e-3, lambda: 2e-3, {"ours": lambda: (1e-3, 1e-3)}, 1.0, 5, 3)
+    timing.interleaved(times, lambda: 1e-3, lambda: 2e-3, {"ours": lambda: (1e-3, 1e-3)}, ["ours"], 1.0, 5, 3)
     assert times.probe[0] == 2e-3
     assert 4 * len(times.probe) > len(times.u) > 2 * len(times.probe)
     monkeypatch.undo()
@@ -156,11 +152,69 @@ def test_each_round_has_another_order() -> None:
         return lambda: (float(called.append(name) or 1), 1.0)
 
     times = timing.Times.of("abc")
-    timing.interleaved(times, lambda: 1e-3, None, {name: stepping(name) for name in "abc"}, 0.0, 30, 30)
+    timing.interleaved(times, lambda: 1e-3, None, {name: stepping(name) for name in "abc"}, "abc", 0.0, 30, 30)
     rounds = ["".join(called[k : k + 3]) for k in range(0, len(called), 3)]
     assert {"".join(sorted(order)) for order in rounds} == {"abc"}
     assert len(set(rounds)) == 6
     assert {len(seconds) for seconds in times.forward.values()} == {30}
+
+
+def test_slow_peers_take_part_in_some_rounds() -> None:
+    """What is compared rounds by rounds, ours and eager, is in all; a peer that is close to the fastest as well."""
+    seconds = {"ours": 9.0, "eager": 8.0, "fastest": 4.0, "close": 4.0 * 1.19, "slow": 4.0 * 1.21}
+    steps: dict[str, timing.Step] = {name: lambda both=both: (0.0, both) for name, both in seconds.items()}  # type: ignore[misc]
+    times = timing.Times.of(steps)
+    timing.interleaved(times, lambda: 1.0, None, steps, ["ours", "eager"], 0.0, 8, 8)
+    everywhere = list(range(8))
+    assert times.rounds == {**dict.fromkeys(seconds, everywhere), "slow": [0, 3, 6]}
+    assert times.both("slow") == [seconds["slow"]] * 3
+    seconds["fastest"] = 40.0  # one slow round, another guest's doing say, is no slow peer
+    steps["fastest"] = lambda: (0.0, 40.0)
+    timing.interleaved(times, lambda: 1.0, None, steps, ["ours", "eager"], 0.0, 4, 4)
+    assert times.rounds["fastest"] == list(range(12))
+
+
+def test_a_slow_peer_s_rounds_are_those_of_its_u(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "ROUNDS", 20)
+    problem, seconds = SMALL["clip"], {"ours": 1.0, "eager": 2.0, "fast": 1.0, "slow": 3.0}
+    rows = [{"implementation": name, "ours": name == "ours", "status": "ok"} for name in seconds]
+    steps: dict[str, timing.Step] = {name: lambda both=both: (0.0, both) for name, both in seconds.items()}  # type: ignore[misc]
+    count = itertools.count()  # twice a round: untimed, and timed
+    times = run.Times.of(steps)
+    prepared = run.Prepared(problem, rows, lambda: 1.0 + next(count) // 2, None, steps, 0.0, times)
+    monkeypatch.setattr(run, "IF_SLOW", 30)
+    monkeypatch.setattr(run, "LEAST", 30)
+    prepared.time_all(0.0)
+    assert times.u == [1.0 + k for k in range(30)]
+    by_name = {row["implementation"]: row for row in rows}
+    for name in ("ours", "eager", "fast"):
+        assert len(by_name[name]["rounds"]) == 20
+        assert by_name[name]["u_rounds"] == by_name["ours"]["u_rounds"]
+    u = by_name["slow"]["u_seconds"]
+    own = [round(t * u) for t in by_name["slow"]["u_rounds"]]
+    kept = [round(t * u) for t in by_name["ours"]["u_rounds"]]
+    assert own == [t for t in kept if (t - 1) % 3 == 0]
+    assert len(by_name["slow"]["rounds"]) == len(own)
+
+
+def test_what_is_checked_at_one_size_is_checked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A larger problem is checked at a smaller size, and others of the family at the same."""
+    monkeypatch.setattr(check, "CHECKED", 48 * 48)
+    assert check.small_enough(Problem("clip", 48, 24)) == Problem("clip", 48, 24)
+    assert check.small_enough(Problem("clip", 192, 24)) == Problem("clip", 48, 24)
+    assert check.small_enough(Problem("max_sim", 16, 24)).n == 1  # 32 x 49 tokens for each pair
+    sizes: list[int] = []
+    real = Truth.wrong
+
+    def wrong(truth: Truth, implementation: Implementation, loss: Any) -> str | None:
+        sizes.append(len(truth.leaves["x"]))
+        return real(truth, implementation, loss)
+
+    monkeypatch.setattr(Truth, "wrong", wrong)
+    problems = [Problem("clip", n, 24) for n in (48, 96, 192, 20)]
+    rows = run.run_suite(suites.Suite([(p, 0.0) for p in problems], [], ("ours",)), QUIET, lambda rows: None)
+    assert sizes == [48, 20]
+    assert [row["status"] for row in rows] == ["ok"] * 4
 
 
 def test_the_rounds_kept_are_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,6 +228,7 @@ def test_the_rounds_kept_are_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
     def rounds(times: timing.Times, *_: Any) -> None:
         times.u.extend([1.0] * count)
         for name in names:
+            times.rounds[name].extend(range(count))
             times.forward[name].extend(float(k % 8) for k in range(count))  # told apart by eighths
             times.backward[name].extend([1.0] * count)
 
@@ -263,62 +318,14 @@ def test_sweeps_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     suite = suites.Suite([(SMALL["clip"], 0.0), (SMALL["siglip"], 0.0)], [], sweeps=3)
     rows = run.run_suite(suite, QUIET, lambda rows: kept.append(len(rows)))
     assert order[:2] == ["prepared clip", "prepared siglip"]
-    assert order[2:] == [f"1 rounds after {before}" for before in (0, 0, 1, 1, 2, 2)]
+    assert order[2:] == [f"2 rounds after {before}" for before in (0, 0, 2, 2, 4, 4)]
     assert kept == [0, 1, 2, 2, 2, 2, 2]
-    assert [len(row["rounds"]) for row in rows] == [3, 3]
+    assert [len(row["rounds"]) for row in rows] == [6, 6]
     order.clear()
     monkeypatch.setattr(run, "LONG", 0.0)
     rows = run.run_suite(suite, QUIET, lambda rows: None)
-    assert order == ["prepared clip", "3 rounds after 0", "prepared siglip", "3 rounds after 0"]
-    assert [len(row["rounds"]) for row in rows] == [3, 3]
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="resident memory is measured on Linux")
-def test_memory_sees_one_matrix() -> None:
-    """Eager holds at least two N x N at N = 2048 (16 MB each), ours with budget 0 a block of one."""
-    problem = Problem("clip", 2048, 16)
-    found = {name: memory.in_own_process(named("clip", name), problem) for name in ("eager", "ours, memory_budget=0")}
-    assert 32 * 2**20 < found["eager"] < 160 * 2**20  # type: ignore[operator]
-    assert found["ours, memory_budget=0"] < 32 * 2**20  # type: ignore[operator]
-
-
-def test_memory_says_what_went_wrong() -> None:
-    found = memory.in_own_process(Implementation("nobody's", "clip", lambda problem: None), SMALL["clip"])  # type: ignore[arg-type, return-value]
-    assert isinstance(found, str)
-    assert found.startswith("failed: ValueError: implementation: got \"nobody's\" for 'clip', expected one of ours")
-
-
-def killed(answer: Any, output: str, name: str, problem: Problem) -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def ended(answer: Any, output: str, name: str, problem: Problem) -> None:
-    Path(output).write_text("first line\nno room left\n")
-    os._exit(3)
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="resident memory is measured on Linux")
-@pytest.mark.parametrize(
-    ("end", "told"),
-    [
-        (killed, "failed: ended by signal 9, perhaps for want of memory"),
-        (ended, "failed: exited with 3, and said 'no room left'"),
-    ],
-)
-def test_a_measurement_that_ends_early_is_told(end: Any, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "_measure", end)
-    assert memory.in_own_process(named("clip", "ours"), SMALL["clip"]) == told
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="resident memory is measured on Linux")
-def test_memory_is_measured_where_there_is_no_fork_server(monkeypatch: pytest.MonkeyPatch) -> None:
-    memory._starter.cache_clear()
-    monkeypatch.setattr(memory.multiprocessing, "get_all_start_methods", lambda: ["spawn"])
-    try:
-        assert isinstance(memory.in_own_process(named("clip", "eager"), SMALL["clip"]), int)
-        assert memory._starter().get_start_method() == "spawn"
-    finally:
-        memory._starter.cache_clear()
+    assert order == ["prepared clip", "4 rounds after 0", "prepared siglip", "4 rounds after 0"]
+    assert [len(row["rounds"]) for row in rows] == [4, 4]
 
 
 def test_exponents() -> None:
@@ -334,13 +341,6 @@ def test_exponents() -> None:
     assert (times.d, times.time, times.memory) == (512, pytest.approx(2.0), None)
     assert (memories.d, memories.time, memories.memory) == (256, None, pytest.approx(1.0))
     assert growth.exponent([(1024, 0.0), (2048, 5e6), (4096, 1e7)]) is None
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="resident memory is measured on Linux")
-def test_where_memory_cannot_be_measured_the_reason_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "access", lambda path, mode: False)
-    rows = run.measure_memory(SMALL["clip"], ("ours",), QUIET)
-    assert [row["status"] for row in rows] == ["resident memory is measured by Linux's /proc/self/clear_refs"]
 
 
 def test_gradients_are_by_name() -> None:

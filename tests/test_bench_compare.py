@@ -133,12 +133,12 @@ def test_a_speed_up_or_a_slower_peer_is_told_but_no_failure(tmp_path: Path) -> N
 def test_too_few_rounds_are_told(tmp_path: Path) -> None:
     new = made_up(2, slower=1.5)
     for row in new["rows"]:
-        if row["n"] == 1024:
+        if row["n"] == 1024 or (row["n"] == 4096 and not row["ours"]):  # slow peers are seldom timed
             row |= {"rounds": row["rounds"][:3], "u_rounds": row["u_rounds"][:3]}
     code, text = compared(tmp_path, made_up(1), new)
     assert code == 0
     assert "Not compared, in fewer than 5 rounds: clip N = 1024, D = 512, fp32 (3)." in text
-    assert "4 rows compared" in text
+    assert "3 rows compared" in text
 
 
 @pytest.mark.parametrize(

@@ -181,10 +181,10 @@ def regressions(found: Sequence[Change], tolerance: float) -> list[Change]:
 
 
 def uncompared(old: Reports, new: Reports) -> list[str]:
-    """Problems of both sides with a row in too few rounds, and in how many."""
+    """Problems of both sides with a row of ours in too few rounds, and in how many. A slow peer's are few."""
     before, after = _measured(old), _measured(new)
     few: dict[Problem, int] = {}
-    for key in (key for key in after if key in before):
+    for key in (key for key, row in after.items() if key in before and row["ours"]):
         rounds = min(len(before[key]["rounds"]), len(after[key]["rounds"]))
         if rounds < FEWEST:
             few[key[0]] = min(rounds, few.get(key[0], FEWEST))

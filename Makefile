@@ -12,6 +12,8 @@ else
 BIN := .venv/bin
 endif
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# Python compiles what is imported when it is; torch as a whole takes longer to compile than to install.
+PIP := -q --no-compile
 # A missing compiler is an error here; 0 builds no extension, and the tests of backend "cpp" are skipped.
 export FUSED_CONTRASTIVE_EXTENSION ?= 1
 
@@ -24,8 +26,8 @@ $(BIN)/python:
 
 # torch first and by itself, then what builds the extension against it.
 $(BIN)/.fused_contrastive-%: setup.py pyproject.toml $(wildcard csrc/*) | $(BIN)/python
-	$(BIN)/python -m pip install -q "$(TORCH)" "setuptools>=77" wheel ninja pybind11 numpy
-	$(BIN)/python -m pip install -q --no-build-isolation -e ".[$*]"
+	$(BIN)/python -m pip install $(PIP) "$(TORCH)" "setuptools>=77" wheel ninja pybind11 numpy
+	$(BIN)/python -m pip install $(PIP) --no-build-isolation -e ".[$*]"
 	touch $@
 
 demo: $(BIN)/.fused_contrastive-demo ## train a small CLIP on emoji and their names with the fused loss, beside eager
@@ -41,13 +43,13 @@ sanitize: $(BIN)/.fused_contrastive-test ## run the C++ backend's tests under Ad
 CONFORMANCE := .venv-conformance/bin
 $(CONFORMANCE)/.libraries: pyproject.toml
 	$(PYTHON) -m venv .venv-conformance
-	$(CONFORMANCE)/python -m pip install -q $(CONFORMANCE_TORCH)
-	$(CONFORMANCE)/python -m pip install -q "setuptools>=77" wheel ninja pybind11 numpy
-	$(CONFORMANCE)/python -m pip install -q --no-build-isolation ".[conformance]"
+	$(CONFORMANCE)/python -m pip install $(PIP) $(CONFORMANCE_TORCH)
+	$(CONFORMANCE)/python -m pip install $(PIP) "setuptools>=77" wheel ninja pybind11 numpy
+	$(CONFORMANCE)/python -m pip install $(PIP) --no-build-isolation ".[conformance]"
 	touch $@
 
 conformance: $(CONFORMANCE)/.libraries ## compare the adapters with the libraries themselves (several GB of them)
-	$(CONFORMANCE)/python -m pip install -q --no-build-isolation --no-deps --force-reinstall .
+	$(CONFORMANCE)/python -m pip install $(PIP) --no-build-isolation --no-deps --force-reinstall .
 	$(CONFORMANCE)/pytest tests/conformance
 
 mutants: $(BIN)/.fused_contrastive-test $(CONFORMANCE)/.libraries ## break the sources on purpose and show that the tests notice
@@ -58,7 +60,7 @@ verify: $(BIN)/.fused_contrastive-test ## compare every backend with the float64
 
 # Libraries that ask for torchvision come without it: their loss modules are loaded alone, or listed with the reason.
 bench: $(BIN)/.fused_contrastive-bench ## time and memory beside eager, torch.compile and the libraries
-	$(BIN)/python -m pip install -q --no-deps open_clip_torch==3.3.0 lightly==1.6.0
+	$(BIN)/python -m pip install $(PIP) --no-deps open_clip_torch==3.3.0 lightly==1.6.0
 	$(BIN)/python -m fused_contrastive bench --suite cpu --out benchmarks/results
 
 configurations: $(BIN)/.fused_contrastive-test ## compile the Triton kernels for every architecture and write down what came out

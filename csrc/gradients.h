@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <array>
 #include <numeric>
+#include <tuple>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -212,8 +213,8 @@ class FeatureGradients {
       : p_(p), needs_(needs), joint_(joint), g_(p.options()), scratch_(p.options()), bias_(needs[3], p.y.rows) {
     // dscale = sum_i x_i . (G y)_i, or the same sum over columns when dx is not needed.
     scale_by_rows_ = needs[0] || (needs[2] && !needs[1]);
-    if (scale_by_rows_) dx_ = sums(p.x);
-    if (needs[1]) dy_ = sums(p.y);
+    if (scale_by_rows_) dx_ = at::zeros({p.x.rows, p.x.d}, p.options());
+    if (needs[1]) dy_ = at::zeros({p.y.rows, p.y.d}, p.options());
     if (joint) dy_ = dx_;
   }
 
@@ -246,7 +247,7 @@ class FeatureGradients {
   }
 
   // dx and dy in their features' dtypes, dscale and dcol_bias in T; undefined where not needed. `pos`: (M,) gradient of
-  // the positives' logits. What only the products needed is given back first, and dx in T before dy is converted.
+  // the positives' logits. What only the products needed is given back first.
   std::array<at::Tensor, 4> finish(const OptionalTensor& pos, at::ScalarType x_dtype, at::ScalarType y_dtype) {
     constexpr auto dtype = Prepared<E>::scalar_type();
     x_ = y_ = Panels<E>();
@@ -262,7 +263,6 @@ class FeatureGradients {
     }
     std::array<at::Tensor, 4> grads;
     if (dx_.defined()) dscale = finish_rows(dx_, p_.x, p_.y, g, scale, [&](int64_t i) { return p_.rule.target(i); });
-    if (needs_[0]) grads[0] = converted(std::exchange(dx_, {}), x_dtype);
     if (dy_.defined()) {
       if (g && p_.targets) add_to_targets(g);
       const int64_t diagonal = p_.targets ? 0 : p_.x.rows;  // row j of y is row j's positive
@@ -276,17 +276,18 @@ class FeatureGradients {
       else
         dbias.slice(0, 0, p_.x.rows).add_(*pos);
     }
-    if (needs_[1]) grads[1] = converted(std::exchange(dy_, {}), y_dtype);
+    if (needs_[0] && needs_[1])
+      std::tie(grads[0], grads[1]) = converted(std::exchange(dx_, {}), std::exchange(dy_, {}), x_dtype, y_dtype);
+    else if (needs_[0])
+      grads[0] = converted(std::exchange(dx_, {}), x_dtype);
+    else if (needs_[1])
+      grads[1] = converted(std::exchange(dy_, {}), y_dtype);
     if (needs_[2]) grads[2] = scalar(dscale);
     if (dbias.defined()) grads[3] = dbias.to(dtype);
     return grads;
   }
 
  private:
-  at::Tensor sums(const Features<E>& f) const {
-    if constexpr (std::is_same_v<E, Bf16Pair>) return zeros_to_convert(f.rows, f.d, p_.options());
-    return at::zeros({f.rows, f.d}, p_.options());
-  }
   // dy += the positives' part, of rows of x with targets of their own: several may have the same.
   void add_to_targets(const T* g) {
     const int64_t d = p_.x.d;

@@ -22,13 +22,6 @@
 #endif
 
 namespace fc {
-namespace {
-
-constexpr size_t kHugePage = 2 << 20;
-// Matrices up to this are converted in one call: pages given back are page faults of the next step.
-constexpr size_t kWhole = 4 << 20;
-
-}  // namespace
 
 #ifdef __linux__
 namespace {
@@ -45,6 +38,7 @@ size_t page_size() {
 namespace {
 
 constexpr size_t kSmall = 1 << 20;  // larger blocks malloc may return to the system, by what else has been freed
+constexpr size_t kHugePage = 2 << 20;
 
 // Whole pages, in huge ones as far as they fill such, if the system has them to give: a thousand small ones cost up to
 // a twentieth of a step that keeps 4 MB, to be marked as free and to be found again. Null where there is no memory.
@@ -118,19 +112,7 @@ at::Tensor reused_matrix(int64_t rows, int64_t cols, const at::TensorOptions& op
   const Slab slab = spare().take(bytes);
   return at::from_blob(slab.memory, {rows, cols}, [slab](void*) { spare().give_back(slab); }, options);
 }
-
-at::Tensor zeros_to_convert(int64_t rows, int64_t cols, const at::TensorOptions& options) {
-  const size_t bytes = round_up(rows * cols * options.dtype().itemsize(), page_size());
-  void* memory = bytes > kWhole ? map_pages(bytes) : nullptr;
-  if (!memory) return at::zeros({rows, cols}, options);  // which says that there is no memory, if there is none
-  madvise(memory, bytes, MADV_HUGEPAGE);
-  return at::from_blob(memory, {rows, cols}, [bytes](void* begin) { munmap(begin, bytes); }, options);
-}
 #else
-at::Tensor zeros_to_convert(int64_t rows, int64_t cols, const at::TensorOptions& options) {
-  return at::zeros({rows, cols}, options);
-}
-
 at::Tensor reused_matrix(int64_t rows, int64_t cols, const at::TensorOptions& options) {
   return at::empty({rows, cols}, options);
 }
@@ -147,14 +129,42 @@ void release_pages(void* begin, void* end) {
 #endif
 }
 
+// Bytes. Up to kWhole in one call.
+constexpr int64_t kPart = 256 << 10, kWhole = 4 << 20;
+
+int64_t bytes_of(const at::Tensor& t) {
+  return t.numel() * static_cast<int64_t>(t.element_size());
+}
+
+// Whether nobody else reads it, and converting it is to leave no copy.
+bool is_own_and_large(const at::Tensor& t) {
+  return t.use_count() == 1 && t.storage().use_count() == 1 && bytes_of(t) > kWhole;
+}
+
+// A tensor of the block's memory, `offset` bytes on. Not a view: its storage is its own, as an operator's outputs' are.
+at::Tensor within(const at::Tensor& block, int64_t offset, at::IntArrayRef sizes, at::ScalarType dtype) {
+  auto* begin = static_cast<char*>(block.mutable_data_ptr()) + offset;
+  return at::from_blob(begin, sizes, [block](void*) {}, block.options().dtype(dtype));
+}
+
+// To half as many bytes, at the front of the same memory. Rows [r, 2r) go where rows [r/2, r) were, which are
+// converted.
+at::Tensor halved_in_place(const at::Tensor& matrix, at::ScalarType dtype) {
+  const int64_t rows = matrix.size(0);
+  at::Tensor out = within(matrix, 0, matrix.sizes(), dtype);
+  out.slice(0, 0, 1).copy_(matrix.slice(0, 0, 1).clone());
+  for (int64_t r = 1; r < rows; r *= 2) {
+    const int64_t end = std::min(rows, 2 * r);
+    out.slice(0, r, end).copy_(matrix.slice(0, r, end));
+  }
+  return out;
+}
+
 }  // namespace
 
 at::Tensor converted(at::Tensor matrix, at::ScalarType dtype) {
-  constexpr int64_t kPart = 256 << 10;  // bytes
-  const int64_t rows = matrix.size(0), row_bytes = matrix.size(1) * static_cast<int64_t>(matrix.element_size());
-  const bool own = matrix.use_count() == 1 && matrix.storage().use_count() == 1;
-  if (matrix.scalar_type() == dtype || !own || rows * row_bytes <= static_cast<int64_t>(kWhole))
-    return matrix.to(dtype);
+  if (matrix.scalar_type() == dtype || !is_own_and_large(matrix)) return matrix.to(dtype);
+  const int64_t rows = matrix.size(0), row_bytes = bytes_of(matrix) / rows;
   at::Tensor out = at::empty(matrix.sizes(), matrix.options().dtype(dtype));
   const int64_t at_once = std::max<int64_t>(1, kPart / row_bytes);
   auto* bytes = static_cast<char*>(matrix.mutable_data_ptr());
@@ -164,6 +174,25 @@ at::Tensor converted(at::Tensor matrix, at::ScalarType dtype) {
     release_pages(bytes + first * row_bytes, bytes + last * row_bytes);
   }
   return out;
+}
+
+std::pair<at::Tensor, at::Tensor> converted(at::Tensor a, at::Tensor b, at::ScalarType a_dtype,
+                                            at::ScalarType b_dtype) {
+  const auto halves = [](const at::Tensor& t, at::ScalarType dtype) {
+    return is_own_and_large(t) && 2 * c10::elementSize(dtype) == t.element_size();
+  };
+  if (!halves(a, a_dtype) || !halves(b, b_dtype)) {
+    at::Tensor first = converted(std::move(a), a_dtype);  // before the other's is made
+    return {first, converted(std::move(b), b_dtype)};
+  }
+  if (a.numel() < b.numel()) {
+    auto [second, first] = converted(std::move(b), std::move(a), b_dtype, a_dtype);
+    return {first, second};
+  }
+  const at::Tensor first = halved_in_place(a, a_dtype);
+  const at::Tensor second = within(a, bytes_of(first), b.sizes(), b_dtype);
+  second.copy_(b);
+  return {first, second};
 }
 
 }  // namespace fc

@@ -181,11 +181,11 @@ def test_large_losses_alive_at_once(backend: str) -> None:
 
 @NEEDS_CPP
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("m", [2100, 4096])
-def test_gradients_of_megabytes_are_rounded_whole(m: int, dtype: torch.dtype) -> None:
-    """Summed in float32, and given back to the system part by part as they are rounded."""
-    x, y = F.normalize(torch.randn(m, 512), dim=1).to(dtype), F.normalize(torch.randn(40, 512), dim=1).to(dtype)
-    targets, weights = torch.randint(40, (m,)), torch.rand(m, dtype=torch.float64) + 0.5
+@pytest.mark.parametrize(("m", "n"), [(2100, 40), (4096, 40), (2100, 2060), (2060, 2300)])
+def test_gradients_of_megabytes_are_rounded_whole(m: int, n: int, dtype: torch.dtype) -> None:
+    """Summed in float32; one alone is given back to the system part by part as it is rounded, two share memory."""
+    x, y = (F.normalize(torch.randn(rows, 512), dim=1).to(dtype) for rows in (m, n))
+    targets, weights = torch.randint(n, (m,)), torch.rand(m, dtype=torch.float64) + 0.5
     found = []
     for on, at in (("cpp", dtype), ("reference", torch.float64)):
         leaves = [t.to(at).requires_grad_() for t in (x, y)]
@@ -194,6 +194,14 @@ def test_gradients_of_megabytes_are_rounded_whole(m: int, dtype: torch.dtype) ->
     for ours, exact in zip(*found, strict=True):
         assert ours.dtype == dtype
         torch.testing.assert_close(ours.double(), exact, rtol=2 * torch.finfo(dtype).eps, atol=1e-2 * exact.abs().max())
+        assert ours.untyped_storage().nbytes() == ours.nbytes
+    first, second = found[0]
+    expected = second.clone()
+    first.fill_(1.0)  # is of its own memory, and the other stays when it goes
+    found.clear()
+    del first
+    torch.empty(8 << 20, dtype=torch.uint8).fill_(255)
+    assert torch.equal(second, expected)
 
 
 @NEEDS_CPP

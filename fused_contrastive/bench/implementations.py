@@ -106,7 +106,10 @@ def _ours(problem: Problem, **options: Any) -> Loss:
 register("ours", *WORKLOADS, ours=True)(_ours)
 register("ours, memory_budget=0", *WORKLOADS, ours=True)(functools.partial(_ours, memory_budget=0))
 # The reference is there to be read and to check by: its time matters to nobody at sizes that take seconds.
-register("ours, backend=reference", *WORKLOADS, ours=True, largest=1024)(functools.partial(_ours, backend="reference"))
+_reference = functools.partial(_ours, backend="reference")
+_matrices = [loss for loss in WORKLOADS if loss != "max_sim"]
+register("ours, backend=reference", *_matrices, ours=True, largest=1024)(_reference)
+register("ours, backend=reference", "max_sim", ours=True, largest=64)(_reference)
 
 
 @register(EAGER, *WORKLOADS, matrices=5)

@@ -33,7 +33,7 @@ def _seconds(problems: list[Problem], seconds: float) -> list[tuple[Problem, flo
 
 
 MATRIX = ("clip", "info_nce", "nt_xent", "siglip", "supcon")
-SWEEPS = 3  # on CPUs
+SWEEPS = 2  # on CPUs
 GPU_SIZES = (4096, 8192, 16384, 32768, 65536, 131072)
 
 

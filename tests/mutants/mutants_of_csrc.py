@@ -253,6 +253,20 @@ MUTANTS = [
         (f"{STATS}::test_gradients_of_megabytes_are_rounded_whole",), "",
     ),
     Mutant(
+        "gradients one over the other", "of two gradients that share memory the second is written over the first",
+        "csrc/memory.cpp",
+        "within(a, bytes_of(first), b.sizes(), b_dtype)",
+        "within(a, 0, b.sizes(), b_dtype)",
+        (f"{STATS}::test_gradients_of_megabytes_are_rounded_whole",), "",
+    ),
+    Mutant(
+        "rounded over rows to come", "as a gradient is rounded in place, rows are written over before they are read",
+        "csrc/memory.cpp",
+        "for (int64_t r = 1; r < rows; r *= 2) {\n    const int64_t end = std::min(rows, 2 * r);",
+        "for (int64_t r = 1; r < rows; r = rows) {\n    const int64_t end = rows;",
+        (f"{STATS}::test_gradients_of_megabytes_are_rounded_whole",), "",
+    ),
+    Mutant(
         "positive skipped in the tail", "features beyond the last whole vector get no gradient of the positive",
         "csrc/tile.inl",
         "const T total = other ? grad[j] + other[j] * g : grad[j];",

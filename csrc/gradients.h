@@ -135,10 +135,11 @@ inline std::vector<Chunk> merged(const std::vector<Chunk>& of_x, const std::vect
   return all;
 }
 
-// dx += G y and dy += G.T x for one section, dx and dy at the same time unless they are the same.
+// dx += G y and dy += G.T x for one section, dx and dy at the same time unless they are the same. dy begins with the
+// gradient of column `first_of_y`.
 template <class E, class T = typename Accumulator<E>::Type>
 void add_products(const Walk& walk, const Section& s, const Gradients<E>& g, const Panels<E>& y, const Panels<E>& x,
-                  T* dx, T* dy, int64_t d) {
+                  T* dx, T* dy, int64_t first_of_y, int64_t d) {
   const auto add = [&](const Chunk& chunk) {
     const auto [of_x, rows] = chunk;
     const Range whole = of_x ? walk.cols_of(s, s.rows.begin + rows.begin) : walk.rows_of(s, s.cols.begin + rows.begin);
@@ -147,7 +148,7 @@ void add_products(const Walk& walk, const Section& s, const Gradients<E>& g, con
     if (k.size() == 0) return;
     Product<E> p = of_x ? g.times_y(rows.begin, rows.size(), k) : g.times_x(rows.begin, rows.size(), k);
     p.n = p.c_row = d;
-    p.c = of_x ? dx + (s.rows.begin + rows.begin) * d : dy + (s.cols.begin + rows.begin) * d;
+    p.c = of_x ? dx + (s.rows.begin + rows.begin) * d : dy + (s.cols.begin - first_of_y + rows.begin) * d;
     (of_x ? y : x).multiply(p, k.begin / Stored<E>::rows, 0);
   };
   const std::vector<Chunk> of_x = chunks(true, dx ? s.rows.size() : 0);
@@ -179,24 +180,24 @@ const T* wide_row(const Features<E>& f, int64_t i, std::vector<T>& room) {
 // sum its low bits. They, the factor `scale` and the dot products for the scale's own gradient take one pass over
 // `grad`.
 //
-// grad: (rows, D) sums over the negatives -> gradient of `features`. Row i gains g[i] times row other_row(i) of
-// `others`, unless that is negative. Returns sum(features * grad) before the factor.
+// grad: sums over the negatives -> gradient of `features`, of those from `first` on. Row i of the features gains g[i]
+// times row other_row(i) of `others`, unless that is negative. Returns sum(features * grad) before the factor.
 // Of unit features `grad` is in the end that of the features before they were.
 template <class E, class F, class T = typename Accumulator<E>::Type>
-double finish_rows(const at::Tensor& grad, const Features<E>& features, const Features<E>& others, const T* g, T scale,
-                   const F& other_row) {
+double finish_rows(const at::Tensor& grad, int64_t first, const Features<E>& features, const Features<E>& others,
+                   const T* g, T scale, const F& other_row) {
   constexpr int64_t kGrain = 64;
   const int64_t rows = grad.size(0), d = grad.size(1);
   T* out = grad.mutable_data_ptr<T>();
   std::vector<double> dots(ceil_div(rows, kGrain));  // summed in a fixed order
   for_each_task(static_cast<int64_t>(dots.size()), [&](int64_t part) {
     std::vector<T> own, other;
-    for (int64_t i = part * kGrain; i < std::min(rows, (part + 1) * kGrain); ++i) {
+    for (int64_t i = first + part * kGrain; i < first + std::min(rows, (part + 1) * kGrain); ++i) {
       const int64_t o = g ? other_row(i) : -1;
       const T* feature = wide_row(features, i, own);
-      dots[part] += kernels<T>().finish_row(out + i * d, feature, o < 0 ? nullptr : wide_row(others, o, other),
-                                            o < 0 ? T(0) : g[i], scale, d);
-      if (features.unit()) project_row(out + i * d, feature, features.norm(i), d);
+      dots[part] += kernels<T>().finish_row(
+          out + (i - first) * d, feature, o < 0 ? nullptr : wide_row(others, o, other), o < 0 ? T(0) : g[i], scale, d);
+      if (features.unit()) project_row(out + (i - first) * d, feature, features.norm(i), d);
     }
   });
   return std::accumulate(dots.begin(), dots.end(), 0.);
@@ -214,13 +215,27 @@ class FeatureGradients {
     // dscale = sum_i x_i . (G y)_i, or the same sum over columns when dx is not needed.
     scale_by_rows_ = needs[0] || (needs[2] && !needs[1]);
     if (scale_by_rows_) dx_ = at::zeros({p.x.rows, p.x.d}, p.options());
-    if (needs[1]) dy_ = at::zeros({p.y.rows, p.y.d}, p.options());
     if (joint) dy_ = dx_;
   }
 
+  // For a walk that comes to each group once: dy in another dtype than T is then finished group by group, and only one
+  // group of it is held in T. `pos`: as in `finish`.
+  void round_groups(const OptionalTensor& pos, at::ScalarType y_dtype) {
+    if (!needs_[1] || y_dtype == Prepared<E>::scalar_type()) return;
+    pos_ = data<T>(pos);
+    rounded_dy_ = at::empty({p_.y.rows, p_.y.d}, p_.options().dtype(y_dtype));
+  }
   // The columns whose sections come next.
   void start_group(const Range& cols) {
     if (dx_.defined()) y_.set(p_.y, cols.begin, cols.end);
+    if (rounded_dy_.defined()) start_dy(cols);
+    if (needs_[1] && !dy_.defined()) start_dy({0, p_.y.rows});
+  }
+  // None of their sections comes again.
+  void end_group() {
+    if (!rounded_dy_.defined()) return;
+    finish_dy(pos_);
+    rounded_dy_.slice(0, dy_cols_.begin, dy_cols_.end).copy_(dy_);
   }
   // What `start_group` packs into, for another use meanwhile.
   Panels<E>& panels() { return y_; }
@@ -242,7 +257,7 @@ class FeatureGradients {
         },
         [](const Place&, int64_t, int64_t) {});
     add_products<E>(walk, s, g_, y_, x_, dx_.defined() ? dx_.mutable_data_ptr<T>() : nullptr,
-                    dy_.defined() ? dy_.mutable_data_ptr<T>() : nullptr, p_.x.d);
+                    dy_.defined() ? dy_.mutable_data_ptr<T>() : nullptr, dy_cols_.begin, p_.x.d);
     bias_.merge(s.cols.begin);
   }
 
@@ -256,19 +271,20 @@ class FeatureGradients {
     const T scale = p_.rule.scale;
     double dscale = 0;
     if (joint_) {
-      dscale = finish_rows(dx_, p_.x, p_.y, g, scale, [](int64_t) { return -1; }) / 2;  // each pair, from both sides
+      dscale = finish_rows(dx_, 0, p_.x, p_.y, g, scale, [](int64_t) { return -1; }) / 2;  // each pair, from both sides
       dy_.reset();
       return {converted(std::exchange(dx_, {}), x_dtype), at::Tensor(), needs_[2] ? scalar(dscale) : at::Tensor(),
               at::Tensor()};
     }
     std::array<at::Tensor, 4> grads;
-    if (dx_.defined()) dscale = finish_rows(dx_, p_.x, p_.y, g, scale, [&](int64_t i) { return p_.rule.target(i); });
-    if (dy_.defined()) {
-      if (g && p_.targets) add_to_targets(g);
-      const int64_t diagonal = p_.targets ? 0 : p_.x.rows;  // row j of y is row j's positive
-      const double dot = finish_rows(dy_, p_.y, p_.x, g, scale, [&](int64_t j) { return j < diagonal ? j : -1; });
-      if (!scale_by_rows_) dscale = dot;
+    if (dx_.defined()) dscale = finish_rows(dx_, 0, p_.x, p_.y, g, scale, [&](int64_t i) { return p_.rule.target(i); });
+    if (rounded_dy_.defined()) {
+      dy_ = std::exchange(rounded_dy_, {});
+    } else if (needs_[1]) {
+      if (!dy_.defined()) start_dy({0, p_.y.rows});
+      finish_dy(g);
     }
+    if (!scale_by_rows_) dscale = dy_dot_;
     at::Tensor dbias = bias_.total();
     if (dbias.defined() && g) {
       if (p_.targets)
@@ -288,14 +304,30 @@ class FeatureGradients {
   }
 
  private:
+  // dy_ is to hold the gradients of these columns.
+  void start_dy(const Range& cols) {
+    if (dy_.defined() && dy_.size(0) == cols.size())
+      dy_.zero_();
+    else
+      dy_ = at::zeros({cols.size(), p_.y.d}, p_.options());
+    dy_cols_ = cols;
+  }
+  void finish_dy(const T* g) {
+    if (g && p_.targets) add_to_targets(g);
+    const int64_t diagonal = p_.targets ? 0 : p_.x.rows;  // row j of y is row j's positive
+    dy_dot_ += finish_rows(dy_, dy_cols_.begin, p_.y, p_.x, g, p_.rule.scale,
+                           [&](int64_t j) { return j < diagonal ? j : -1; });
+  }
   // dy += the positives' part, of rows of x with targets of their own: several may have the same.
   void add_to_targets(const T* g) {
     const int64_t d = p_.x.d;
     std::vector<T> room;
     for (int64_t i = 0; i < p_.x.rows; ++i) {
-      TORCH_CHECK_INDEX(p_.rule.target(i) >= 0 && p_.rule.target(i) < p_.y.rows, "targets: no column of row ", i);
+      const int64_t target = p_.rule.target(i);
+      TORCH_CHECK_INDEX(target >= 0 && target < p_.y.rows, "targets: no column of row ", i);
+      if (target < dy_cols_.begin || target >= dy_cols_.end) continue;
       const T* x = wide_row(p_.x, i, room);
-      kernels<T>().finish_row(dy_.mutable_data_ptr<T>() + p_.rule.target(i) * d, x, x, g[i], T(1), d);
+      kernels<T>().finish_row(dy_.mutable_data_ptr<T>() + (target - dy_cols_.begin) * d, x, x, g[i], T(1), d);
     }
   }
   // By way of a double tensor, which becomes inf in float where a C++ number would raise.
@@ -304,7 +336,10 @@ class FeatureGradients {
   const Prepared<E>& p_;
   std::array<bool, 4> needs_;
   bool joint_, scale_by_rows_;
-  at::Tensor dx_, dy_;
+  at::Tensor dx_, dy_, rounded_dy_;
+  Range dy_cols_{0, 0};  // that dy_ has the gradients of
+  double dy_dot_ = 0;
+  const T* pos_ = nullptr;
   Panels<E> x_, y_;
   Gradients<E> g_;
   TileScratch<T> scratch_;

@@ -178,21 +178,24 @@ at::Tensor converted(at::Tensor matrix, at::ScalarType dtype) {
 
 std::pair<at::Tensor, at::Tensor> converted(at::Tensor a, at::Tensor b, at::ScalarType a_dtype,
                                             at::ScalarType b_dtype) {
-  const auto halves = [](const at::Tensor& t, at::ScalarType dtype) {
-    return is_own_and_large(t) && 2 * c10::elementSize(dtype) == t.element_size();
+  // Whether the first leaves room for the second when it is halved, and not for much more.
+  const auto makes_room = [](const at::Tensor& t, at::ScalarType dtype, const at::Tensor& other,
+                             at::ScalarType other_dtype) {
+    const int64_t left = bytes_of(t) / 2, bytes = other.numel() * static_cast<int64_t>(c10::elementSize(other_dtype));
+    return is_own_and_large(t) && 2 * c10::elementSize(dtype) == t.element_size() && bytes <= left && bytes >= left / 2;
   };
-  if (!halves(a, a_dtype) || !halves(b, b_dtype)) {
-    at::Tensor first = converted(std::move(a), a_dtype);  // before the other's is made
-    return {first, converted(std::move(b), b_dtype)};
-  }
-  if (a.numel() < b.numel()) {
-    auto [second, first] = converted(std::move(b), std::move(a), b_dtype, a_dtype);
+  if (makes_room(a, a_dtype, b, b_dtype)) {
+    const at::Tensor first = halved_in_place(a, a_dtype);
+    const at::Tensor second = within(a, bytes_of(first), b.sizes(), b_dtype);
+    second.copy_(b);
     return {first, second};
   }
-  const at::Tensor first = halved_in_place(a, a_dtype);
-  const at::Tensor second = within(a, bytes_of(first), b.sizes(), b_dtype);
-  second.copy_(b);
-  return {first, second};
+  if (makes_room(b, b_dtype, a, a_dtype)) {
+    const auto [second, first] = converted(std::move(b), std::move(a), b_dtype, a_dtype);
+    return {first, second};
+  }
+  at::Tensor first = converted(std::move(a), a_dtype);  // before the other's is made
+  return {first, converted(std::move(b), b_dtype)};
 }
 
 }  // namespace fc

@@ -37,6 +37,7 @@ std::array<at::Tensor, 4> backward(const Problem& problem, const at::Tensor& row
   const Rows<E> x = p.x.read_rows(0, p.x.rows, room);
   Panels<E> y_transposed;
   const T* kept_data = problem.kept_rows ? kept.const_data_ptr<T>() : nullptr;
+  if (g_row || g_col) gradients.round_groups(pos_grad, problem.y.scalar_type());
   for (const Range& group : g_row || g_col ? walk.groups() : std::vector<Range>()) {
     if (problem.kept_rows < p.x.rows) y_transposed.set_transposed(p.y, group.begin, group.end);
     gradients.start_group(group);
@@ -50,6 +51,7 @@ std::array<at::Tensor, 4> backward(const Problem& problem, const at::Tensor& row
       });
       interrupt();
     }
+    gradients.end_group();
   }
   return gradients.finish(pos_grad, problem.x.scalar_type(), problem.y.scalar_type());
 }

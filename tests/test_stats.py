@@ -205,6 +205,26 @@ def test_gradients_of_megabytes_are_rounded_whole(m: int, n: int, dtype: torch.d
 
 
 @NEEDS_CPP
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("targets", [None, "some"])
+@pytest.mark.parametrize("asked", [("x", "y", "scale"), ("y", "scale"), ("x", "scale"), ("y",)], ids=str)
+def test_rounded_gradients_of_many_columns(asked: tuple[str, ...], targets: str | None, dtype: torch.dtype) -> None:
+    """y's are summed in float32 for some of the columns at a time, and rounded before those of the next are summed."""
+    m, n = 150, 2100
+    x, y = (F.normalize(torch.randn(rows, 16), dim=1).to(dtype) for rows in (m, n))
+    options = {} if targets is None else {"targets": torch.randint(n, (m,))}
+    weights = torch.rand(m, dtype=torch.float64) + 0.5, torch.rand(n, dtype=torch.float64) + 0.5
+    found = []
+    for on, at in (("cpp", dtype), ("reference", torch.float64)):
+        leaves = {"x": x.to(at), "y": y.to(at), "scale": torch.tensor(5.0, dtype=torch.float64)}
+        inputs = [leaves[name].requires_grad_() for name in asked]
+        pos, row, col = contrastive_stats(leaves["x"], leaves["y"], leaves["scale"], backend=on, **options)
+        found.append(torch.autograd.grad((weights[0] * (row - pos)).sum() + (weights[1] * col).sum(), inputs))
+    for ours, exact in zip(*found, strict=True):
+        torch.testing.assert_close(ours.double(), exact, rtol=2 * torch.finfo(dtype).eps, atol=1e-2 * exact.abs().max())
+
+
+@NEEDS_CPP
 @pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("loss", [clip_loss, nt_xent_loss])
 def test_kept_products_on_another_number_of_threads(loss: Callable[..., torch.Tensor]) -> None:

@@ -267,6 +267,20 @@ MUTANTS = [
         (f"{STATS}::test_gradients_of_megabytes_are_rounded_whole",), "",
     ),
     Mutant(
+        "sums of the columns before", "the sums of a group of columns begin with those of the group before it",
+        "csrc/gradients.h",
+        "dy_.zero_();",
+        "dy_.mul_(1);",
+        (f"{STATS}::test_rounded_gradients_of_many_columns",), "",
+    ),
+    Mutant(
+        "scale of the last columns", "the scale's gradient is that of the last group of columns alone",
+        "csrc/gradients.h",
+        "dy_dot_ += finish_rows(",
+        "dy_dot_ = finish_rows(",
+        (f"{STATS}::test_rounded_gradients_of_many_columns",), "",
+    ),
+    Mutant(
         "positive skipped in the tail", "features beyond the last whole vector get no gradient of the positive",
         "csrc/tile.inl",
         "const T total = other ? grad[j] + other[j] * g : grad[j];",

@@ -182,7 +182,8 @@ std::pair<at::Tensor, at::Tensor> converted(at::Tensor a, at::Tensor b, at::Scal
   const auto makes_room = [](const at::Tensor& t, at::ScalarType dtype, const at::Tensor& other,
                              at::ScalarType other_dtype) {
     const int64_t left = bytes_of(t) / 2, bytes = other.numel() * static_cast<int64_t>(c10::elementSize(other_dtype));
-    return is_own_and_large(t) && 2 * c10::elementSize(dtype) == t.element_size() && bytes <= left && bytes >= left / 2;
+    return is_own_and_large(t) && dtype == other_dtype && 2 * c10::elementSize(dtype) == t.element_size() &&
+           bytes <= left && bytes >= left / 2;
   };
   if (makes_room(a, a_dtype, b, b_dtype)) {
     const at::Tensor first = halved_in_place(a, a_dtype);

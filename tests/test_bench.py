@@ -203,6 +203,7 @@ def test_what_is_checked_at_one_size_is_checked_once(monkeypatch: pytest.MonkeyP
     assert check.small_enough(Problem("clip", 48, 24)) == Problem("clip", 48, 24)
     assert check.small_enough(Problem("clip", 192, 24)) == Problem("clip", 48, 24)
     assert check.small_enough(Problem("max_sim", 16, 24)).n == 1  # 32 x 49 tokens for each pair
+    assert check.small_enough(Problem("supcon", 98, 24)).n == 48  # 49 would leave the last one without a positive
     sizes: list[int] = []
     real = Truth.wrong
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fused_contrastive.bench.implementations import Implementation
-from fused_contrastive.bench.workloads import WORKLOADS, Loss, Problem
+from fused_contrastive.bench.workloads import PER_LABEL, WORKLOADS, Loss, Problem
 
 CHECKED = 4096**2  # similarities at most: the float64 truth writes its matrix many times
 
@@ -16,9 +16,11 @@ Results = dict[str, Tensor]  # "loss", and by the name of an input its gradient
 
 
 def small_enough(problem: Problem) -> Problem:
-    """The problem, or one of as many times less rows as it takes."""
+    """The problem, or one of half as many rows, and so on; whole groups of one label."""
     m, _, n = WORKLOADS[problem.loss].unit(problem)
-    return problem if m * n <= CHECKED else small_enough(replace(problem, n=problem.n // 2))
+    if m * n <= CHECKED or problem.n == 1:
+        return problem
+    return small_enough(replace(problem, n=max(1, problem.n // (2 * PER_LABEL) * PER_LABEL)))
 
 
 def evaluate(loss: Loss, leaves: dict[str, Tensor]) -> Results:

@@ -159,10 +159,14 @@ def test_each_round_has_another_order() -> None:
     assert {len(seconds) for seconds in times.forward.values()} == {30}
 
 
+def steps_taking(seconds: dict[str, float]) -> dict[str, timing.Step]:
+    return {name: lambda both=both: (0.0, both) for name, both in seconds.items()}  # type: ignore[misc]
+
+
 def test_slow_peers_take_part_in_some_rounds() -> None:
     """What is compared rounds by rounds, ours and eager, is in all; a peer that is close to the fastest as well."""
     seconds = {"ours": 9.0, "eager": 8.0, "fastest": 4.0, "close": 4.0 * 1.19, "slow": 4.0 * 1.21}
-    steps: dict[str, timing.Step] = {name: lambda both=both: (0.0, both) for name, both in seconds.items()}  # type: ignore[misc]
+    steps = steps_taking(seconds)
     times = timing.Times.of(steps)
     timing.interleaved(times, lambda: 1.0, None, steps, ["ours", "eager"], 0.0, 8, 8)
     everywhere = list(range(8))
@@ -178,7 +182,7 @@ def test_a_slow_peer_s_rounds_are_those_of_its_u(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(run, "ROUNDS", 20)
     problem, seconds = SMALL["clip"], {"ours": 1.0, "eager": 2.0, "fast": 1.0, "slow": 3.0}
     rows = [{"implementation": name, "ours": name == "ours", "status": "ok"} for name in seconds]
-    steps: dict[str, timing.Step] = {name: lambda both=both: (0.0, both) for name, both in seconds.items()}  # type: ignore[misc]
+    steps = steps_taking(seconds)
     count = itertools.count()  # twice a round: untimed, and timed
     times = run.Times.of(steps)
     prepared = run.Prepared(problem, rows, lambda: 1.0 + next(count) // 2, None, steps, 0.0, times)

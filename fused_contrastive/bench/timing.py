@@ -163,18 +163,16 @@ def called(steps: dict[str, Step], name: str) -> tuple[float, float]:
         raise StepError(name, error) from error
 
 
-def taking_part(times: Times, names: Iterable[str], always: Collection[str]) -> list[str]:
-    """Who is timed in the next round: all, or but for each ``SELDOM``-th round all that are not ``SLOW_PEER`` slower.
+def taking_part(times: Times, names: Collection[str], always: Collection[str]) -> list[str]:
+    """Who is timed in the next round: all in the first and in each ``SELDOM``-th, and else no slow peer.
 
-    What takes 1.4 times as long as another peer is no close call, and in each round would take most of the time that
-    the close ones need. Those in ``always`` take part in all rounds.
+    A peer that takes more than ``SLOW_PEER`` times as long as another is no close call, and in each round would take
+    most of the time that the close ones need. Those in ``always`` take part in all rounds.
     """
-    names = list(names)
-    peers = [name for name in names if name not in always and name in times.quickest]
-    if not peers or len(times.u) % SELDOM == 0:
-        return names
-    enough = SLOW_PEER * min(times.quickest[name] for name in peers)
-    return [name for name in names if name in always or times.quickest.get(name, 0.0) <= enough]
+    if len(times.u) % SELDOM == 0:
+        return list(names)
+    fastest = min((times.quickest[name] for name in names if name not in always), default=math.inf)
+    return [name for name in names if name in always or times.quickest[name] <= SLOW_PEER * fastest]
 
 
 def interleaved(

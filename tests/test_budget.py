@@ -67,3 +67,12 @@ def test_matched_features_keep_relative_accuracy(n: int, dim: int, backend: str,
     for name, value in results.items():
         error = (value - truth[name]).abs().max() / truth[name].abs().max()
         assert error < 5e-4, f"{name}: relative error {error:.1e}, loss {truth['loss']:.1e}"
+
+
+@pytest.mark.parametrize(
+    ("error", "allowed", "share"),
+    [(1.0, 2.0, 0.5), (0.0, 0.0, 0.0), (torch.inf, 1.0, torch.inf), (torch.inf, torch.inf, 0.0)]
+    + [(torch.nan, allowed, torch.inf) for allowed in (1.0, torch.inf)],
+)
+def test_a_share_is_a_number(error: float, allowed: float, share: float) -> None:
+    assert budget.Deviation("loss", error, allowed / 2, allowed).share == share

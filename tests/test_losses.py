@@ -53,6 +53,8 @@ def drawn_case(option, n, d, dtype, scale, duplicates, seed) -> family.FamilyCas
         n = max(n, 2)  # of a single sample, NaN (a mean over nothing) or -inf (an empty denominator)
     if loss in ("filip", "x_clip"):
         duplicates = False  # equal tokens tie, and their gradient is anyone's
+    if duplicates:
+        scale = min(scale, 300.0)  # equal rows round alike in every form of eager's: by luck, to no error at all
     return family.FamilyCase(loss, variant, family.Sizes(n, d, dtype, scale, duplicates), seed)
 
 

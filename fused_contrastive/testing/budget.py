@@ -40,9 +40,12 @@ class Deviation:
 
     @property
     def share(self) -> float:
-        """The part of the budget used; above 1 is a breach. NaN where it should not be counts as infinite."""
+        """The part of the budget used; above 1 is a breach. NaN where it should not be counts as infinite; where eager
+        is infinite and the truth is not, as past what float16 holds, nothing else does."""
         if self.error != self.error:
             return float("inf")
+        if self.allowed == float("inf"):
+            return 0.0
         return self.error / self.allowed if self.allowed else float(self.error > 0)
 
 

@@ -329,7 +329,8 @@ def _largest_terms(case: FamilyCase, truth: dict[str, Tensor]) -> dict[str, floa
     mean = truth["loss"].dim() == 0 and "sum" not in case.variant
     weight = 1.5 / n if mean else 1.5
     logit = 2.0 * scale
-    terms = dict.fromkeys(truth, weight * scale)  # feature gradients, and those of a bias
+    regularised = weight if case.variant == "regularised" else 0.0  # a mean over pairs, of similarities of norm 1
+    terms = dict.fromkeys(truth, weight * scale + regularised)  # feature gradients, and those of a bias
     terms |= {
         "loss": logit,
         "dlogit_scale": weight * n,

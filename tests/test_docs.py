@@ -41,7 +41,7 @@ def test_the_readme_s_tables_are_the_benchmark_s() -> None:
     for fact in (report["provenance"]["date"], report["provenance"]["torch"].partition("+")[0]):
         assert fact in cost
 
-    pages = [(results / f"{name}.md").read_text() for name in ("cpu", "cpu-zen4", "cpu-intel-amx")]
+    pages = [(results / f"{name}.md").read_text() for name in ("cpu", "cpu-zen5", "cpu-intel-amx")]
     assert len(second) >= 12
     for line in second[2:]:
         loss, n, *ratios = (cell.strip() for cell in line.strip("|").split("|"))

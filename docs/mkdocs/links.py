@@ -21,7 +21,7 @@ PAGES = {
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
     "benchmarks/results/cpu.md": "benchmark.md",
-    "benchmarks/results/cpu-zen4.md": "benchmark-zen4.md",
+    "benchmarks/results/cpu-zen5.md": "benchmark-zen5.md",
     "benchmarks/results/cpu-intel-amx.md": "benchmark-intel-amx.md",
 }
 LOG = logging.getLogger("mkdocs.hooks.links")  # with --strict, a warning fails the build

@@ -16,10 +16,10 @@ from torch import Tensor
 from fused_contrastive.core.spec import compute_dtype
 from fused_contrastive.ops.autograd import is_plain
 
-RowMap = Callable[[Tensor], Tensor]  # (N, C) -> (N, C): linear, and the same for every column
+RowMap = Callable[[Tensor], Tensor]  # (N, C) -> (N, C), a new tensor: linear, and the same for every column
 
-ELEMENTS = 1 << 18  # of the features that are looked at in one step
-LEAST_COLUMNS = 64
+ELEMENTS = 1 << 17  # of the features that are looked at in one step
+LEAST_COLUMNS = 32
 
 
 def row_dots(z: Tensor, partners: RowMap, transposed: RowMap | None = None) -> tuple[Tensor, Tensor]:
@@ -65,7 +65,8 @@ class _RowDots(torch.autograd.Function):
         g = g.unsqueeze(1)
         for columns in _columns(z):
             part = z[:, columns].to(g.dtype)
-            dz[:, columns] += g * partners(part) + transposed(g * part)
+            gained = transposed(g * part)  # of memory of its own, as a map's result is
+            dz[:, columns] += gained.addcmul_(g, partners(part))
         return dz, None, None
 
 

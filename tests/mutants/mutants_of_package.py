@@ -83,15 +83,15 @@ MUTANTS = [
     Mutant(
         "partners not transposed", "the gradient of dot products takes a map of rows for its transpose",
         f"{PACKAGE}/ops/row_dots.py",
-        "+ transposed(g * part)",
-        "+ partners(g * part)",
+        "gained = transposed(g * part)",
+        "gained = partners(g * part)",
         ("tests/test_row_dots.py",), "",
     ),
     Mutant(
         "SupCon's own feature", "a feature is among its own positives",
         f"{PACKAGE}/losses/supcon.py",
-        "return sums[code] - z",
-        "return sums[code]",
+        "return (sums.index_select(0, code) if cpu else sums[code]) - z",
+        "return sums.index_select(0, code) if cpu else sums[code]",
         (LOSSES,), f"{CPP} and supcon",
     ),
     Mutant(

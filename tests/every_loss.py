@@ -10,8 +10,8 @@ from torch import Tensor
 import fused_contrastive as fc
 
 
-def _labels(x: Tensor) -> Tensor:
-    return torch.arange(len(x)) // 2
+def _labels(x: Tensor, each: int = 2) -> Tensor:
+    return torch.arange(len(x)) % -(-len(x) // each)
 
 
 def _tokens(x: Tensor) -> Tensor:
@@ -23,7 +23,8 @@ LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "clip": fc.clip_loss,
     "info_nce": lambda x, y, s: fc.info_nce_loss(x, y, logit_scale=s, negatives=y.flip(0), label_smoothing=0.1),
     "nt_xent": lambda x, y, s: fc.nt_xent_loss(x, y, 1 / s),
-    "supcon": lambda x, y, s: fc.supcon_loss(torch.stack((x, y), dim=1), _labels(x), 1 / s, variant="in"),
+    "supcon": lambda x, y, s: fc.supcon_loss(x + y, _labels(x, 100), 1 / s, normalize=True),
+    "supcon in": lambda x, y, s: fc.supcon_loss(torch.stack((x, y), dim=1), _labels(x), 1 / s, variant="in"),
     "siglip": lambda x, y, s: fc.siglip_loss(x, y, s, -s),
     "filip": lambda x, y, s: fc.filip_loss(_tokens(x), _tokens(y), s),
     "x_clip": lambda x, y, s: fc.x_clip_loss(x, y, s, sim_reg_loss_weight=0.1),

@@ -70,9 +70,17 @@ def test_matched_features_keep_relative_accuracy(n: int, dim: int, backend: str,
 
 
 @pytest.mark.parametrize(
-    ("error", "allowed", "share"),
-    [(1.0, 2.0, 0.5), (0.0, 0.0, 0.0), (torch.inf, 1.0, torch.inf), (torch.inf, torch.inf, 0.0)]
-    + [(torch.nan, allowed, torch.inf) for allowed in (1.0, torch.inf)],
+    ("error", "eager_error", "allowed", "share"),
+    [
+        (1.0, 1.0, 2.0, 0.5),
+        (0.0, 0.0, 0.0, 0.0),
+        (1.0, 0.0, 0.0, 1.0),
+        (torch.inf, 0.5, 1.0, torch.inf),
+        (torch.inf, 0.0, torch.inf, torch.inf),  # the truth is infinite, and ours is not
+        (torch.inf, torch.inf, torch.inf, 0.0),
+        (torch.nan, 0.5, 1.0, torch.inf),
+        (torch.nan, torch.inf, torch.inf, torch.inf),
+    ],
 )
-def test_a_share_is_a_number(error: float, allowed: float, share: float) -> None:
-    assert budget.Deviation("loss", error, allowed / 2, allowed).share == share
+def test_a_share_is_a_number(error: float, eager_error: float, allowed: float, share: float) -> None:
+    assert budget.Deviation("loss", error, eager_error, allowed).share == share

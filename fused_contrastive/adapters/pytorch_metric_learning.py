@@ -11,7 +11,7 @@ from torch import Tensor
 from fused_contrastive.adapters.common import Fused, scalar
 from fused_contrastive.adapters.patching import Patch
 from fused_contrastive.core.spec import compute_dtype
-from fused_contrastive.losses.terms import pair_logit
+from fused_contrastive.losses.terms import class_sums, pair_logit, rows_at
 from fused_contrastive.ops.cross_entropy import cross_entropy
 from fused_contrastive.ops.stats import autocast, contrastive_stats, log_add, self_stats
 
@@ -92,7 +92,7 @@ class NTXentLoss(_LabelLoss, losses.NTXentLoss):
             row = stats.row
         anchors, partners, logits = problem.positive_pairs(scale)
         pos = logits.to(row.dtype)
-        per_pair = cross_entropy(pos, row[anchors], dtype=pos.dtype, reduction="none", backend=self.backend)
+        per_pair = cross_entropy(pos, rows_at(row, anchors), dtype=pos.dtype, reduction="none", backend=self.backend)
         return _loss_info(per_pair, x, (anchors, partners), "pos_pair")
 
 
@@ -117,7 +117,7 @@ class SupConLoss(_LabelLoss, losses.SupConLoss):
             assert stats.row is not None
             row = log_add(stats.pos, stats.row) if own is None else stats.row
         wide = y.to(compute_dtype(y.dtype))
-        sums = wide.new_zeros(len(problem.counts), wide.shape[1]).index_put((ref_codes,), wide, accumulate=True)[codes]
+        sums = rows_at(class_sums(wide, ref_codes, len(problem.counts)), codes)
         if own is not None:
             sums = sums - wide[own]
         mean = pair_logit(scale, x.to(wide.dtype), sums) / problem.positives.clamp_min(1)

@@ -121,12 +121,9 @@ def supcon_loss(
 
 def _others_of_class(code: Tensor, z: Tensor, classes: int = 0, agreed: Agreed | None = None) -> Tensor:
     """(N, D) the sum of the other rows of z with the same code, which is below ``classes`` (default: N)."""
-    sums = z.new_zeros(classes or z.shape[0], z.shape[1])
-    # On a GPU, where index_add adds in no order, index_put does; on a CPU it takes three times as long.
-    cpu = z.device.type == "cpu"
-    sums = sums.index_add(0, code, z) if cpu else sums.index_put((code,), z, accumulate=True)
+    sums = terms.class_sums(z, code, classes or z.shape[0])
     sums = sums if agreed is None else agreed.sum(sums)
-    return (sums.index_select(0, code) if cpu else sums[code]) - z
+    return terms.rows_at(sums, code) - z
 
 
 class SupConLoss(nn.Module):

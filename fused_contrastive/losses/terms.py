@@ -52,6 +52,19 @@ def positive(logits: Tensor) -> Tensor:
     return logits - logits.detach().masked_fill(logits != torch.inf, 0)  # inf - inf; the gradient is NaN as well
 
 
+def class_sums(z: Tensor, codes: Tensor, classes: int) -> Tensor:
+    """(classes, D): of each class the sum of the rows of z, (N, D), whose code it is. The same bits each time."""
+    sums = z.new_zeros(classes, z.shape[1])
+    if z.device.type == "cpu":  # index_put adds in no order here, with several threads
+        return sums.index_add(0, codes, z.contiguous())
+    return sums.index_put((codes,), z, accumulate=True)  # and index_add on a GPU
+
+
+def rows_at(t: Tensor, index: Tensor) -> Tensor:
+    """``t[index]``, some rows more than once. The gradient, as of ``class_sums``, has the same bits each time."""
+    return t.index_select(0, index) if t.device.type == "cpu" else t[index]
+
+
 def scale_of(temperature: float | Tensor | None, logit_scale: float | Tensor | None, default: float) -> float | Tensor:
     """What multiplies the similarities: ``logit_scale``, or 1 / temperature; 1 / default where neither is given."""
     if temperature is not None and logit_scale is not None:

@@ -20,6 +20,7 @@ RowMap = Callable[[Tensor], Tensor]  # (N, C) -> (N, C), a new tensor: linear, a
 
 ELEMENTS = 1 << 17  # of the features that are looked at in one step
 LEAST_COLUMNS = 32
+GPU_TIMES = 2  # as many of both where a step is several launches
 
 
 def row_dots(z: Tensor, partners: RowMap, transposed: RowMap | None = None) -> tuple[Tensor, Tensor]:
@@ -65,12 +66,12 @@ class _RowDots(torch.autograd.Function):
         g = g.unsqueeze(1)
         for columns in _columns(z):
             part = z[:, columns].to(g.dtype)
-            gained = transposed(g * part)  # of memory of its own, as a map's result is
+            gained = transposed(g * part)  # a new tensor, which may be written to
             dz[:, columns] += gained.addcmul_(g, partners(part))
         return dz, None, None
 
 
 def _columns(z: Tensor) -> Iterator[slice]:
     n, d = z.shape
-    size = max(LEAST_COLUMNS, ELEMENTS // max(n, 1))
+    size = max(LEAST_COLUMNS, ELEMENTS // max(n, 1)) * (1 if z.device.type == "cpu" else GPU_TIMES)
     return (slice(first, first + size) for first in range(0, d, size))

@@ -44,8 +44,10 @@ class Deviation:
         is infinite and the truth is not, as past what float16 holds, nothing else does."""
         if self.error != self.error:
             return float("inf")
-        if self.allowed == float("inf"):
+        if self.eager_error == float("inf"):
             return 0.0
+        if self.error == float("inf"):
+            return self.error
         return self.error / self.allowed if self.allowed else float(self.error > 0)
 
 

@@ -329,10 +329,11 @@ def _largest_terms(case: FamilyCase, truth: dict[str, Tensor]) -> dict[str, floa
     mean = truth["loss"].dim() == 0 and "sum" not in case.variant
     weight = 1.5 / n if mean else 1.5
     logit = 2.0 * scale
-    regularised = weight if case.variant == "regularised" else 0.0  # a mean over pairs, of similarities of norm 1
+    # The regulariser's gradient is a mean over pairs of differences of similarities, whatever the scale.
+    regularised = weight if case.variant == "regularised" else 0.0
     terms = dict.fromkeys(truth, weight * scale + regularised)  # feature gradients, and those of a bias
     terms |= {
-        "loss": logit,
+        "loss": logit + FAMILY[case.loss].options[case.variant].get("margin", 0.0),
         "dlogit_scale": weight * n,
         "dlogit_bias": weight * n,
         "dtemperature": weight * n * scale**2,

@@ -90,8 +90,8 @@ MUTANTS = [
     Mutant(
         "SupCon's own feature", "a feature is among its own positives",
         f"{PACKAGE}/losses/supcon.py",
-        "return (sums.index_select(0, code) if cpu else sums[code]) - z",
-        "return sums.index_select(0, code) if cpu else sums[code]",
+        "return terms.rows_at(sums, code) - z",
+        "return terms.rows_at(sums, code)",
         (LOSSES,), f"{CPP} and supcon",
     ),
     Mutant(

@@ -78,6 +78,7 @@ def test_matched_features_keep_relative_accuracy(n: int, dim: int, backend: str,
         (torch.inf, 0.5, 1.0, torch.inf),
         (torch.inf, 0.0, torch.inf, torch.inf),  # the truth is infinite, and ours is not
         (torch.inf, torch.inf, torch.inf, 0.0),
+        (1.0, torch.inf, torch.inf, 0.0),
         (torch.nan, 0.5, 1.0, torch.inf),
         (torch.nan, torch.inf, torch.inf, torch.inf),
     ],

@@ -27,7 +27,7 @@ def run(code: str) -> str:
 
 
 def test_threads_at_once_give_the_bits_of_each_alone() -> None:
-    """9 Python threads, each with another loss, forward and backward; two sizes, one of several blocks of tiles."""
+    """A Python thread for each loss, all at once, forward and backward; two sizes, one of several blocks of tiles."""
     problems = [problem(n, d) for n, d in ((24, 8), (600, 33))]
     alone = {name: [step(name, inputs) for inputs in problems] for name in LOSSES}
     start = threading.Barrier(len(LOSSES))

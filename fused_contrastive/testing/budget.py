@@ -14,6 +14,7 @@ well, eps * max |logit| in every weight of a gradient and sqrt(N) eps in a sum o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -40,14 +41,10 @@ class Deviation:
 
     @property
     def share(self) -> float:
-        """The part of the budget used; above 1 is a breach. NaN where it should not be counts as infinite; where eager
-        is infinite and the truth is not, as past what float16 holds, nothing else does."""
-        if self.error != self.error:
-            return float("inf")
-        if self.eager_error == float("inf"):
-            return 0.0
-        if self.error == float("inf"):
-            return self.error
+        """The part of the budget used; above 1 is a breach. NaN where it should not be counts as infinite, and inf
+        unless eager has it too, as past what float16 holds."""
+        if not math.isfinite(self.error):
+            return 0.0 if self.error == self.eager_error else math.inf
         return self.error / self.allowed if self.allowed else float(self.error > 0)
 
 

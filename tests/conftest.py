@@ -67,7 +67,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     from fused_contrastive.backends.triton import configs, launch
 
     monkeypatch.setattr(configs, "TILE", 64)
-    for name, size in (("STATISTICS_BLOCK", (128, 192)), ("FLOAT32_BLOCK", (64, 128)), ("GRADIENT_BLOCK", (192, 64))):
+    for name, size in (("STATISTICS_BLOCK", (256, 192)), ("FLOAT32_BLOCK", (64, 128)), ("GRADIENT_BLOCK", (192, 64))):
         monkeypatch.setattr(launch, name, size)
 
 

@@ -5,34 +5,37 @@ Triton and the kernels are imported when first used, so that a machine without t
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
-import os
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fused_contrastive.backends.triton import storage
+from fused_contrastive.backends.triton import device, storage
 from fused_contrastive.core.reduction import Reduction
 from fused_contrastive.core.spec import Forward, Gradients, Needs, StatsSpec, Upstream
 from fused_contrastive.core.tokens import MaxSimForward, MaxSimUpstream, TokenSpec
 
 INSTALLED = importlib.util.find_spec("triton") is not None
-# Whether Triton's interpreter runs the kernels, on CPU tensors: settled on import, as Triton settles it.
-INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "y", "yes")
+OLDEST = (3, 4)
 
 
 def unavailable() -> str | None:
     if not INSTALLED:
         return "the package triton is not installed; `pip install triton`"
-    if INTERPRETED or torch.cuda.is_available():
+    found = importlib.metadata.version("triton")
+    if tuple(map(int, found.split(".")[:2])) < OLDEST:
+        return f"it needs Triton {'.'.join(map(str, OLDEST))} or later, and finds {found}; `pip install -U triton`"
+    if device.INTERPRETED or device.stand_in is not None or torch.cuda.is_available():
         return None
     return "torch sees no NVIDIA or AMD GPU (TRITON_INTERPRET=1 runs the kernels on the CPU, slowly, for tests)"
 
 
 def supports(device_type: str, dtype: torch.dtype) -> bool:
-    return device_type == ("cpu" if INTERPRETED else "cuda") and dtype != torch.float64
+    on_cpu = device.INTERPRETED or device.stand_in is not None
+    return device_type == ("cpu" if on_cpu else "cuda") and dtype != torch.float64
 
 
 def kept(rows: int, n: int, dtype: torch.dtype) -> tuple[tuple[int, ...], torch.dtype]:

@@ -1,160 +1,254 @@
-"""The backward kernels: a block of G from its products, and the last pass over the feature gradients."""
+"""The backward kernels: what a direction gives G, blocks of G, and the last pass over the feature gradients."""
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from fused_contrastive.backends.triton.tiles import (
     CELL,
+    HEADROOM,
     LOG2_E,
-    depth,
     finite,
+    load_tile,
     logits,
     power,
     products,
+    store_tile,
     tile_at,
-    tile_of,
 )
 
-REACH = tl.constexpr(60.0)  # binary orders of magnitude that normalisers of one tile may differ by for one exponential
+# Binary orders of magnitude that the normalisers of a tile may differ by for one exponential to serve it: weights
+# below 2^-60 of their row's may vanish, none may overflow. With HEADROOM on both sides of the highest normaliser,
+REACH = tl.constexpr(120.0)
+# and how far above the lowest one the reference of a kept tile may be.
+KEPT_REACH = tl.constexpr(60.0)
 
 
-@triton.jit
-def _normaliser(value, i, inside, unit):
-    """log-normalisers in the logits' units as a sum of two float32; -inf where nothing was left."""
-    log = tl.load(value + i, mask=inside, other=float("-inf")) * unit
-    high = log.to(tl.float32)
-    return high, tl.where(high == float("-inf"), 0.0, log - high).to(tl.float32)
+class Direction(NamedTuple):
+    """What the rows, or the columns, give G: g exp(S - normaliser). ``prepare`` makes it. One argument of a kernel.
 
-
-@triton.jit
-def _range(value, i, inside, unit):
-    """The largest and the smallest normaliser of a tile, those of rows with nothing left apart."""
-    high, _ = _normaliser(value, i, inside, unit)
-    return tl.max(high), tl.min(tl.where(high == float("-inf"), float("inf"), high))
-
-
-@triton.jit
-def _multiplier(value, g, i, inside, unit, factor, reference, FAST: tl.constexpr):
-    """What exp(S - reference) is multiplied by to be g exp(S - value) factor."""
-    high, low = _normaliser(value, i, inside, unit)
-    by = tl.where(high == float("-inf"), 0.0, power((reference - high) - low, FAST))
-    return tl.load(g + i, mask=inside, other=0.0).to(tl.float32) * factor * by
-
-
-@triton.jit
-def _weights(s, value, g, i, inside, unit, factor, AXIS: tl.constexpr, FAST: tl.constexpr):
-    """g exp(S - value) factor, the vectors along rows (AXIS 0) or columns (AXIS 1)."""
-    high, low = _normaliser(value, i, inside, unit)
-    high = finite(high)  # where nothing was left every logit is -inf
-    g = tl.load(g + i, mask=inside, other=0.0).to(tl.float32) * factor
-    z = s - tl.expand_dims(high, 1 - AXIS)
-    if not FAST:  # for half-precision features the lower part is far below what their products are good for
-        z -= tl.expand_dims(low, 1 - AXIS)
-    return tl.expand_dims(g, 1 - AXIS) * power(z, FAST)
-
-
-@triton.jit
-def factor_of(largest, TOP: tl.constexpr):
-    """What G is multiplied by, so that its largest entries come near TOP; 1 where it needs no such care."""
-    factor = 1.0
-    if largest is not None:
-        factor = TOP / tl.load(largest).to(tl.float32)
-    return factor
-
-
-@triton.jit(do_not_specialize=["M", "N", "stride_references", "row_begin", "row_end", "col_begin", "col_end"])
-def tile_gradient(
-    x, y, given, kept, references, scale, targets, col_bias, row_ids, col_ids, row, col, g_row, g_col, largest, out,
-    M, N, D, stride_x, stride_y, stride_given, stride_kept, stride_references, stride_out,
-    row_begin, row_end, col_begin, col_end,
-    SELF: tl.constexpr, UPPER: tl.constexpr, EQUAL_IDS: tl.constexpr, FAST: tl.constexpr, TMA: tl.constexpr,
-    PRECISION: tl.constexpr, TOP: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
-):  # fmt: skip
-    """G[i, j] = g_row[i] exp(S[i, j] - row[i]) + g_col[j] exp(S[i, j] - col[j]), 0 where excluded, times TOP / largest.
-
-    One tile per program, of the block [row_begin, row_end) x [col_begin, col_end) that ``out`` holds. ``given`` is this
-    block's products, ``kept`` its exponentials relative to ``references``; without either, the products are made here.
-
-    FAST takes one exponential, e = exp(S - reference), and multiplies it by a vector for the rows plus one for the
-    columns, unless some normaliser of the tile is so far below the reference that this could overflow. The forward
-    keeps a tile's exponentials only where none is.
+    Without integers, which Triton would compile anew for.
     """
+
+    high: Tensor  # (length,) float32: the normaliser, in the logits' units; -inf where nothing was left
+    low: Tensor  # (length,) float32: what rounding to ``high`` has left
+    g: Tensor  # (length,) float32
+    highest: Tensor  # (segments,) float32: of each SEGMENT the highest normaliser,
+    lowest: Tensor  # (segments,) float32: and the lowest that is not -inf
+
+
+@triton.jit
+def _prepare_one(value, g, direction, length, largest, MODE: tl.constexpr, TOP: tl.constexpr, SEGMENT: tl.constexpr):
+    segment = tl.program_id(0)
+    if segment * SEGMENT < length:
+        i = segment * SEGMENT + tl.arange(0, SEGMENT)
+        inside = i < length
+        log = tl.load(value + i, mask=inside, other=float("-inf"))
+        if MODE.half:
+            log *= LOG2_E
+        high = log.to(tl.float32)
+        by = tl.load(g + i, mask=inside, other=0.0).to(tl.float32)
+        if largest is not None:
+            by *= TOP / tl.load(largest).to(tl.float32)
+        tl.store(direction.high + i, high, mask=inside)
+        tl.store(direction.low + i, tl.where(high == float("-inf"), 0.0, log - high).to(tl.float32), mask=inside)
+        tl.store(direction.g + i, by, mask=inside)
+        tl.store(direction.highest + segment, tl.max(high))
+        tl.store(direction.lowest + segment, tl.min(tl.where(high == float("-inf"), float("inf"), high)))
+
+
+@triton.jit(do_not_specialize=["M", "N"])
+def prepare(
+    row, g_row, rows, col, g_col, cols, largest, M, N, MODE: tl.constexpr, TOP: tl.constexpr, SEGMENT: tl.constexpr
+):  # fmt: skip
+    """The Directions ``rows`` and ``cols`` from float64 normalisers and upstream gradients, these times TOP / largest.
+
+    Axis 0 of the grid: segments; axis 1: rows, columns. A direction without a gradient is None.
+    """
+    if tl.program_id(1) == 0:
+        if rows is not None:
+            _prepare_one(row, g_row, rows, M, largest, MODE, TOP, SEGMENT)
+    elif cols is not None:
+        _prepare_one(col, g_col, cols, N, largest, MODE, TOP, SEGMENT)
+
+
+@triton.jit
+def _ranges(rows, cols, row_segment, col_segment):
+    """The highest normaliser of segments (or vectors of them), 0 where none is left, and the lowest."""
+    highest = tl.full((), float("-inf"), tl.float32)
+    lowest = tl.full((), float("inf"), tl.float32)
+    if rows is not None:
+        highest, lowest = tl.load(rows.highest + row_segment), tl.load(rows.lowest + row_segment)
+    if cols is not None:
+        highest = tl.maximum(highest, tl.load(cols.highest + col_segment))
+        lowest = tl.minimum(lowest, tl.load(cols.lowest + col_segment))
+    return finite(highest), lowest
+
+
+@triton.jit
+def _is_far(rows, cols, row_segment, col_segment):
+    """Whether the normalisers of two segments (or vectors of them) differ by too much for one exponential."""
+    highest, lowest = _ranges(rows, cols, row_segment, col_segment)
+    return ~(highest - lowest < REACH)
+
+
+@triton.jit
+def _is_far_kept(
+    rows, cols, references, stride_references, row_begin, col_begin, row_cell, col_cell, SEGMENT: tl.constexpr
+):  # fmt: skip
+    """The same of a cell of the block's kept exponentials (or vectors of them), which have a reference already."""
+    row_segment = (row_begin + row_cell * CELL) // SEGMENT
+    _, lowest = _ranges(rows, cols, row_segment, (col_begin + col_cell * CELL) // SEGMENT)
+    reference = tl.load(references + row_cell.to(tl.int64) * stride_references + col_cell)
+    return ~(reference - lowest < KEPT_REACH)
+
+
+@triton.jit
+def _multiplier(direction, i, inside, reference):
+    """What exponentials relative to ``reference`` are multiplied by to be g exp(S - normaliser)."""
+    high = tl.load(direction.high + i, mask=inside, other=float("-inf"))
+    low = tl.load(direction.low + i, mask=inside, other=0.0)
+    g = tl.load(direction.g + i, mask=inside, other=0.0)
+    return g * tl.where(high == float("-inf"), 0.0, tl.exp2((reference - high) - low))
+
+
+@triton.jit
+def _weighted(e, rows, cols, row0, row_end, col0, col_end, reference):
+    """Exponentials relative to ``reference`` -> G."""
+    i = row0 + tl.arange(0, e.shape[0])
+    j = col0 + tl.arange(0, e.shape[1])
+    if rows is None:
+        g = e * _multiplier(cols, j, j < col_end, reference)[None, :]
+    elif cols is None:
+        g = e * _multiplier(rows, i, i < row_end, reference)[:, None]
+    else:
+        by_row = _multiplier(rows, i, i < row_end, reference)
+        g = e * (by_row[:, None] + _multiplier(cols, j, j < col_end, reference)[None, :])
+    return g
+
+
+@triton.jit(do_not_specialize=["M", "N", "row_begin", "row_end", "col_begin", "col_end"])
+def gradient(
+    x, y, mask, rows, cols, out, stride_out, M, N, D, stride_x, stride_y, row_begin, row_end, col_begin, col_end,
+    MODE: tl.constexpr, TILE: tl.constexpr, SEGMENT: tl.constexpr,
+):  # fmt: skip
+    """G of half-precision features, one exponential per logit for both directions; a tile per program.
+
+    G[i, j] = g_row[i] exp(S[i, j] - row[i]) + g_col[j] exp(S[i, j] - col[j]), 0 where excluded; ``out`` holds the
+    block [row_begin, row_end) x [col_begin, col_end) of it. With e = exp(S - reference) it is e times a vector for the
+    rows plus one for the columns. Where normalisers lie too far apart for that, ``exact_gradient`` writes the tile.
+    """
+    BM: tl.constexpr = TILE.block_m
+    BN: tl.constexpr = TILE.block_n
     tile_m, tile_n = tile_at(
-        tl.program_id(0), tl.cdiv(row_end - row_begin, BM), tl.cdiv(col_end - col_begin, BN), GROUP
+        tl.program_id(0), tl.cdiv(row_end - row_begin, BM), tl.cdiv(col_end - col_begin, BN), TILE.group
     )
     row0 = row_begin + tile_m * BM
     col0 = col_begin + tile_n * BN
-    unit = LOG2_E if FAST else 1.0
-    rows = row0 + tl.arange(0, BM)
-    cols = col0 + tl.arange(0, BN)
+    acc = products(x, y, row0, col0, (M, N, D, stride_x, stride_y), MODE, TILE)
+    s, c = logits(acc, mask, None, row0, row_end, col0, col_end, MODE)
+    highest, _ = _ranges(rows, cols, row0 // SEGMENT, col0 // SEGMENT)
+    reference = highest - HEADROOM
+    g = _weighted(tl.exp2(s * c - reference), rows, cols, row0, row_end, col0, col_end, reference)
+    store_tile(out, stride_out, row0 - row_begin, col0 - col_begin, row_end - row_begin, g, MODE.tma)
 
-    # Vectors are loaded when needed, here and below: kept through the products they would take the registers.
-    reference = float("-inf")
-    least = float("inf")
-    if FAST:
-        if g_row is not None:
-            highest, lowest = _range(row, rows, rows < row_end, unit)
-            reference = tl.maximum(reference, highest)
-            least = tl.minimum(least, lowest)
-        if g_col is not None:
-            highest, lowest = _range(col, cols, cols < col_end, unit)
-            reference = tl.maximum(reference, highest)
-            least = tl.minimum(least, lowest)
-    reference = finite(reference)
-    near = False
-    if FAST:
-        near = reference - least < REACH
-    is_kept = False
-    if kept is not None:
-        of_tile = tl.load(references + (row0 // CELL).to(tl.int64) * stride_references + col0 // CELL)
-        is_kept = of_tile == of_tile
-        near = near | is_kept
-        reference = tl.where(is_kept, of_tile, reference)
 
-    if given is not None:
-        where, inside = tile_of(given, stride_given, row0, col0, row_begin, row_end, col_begin, col_end, BM, BN)
-        s = tl.load(where, mask=inside, other=0.0)
-    elif kept is not None:
-        where, inside = tile_of(kept, stride_kept, row0, col0, row_begin, row_end, col_begin, col_end, BM, BN)
-        s = tl.load(where, mask=inside, other=0.0).to(tl.float32)
-    else:
-        s = tl.zeros((BM, BN), tl.float32)
-    if not is_kept:
-        if given is None:
-            deep = depth(D, row0, col0, BN, UPPER)
-            s = products(x, y, row0, col0, M, N, deep, stride_x, stride_y, BM, BN, BK, TMA, PRECISION)
-        s = logits(
-            s, scale, targets, col_bias, row_ids, col_ids, None, row0, row_end, col0, col_end, unit, SELF, UPPER,
-            EQUAL_IDS, False, BM, BN,
-        )  # fmt: skip
-        if near:
-            s = power(s - reference, FAST)
-    # s: logits, or where ``near`` their exponentials relative to the reference.
+@triton.jit(do_not_specialize=["stride_references", "row_begin", "row_end", "col_begin", "col_end"])
+def gradient_of_kept(
+    kept, stride_kept, references, stride_references, rows, cols, out, stride_out, row_begin, row_end, col_begin,
+    col_end, MODE: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """The same from the exponentials that ``strip_statistics`` kept of the block, and their references."""
+    BM: tl.constexpr = TILE.block_m
+    BN: tl.constexpr = TILE.block_n
+    tile_m, tile_n = tile_at(
+        tl.program_id(0), tl.cdiv(row_end - row_begin, BM), tl.cdiv(col_end - col_begin, BN), TILE.group
+    )
+    row0 = row_begin + tile_m * BM
+    col0 = col_begin + tile_n * BN
+    i, j, height = row0 - row_begin, col0 - col_begin, row_end - row_begin
+    e = load_tile(kept, stride_kept, i, j, height, BM, BN, MODE.tma).to(tl.float32)
+    reference = tl.load(references + (i // CELL).to(tl.int64) * stride_references + j // CELL)
+    g = _weighted(e, rows, cols, row0, row_end, col0, col_end, reference)
+    store_tile(out, stride_out, i, j, height, g, MODE.tma)
 
-    factor = factor_of(largest, TOP)
-    if near:
-        if g_row is None:
-            s *= _multiplier(col, g_col, cols, cols < col_end, unit, factor, reference, FAST)[None, :]
-        elif g_col is None:
-            s *= _multiplier(row, g_row, rows, rows < row_end, unit, factor, reference, FAST)[:, None]
+
+@triton.jit
+def _weights(s, direction, i, inside, AXIS: tl.constexpr, MODE: tl.constexpr):
+    """g exp(S - normaliser), the vectors along rows (AXIS 0) or columns (AXIS 1)."""
+    high = finite(tl.load(direction.high + i, mask=inside, other=float("-inf")))
+    z = s - tl.expand_dims(high, 1 - AXIS)
+    if not MODE.half:  # for half-precision features the lower part is far below what their products are good for
+        z -= tl.expand_dims(tl.load(direction.low + i, mask=inside, other=0.0), 1 - AXIS)
+    g = tl.load(direction.g + i, mask=inside, other=0.0)
+    return tl.expand_dims(g, 1 - AXIS) * power(z, MODE)
+
+
+@triton.jit(do_not_specialize=["M", "N", "stride_references", "row_begin", "row_end", "col_begin", "col_end"])
+def exact_gradient(
+    x, y, given, stride_given, references, stride_references, mask, rows, cols, out, stride_out,
+    M, N, D, stride_x, stride_y, row_begin, row_end, col_begin, col_end,
+    ONLY_FAR: tl.constexpr, MODE: tl.constexpr, TILE: tl.constexpr, SEGMENT: tl.constexpr,
+):  # fmt: skip
+    """G with an exponential for each direction: of float32 features, their products ``given`` or made here, or of
+    those tiles of half-precision features (ONLY_FAR) that the kernels above cannot do.
+
+    Axis 0 of the grid: rows of tiles. Axis 1: the programs that share the tiles of a row.
+    """
+    BM: tl.constexpr = TILE.block_m
+    BN: tl.constexpr = TILE.block_n
+    row0 = row_begin + tl.program_id(0) * BM
+    i = row0 + tl.arange(0, BM)
+    tiles = tl.cdiv(col_end - col_begin, BN)
+    if ONLY_FAR:
+        # Most often none is far: one look at all columns' ranges is then all that happens here.
+        far = tl.full((), 0, tl.int32)
+        if references is None:
+            for first in range(col_begin // SEGMENT, tl.cdiv(col_end, SEGMENT), 64):
+                segment = tl.minimum(first + tl.arange(0, 64), tl.cdiv(col_end, SEGMENT) - 1)
+                far += tl.sum(tl.broadcast_to(_is_far(rows, cols, row0 // SEGMENT, segment), (64,)).to(tl.int32))
         else:
-            a = _multiplier(row, g_row, rows, rows < row_end, unit, factor, reference, FAST)
-            b = _multiplier(col, g_col, cols, cols < col_end, unit, factor, reference, FAST)
-            s *= a[:, None] + b[None, :]
-    elif g_row is None:
-        s = _weights(s, col, g_col, cols, cols < col_end, unit, factor, 1, FAST)
-    elif g_col is None:
-        s = _weights(s, row, g_row, rows, rows < row_end, unit, factor, 0, FAST)
-    else:
-        # Columns first: the other way round, sm_90 runs out of registers.
-        s = _weights(s, col, g_col, cols, cols < col_end, unit, factor, 1, FAST) + _weights(
-            s, row, g_row, rows, rows < row_end, unit, factor, 0, FAST
-        )
-    where, inside = tile_of(out, stride_out, row0, col0, row_begin, row_end, col_begin, col_end, BM, BN)
-    tl.store(where, s.to(out.dtype.element_ty), mask=inside)
+            cells = tl.cdiv(col_end - col_begin, CELL)
+            for first in range(0, cells, 512):
+                cell = tl.minimum(first + tl.arange(0, 512), cells - 1)
+                is_far = _is_far_kept(
+                    rows, cols, references, stride_references, row_begin, col_begin, (row0 - row_begin) // CELL, cell,
+                    SEGMENT,
+                )  # fmt: skip
+                far += tl.sum(is_far.to(tl.int32))
+        tiles = tl.where(far > 0, tiles, 0)
+    for tile_n in range(tl.program_id(1), tiles, tl.num_programs(1)):
+        col0 = col_begin + tile_n * BN
+        asked = True
+        if ONLY_FAR:
+            if references is None:
+                asked = _is_far(rows, cols, row0 // SEGMENT, col0 // SEGMENT)
+            else:
+                asked = _is_far_kept(
+                    rows, cols, references, stride_references, row_begin, col_begin, (row0 - row_begin) // CELL,
+                    (col0 - col_begin) // CELL, SEGMENT,
+                )  # fmt: skip
+        if asked:
+            if given is not None:
+                acc = load_tile(
+                    given, stride_given, row0 - row_begin, col0 - col_begin, row_end - row_begin, BM, BN, False
+                )
+            else:
+                acc = products(x, y, row0, col0, (M, N, D, stride_x, stride_y), MODE, TILE)
+            s, c = logits(acc, mask, None, row0, row_end, col0, col_end, MODE)
+            s *= c
+            j = col0 + tl.arange(0, BN)
+            if rows is None:
+                g = _weights(s, cols, j, j < col_end, 1, MODE)
+            elif cols is None:
+                g = _weights(s, rows, i, i < row_end, 0, MODE)
+            else:
+                g = _weights(s, cols, j, j < col_end, 1, MODE) + _weights(s, rows, i, i < row_end, 0, MODE)
+            store_tile(out, stride_out, row0 - row_begin, col0 - col_begin, row_end - row_begin, g, False)
 
 
 @triton.jit(do_not_specialize=["rows", "first", "paired"])
@@ -165,14 +259,17 @@ def finish(
     """Sums over the negatives, grad (rows, D) -> gradient of the features ``own``: out = scale * (grad + positives).
 
     These are the rows from ``first`` on; row i < paired gains g_pos[i] times the row of ``other`` that is its positive.
-    dots gets each program's part of sum(own * (grad + positives)), the gradient of the scale. One pass, after the
-    products: as one more term among thousands of small ones, the positive would cost the sum its low bits.
+    ``grad`` is divided by TOP / largest, which G was multiplied by. dots gets each program's part of
+    sum(own * (grad + positives)), the gradient of the scale. One pass, after the products: as one more term among
+    thousands of small ones, the positive would cost the sum its low bits.
     """
     local = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = local < rows
     local = local.to(tl.int64)
     i = local + first
-    factor = 1.0 / factor_of(largest, TOP)
+    factor = 1.0 / TOP
+    if largest is not None:
+        factor = tl.load(largest).to(tl.float32) / TOP
     with_positive = inside & (i < paired)
     g = tl.zeros((ROWS,), tl.float32)
     partner = i

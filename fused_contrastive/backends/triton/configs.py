@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any, Literal, NamedTuple
 
-import torch
+from fused_contrastive.backends.triton.device import Device
 
 Source = Literal["half", "tf32", "given"]
 """How the kernels get products: their own from half precision or, as tf32, from float32; or from a vendor GEMM."""
@@ -20,108 +19,68 @@ class Config(NamedTuple):
     warps: int
     stages: int
     group: int = 8  # rows of tiles in a band, for reuse in L2
+    strip: int = 1  # of statistics: tiles down one column of tiles that a program walks
+    fold: int = 0  # of a strip: the warps that share a tile's columns; their sums stay apart to its end. 0: they do not
 
     @property
     def options(self) -> dict[str, Any]:
-        return {
-            "BM": self.block_m,
-            "BN": self.block_n,
-            "BK": self.block_k,
-            "GROUP": self.group,
-            "num_warps": self.warps,
-            "num_stages": self.stages,
-            "enable_fp_fusion": True,
-        }
+        """As Triton takes them. Fusing is asked for, since Triton 3.10 no longer does it by itself."""
+        return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
+
+    @property
+    def exact(self) -> Config:
+        """The tiles of the exact kernels beside this one: half as high, since they take more registers."""
+        return self._replace(block_m=self.block_m // 2, strip=2 * self.strip, fold=0)
 
 
 Kernel = Literal["statistics", "sums", "gradient", "kept"]
-"""Statistics of a softmax; sums of softplus, which take more registers; G of either; G from what was kept."""
+"""Statistics of a softmax; sums of softplus; G of either; G from what was kept."""
 
 # Blocks of S begin at its multiples; no tile is larger, so each lies in one of another configuration or apart.
 TILE = 256
 
 # By architecture: "sm_80" is compute capability 8.x, and so on. docs/triton-configurations.md has what they compile to.
 CONFIGS: dict[tuple[str, Source, Kernel], Config] = {
-    ("sm_80", "half", "statistics"): Config(128, 128, 64, warps=8, stages=3),
-    ("sm_80", "half", "sums"): Config(128, 64, 64, warps=8, stages=3),
+    ("sm_80", "half", "statistics"): Config(128, 128, 64, warps=8, stages=3, strip=8, fold=4),
+    ("sm_80", "half", "sums"): Config(128, 128, 64, warps=8, stages=3),
     ("sm_80", "half", "gradient"): Config(128, 128, 64, warps=8, stages=3),
-    ("sm_80", "half", "kept"): Config(128, 128, 64, warps=8, stages=3),
-    ("sm_80", "tf32", "statistics"): Config(128, 128, 32, warps=8, stages=3),
+    ("sm_80", "half", "kept"): Config(128, 128, 64, warps=8, stages=1),
+    ("sm_80", "tf32", "statistics"): Config(128, 128, 32, warps=8, stages=3, strip=4),
     ("sm_80", "tf32", "sums"): Config(128, 64, 32, warps=8, stages=3),
     ("sm_80", "tf32", "gradient"): Config(128, 128, 32, warps=8, stages=3),
-    ("sm_80", "given", "statistics"): Config(64, 64, 32, warps=4, stages=1),
-    ("sm_80", "given", "sums"): Config(64, 64, 32, warps=4, stages=1),
-    ("sm_80", "given", "gradient"): Config(64, 64, 32, warps=4, stages=1),
-    ("sm_90", "half", "statistics"): Config(256, 128, 64, warps=8, stages=3),
-    ("sm_90", "half", "sums"): Config(128, 64, 64, warps=8, stages=3),
+    ("sm_90", "half", "statistics"): Config(256, 128, 64, warps=8, stages=3, strip=8, fold=8),
+    ("sm_90", "half", "sums"): Config(256, 128, 64, warps=8, stages=3),
     ("sm_90", "half", "gradient"): Config(128, 256, 64, warps=8, stages=3),
-    ("sm_90", "half", "kept"): Config(128, 128, 64, warps=8, stages=3),
-    ("sm_90", "tf32", "statistics"): Config(128, 128, 32, warps=8, stages=3),
+    ("sm_90", "half", "kept"): Config(128, 128, 64, warps=4, stages=1),
+    ("sm_90", "tf32", "statistics"): Config(128, 128, 32, warps=8, stages=3, strip=4),
     ("sm_90", "tf32", "sums"): Config(128, 128, 32, warps=8, stages=3),
     ("sm_90", "tf32", "gradient"): Config(128, 128, 32, warps=8, stages=3),
-    ("sm_90", "given", "statistics"): Config(64, 64, 32, warps=4, stages=1),
-    ("sm_90", "given", "sums"): Config(64, 64, 32, warps=4, stages=1),
-    ("sm_90", "given", "gradient"): Config(64, 64, 32, warps=4, stages=1),
-    ("sm_100", "half", "statistics"): Config(128, 128, 64, warps=8, stages=3),
+    ("sm_100", "half", "statistics"): Config(128, 128, 64, warps=8, stages=3, strip=8),
     ("sm_100", "half", "sums"): Config(128, 64, 64, warps=8, stages=3),
     ("sm_100", "half", "gradient"): Config(128, 64, 64, warps=8, stages=3),
-    ("sm_100", "half", "kept"): Config(128, 64, 64, warps=8, stages=3),
-    ("sm_100", "tf32", "statistics"): Config(128, 128, 32, warps=8, stages=3),
+    ("sm_100", "half", "kept"): Config(128, 128, 64, warps=4, stages=1),
+    ("sm_100", "tf32", "statistics"): Config(128, 128, 32, warps=8, stages=3, strip=4),
     ("sm_100", "tf32", "sums"): Config(128, 64, 32, warps=8, stages=3),
     ("sm_100", "tf32", "gradient"): Config(128, 64, 32, warps=8, stages=3),
-    ("sm_100", "given", "statistics"): Config(64, 64, 32, warps=4, stages=1),
-    ("sm_100", "given", "sums"): Config(64, 64, 32, warps=4, stages=1),
-    ("sm_100", "given", "gradient"): Config(64, 64, 32, warps=4, stages=1),
-    ("gfx942", "half", "statistics"): Config(128, 128, 64, warps=8, stages=2),
+    ("gfx942", "half", "statistics"): Config(128, 128, 64, warps=8, stages=2, strip=8),
     ("gfx942", "half", "sums"): Config(128, 128, 64, warps=8, stages=2),
     ("gfx942", "half", "gradient"): Config(128, 128, 64, warps=8, stages=2),
-    ("gfx942", "half", "kept"): Config(128, 128, 64, warps=8, stages=2),
-    ("gfx942", "given", "statistics"): Config(64, 64, 32, warps=4, stages=1),
-    ("gfx942", "given", "sums"): Config(64, 64, 32, warps=4, stages=1),
-    ("gfx942", "given", "gradient"): Config(64, 64, 32, warps=4, stages=1),
+    ("gfx942", "half", "kept"): Config(128, 128, 64, warps=8, stages=1),
     # Small, so that small problems have several tiles; of different shapes, as a GPU's are.
-    ("interpreter", "half", "statistics"): Config(64, 64, 32, warps=4, stages=1, group=2),
+    ("interpreter", "half", "statistics"): Config(64, 32, 32, warps=4, stages=1, group=2, strip=2, fold=2),
     ("interpreter", "half", "sums"): Config(64, 32, 32, warps=4, stages=1, group=2),
-    ("interpreter", "half", "gradient"): Config(32, 128, 32, warps=4, stages=1, group=2),
-    ("interpreter", "half", "kept"): Config(64, 32, 32, warps=4, stages=1, group=2),
-    ("interpreter", "tf32", "statistics"): Config(32, 128, 32, warps=4, stages=1, group=2),
+    ("interpreter", "half", "gradient"): Config(32, 64, 32, warps=4, stages=1, group=2),
+    ("interpreter", "half", "kept"): Config(32, 32, 32, warps=4, stages=1, group=2),
+    ("interpreter", "tf32", "statistics"): Config(32, 64, 32, warps=4, stages=1, group=2, strip=2),
     ("interpreter", "tf32", "sums"): Config(64, 64, 32, warps=4, stages=1, group=2),
     ("interpreter", "tf32", "gradient"): Config(64, 64, 32, warps=4, stages=1, group=2),
-    ("interpreter", "given", "statistics"): Config(64, 64, 32, warps=4, stages=1, group=2),
-    ("interpreter", "given", "sums"): Config(32, 64, 32, warps=4, stages=1, group=2),
-    ("interpreter", "given", "gradient"): Config(64, 64, 32, warps=4, stages=1, group=2),
 }
+for _architecture in ("sm_80", "sm_90", "sm_100", "gfx942", "interpreter"):  # no matrix units, so no difference
+    CONFIGS[_architecture, "given", "statistics"] = Config(64, 64, 32, warps=4, stages=1, strip=4)
+    CONFIGS[_architecture, "given", "sums"] = Config(64, 64, 32, warps=4, stages=1)
+    CONFIGS[_architecture, "given", "gradient"] = Config(64, 64, 32, warps=4, stages=1)
 
 
-@functools.cache
-def architecture(device: torch.device) -> str:
-    """The rows of the table for a device.
-
-    Raises: RuntimeError for an NVIDIA GPU older than compute capability 8.0.
-    """
-    if device.type == "cpu":
-        return "interpreter"
-    if torch.version.hip:
-        return "gfx942"
-    major, minor = torch.cuda.get_device_capability(device)
-    if major < 8:
-        name = torch.cuda.get_device_name(device)
-        raise RuntimeError(
-            f"backend 'triton' cannot run on {name} (compute capability {major}.{minor}): it needs 8.0 or later. "
-            "backend='reference' runs there."
-        )
-    if major >= 12:  # no tcgen05, and the shared memory of 8.9
-        return "sm_80"
-    return "sm_100" if major >= 10 else f"sm_{major}0"
-
-
-@functools.cache
-def has_tma(device: torch.device) -> bool:
-    """Whether to load by NVIDIA's tensor copy engine: compute capabilities 9 to 11."""
-    return architecture(device) in ("sm_90", "sm_100")
-
-
-@functools.cache
-def default(device: torch.device, source: Source, kernel: Kernel) -> Config:
+def default(device: Device, source: Source, kernel: Kernel) -> Config:
     """The table's configuration for a device."""
-    return CONFIGS[architecture(device), source, kernel]
+    return CONFIGS[device.architecture, source, kernel]

@@ -1,165 +1,305 @@
-"""The forward kernels: statistics of tiles, and their merging into those of the whole matrix."""
+"""The forward kernels: statistics of tiles of S, and their merging into those of the whole matrix."""
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from fused_contrastive.backends.triton.tiles import (
     CELL,
+    HEADROOM,
     LN_2,
-    LOG2_E,
-    depth,
+    excluded,
     finite,
+    load_tile,
     logits,
     power,
     products,
+    store_tile,
     tile_at,
-    tile_of,
 )
 
-LOST = tl.constexpr(1e-20)  # a sum of exp against the tile's maximum below this has lost its terms to underflow
+# A sum of exponentials below this, 2^-88 where the largest is 2^HEADROOM, has lost terms to underflow.
+LOST = tl.constexpr(3e-27)
 
 
-@triton.jit(do_not_specialize=["M", "N", "stride_references", "row_begin", "row_end", "col_begin", "col_end"])
-def tile_statistics(
-    x, y, given, scale, targets, col_bias, row_ids, col_ids, pos, row_max, row_sum, col_max, col_sum, kept, references,
-    M, N, D, stride_x, stride_y, stride_given, stride_kept, stride_references,
-    row_begin, row_end, col_begin, col_end,
-    SELF: tl.constexpr, UPPER: tl.constexpr, EQUAL_IDS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
-    FAST: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    BK: tl.constexpr, GROUP: tl.constexpr,
-):  # fmt: skip
-    """One tile of S per program: the positives' logits, and of every row and column a maximum and a sum of exp.
+class Partials(NamedTuple):
+    """Of each row or column of a part of S: log sum exp = maximum + log(sum), in the logits' units."""
 
-    Partials of the block [row_begin, row_end) x [col_begin, col_end): row_* (tiles across, height), col_* (tiles down,
-    width). Where nothing is left of a row, its maximum is -inf and its sum 0. The products come from ``given``, a
-    block of them, or are made here.
+    maxima: Tensor  # (parts, length) float32; -inf where nothing is left. Any reference serves as a maximum
+    sums: Tensor  # (parts, length) float32
 
-    FAST takes one exponential per logit, against the tile's maximum, for both directions; where that is so far above a
-    row or column that its sum is lost, the tile is done again against their own maxima.
 
-    ``kept``, if any, gets this block for the backward: with FAST the exponentials in its dtype, and ``references`` the
-    maximum that they are relative to, NaN where the tile must be made again; else the products.
+@triton.jit
+def _store_partials(partials, part, length, i, maximum, total, inside):
+    where = part.to(tl.int64) * length + i
+    tl.store(partials.maxima + where, maximum, mask=inside)
+    tl.store(partials.sums + where, total, mask=inside)
+
+
+@triton.jit
+def _add_scaled(total, maximum, more, its_maximum, MODE: tl.constexpr):
+    """Sums of exponentials against two maxima -> against the higher one."""
+    higher = tl.maximum(maximum, its_maximum)
+    by, its = power(maximum - finite(higher), MODE), power(its_maximum - finite(higher), MODE)
+    return total * by + more * its, higher
+
+
+@triton.jit
+def _strip_of(index, row_begin, row_end, col_begin, col_end, MODE: tl.constexpr, TILE: tl.constexpr):
+    """A strip, TILE.strip tiles down one column of tiles: its row, its column, its first pair, how many tiles count.
+
+    No tile counts that lies beyond the last row or, with ``upper``, below the diagonal.
     """
-    height = row_end - row_begin
-    width = col_end - col_begin
-    tile_m, tile_n = tile_at(tl.program_id(0), tl.cdiv(height, BM), tl.cdiv(width, BN), GROUP)
-    row0 = row_begin + tile_m * BM
+    BM: tl.constexpr = TILE.block_m
+    BN: tl.constexpr = TILE.block_n
+    STRIP: tl.constexpr = TILE.strip
+    strips = tl.cdiv(row_end - row_begin, BM * STRIP)
+    strip, tile_n = tile_at(index, strips, tl.cdiv(col_end - col_begin, BN), TILE.group)
+    row0 = row_begin + strip * (BM * STRIP)
     col0 = col_begin + tile_n * BN
-    unit = LOG2_E if FAST else 1.0
-    deep = depth(D, row0, col0, BN, UPPER)
+    end = row_end
+    if MODE.upper:
+        end = min(row_end, col0 + BN - 1)
+    return strip, tile_n, row0, col0, min(tl.cdiv(max(end - row0, 0), BM), STRIP)
 
-    rows = row0 + tl.arange(0, BM)
+
+@triton.jit(do_not_specialize=["M", "N", "row_begin", "row_end", "col_begin", "col_end"])
+def strip_statistics(
+    x, y, mask, pos, rows_to, cols_to, lost, kept, stride_kept, references, stride_references,
+    M, N, D, stride_x, stride_y, row_begin, row_end, col_begin, col_end, MODE: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Statistics of half-precision features, one exponential per logit for both directions; a strip per program.
+
+    x (M, D), y (N, D); the block of S is [row_begin, row_end) x [col_begin, col_end), ``height`` x ``width``.
+    rows_to: Partials (tiles across, height). cols_to: Partials (strips, width): the columns' sums stay in registers
+    from tile to tile of the strip, and threads add theirs up at its end. Either may be None.
+
+    A tile's exponentials are relative to one reference, HEADROOM below its maximum. ``lost`` (strips, tiles across)
+    int32 says of each strip whether that may be so far above some row or column that its sum has underflowed;
+    ``exact_statistics`` then looks closer. ``kept`` (height, width), where not None, gets the exponentials, and
+    ``references`` (cells of the block) their reference.
+    """
+    BM: tl.constexpr = TILE.block_m
+    BN: tl.constexpr = TILE.block_n
+    FOLD: tl.constexpr = TILE.fold
+    strip, tile_n, row0, col0, tiles = _strip_of(tl.program_id(0), row_begin, row_end, col_begin, col_end, MODE, TILE)
     cols = col0 + tl.arange(0, BN)
-    row_out = tile_n.to(tl.int64) * height + (rows - row_begin)
-    col_out = tile_m.to(tl.int64) * width + (cols - col_begin)
-
-    if given is not None:
-        where, inside = tile_of(given, stride_given, row0, col0, row_begin, row_end, col_begin, col_end, BM, BN)
-        acc = tl.load(where, mask=inside, other=0.0)
+    if FOLD:
+        col_total = tl.zeros((FOLD, 8, BN), tl.float32)
     else:
-        acc = products(x, y, row0, col0, M, N, deep, stride_x, stride_y, BM, BN, BK, TMA, PRECISION)
-        if kept is not None and not FAST:
-            where, inside = tile_of(kept, stride_kept, row0, col0, row_begin, row_end, col_begin, col_end, BM, BN)
-            tl.store(where, acc, mask=inside)
-    s = logits(
-        acc, scale, targets, col_bias, row_ids, col_ids, pos, row0, row_end, col0, col_end, unit, SELF, UPPER,
-        EQUAL_IDS, True, BM, BN,
-    )  # fmt: skip
-    lost = True
-    if FAST:
-        top = tl.max(s)
-        e = power(s - finite(top), FAST)
-        least = 1.0
-        if ROWS:
+        col_total = tl.zeros((BN,), tl.float32)
+    col_maximum = tl.full((), float("-inf"), tl.float32)
+    least = tl.full((BM,), 1.0, tl.float32)
+    shape = (M, N, D, stride_x, stride_y)
+    for _ in range(tiles):
+        acc = products(x, y, row0, col0, shape, MODE, TILE)
+        s, c = logits(acc, mask, pos, row0, row_end, col0, col_end, MODE)
+        top = tl.max(s) * c
+        reference = finite(top) - HEADROOM
+        e = tl.exp2(s * c - reference)
+        maximum = tl.where(top == float("-inf"), top, reference)
+        if rows_to is not None:
+            rows = row0 + tl.arange(0, BM)
             total = tl.sum(e, axis=1)
-            least = tl.min(tl.where(rows < row_end, total, 1.0))
-            tl.store(row_max + row_out, tl.full((BM,), 0.0, tl.float32) + top, mask=rows < row_end)
-            tl.store(row_sum + row_out, total, mask=rows < row_end)
-        if COLS:
-            total = tl.sum(e, axis=0)
-            present = cols < col_end
-            if col_bias is not None:  # a column left empty has lost nothing
-                present &= tl.load(col_bias + cols, mask=present, other=0.0) != float("-inf")
-            least = tl.minimum(least, tl.min(tl.where(present, total, 1.0)))
-            tl.store(col_max + col_out, tl.full((BN,), 0.0, tl.float32) + top, mask=cols < col_end)
-            tl.store(col_sum + col_out, total, mask=cols < col_end)
-        lost = least < LOST
-        if kept is not None:
-            where, inside = tile_of(kept, stride_kept, row0, col0, row_begin, row_end, col_begin, col_end, BM, BN)
-            tl.store(where, e.to(kept.dtype.element_ty), mask=inside)
-            cell_rows = row0 // CELL + tl.arange(0, BM // CELL)
-            cell_cols = col0 // CELL + tl.arange(0, BN // CELL)
-            where = cell_rows.to(tl.int64)[:, None] * stride_references + cell_cols[None, :]
-            inside = (cell_rows * CELL < row_end)[:, None] & (cell_cols * CELL < col_end)[None, :]
-            reference = tl.where(lost, float("nan"), finite(top))
-            tl.store(references + where, tl.zeros((BM // CELL, BN // CELL), tl.float32) + reference, mask=inside)
-    if lost:
-        if FAST:  # the products again: keeping them would cost every tile the registers
-            acc = products(x, y, row0, col0, M, N, deep, stride_x, stride_y, BM, BN, BK, TMA, PRECISION)
-            s = logits(
-                acc, scale, targets, col_bias, row_ids, col_ids, pos, row0, row_end, col0, col_end, unit, SELF,
-                UPPER, EQUAL_IDS, False, BM, BN,
+            _store_partials(
+                rows_to, tile_n, row_end - row_begin, rows - row_begin, tl.zeros((BM,), tl.float32) + maximum, total,
+                rows < row_end,
             )  # fmt: skip
-        if ROWS:
-            row_top = tl.max(s, axis=1)
-            tl.store(row_max + row_out, row_top, mask=rows < row_end)
-            tl.store(row_sum + row_out, tl.sum(power(s - finite(row_top)[:, None], FAST), axis=1), mask=rows < row_end)
-        if COLS:
-            col_top = tl.max(s, axis=0)
-            tl.store(col_max + col_out, col_top, mask=cols < col_end)
-            tl.store(col_sum + col_out, tl.sum(power(s - finite(col_top)[None, :], FAST), axis=0), mask=cols < col_end)
+            # Of a tile with nothing left no sum is lost.
+            floor = tl.where(top == float("-inf"), 1.0, 0.0)
+            least = tl.minimum(least, tl.where(rows < row_end, total + floor, 1.0))
+        if cols_to is not None:
+            if FOLD:  # rows of one thread: of the matrix units' layout, every eighth of the 16 rows of a warp
+                part = tl.sum(tl.sum(tl.reshape(e, (BM // (16 * FOLD), FOLD, 2, 8, BN)), axis=2), axis=0)
+            else:
+                part = tl.sum(e, axis=0)
+            col_total, col_maximum = _add_scaled(col_total, col_maximum, part, maximum, MODE)
+        if kept is not None:
+            i, j, height = row0 - row_begin, col0 - col_begin, row_end - row_begin
+            store_tile(kept, stride_kept, i, j, height, e, MODE.tma)
+            cell_rows = i // CELL + tl.arange(0, BM // CELL)
+            cell_cols = j // CELL + tl.arange(0, BN // CELL)
+            where = cell_rows.to(tl.int64)[:, None] * stride_references + cell_cols[None, :]
+            inside = (cell_rows * CELL < height)[:, None] & (cell_cols * CELL < col_end - col_begin)[None, :]
+            tl.store(references + where, tl.zeros((BM // CELL, BN // CELL), tl.float32) + reference, mask=inside)
+        row0 += BM
+    least_sum = tl.min(least)
+    if cols_to is not None:
+        if FOLD:
+            col_total = tl.sum(tl.sum(col_total, axis=1), axis=0)
+        width = col_end - col_begin
+        _store_partials(
+            cols_to, strip, width, cols - col_begin, tl.zeros((BN,), tl.float32) + col_maximum, col_total,
+            cols < col_end,
+        )  # fmt: skip
+        floor = tl.where(col_maximum == float("-inf"), 1.0, 0.0)
+        least_sum = min(least_sum, tl.min(tl.where(cols < col_end, col_total + floor, 1.0)))
+    where = strip * tl.cdiv(col_end - col_begin, BN) + tile_n
+    tl.store(lost + where, (least_sum < LOST).to(tl.int32))
+
+
+@triton.jit
+def _is_lost(mask, rows_from, cols_from, strip, tile_n, row0, col0, tiles, row_begin, row_end, col_begin, col_end,
+             MODE: tl.constexpr, TILE: tl.constexpr):  # fmt: skip
+    """Whether a row or column of a strip has something left and too small a sum. Makes no products."""
+    BM: tl.constexpr = TILE.block_m
+    BN: tl.constexpr = TILE.block_n
+    cols = col0 + tl.arange(0, BN)
+    width = col_end - col_begin
+    any_left = tl.zeros((BN,), tl.int32)
+    found = tl.full((), 0, tl.int32)
+    empty = (cols >= col_end)[None, :]
+    if mask.col_bias is not None:
+        empty |= (tl.load(mask.col_bias + cols, mask=cols < col_end, other=0.0) == float("-inf"))[None, :]
+    for t in range(tiles):
+        rows = row0 + t * BM + tl.arange(0, BM)
+        left = (~(excluded(mask, rows, row_end, cols, col_end, MODE) | empty)).to(tl.int32)
+        any_left = tl.maximum(any_left, tl.max(left, axis=0))
+        if rows_from is not None:
+            where = tile_n.to(tl.int64) * (row_end - row_begin) + rows - row_begin
+            total = tl.load(rows_from.sums + where, mask=rows < row_end, other=1.0)
+            found = max(found, tl.max(tl.where(total < LOST, tl.max(left, axis=1), 0)))
+    if cols_from is not None:
+        total = tl.load(cols_from.sums + strip.to(tl.int64) * width + cols - col_begin, mask=cols < col_end, other=1.0)
+        found = max(found, tl.max(tl.where(total < LOST, any_left, 0)))
+    return found > 0
+
+
+@triton.jit(do_not_specialize=["M", "N", "stride_given", "row_begin", "row_end", "col_begin", "col_end"])
+def exact_statistics(
+    x, y, given, stride_given, mask, pos, rows_to, cols_to, lost, kept, stride_kept,
+    M, N, D, stride_x, stride_y, row_begin, row_end, col_begin, col_end, MODE: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Statistics against every row's and column's own maximum. The results are those of ``strip_statistics``.
+
+    Where ``lost`` is None, all strips, one per program: this is how float32 features are done, their products from
+    ``given`` (height, width) or made here, and then written to ``kept`` (height, width) if that is not None. Else only
+    strips whose sums are lost, by as many programs as there are tiles across.
+    """
+    BM: tl.constexpr = TILE.block_m
+    BN: tl.constexpr = TILE.block_n
+    tiles_n = tl.cdiv(col_end - col_begin, BN)
+    strips = tl.cdiv(row_end - row_begin, BM * TILE.strip)
+    begin = tl.program_id(0)
+    step = strips * tiles_n
+    if lost is not None:
+        step = tl.num_programs(0)
+        # Most often nothing is lost: one read of all flags is then all that happens here.
+        marked = tl.full((), 0, tl.int32)
+        for first in range(0, strips, 64):
+            i = first + tl.arange(0, 64)
+            marked += tl.sum(tl.load(lost + i * tiles_n + begin, mask=i < strips, other=0))
+        begin = tl.where(marked > 0, begin, strips * tiles_n)
+    shape = (M, N, D, stride_x, stride_y)
+    for index in range(begin, strips * tiles_n, step):
+        if lost is None:
+            strip, tile_n, row0, col0, tiles = _strip_of(index, row_begin, row_end, col_begin, col_end, MODE, TILE)
+        else:
+            strip, tile_n = index // tiles_n, index % tiles_n
+            row0, col0 = row_begin + strip * (BM * TILE.strip), col_begin + tile_n * BN
+            tiles = min(tl.cdiv(row_end - row0, BM), TILE.strip)
+            redo = tl.load(lost + index) > 0
+            if redo:
+                redo = _is_lost(
+                    mask, rows_to, cols_to, strip, tile_n, row0, col0, tiles, row_begin, row_end, col_begin, col_end,
+                    MODE, TILE,
+                )  # fmt: skip
+            tiles = tl.where(redo, tiles, 0)
+        cols = col0 + tl.arange(0, BN)
+        col_total = tl.zeros((BN,), tl.float32)
+        col_maximum = tl.full((BN,), float("-inf"), tl.float32)
+        last = col_end
+        if lost is not None:
+            last = tl.where(tiles > 0, col_end, col_begin)
+        for _ in range(tiles):
+            if given is not None:
+                acc = load_tile(
+                    given, stride_given, row0 - row_begin, col0 - col_begin, row_end - row_begin, BM, BN, False
+                )
+            else:
+                acc = products(x, y, row0, col0, shape, MODE, TILE)
+                if kept is not None:
+                    store_tile(kept, stride_kept, row0 - row_begin, col0 - col_begin, row_end - row_begin, acc, False)
+            s, c = logits(acc, mask, pos, row0, row_end, col0, col_end, MODE)
+            s *= c
+            rows = row0 + tl.arange(0, BM)
+            if rows_to is not None:
+                maximum = tl.max(s, axis=1)
+                total = tl.sum(power(s - finite(maximum)[:, None], MODE), axis=1)
+                _store_partials(rows_to, tile_n, row_end - row_begin, rows - row_begin, maximum, total, rows < row_end)
+            if cols_to is not None:
+                maximum = tl.max(s, axis=0)
+                total = tl.sum(power(s - finite(maximum)[None, :], MODE), axis=0)
+                col_total, col_maximum = _add_scaled(col_total, col_maximum, total, maximum, MODE)
+            row0 += BM
+        if cols_to is not None:
+            _store_partials(
+                cols_to, strip, col_end - col_begin, cols - col_begin, col_maximum, col_total,
+                cols < last,
+            )  # fmt: skip
 
 
 @triton.jit
 def _merge_one(
-    part_max, part_sum, total_max, total_sum, value, parts, length, known,
-    FAST: tl.constexpr, PLAIN: tl.constexpr, PARTS: tl.constexpr, LENGTH: tl.constexpr,
+    parts_of, totals, parts, length, known, first, part_width, MODE: tl.constexpr, PLAIN: tl.constexpr,
+    UPPER: tl.constexpr, PARTS: tl.constexpr, LENGTH: tl.constexpr,
 ):  # fmt: skip
     i = tl.program_id(0) * LENGTH + tl.arange(0, LENGTH)
-    top = tl.load(total_max + i, mask=i < known, other=float("-inf"))
-    total = tl.load(total_sum + i, mask=i < known, other=0.0)
+    top = tl.load(totals.maxima + i, mask=i < known, other=float("-inf"))
+    total = tl.load(totals.sums + i, mask=i < known, other=0.0)
     for part0 in range(0, parts, PARTS):
         p = part0 + tl.arange(0, PARTS)
         inside = (p < parts)[:, None] & (i < length)[None, :]
+        if UPPER:  # row i has nothing in parts that end at or before the diagonal
+            inside &= ((p + 1) * part_width - 1)[:, None] > (first + i)[None, :]
         where = p.to(tl.int64)[:, None] * length + i[None, :]
-        tops = tl.load(part_max + where, mask=inside, other=float("-inf"))
-        sums = tl.load(part_sum + where, mask=inside, other=0.0)
+        tops = tl.load(parts_of.maxima + where, mask=inside, other=float("-inf"))
+        sums = tl.load(parts_of.sums + where, mask=inside, other=0.0)
         higher = tl.maximum(top, tl.max(tops, axis=0))
-        added = tl.sum((sums * power(tops - finite(higher)[None, :], FAST)).to(tl.float64), axis=0)
-        total = total * power(top - finite(higher), FAST).to(tl.float64) + added
+        added = tl.sum((sums * power(tops - finite(higher)[None, :], MODE)).to(tl.float64), axis=0)
+        total = total * power(top - finite(higher), MODE).to(tl.float64) + added
         top = higher
-    tl.store(total_max + i, top, mask=i < length)
-    tl.store(total_sum + i, total, mask=i < length)
+    tl.store(totals.maxima + i, top, mask=i < length)
+    tl.store(totals.sums + i, total, mask=i < length)
     high = top.to(tl.float64)
     if PLAIN:
-        log = total
+        log = total * LN_2 if MODE.half else total
     else:
-        log = (high + tl.log2(total)) * LN_2 if FAST else high + tl.log(total)
-    tl.store(value + i, log, mask=i < length)
+        log = (high + tl.log2(total)) * LN_2 if MODE.half else high + tl.log(total)
+    tl.store(totals.value + i, log, mask=i < length)
 
 
-@triton.jit(do_not_specialize=["tiles_m", "tiles_n", "height", "width", "known_height", "known_width"])
+class Totals(NamedTuple):
+    """Of one direction of the whole matrix, so far."""
+
+    maxima: Tensor  # (length,) float32
+    sums: Tensor  # (length,) float64
+    value: Tensor  # (length,) float64: maximum + log(sum)
+
+
+@triton.jit(do_not_specialize=["parts_m", "parts_n", "height", "width", "known_height", "known_width", "first"])
 def merge(
-    row_max, row_sum, row_total_max, row_total_sum, row, col_max, col_sum, col_total_max, col_total_sum, col,
-    tiles_m, tiles_n, height, width, known_height, known_width,
-    FAST: tl.constexpr, PLAIN: tl.constexpr, PARTS: tl.constexpr, LENGTH: tl.constexpr,
+    row_parts, row_totals, col_parts, col_totals, parts_m, parts_n, height, width, known_height, known_width, first,
+    MODE: tl.constexpr, PLAIN: tl.constexpr, PART_WIDTH: tl.constexpr, PARTS: tl.constexpr, LENGTH: tl.constexpr,
 ):  # fmt: skip
-    """Adds a block's partials to the running maxima and sums, in order; row, col = maximum + log(sum).
+    """Adds a block's Partials to the Totals, in order.
 
     Axis 1 of the grid is the direction: 0 rows, 1 columns; None where it is not asked. known_* is 0 for a direction's
     first block, whose totals hold nothing yet, and its length after. PLAIN: the maxima are 0 and the values are the
     sums. Sums and values are float64: next to a maximum of 1000, float32 would round log(sum) to 6e-5.
+
+    With ``upper`` the parts of rows hold nothing below the diagonal: a part is PART_WIDTH columns wide, and the first
+    row is ``first`` columns after the block's first.
     """
     if tl.program_id(1) == 0:
-        if row is not None:
+        if row_parts is not None:
             _merge_one(
-                row_max, row_sum, row_total_max, row_total_sum, row, tiles_n, height, known_height, FAST, PLAIN,
+                row_parts, row_totals, parts_n, height, known_height, first, PART_WIDTH, MODE, PLAIN, MODE.upper,
                 PARTS, LENGTH,
             )  # fmt: skip
-    elif col is not None:
-        _merge_one(
-            col_max, col_sum, col_total_max, col_total_sum, col, tiles_m, width, known_width, FAST, PLAIN,
-            PARTS, LENGTH,
-        )  # fmt: skip
+    elif col_parts is not None:  # of columns every part holds something: a strip without tiles writes -inf and 0
+        _merge_one(col_parts, col_totals, parts_m, width, known_width, 0, 0, MODE, PLAIN, False, PARTS, LENGTH)

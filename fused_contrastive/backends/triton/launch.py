@@ -9,44 +9,47 @@ import triton
 from torch import Tensor
 
 from fused_contrastive.backends.triton import backward as backward_kernels
+from fused_contrastive.backends.triton import configs, device, storage, tune
 from fused_contrastive.backends.triton import forward as forward_kernels
 from fused_contrastive.backends.triton import sigmoid as sigmoid_kernels
-from fused_contrastive.backends.triton import storage
-from fused_contrastive.backends.triton.problem import Block, Problem, scratch
+from fused_contrastive.backends.triton.problem import Block, Problem, largest
 from fused_contrastive.core.spec import Forward, Gradients, Needs, StatsSpec, Upstream
 
-# Blocks of S, (height, width): partial statistics of 2 x 33 MB; products of 128 MB; G of 256 MB in half precision.
+# Blocks of S, (height, width): partial statistics of 2 x 17 MB; products of 128 MB; G of 512 MB in half precision.
 STATISTICS_BLOCK = (16384, 32768)
 FLOAT32_BLOCK = (4096, 8192)
-GRADIENT_BLOCK = (8192, 16384)
+GRADIENT_BLOCK = (16384, 16384)
 MERGE_PARTS, MERGE_LENGTH = 32, 64
 FINISH_ROWS, FINISH_D = 16, 64
 FP16_TOP = 2.0**14  # G's largest entry in float16 is at most twice this: 1/N of it is far from underflow at N = 1e6
-
 TARGET_ROWS = 65536
-
 SMALLEST = 1e-30  # a largest |g| below this counts as this: its reciprocal must be finite in float32
+FUSED = {"enable_fp_fusion": True}  # of kernels without a configuration; see Config.options
 
 
-class _Totals:
-    """Running maxima, sums and their logarithms of one direction, all None if it is not asked."""
+def config(p: Problem, kernel: configs.Kernel) -> configs.Config:
+    return tune.choose(p.device, p.source, kernel, p.dtype, p.d, _work)
+
+
+class _Direction:
+    """Totals of one direction, and partial statistics of a block; None where it is not asked."""
 
     def __init__(self, asked: bool, size: int, like: Tensor) -> None:
         self.value = like.new_empty(size if asked else 0, dtype=torch.float64)
         self.asked = asked
         if asked:
-            self.top = like.new_empty(size, dtype=torch.float32)
-            self.total = torch.empty_like(self.value)
+            self.maxima = like.new_empty(size, dtype=torch.float32)
+            self.sums = torch.empty_like(self.value)
 
-    def partials(self, parts: int, length: int) -> tuple[Tensor | None, Tensor | None]:
+    def partials(self, parts: int, length: int) -> forward_kernels.Partials | None:
         if not self.asked:
-            return None, None
-        return self.top.new_empty(parts, length), self.top.new_empty(parts, length)
+            return None
+        return forward_kernels.Partials(self.maxima.new_empty(parts, length), self.maxima.new_empty(parts, length))
 
-    def views(self, part: slice) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    def totals(self, part: slice) -> forward_kernels.Totals | None:
         if not self.asked:
-            return None, None, None
-        return self.top[part], self.total[part], self.value[part]
+            return None
+        return forward_kernels.Totals(self.maxima[part], self.sums[part], self.value[part])
 
 
 def forward(spec: StatsSpec, x: Tensor, y: Tensor) -> Forward:
@@ -54,47 +57,62 @@ def forward(spec: StatsSpec, x: Tensor, y: Tensor) -> Forward:
     buffer = x.new_empty(shape, dtype=dtype)
     p = Problem(spec, x, y, buffer)
     pos = x.new_empty(p.m, dtype=torch.float64)
-    row, col = _Totals(spec.rows, p.m, x), _Totals(spec.cols, p.n, x)
+    row, col = _Direction(spec.rows, p.m, x), _Direction(spec.cols, p.n, x)
     by_vendor = p.source == "given"
-    with p.on_device():
+    with device.current(x.device):
         all_blocks = p.blocks(*(FLOAT32_BLOCK if by_vendor else STATISTICS_BLOCK))
-        not_kept = [b for b in all_blocks if b.row1 > p.kept_rows]
-        room = scratch(x, not_kept, torch.float32) if by_vendor else None
+        room = None
+        if by_vendor:
+            room = storage.scratch(x, *largest([b for b in all_blocks if b.row1 > p.kept_rows]), torch.float32)
         for b in all_blocks:
-            keep, given = p.kept.block(b.rows, b.cols), None
+            kept, given = p.kept.block(b.rows, b.cols), None
             if room is not None:
-                given = p.products(b, room[: b.height, : b.width] if keep.given is None else keep.given)
-            _block_statistics(p, b, given, keep, pos, row, col)
+                given = kept.products or storage.block_of(room, b.height, b.width)
+                p.products(b, given.values)
+            block_statistics(p, b, given, kept, pos, row, col)
     return Forward(pos, row.value, col.value, buffer)
 
 
-def _block_statistics(
-    p: Problem, b: Block, given: Tensor | None, keep: storage.View, pos: Tensor, row: _Totals, col: _Totals
-) -> None:
-    config = p.config("sums" if p.softplus else "statistics")
-    down, across = b.tiles(config)
-    row_parts = row.partials(across, b.height)
-    col_parts = col.partials(down, b.width)
-    kept_to = keep.given if given is None else None  # the vendor GEMM has written there itself
-    if keep.exponentials is not None:
-        kept_to = keep.exponentials
+def block_statistics(
+    p: Problem, b: Block, given: storage.Matrix | None, kept: storage.Kept, pos: Tensor, row: _Direction,
+    col: _Direction, top: float = 1.0,
+) -> None:  # fmt: skip
+    """A block's statistics, added to those of the blocks before it. ``top``: what kept sigmoids are multiplied by."""
+    c = config(p, "sums" if p.softplus else "statistics")
+    strips, across = b.tiles(c)
+    row_parts, col_parts = row.partials(across, b.height), col.partials(strips, b.width)
+    products_to = (None, 0) if given is not None or kept.products is None else _plain(kept.products)
     if p.softplus:
-        sigmoid_kernels.sigmoid_statistics[(down * across,)](
-            *p.features(config), given, p.spec.scale, *p.vectors, pos, *row_parts, kept_to,
-            *p.sizes, _stride(given), _stride(kept_to), *b, **p.flags, **config.options,
+        sigmoid_kernels.sigmoid_statistics[(strips * across,)](
+            *p.features(c), *_plain(given), p.mask, pos, row_parts, *p.tile(kept.exponentials, c), *products_to,
+            *p.sizes, *b, TOP=top, MODE=p.mode, TILE=c, **c.options,
+        )  # fmt: skip
+    elif p.half:
+        lost = pos.new_empty(strips, across, dtype=torch.int32)
+        forward_kernels.strip_statistics[(strips * across,)](
+            *p.features(c), p.mask, pos, row_parts, col_parts, lost, *p.tile(kept.exponentials, c), kept.references,
+            _stride(kept.references), *p.sizes, *b, MODE=p.mode, TILE=c, **c.options,
+        )  # fmt: skip
+        forward_kernels.exact_statistics[(across,)](
+            *p.features(c.exact), None, 0, p.mask, None, row_parts, col_parts, lost, None, 0, *p.sizes, *b,
+            MODE=p.mode, TILE=c.exact, **c.exact.options,
         )  # fmt: skip
     else:
-        forward_kernels.tile_statistics[(down * across,)](
-            *p.features(config), given, p.spec.scale, *p.vectors, pos, *row_parts, *col_parts, kept_to, keep.references,
-            *p.sizes, _stride(given), _stride(kept_to), _stride(keep.references), *b,
-            ROWS=row.asked, COLS=col.asked, **p.flags, **config.options,
+        forward_kernels.exact_statistics[(strips * across,)](
+            *p.features(c), *_plain(given), p.mask, pos, row_parts, col_parts, None, *products_to, *p.sizes, *b,
+            MODE=p.mode, TILE=c, **c.options,
         )  # fmt: skip
     longest = max(b.height if row.asked else 0, b.width if col.asked else 0)
     forward_kernels.merge[(triton.cdiv(longest, MERGE_LENGTH), 2)](
-        *row_parts, *row.views(b.rows), *col_parts, *col.views(b.cols),
-        down, across, b.height, b.width, 0 if p.first_of_rows(b) else b.height, b.width if b.row0 else 0,
-        FAST=p.flags["FAST"], PLAIN=p.softplus, PARTS=MERGE_PARTS, LENGTH=MERGE_LENGTH,
+        row_parts, row.totals(b.rows), col_parts, col.totals(b.cols),
+        strips, across, b.height, b.width, 0 if p.first_of_rows(b) else b.height, b.width if b.row0 else 0,
+        b.row0 - b.col0, MODE=p.mode, PLAIN=p.softplus, PART_WIDTH=c.block_n, PARTS=MERGE_PARTS, LENGTH=MERGE_LENGTH,
+        **FUSED,
     )  # fmt: skip
+
+
+def _plain(matrix: storage.Matrix | None) -> tuple[Tensor | None, int]:
+    return (None, 0) if matrix is None else (matrix.whole, matrix.stride)
 
 
 def _stride(t: Tensor | None) -> int:
@@ -116,42 +134,62 @@ def add_product(out: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
 class _Backward:
     """One backward: what its steps share."""
 
-    def __init__(self, p: Problem, saved: Forward, upstream: Upstream, needs: Needs, dtype: torch.dtype) -> None:
-        self.p, self.saved, self.needs = p, saved, needs
-        self.g_pos, self.g_row, self.g_col = (None if g is None else g.contiguous() for g in upstream)
+    def __init__(self, p: Problem, saved: Forward, upstream: Upstream, needs: Needs) -> None:
+        self.p, self.needs = p, needs
+        self.g_pos, g_row, g_col = (None if g is None else g.contiguous() for g in upstream)
         self.by_rows = needs.x or (needs.scale and not needs.y)  # the scale's gradient comes with that of x, or of y
         self.largest: Tensor | None = None
         self.top = 1.0
-        normalised = [g for g in (self.g_row, self.g_col) if g is not None]
-        if dtype == torch.float16 and normalised:
+        normalised = [g for g in (g_row, g_col) if g is not None]
+        if p.dtype == torch.float16 and normalised:
             together = torch.cat(normalised) if len(normalised) > 1 else normalised[0]
             self.largest = torch.linalg.vector_norm(together, ord=torch.inf).clamp_min(SMALLEST)
             self.top = FP16_TOP
         self.has_negatives = bool(normalised)
         self.dots: list[Tensor] = []
+        self.g_row = g_row
+        self.rows, self.cols = (None if g is None else _direction(size, g) for g, size in ((g_row, p.m), (g_col, p.n)))
+        if self.has_negatives and not p.softplus:
+            backward_kernels.prepare[(triton.cdiv(max(p.m, p.n), configs.TILE), 2)](
+                saved.row, g_row, self.rows, saved.col, g_col, self.cols, self.largest, p.m, p.n,
+                MODE=p.mode, TOP=self.top, SEGMENT=configs.TILE, **FUSED,
+            )  # fmt: skip
 
     def gradient(self, b: Block, room: Tensor) -> Tensor:
         """G of a block, its positives 0, times top / largest."""
-        p, keep = self.p, self.p.kept.block(b.rows, b.cols)
-        out, given = room[: b.height, : b.width], keep.given
+        p, kept = self.p, self.p.kept.block(b.rows, b.cols)
+        out, given = storage.block_of(room, b.height, b.width), kept.products
         if p.source == "given" and given is None:
-            given = p.products(b, out)  # each tile is read before it is overwritten
-        config = p.config("gradient" if keep.exponentials is None else "kept")
-        down, across = b.tiles(config)
+            given = out  # each tile is read before it is overwritten
+            p.products(b, given.values)
+        c = config(p, "gradient" if kept.exponentials is None else "kept")
+        down, across = b.tiles(c)
         if p.softplus:
             sigmoid_kernels.sigmoid_gradient[(down * across,)](
-                *p.features(config), given, keep.exponentials, p.spec.scale, *p.vectors, self.g_row, self.largest, out,
-                *p.sizes, _stride(given), _stride(keep.exponentials), _stride(out), *b,
-                TOP=self.top, **p.flags, **config.options,
+                *p.features(c), *_plain(given), *p.tile(kept.exponentials, c), p.mask, self.g_row, self.largest,
+                *(p.tile(out, c) if p.half else _plain(out)), *p.sizes, *b, TOP=self.top, MODE=p.mode, TILE=c,
+                **c.options,
             )  # fmt: skip
-            return out
-        backward_kernels.tile_gradient[(down * across,)](
-            *p.features(config), given, keep.exponentials, keep.references, p.spec.scale, *p.vectors,
-            self.saved.row, self.saved.col, self.g_row, self.g_col, self.largest, out,
-            *p.sizes, _stride(given), _stride(keep.exponentials), _stride(keep.references), _stride(out), *b,
-            TOP=self.top, **p.flags, **config.options,
+            return out.values
+        directions = self.rows, self.cols
+        if kept.exponentials is not None:
+            backward_kernels.gradient_of_kept[(down * across,)](
+                *p.tile(kept.exponentials, c), kept.references, _stride(kept.references), *directions,
+                *p.tile(out, c), *b, MODE=p.mode, TILE=c, **c.options,
+            )  # fmt: skip
+        elif p.half:
+            backward_kernels.gradient[(down * across,)](
+                *p.features(c), p.mask, *directions, *p.tile(out, c), *p.sizes, *b, MODE=p.mode, TILE=c,
+                SEGMENT=configs.TILE, **c.options,
+            )  # fmt: skip
+        exact = config(p, "statistics").exact if p.half else c
+        down, across = b.tiles(exact._replace(strip=1))
+        backward_kernels.exact_gradient[(down, 1 if p.half else across)](
+            *p.features(exact), *_plain(given), kept.references, _stride(kept.references), p.mask, *directions,
+            *_plain(out), *p.sizes, *b, ONLY_FAR=p.half, MODE=p.mode, TILE=exact, SEGMENT=configs.TILE,
+            **exact.options,
         )  # fmt: skip
-        return out
+        return out.values
 
     def finish(
         self, grad: Tensor, out: Tensor | None, own: Tensor, other: Tensor, targets: Tensor | None,
@@ -164,38 +202,39 @@ class _Backward:
         backward_kernels.finish[(programs,)](
             grad, own, other, self.g_pos, targets, self.p.spec.scale, largest, out, parts,
             rows, first, paired, self.p.d, own.stride(0), other.stride(0),
-            TOP=self.top if largest is not None else 1.0, ROWS=FINISH_ROWS, BD=FINISH_D,
+            TOP=self.top if largest is not None else 1.0, ROWS=FINISH_ROWS, BD=FINISH_D, **FUSED,
         )  # fmt: skip
         if parts is not None:
             self.dots.append(parts)
 
 
-def gradient_of_one_block(
-    spec: StatsSpec, x: Tensor, y: Tensor, saved: Forward, upstream: Upstream, needs: Needs
-) -> Callable[[], object]:
-    """The first block's G and nothing else, to be called again and again: for tuning."""
-    p = Problem(spec, x, y, saved.kept)
-    run = _Backward(p, saved, upstream, needs, x.dtype)
-    block = p.blocks(*(FLOAT32_BLOCK if p.exact else GRADIENT_BLOCK))[0]
-    room = scratch(x, [block], x.dtype)
-    return lambda: run.gradient(block, room)
+def _direction(size: int, like: Tensor) -> backward_kernels.Direction:
+    """Views of one buffer, each at a 16-byte boundary."""
+    sizes = [size] * 3 + [triton.cdiv(size, configs.TILE)] * 2
+    buffer = like.new_empty(sum(-(-s // 4) * 4 for s in sizes), dtype=torch.float32)
+    views, begin = [], 0
+    for s in sizes:
+        views.append(buffer[begin : begin + s])
+        begin += -(-s // 4) * 4
+    return backward_kernels.Direction(*views)
 
 
 def backward(spec: StatsSpec, x: Tensor, y: Tensor, saved: Forward, upstream: Upstream, needs: Needs) -> Gradients:
     p = Problem(spec, x, y, saved.kept)
-    run = _Backward(p, saved, upstream, needs, x.dtype)
-    targets = p.vectors[0]
     gx = x.new_empty(p.m, p.d) if needs.x else None
     gy = y.new_empty(p.n, p.d) if needs.y else None
-    with p.on_device():
-        all_blocks = p.blocks(*(FLOAT32_BLOCK if p.exact else GRADIENT_BLOCK))
-        height = max(b.height for b in all_blocks)
+    targets = p.mask.targets
+    with device.current(x.device):
+        run = _Backward(p, saved, upstream, needs)
+        all_blocks = p.blocks(*(GRADIENT_BLOCK if p.half else FLOAT32_BLOCK))
+        height, width = largest(all_blocks if run.has_negatives else [])
         # The sums over the negatives: of x a row of blocks at a time, of y and the bias to the end.
         new = torch.empty if run.has_negatives else torch.zeros
-        dx = new(height if run.by_rows else 0, p.d, dtype=torch.float32, device=x.device)
+        dx_height = largest(all_blocks)[0] if run.by_rows else 0
+        dx = new(dx_height, p.d, dtype=torch.float32, device=x.device)
         dy = new(p.n if needs.y else 0, p.d, dtype=torch.float32, device=x.device)
         dbias = torch.zeros(p.n if needs.col_bias else 0, dtype=torch.float32, device=x.device)
-        room = scratch(x, all_blocks if run.has_negatives else [], x.dtype)
+        room = storage.scratch(x, height, width, x.dtype)
         for b in all_blocks:
             if run.has_negatives:
                 g = run.gradient(b, room)
@@ -210,11 +249,11 @@ def backward(spec: StatsSpec, x: Tensor, y: Tensor, saved: Forward, upstream: Up
         if run.largest is not None:
             dbias *= run.largest / run.top
         if needs.y:
-            largest, paired = run.largest, p.m
+            factor, paired = run.largest, p.m
             if run.g_pos is not None and targets is not None:
-                if largest is not None:
-                    dy *= largest / run.top
-                    largest = None
+                if factor is not None:
+                    dy *= factor / run.top
+                    factor = None
                 # Sorted, so deterministic where several rows share a positive; index_add_ on a GPU is not. In
                 # parts, as the terms are float32.
                 for i in range(0, p.m, TARGET_ROWS):
@@ -222,7 +261,7 @@ def backward(spec: StatsSpec, x: Tensor, y: Tensor, saved: Forward, upstream: Up
                     terms = run.g_pos[rows, None].float() * p.x[rows].float()
                     dy.index_put_((targets[rows],), terms, accumulate=True)
                 paired = 0
-            run.finish(dy, gy, p.y, p.x, None, 0, paired, needs.scale and not run.by_rows, largest)
+            run.finish(dy, gy, p.y, p.x, None, 0, paired, needs.scale and not run.by_rows, factor)
         if needs.col_bias and run.g_pos is not None:
             if targets is None:
                 dbias[: p.m] += run.g_pos
@@ -230,3 +269,28 @@ def backward(spec: StatsSpec, x: Tensor, y: Tensor, saved: Forward, upstream: Up
                 dbias.index_put_((targets,), run.g_pos.float(), accumulate=True)
         dscale = torch.cat(run.dots).sum().float() if needs.scale else None
     return Gradients(gx, gy, dscale, dbias if needs.col_bias else None)
+
+
+TRIAL_SIZE = 8192  # rows and columns of the problem to measure on
+
+
+def _work(trial: tune.Trial) -> Callable[[], object]:
+    """One call of a trial's kernel, and of nothing more than can be helped, on random features."""
+    where = torch.device(trial.device.type)
+    size = 64 if trial.device.interpreted else TRIAL_SIZE
+    generator = torch.Generator(where).manual_seed(0)  # the user's random numbers stay as they are
+    features = (torch.randn(size, trial.d, device=where, generator=generator) for _ in range(2))
+    x, y = (torch.nn.functional.normalize(t, dim=1).to(trial.dtype) for t in features)
+    scale = torch.full((), 20.0, device=where)
+    spec = StatsSpec(scale, kept_rows=size if trial.kernel == "kept" else 0)
+    if trial.kernel == "sums":
+        spec = spec._replace(cols=False, reduction="softplus")
+    if trial.kernel in ("statistics", "sums"):
+        return lambda: forward(spec, x, y)
+    saved = forward(spec, x, y)
+    g = torch.full((size,), 1 / size, dtype=torch.float64, device=where)
+    p = Problem(spec, x, y, saved.kept)
+    run = _Backward(p, saved, Upstream(None, g, g), Needs(True, True, True, False))
+    block = p.blocks(*(GRADIENT_BLOCK if p.half else FLOAT32_BLOCK))[0]
+    room = storage.scratch(x, block.height, block.width, x.dtype)
+    return lambda: run.gradient(block, room)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fused_contrastive.backends.triton import device
 from fused_contrastive.backends.triton.tiles import log1p_unit
 from fused_contrastive.core.reduction import Reduction
 
@@ -96,12 +96,12 @@ class _CrossEntropy(torch.autograd.Function):
         ctx.save_for_backward(pos, first, second)
         m = pos.shape[0]
         ctx.averaged = (1 if second is None else 2) * (m if reduction == "mean" else 1)
-        ctx.flags = {"DECOUPLED": decoupled, "BLOCK": BLOCK}
+        ctx.flags = {"DECOUPLED": decoupled, "BLOCK": BLOCK, "enable_fp_fusion": True}
         programs = triton.cdiv(m, BLOCK * BLOCKS_PER_PROGRAM)
         each = reduction == "none"
         losses = pos.new_empty(m, dtype=dtype) if each else None
         sums = None if each else pos.new_empty(programs, dtype=dtype if programs == 1 else torch.float64)
-        with _on_device(pos):
+        with device.current(pos.device):
             _forward[(programs,)](
                 pos, first, second, losses, sums, m, ctx.averaged, BLOCKS=BLOCKS_PER_PROGRAM, **ctx.flags
             )
@@ -119,7 +119,7 @@ class _CrossEntropy(torch.autograd.Function):
         g_second = None if second is None else torch.empty_like(pos)
         each = g.dim() == 1
         m = pos.shape[0]
-        with _on_device(pos):
+        with device.current(pos.device):
             _backward[(triton.cdiv(m, BLOCK),)](
                 pos, first, second, g.contiguous(), g_pos, g_first, g_second, m, ctx.averaged, EACH=each, **ctx.flags
             )
@@ -136,10 +136,6 @@ def _recorded(
 
     g_first, g_second = slope(first), None if second is None else slope(second)
     return -g_first if g_second is None else -g_first - g_second, g_first, g_second
-
-
-def _on_device(t: Tensor) -> AbstractContextManager[Any]:
-    return torch.cuda.device(t.device) if t.device.type == "cuda" else nullcontext()
 
 
 def cross_entropy(

@@ -68,7 +68,7 @@ def maxima(
     If T > TB, no program has all of x's tokens at once: the maxima of the direction y and their indices go to
     part_best and part_index, (blocks of T, last - first, N, P), to be compared afterwards.
     """
-    ITEMS: tl.constexpr = BM // TB  # noqa: N806
+    ITEMS: tl.constexpr = BM // TB
     tile, n = tile_at(tl.program_id(0), tl.cdiv(last - first, ITEMS), N, GROUP)
     item0 = first + tile * ITEMS
     r = tl.arange(0, BM)

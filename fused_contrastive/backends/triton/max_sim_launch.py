@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
-from fused_contrastive.backends.triton import configs, max_sim
-from fused_contrastive.backends.triton.problem import aligned, products_from
+from fused_contrastive.backends.triton import configs, device, max_sim
+from fused_contrastive.backends.triton.problem import multiplied, products_from
 from fused_contrastive.core.tokens import (
     MaxSimForward,
     MaxSimUpstream,
@@ -71,17 +70,12 @@ class _Problem:
     def __init__(self, spec: TokenSpec, x: Tensor, y: Tensor) -> None:
         self.spec = spec
         (self.m, self.t, self.d), (self.n, self.p, _) = x.shape, y.shape
-        source = products_from(x)
-        self.tiles = tiles(configs.architecture(x.device), source)
+        source, on = products_from(x), device.of(x.device)
+        self.tiles = tiles(on.architecture, source)
         self.precision = "tf32" if source == "tf32" else "ieee"
-        if x.device.type == "cpu":  # the interpreter multiplies bfloat16 as if its bits were integers
-            x, y = x.float(), y.float()
-        self.x, self.y = aligned(x.flatten(0, 1)), aligned(y.flatten(0, 1))
+        self.x, self.y = multiplied(x.flatten(0, 1), y.flatten(0, 1), source, on)
         self.block = token_block(self.t, self.tiles.m)
         self.x_lengths, self.y_lengths = spec.x_lengths, spec.y_lengths
-
-    def on_device(self) -> AbstractContextManager[Any]:
-        return torch.cuda.device(self.x.device) if self.x.device.type == "cuda" else nullcontext()
 
     def maxima(
         self, first: int, last: int, x_sums: Tensor | None, y_sums: Tensor | None, argmax_x: Tensor | None,
@@ -129,7 +123,7 @@ def forward(spec: TokenSpec, x: Tensor, y: Tensor) -> MaxSimForward:
     x_sums = x.new_empty(p.m, p.n, dtype=torch.float32)
     y_sums = x.new_empty((p.m, p.n) if spec.both else (0, 0), dtype=torch.float32)
     argmax_x, argmax_y = argmaxima(spec.kept_rows, x, y, spec.both)
-    with p.on_device():
+    with device.current(p.x.device):
         for begin, end, kept in ((0, spec.kept_rows, True), (spec.kept_rows, p.m, False)):
             p.maxima(
                 begin, end, x_sums, y_sums if spec.both else None, argmax_x if kept else None,
@@ -149,7 +143,7 @@ def backward(
     g_x, g_y = (None if g is None else g.float().contiguous() for g in upstream)
     both = g_y is not None
     step = max(p.tiles.m // p.block, ROOM // bytes_of_row(x, y, both))
-    with p.on_device():
+    with device.current(p.x.device):
         for begin in (*range(0, spec.kept_rows, step), *range(spec.kept_rows, p.m, step)):
             end = min(begin + step, spec.kept_rows if begin < spec.kept_rows else p.m)
             if begin < spec.kept_rows:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fused_contrastive.backends.triton import configs, storage, tune
+from fused_contrastive.backends.triton import configs, device, storage
+from fused_contrastive.backends.triton.tiles import Mask, Mode
 from fused_contrastive.core.spec import StatsSpec
 
 
@@ -39,8 +39,8 @@ class Block(NamedTuple):
         return self.col1 - self.col0
 
     def tiles(self, c: configs.Config) -> tuple[int, int]:
-        """Tiles down and across."""
-        return -(-self.height // c.block_m), -(-self.width // c.block_n)
+        """Strips of tiles down, tiles across."""
+        return -(-self.height // (c.block_m * c.strip)), -(-self.width // c.block_n)
 
 
 def cuts(begin: int, end: int, step: int) -> list[tuple[int, int]]:
@@ -80,7 +80,7 @@ def tf32() -> bool:
 def rounded_to_tf32(t: Tensor) -> Tensor:
     """Float32 to the nearest tf32, ties to even; inf and NaN stay.
 
-    What the copy engine brings, the matrix units cut off below the 10th bit, which makes all products too small.
+    The matrix units cut off what they are given below the 10th bit, which makes all products too small.
     """
     bits = t.view(torch.int32)
     rounded = (bits + (0xFFF + ((bits >> 13) & 1))) & ~0x1FFF
@@ -94,43 +94,45 @@ def products_from(x: Tensor) -> configs.Source:
     return "tf32" if tf32() and not torch.version.hip else "given"
 
 
+def multiplied(x: Tensor, y: Tensor, source: configs.Source, on: device.Device) -> tuple[Tensor, Tensor]:
+    """Features as the kernels multiply them."""
+    if on.interpreted:
+        return aligned(x.float()), aligned(y.float())
+    if source == "tf32":
+        return aligned(rounded_to_tf32(x.contiguous())), aligned(rounded_to_tf32(y.contiguous()))
+    return aligned(x), aligned(y)
+
+
 class Problem:
     """Arguments that all launches of one problem share."""
 
     def __init__(self, spec: StatsSpec, x: Tensor, y: Tensor, kept_buffer: Tensor) -> None:
         self.spec = spec
+        self.device = device.of(x.device)
         self.m, self.n, self.d = x.shape[0], y.shape[0], x.shape[1]
         self.dtype, self.source = x.dtype, products_from(x)
-        if x.device.type == "cpu":  # the interpreter multiplies bfloat16 as if its bits were integers
-            x, y = x.float(), y.float()
-        self.x, self.y = aligned(x), aligned(y)
-        self.multiplied = self.x, self.y  # by the kernels
-        if self.source == "tf32" and self.x.device.type != "cpu":
-            self.multiplied = aligned(rounded_to_tf32(self.x)), aligned(rounded_to_tf32(self.y))
-        self.exact = self.source != "half"
+        self.multiplied = multiplied(x, y, self.source, self.device)
+        # Of the vendor GEMM's products, and of the positives.
+        self.x, self.y = (aligned(x), aligned(y)) if self.source == "tf32" else self.multiplied
+        self.half = self.source == "half"
         self.softplus = spec.reduction == "softplus"
-        self.kept_rows = spec.kept_rows if self.n < storage.LONGEST_ROW else 0
-        self.kept = storage.Kept(kept_buffer, self.kept_rows, self.n, self.exact)
-        self.vectors = [
+        kept_rows = spec.kept_rows if self.n < storage.LONGEST_ROW else 0
+        if kept_rows < self.m:  # blocks begin at multiples of the largest tile
+            kept_rows -= kept_rows % configs.TILE
+        self.kept_rows = kept_rows
+        self.kept = storage.KeptRows(kept_buffer, kept_rows, self.n, exact=not self.half)
+        targets, col_bias, row_ids, col_ids = (
             None if t is None else t.contiguous() for t in (spec.targets, spec.col_bias, spec.row_ids, spec.col_ids)
-        ]
-        self.tma = configs.has_tma(self.x.device) and self.source != "given"
-        self.flags = {
-            "SELF": spec.exclude_self,
-            "UPPER": spec.upper,
-            "EQUAL_IDS": spec.equal_ids,
-            "FAST": not self.exact,
-            "TMA": self.tma,
-            "PRECISION": "tf32" if self.source == "tf32" else "ieee",
-        }
+        )
+        self.mask = Mask(spec.scale, targets, col_bias, row_ids, col_ids)
+        self.tma = self.device.tma and self.source != "given"
+        precision = "tf32" if self.source == "tf32" else "ieee"
+        self.mode = Mode(self.half, self.tma, precision, spec.exclude_self, spec.upper, spec.equal_ids)
 
     @property
     def sizes(self) -> tuple[int, int, int, int, int]:
         x, y = self.multiplied
         return self.m, self.n, self.d, x.stride(0), y.stride(0)
-
-    def config(self, kernel: configs.Kernel) -> configs.Config:
-        return tune.choose(self.x.device, self.source, kernel, self.dtype, self.d)
 
     def features(self, c: configs.Config) -> tuple[Any, Any]:
         """x and y as a kernel of this configuration loads them."""
@@ -141,6 +143,14 @@ class Problem:
             TensorDescriptor.from_tensor(x, [c.block_m, c.block_k]),
             TensorDescriptor.from_tensor(y, [c.block_n, c.block_k]),
         )
+
+    def tile(self, matrix: storage.Matrix | None, c: configs.Config) -> tuple[Any, int]:
+        """A block as the kernels of half-precision features load or store its tiles, and its stride."""
+        if matrix is None:
+            return None, 0
+        if not self.tma:
+            return matrix.whole, matrix.stride
+        return TensorDescriptor.from_tensor(matrix.whole, [c.block_m, c.block_n]), matrix.stride
 
     def blocks(self, height: int, width: int) -> list[Block]:
         if self.spec.upper:  # smaller, so that less of those on the diagonal is for nothing
@@ -155,12 +165,7 @@ class Problem:
         """The vendor GEMM's products of a block, written to ``out`` (height, width)."""
         return torch.mm(self.x[b.rows], self.y[b.cols].T, out=out)
 
-    def on_device(self) -> AbstractContextManager[Any]:
-        return torch.cuda.device(self.x.device) if self.x.device.type == "cuda" else nullcontext()
 
-
-def scratch(like: Tensor, all_blocks: list[Block], dtype: torch.dtype) -> Tensor:
-    """Memory for the largest block, its rows at 128-element boundaries."""
-    height = max((b.height for b in all_blocks), default=0)
-    width = max((b.width for b in all_blocks), default=0)
-    return like.new_empty(height, -(-width // 128) * 128, dtype=dtype)
+def largest(all_blocks: list[Block]) -> tuple[int, int]:
+    """The height and width that any of the blocks has at most."""
+    return max((b.height for b in all_blocks), default=0), max((b.width for b in all_blocks), default=0)

@@ -5,93 +5,113 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fused_contrastive.backends.triton.backward import factor_of
-from fused_contrastive.backends.triton.tiles import equal_ids, log1p_unit, logits, products, tile_at, tile_of
+from fused_contrastive.backends.triton.forward import _store_partials
+from fused_contrastive.backends.triton.tiles import (
+    equal_ids,
+    load_tile,
+    log1p_unit,
+    logits,
+    power,
+    products,
+    store_tile,
+    tile_at,
+)
 
 
 @triton.jit
-def _slope(s, row_ids, col_ids, rows, row_end, cols, col_end):
+def _log2_1p(u):
+    """log2(1 + u) for u in [0, 1], with a relative error below 1.3e-6: u times a minimax polynomial of degree 6."""
+    p = u * 0.020401185282384354 - 0.09579754888063209
+    p = p * u + 0.2152845459583375
+    p = p * u - 0.3390890291047266
+    p = p * u + 0.4776683787165162
+    p = p * u - 0.7211594743885721
+    p = p * u + 1.4426932108813268
+    return u * p
+
+
+@triton.jit
+def _softplus(s, MODE: tl.constexpr):
+    """log(1 + exp(s)), in the logits' units."""
+    u = power(-tl.abs(s), MODE)
+    return tl.maximum(s, 0.0) + (_log2_1p(u) if MODE.half else log1p_unit(u))
+
+
+@triton.jit
+def _slope(s, mask, rows, row_end, cols, col_end, MODE: tl.constexpr):
     """sigmoid(s), the derivative of softplus by the logit; its sign changes with that of pairs with equal ids."""
-    u = tl.exp(-tl.abs(s))
+    u = power(-tl.abs(s), MODE)
     slope = tl.where(s > 0, 1.0, u) / (1.0 + u)
-    if row_ids is not None:
-        slope = tl.where(equal_ids(row_ids, col_ids, rows, row_end, cols, col_end), -slope, slope)
+    if mask.row_ids is not None:
+        slope = tl.where(equal_ids(mask, rows, row_end, cols, col_end), -slope, slope)
     return slope
 
 
 @triton.jit(do_not_specialize=["M", "N", "row_begin", "row_end", "col_begin", "col_end"])
 def sigmoid_statistics(
-    x, y, given, scale, targets, col_bias, row_ids, col_ids, pos, row_max, row_sum, kept,
-    M, N, D, stride_x, stride_y, stride_given, stride_kept, row_begin, row_end, col_begin, col_end,
-    SELF: tl.constexpr, UPPER: tl.constexpr, EQUAL_IDS: tl.constexpr, FAST: tl.constexpr, TMA: tl.constexpr,
-    PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
+    x, y, given, stride_given, mask, pos, rows_to, slopes, stride_slopes, products_to, stride_products,
+    M, N, D, stride_x, stride_y, row_begin, row_end, col_begin, col_end,
+    TOP: tl.constexpr, MODE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """One tile of S per program: the positives' logits, and of every row the sum of softplus; the maxima are 0.
+    """One tile of S per program: the positives' logits, and of every row the sum of softplus.
 
-    ``kept``, if any, gets this block for the backward: with FAST (half-precision features) the signed sigmoids, else
-    the products.
+    rows_to: Partials (tiles across, height), the maxima 0. ``slopes`` (height, width), where not None, gets the signed
+    sigmoids times TOP, which are G but for its rows' weights; ``products_to`` (height, width) the products.
     """
-    height = row_end - row_begin
-    tile_m, tile_n = tile_at(tl.program_id(0), tl.cdiv(height, BM), tl.cdiv(col_end - col_begin, BN), GROUP)
+    BM: tl.constexpr = TILE.block_m
+    BN: tl.constexpr = TILE.block_n
+    tile_m, tile_n = tile_at(
+        tl.program_id(0), tl.cdiv(row_end - row_begin, BM), tl.cdiv(col_end - col_begin, BN), TILE.group
+    )
     row0 = row_begin + tile_m * BM
     col0 = col_begin + tile_n * BN
-    rows = row0 + tl.arange(0, BM)
-    cols = col0 + tl.arange(0, BN)
+    i, j, height = row0 - row_begin, col0 - col_begin, row_end - row_begin
     if given is not None:
-        where, inside = tile_of(given, stride_given, row0, col0, row_begin, row_end, col_begin, col_end, BM, BN)
-        acc = tl.load(where, mask=inside, other=0.0)
+        acc = load_tile(given, stride_given, i, j, height, BM, BN, False)
     else:
-        acc = products(x, y, row0, col0, M, N, D, stride_x, stride_y, BM, BN, BK, TMA, PRECISION)
-    if kept is not None and not FAST:
-        where, inside = tile_of(kept, stride_kept, row0, col0, row_begin, row_end, col_begin, col_end, BM, BN)
-        tl.store(where, acc, mask=inside)
-    s = logits(
-        acc, scale, targets, col_bias, row_ids, col_ids, pos, row0, row_end, col0, col_end, 1.0, SELF, UPPER, EQUAL_IDS,
-        True, BM, BN,
-    )  # fmt: skip
-    if kept is not None and FAST:
-        where, inside = tile_of(kept, stride_kept, row0, col0, row_begin, row_end, col_begin, col_end, BM, BN)
-        slope = _slope(s, row_ids, col_ids, rows, row_end, cols, col_end)
-        tl.store(where, slope.to(kept.dtype.element_ty), mask=inside)
-    total = tl.sum(tl.where(s > 0, s, 0.0) + log1p_unit(tl.exp(-tl.abs(s))), axis=1)
-    row_out = tile_n.to(tl.int64) * height + (rows - row_begin)
-    tl.store(row_max + row_out, tl.zeros((BM,), tl.float32), mask=rows < row_end)
-    tl.store(row_sum + row_out, total, mask=rows < row_end)
+        acc = products(x, y, row0, col0, (M, N, D, stride_x, stride_y), MODE, TILE)
+        if products_to is not None:
+            store_tile(products_to, stride_products, i, j, height, acc, False)
+    s, c = logits(acc, mask, pos, row0, row_end, col0, col_end, MODE)
+    s *= c
+    rows = row0 + tl.arange(0, BM)
+    total = tl.sum(_softplus(s, MODE), axis=1)
+    _store_partials(rows_to, tile_n, height, rows - row_begin, tl.zeros((BM,), tl.float32), total, rows < row_end)
+    if slopes is not None:
+        slope = _slope(s, mask, rows, row_end, col0 + tl.arange(0, BN), col_end, MODE) * TOP
+        store_tile(slopes, stride_slopes, i, j, height, slope, MODE.tma)
 
 
 @triton.jit(do_not_specialize=["M", "N", "row_begin", "row_end", "col_begin", "col_end"])
 def sigmoid_gradient(
-    x, y, given, kept, scale, targets, col_bias, row_ids, col_ids, g_row, largest, out,
-    M, N, D, stride_x, stride_y, stride_given, stride_kept, stride_out, row_begin, row_end, col_begin, col_end,
-    SELF: tl.constexpr, UPPER: tl.constexpr, EQUAL_IDS: tl.constexpr, FAST: tl.constexpr, TMA: tl.constexpr,
-    PRECISION: tl.constexpr, TOP: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
+    x, y, given, stride_given, slopes, stride_slopes, mask, g_row, largest, out, stride_out,
+    M, N, D, stride_x, stride_y, row_begin, row_end, col_begin, col_end,
+    TOP: tl.constexpr, MODE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """G[i, j] = g_row[i] sigmoid(S[i, j]), signed, 0 where excluded, times TOP / largest: one tile of a block of it.
 
-    ``given`` is the block's products, ``kept`` its signed sigmoids; without either, the products are made here.
+    ``given`` is the block's products, ``slopes`` its signed sigmoids; without either, the products are made here.
     """
+    BM: tl.constexpr = TILE.block_m
+    BN: tl.constexpr = TILE.block_n
     tile_m, tile_n = tile_at(
-        tl.program_id(0), tl.cdiv(row_end - row_begin, BM), tl.cdiv(col_end - col_begin, BN), GROUP
+        tl.program_id(0), tl.cdiv(row_end - row_begin, BM), tl.cdiv(col_end - col_begin, BN), TILE.group
     )
     row0 = row_begin + tile_m * BM
     col0 = col_begin + tile_n * BN
+    i, j, height = row0 - row_begin, col0 - col_begin, row_end - row_begin
     rows = row0 + tl.arange(0, BM)
-    cols = col0 + tl.arange(0, BN)
-    if kept is not None:
-        where, inside = tile_of(kept, stride_kept, row0, col0, row_begin, row_end, col_begin, col_end, BM, BN)
-        slope = tl.load(where, mask=inside, other=0.0).to(tl.float32)
+    if slopes is not None:
+        slope = load_tile(slopes, stride_slopes, i, j, height, BM, BN, MODE.tma).to(tl.float32)
     else:
         if given is not None:
-            where, inside = tile_of(given, stride_given, row0, col0, row_begin, row_end, col_begin, col_end, BM, BN)
-            acc = tl.load(where, mask=inside, other=0.0)
+            acc = load_tile(given, stride_given, i, j, height, BM, BN, False)
         else:
-            acc = products(x, y, row0, col0, M, N, D, stride_x, stride_y, BM, BN, BK, TMA, PRECISION)
-        s = logits(
-            acc, scale, targets, col_bias, row_ids, col_ids, None, row0, row_end, col0, col_end, 1.0, SELF, UPPER,
-            EQUAL_IDS, False, BM, BN,
-        )  # fmt: skip
-        slope = _slope(s, row_ids, col_ids, rows, row_end, cols, col_end)
-    g = tl.load(g_row + rows, mask=rows < row_end, other=0.0).to(tl.float32) * factor_of(largest, TOP)
-    where, inside = tile_of(out, stride_out, row0, col0, row_begin, row_end, col_begin, col_end, BM, BN)
-    tl.store(where, (slope * g[:, None]).to(out.dtype.element_ty), mask=inside)
+            acc = products(x, y, row0, col0, (M, N, D, stride_x, stride_y), MODE, TILE)
+        s, c = logits(acc, mask, None, row0, row_end, col0, col_end, MODE)
+        slope = _slope(s * c, mask, rows, row_end, col0 + tl.arange(0, BN), col_end, MODE)
+    factor = 1.0 * TOP
+    if largest is not None:
+        factor = TOP / tl.load(largest).to(tl.float32)
+    g = tl.load(g_row + rows, mask=rows < row_end, other=0.0).to(tl.float32) * factor
+    store_tile(out, stride_out, i, j, height, slope * g[:, None], MODE.half and MODE.tma)

@@ -1,7 +1,7 @@
-"""What the forward keeps for the backward, in one tensor whose shape follows from rows, columns and dtype alone.
+"""Matrices that hold blocks of S or G, and what the forward keeps for the backward.
 
-Half-precision features keep exponentials relative to their tile's maximum: bfloat16, 2 bytes each, and one float32
-reference per CELL x CELL of them. Float32 features keep the products.
+Half-precision features keep exponentials relative to their tile's reference: bfloat16, 2 bytes each, and one float32
+reference per CELL x CELL of them. Float32 features keep the products. Shapes follow from rows, columns and dtype alone.
 """
 
 from __future__ import annotations
@@ -12,7 +12,12 @@ import torch
 from torch import Tensor
 
 CELL = 32  # as in tiles.py
-LONGEST_ROW = 2**23  # from it on, offsets in a tile of kept rows would pass 2^31: nothing is kept
+WIDEST = 256  # columns of the widest tile: rows of a matrix are padded to it, so that no tile's columns need a mask
+LONGEST_ROW = 2**23 - WIDEST  # from it on, offsets in a tile would pass 2^31: nothing is kept
+
+
+def padded(columns: int) -> int:
+    return (columns + WIDEST - 1) // WIDEST * WIDEST
 
 
 def layout(rows: int, n: int, features: torch.dtype) -> tuple[tuple[int, ...], torch.dtype]:
@@ -20,37 +25,63 @@ def layout(rows: int, n: int, features: torch.dtype) -> tuple[tuple[int, ...], t
     if n >= LONGEST_ROW:
         rows = 0
     if features == torch.float32:
-        return (rows, n), torch.float32
-    return (_even(rows * n) + 2 * _cells(rows) * _cells(n),), torch.bfloat16
-
-
-def _even(size: int) -> int:
-    return (size + 1) // 2 * 2
+        return (rows, padded(n)), torch.float32
+    return (rows * padded(n) + 2 * _cells(rows) * _cells(padded(n)),), torch.bfloat16
 
 
 def _cells(size: int) -> int:
     return (size + CELL - 1) // CELL
 
 
-class View(NamedTuple):
-    """A kept block as the kernels take it; None where nothing is kept."""
+class Matrix(NamedTuple):
+    """A block as kernels take it: rows that lie ``stride`` apart, and reach to a multiple of every tile's columns."""
 
-    given: Tensor | None  # products (height, width)
-    exponentials: Tensor | None  # (height, width)
-    references: Tensor | None  # (cells of all kept rows, cells of N)
+    whole: Tensor  # (height, padded width)
+    width: int
+
+    @property
+    def stride(self) -> int:
+        return self.whole.stride(0)
+
+    @property
+    def values(self) -> Tensor:
+        """(height, width)"""
+        return self.whole[:, : self.width]
 
 
-class Kept:
-    """Views of the tensor."""
+class Kept(NamedTuple):
+    """A kept block; None where nothing is kept."""
+
+    products: Matrix | None = None
+    exponentials: Matrix | None = None
+    references: Tensor | None = None  # (cells down, cells across), float32
+
+
+class KeptRows:
+    """Blocks of the tensor that ``layout`` describes."""
 
     def __init__(self, buffer: Tensor, rows: int, n: int, exact: bool) -> None:
         self.rows, self.exact = rows, exact
-        self.values = buffer[:rows] if exact else buffer[: rows * n].view(rows, n)
+        size = rows * padded(n)
+        self.values = buffer[:rows] if exact else buffer[:size].view(rows, padded(n))
         if not exact:
-            self.references = buffer[_even(rows * n) :].view(torch.float32).view(_cells(rows), _cells(n))
+            self.references = buffer[size:].view(torch.float32).view(_cells(rows), _cells(padded(n)))
 
-    def block(self, rows: slice, cols: slice) -> View:
+    def block(self, rows: slice, cols: slice) -> Kept:
+        """``rows`` and ``cols`` begin at multiples of a tile."""
         if rows.stop > self.rows:
-            return View(None, None, None)
-        values = self.values[rows, cols]
-        return View(values, None, None) if self.exact else View(None, values, self.references)
+            return Kept()
+        width = cols.stop - cols.start
+        matrix = Matrix(self.values[rows, cols.start : cols.start + padded(width)], width)
+        if self.exact:
+            return Kept(products=matrix)
+        return Kept(exponentials=matrix, references=self.references[rows.start // CELL :, cols.start // CELL :])
+
+
+def scratch(like: Tensor, height: int, width: int, dtype: torch.dtype) -> Tensor:
+    """Memory for blocks of up to these sizes."""
+    return like.new_empty(height, padded(width), dtype=dtype)
+
+
+def block_of(room: Tensor, height: int, width: int) -> Matrix:
+    return Matrix(room[:height, : padded(width)], width)

@@ -1,13 +1,41 @@
-"""What the kernels share: the order of tiles, a tile of products, the logits of a tile and which are excluded."""
+"""What the kernels share: the order of tiles, tiles of products, logits and exclusions, tiles in memory."""
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
+from torch import Tensor
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 CELL = tl.constexpr(32)  # rows and columns that share one reference of kept exponentials; every tile is a multiple
+
+# Exponentials are taken against a reference this many binary orders below the maximum. float32 reaches 2^127 upwards
+# and 2^-126 downwards: without it, what lies more than 87 below the maximum would be lost, with it 130.
+HEADROOM = tl.constexpr(60.0)
+
+
+class Mask(NamedTuple):
+    """The tensors that make logits of products, and exclude pairs; None where absent. One argument of a kernel."""
+
+    scale: Tensor  # () float32
+    targets: Tensor | None  # (M,) int64
+    col_bias: Tensor | None  # (N,) float32
+    row_ids: Tensor | None  # (M,) int64
+    col_ids: Tensor | None  # (N,) int64
+
+
+class Mode(NamedTuple):
+    """What is settled when a kernel is compiled, beside its tile."""
+
+    half: bool  # half-precision features: logits in units of log 2, and one exponential per logit
+    tma: bool  # x, y, kept tiles and G are descriptors for the tensor memory accelerator, not pointers
+    precision: str  # of tl.dot
+    exclude_self: bool
+    upper: bool  # only pairs above the diagonal
+    equal_ids: str  # "exclude", "only" (exclude all others) or "negate"
 
 
 @triton.jit
@@ -20,29 +48,61 @@ def tile_at(index, tiles_m, tiles_n, GROUP: tl.constexpr):
 
 
 @triton.jit
-def tile_of(
-    matrix, stride, row0, col0, row_begin, row_end, col_begin, col_end, BM: tl.constexpr, BN: tl.constexpr
-):  # fmt: skip
-    """Pointers to a tile (BM, BN) of a matrix that holds a block, and where the tile is inside the block.
+def _pointers(matrix, stride, row, col, BM: tl.constexpr, BN: tl.constexpr):
+    """Pointers to a tile (BM, BN). Rows and tiles begin at multiples of 16 elements, so that 16 bytes move at once.
 
     The corner's offset is 64-bit; those from it, below 256 rows of less than 2^23 each, need no more than 32.
     """
     i = tl.arange(0, BM)
     j = tl.arange(0, BN)
-    corner = matrix + (row0 - row_begin).to(tl.int64) * stride + (col0 - col_begin)
-    return corner + (i[:, None] * stride + j[None, :]), (i < row_end - row0)[:, None] & (j < col_end - col0)[None, :]
+    stride = tl.multiple_of(stride, 16)
+    corner = matrix + (row.to(tl.int64) * stride + tl.multiple_of(col, 16))
+    return corner + (i[:, None] * stride + j[None, :])
 
 
 @triton.jit
-def products(
-    x, y, row0, col0, M, N, D, stride_x, stride_y,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """x[row0 : row0 + BM] @ y[col0 : col0 + BN].T in float32. Rows and columns beyond the end hold anything."""
-    acc = tl.zeros((BM, BN), tl.float32)
+def load_tile(matrix, stride, row, col, height, BM: tl.constexpr, BN: tl.constexpr, TMA: tl.constexpr):
+    """The tile (BM, BN) at (row, col) of a matrix with ``height`` rows; its columns reach to a multiple of every tile.
+
+    ``matrix`` is a descriptor with boxes of that size (TMA), or a pointer.
+    """
     if TMA:
+        tile = matrix.load([row, col])
+    else:
+        inside = tl.arange(0, BM) < height - row
+        tile = tl.load(_pointers(matrix, stride, row, col, BM, BN), mask=inside[:, None], other=0.0)
+    return tile
+
+
+@triton.jit
+def store_tile(matrix, stride, row, col, height, tile, TMA: tl.constexpr):
+    """Writes a tile to where ``load_tile`` reads it."""
+    BM: tl.constexpr = tile.shape[0]
+    BN: tl.constexpr = tile.shape[1]
+    if TMA:
+        matrix.store([row, col], tile.to(matrix.dtype))
+    else:
+        inside = tl.arange(0, BM) < height - row
+        where = _pointers(matrix, stride, row, col, BM, BN)
+        tl.store(where, tile.to(matrix.dtype.element_ty), mask=inside[:, None])
+
+
+@triton.jit
+def products(x, y, row0, col0, shape, MODE: tl.constexpr, TILE: tl.constexpr):
+    """x[row0 : row0 + BM] @ y[col0 : col0 + BN].T in float32. Rows and columns beyond the end hold anything.
+
+    shape: M, N, D, the strides of x and y. No product is made where ``upper`` excludes all pairs.
+    """
+    M, N, D, stride_x, stride_y = shape
+    BM: tl.constexpr = TILE.block_m
+    BN: tl.constexpr = TILE.block_n
+    BK: tl.constexpr = TILE.block_k
+    if MODE.upper:
+        D = tl.where(col0 + BN > row0, D, 0)
+    acc = tl.zeros((BM, BN), tl.float32)
+    if MODE.tma:
         for k in range(0, D, BK):
-            acc = tl.dot(x.load([row0, k]), y.load([col0, k]).T, acc, input_precision=PRECISION)
+            acc = tl.dot(x.load([row0, k]), y.load([col0, k]).T, acc, input_precision=MODE.precision)
     else:
         rows = tl.minimum(row0 + tl.arange(0, BM), M - 1).to(tl.int64)
         cols = tl.minimum(col0 + tl.arange(0, BN), N - 1).to(tl.int64)
@@ -53,79 +113,96 @@ def products(
             inside = ks < D - k
             a = tl.load(x_tile, mask=inside[None, :], other=0.0)
             b = tl.load(y_tile, mask=inside[:, None], other=0.0)
-            acc = tl.dot(a, b, acc, input_precision=PRECISION)
+            acc = tl.dot(a, b, acc, input_precision=MODE.precision)
             x_tile += BK
             y_tile += BK
     return acc
 
 
 @triton.jit
-def depth(D, row0, col0, BN: tl.constexpr, UPPER: tl.constexpr):
-    """How many features a tile's products need: none where UPPER excludes all of it."""
-    return tl.where(col0 + BN > row0, D, 0) if UPPER else D
-
-
-@triton.jit
-def equal_ids(row_ids, col_ids, rows, row_end, cols, col_end):
-    row_id = tl.load(row_ids + rows, mask=rows < row_end, other=0)
-    col_id = tl.load(col_ids + cols, mask=cols < col_end, other=0)
+def equal_ids(mask, rows, row_end, cols, col_end):
+    row_id = tl.load(mask.row_ids + rows, mask=rows < row_end, other=0)
+    col_id = tl.load(mask.col_ids + cols, mask=cols < col_end, other=0)
     return row_id[:, None] == col_id[None, :]
 
 
 @triton.jit
-def logits(
-    acc, scale, targets, col_bias, row_ids, col_ids, pos, row0, row_end, col0, col_end, unit,
-    SELF: tl.constexpr, UPPER: tl.constexpr, EQUAL_IDS: tl.constexpr, PICK: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr,
-):  # fmt: skip
-    """Products -> logits in multiples of 1 / unit, -inf where excluded or beyond the end. PICK stores the positives.
-
-    UPPER excludes all but pairs above the diagonal; EQUAL_IDS is "exclude", "only" (exclude all others) or "negate".
-    Most tiles have nothing to exclude, and skip the comparisons.
-    """
-    rows = row0 + tl.arange(0, BM)
-    cols = col0 + tl.arange(0, BN)
-    s = acc * (tl.load(scale) * unit)
-    if col_bias is not None:
-        s += (tl.load(col_bias + cols, mask=cols < col_end, other=0.0) * unit)[None, :]
-    if targets is not None:
-        positive = tl.load(targets + rows, mask=rows < row_end, other=-1)
+def positives(mask, rows, row_end):
+    """The column of each row's positive."""
+    if mask.targets is not None:
+        columns = tl.load(mask.targets + rows, mask=rows < row_end, other=-1)
     else:
-        positive = rows
-    has_positive = (rows < row_end) & (positive >= col0) & (positive < col0 + BN)
-    special = (row0 + BM > row_end) | (col0 + BN > col_end) | (tl.max(has_positive.to(tl.int32)) > 0)
-    if SELF:
-        special |= (row0 < col0 + BN) & (col0 < row0 + BM)
-    if UPPER:
-        special |= col0 < row0 + BM
-    if row_ids is not None:
-        special |= row0 >= 0
-    if special:
-        at_positive = positive[:, None] == cols[None, :]
-        if PICK:
-            p = tl.sum(tl.where(at_positive, s, 0.0), axis=1).to(tl.float64) / unit
-            tl.store(pos + rows, tl.where(p == float("inf"), float("nan"), p), mask=has_positive)
-        excluded = at_positive | (rows >= row_end)[:, None] | (cols >= col_end)[None, :]
-        if SELF:
-            excluded |= rows[:, None] == cols[None, :]
-        if UPPER:
-            excluded |= rows[:, None] >= cols[None, :]
-        if row_ids is not None:
-            equal = equal_ids(row_ids, col_ids, rows, row_end, cols, col_end)
-            if EQUAL_IDS == "exclude":
-                excluded |= equal
-            elif EQUAL_IDS == "only":
-                excluded |= ~equal
-            else:
-                s = tl.where(equal, -s, s)
-        s = tl.where(excluded, float("-inf"), s)
-    return s
+        columns = rows
+    return columns
 
 
 @triton.jit
-def power(s, FAST: tl.constexpr):
-    """exp of logits: base 2 where they are in units of log 2 (FAST), base e else."""
-    return tl.exp2(s) if FAST else tl.exp(s)
+def excluded(mask, rows, row_end, cols, col_end, MODE: tl.constexpr):
+    """Which pairs of a tile do not count: positives, those beyond the end, and those that the problem excludes."""
+    out = (positives(mask, rows, row_end)[:, None] == cols[None, :]) | (rows >= row_end)[:, None]
+    out |= (cols >= col_end)[None, :]
+    if MODE.exclude_self:
+        out |= rows[:, None] == cols[None, :]
+    if MODE.upper:
+        out |= rows[:, None] >= cols[None, :]
+    if mask.row_ids is not None:
+        if MODE.equal_ids == "exclude":
+            out |= equal_ids(mask, rows, row_end, cols, col_end)
+        elif MODE.equal_ids == "only":
+            out |= ~equal_ids(mask, rows, row_end, cols, col_end)
+    return out
+
+
+@triton.jit
+def logits(acc, mask, pos, row0, row_end, col0, col_end, MODE: tl.constexpr):
+    """Products -> (s, c), with logits s * c, in units of log 2 where MODE.half; -inf where excluded.
+
+    c is the scale, to be multiplied in the same instruction that subtracts a reference; it is not negative. It is 1
+    where a bias has been added or a pair is excluded. Most tiles have nothing to exclude, and skip the comparisons.
+    ``pos``, where not None, gets the positives' logits.
+    """
+    BM: tl.constexpr = acc.shape[0]
+    BN: tl.constexpr = acc.shape[1]
+    unit: tl.constexpr = 1.4426950408889634 if MODE.half else 1.0
+    rows = row0 + tl.arange(0, BM)
+    cols = col0 + tl.arange(0, BN)
+    c = tl.load(mask.scale) * unit
+    special = (row0 + BM > row_end) | (col0 + BN > col_end) | (c < 0)
+    if mask.targets is not None:
+        positive = positives(mask, rows, row_end)
+        has_positive = (rows < row_end) & (positive >= col0) & (positive < col0 + BN)
+        special |= tl.max(has_positive.to(tl.int32)) > 0
+    else:
+        special |= (row0 < col0 + BN) & (col0 < row0 + BM)
+    if MODE.exclude_self:
+        special |= (row0 < col0 + BN) & (col0 < row0 + BM)
+    if MODE.upper:
+        special |= col0 < row0 + BM
+    if mask.row_ids is not None:
+        special |= row0 >= 0
+    if mask.col_bias is not None:
+        bias = tl.load(mask.col_bias + cols, mask=cols < col_end, other=0.0) * unit
+        acc = acc * c + bias[None, :]
+        c = tl.full((), 1.0, tl.float32)
+    if special:
+        acc = acc * c
+        c = tl.full((), 1.0, tl.float32)
+        if pos is not None:
+            column = positives(mask, rows, row_end)
+            p = tl.sum(tl.where(column[:, None] == cols[None, :], acc, 0.0), axis=1).to(tl.float64) / unit
+            here = (rows < row_end) & (column >= col0) & (column < col0 + BN)
+            tl.store(pos + rows, tl.where(p == float("inf"), float("nan"), p), mask=here)
+        if mask.row_ids is not None:
+            if MODE.equal_ids == "negate":
+                acc = tl.where(equal_ids(mask, rows, row_end, cols, col_end), -acc, acc)
+        acc = tl.where(excluded(mask, rows, row_end, cols, col_end, MODE), float("-inf"), acc)
+    return acc, c
+
+
+@triton.jit
+def power(s, MODE: tl.constexpr):
+    """exp of logits: base 2 where they are in units of log 2, base e else."""
+    return tl.exp2(s) if MODE.half else tl.exp(s)
 
 
 @triton.jit

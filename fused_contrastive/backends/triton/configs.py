@@ -20,6 +20,7 @@ class Config(NamedTuple):
     stages: int
     group: int = 8  # rows of tiles in a band, for reuse in L2
     strip: int = 1  # of statistics: tiles down one column of tiles that a program walks
+    split: int = 0  # of sums: columns are done in 2^split groups where slopes are stored, in half as many where not
     fold: int = 0  # of a strip: the warps that share a tile's columns; their sums stay apart to its end. 0: they do not
 
     @property
@@ -29,8 +30,9 @@ class Config(NamedTuple):
 
     @property
     def exact(self) -> Config:
-        """The tiles of the exact kernels beside this one: half as high, since they take more registers."""
-        return self._replace(block_m=self.block_m // 2, strip=2 * self.strip, fold=0)
+        """The tiles of the exact kernels beside this one, lower because they take more registers; the same strips."""
+        block_m = 64 if self.block_m > 64 else self.block_m // 2
+        return self._replace(block_m=block_m, strip=self.strip * self.block_m // block_m, fold=0)
 
 
 Kernel = Literal["statistics", "sums", "gradient", "kept"]
@@ -49,10 +51,10 @@ CONFIGS: dict[tuple[str, Source, Kernel], Config] = {
     ("sm_80", "tf32", "sums"): Config(128, 64, 32, warps=8, stages=3),
     ("sm_80", "tf32", "gradient"): Config(128, 128, 32, warps=8, stages=3),
     ("sm_90", "half", "statistics"): Config(256, 128, 64, warps=8, stages=3, strip=8, fold=8),
-    ("sm_90", "half", "sums"): Config(256, 128, 64, warps=8, stages=3),
+    ("sm_90", "half", "sums"): Config(256, 128, 64, warps=8, stages=3, split=2),
     ("sm_90", "half", "gradient"): Config(128, 256, 64, warps=8, stages=3),
     ("sm_90", "half", "kept"): Config(128, 128, 64, warps=4, stages=1),
-    ("sm_90", "tf32", "statistics"): Config(128, 128, 32, warps=8, stages=3, strip=4),
+    ("sm_90", "tf32", "statistics"): Config(128, 64, 32, warps=8, stages=3, strip=4),
     ("sm_90", "tf32", "sums"): Config(128, 128, 32, warps=8, stages=3),
     ("sm_90", "tf32", "gradient"): Config(128, 128, 32, warps=8, stages=3),
     ("sm_100", "half", "statistics"): Config(128, 128, 64, warps=8, stages=3, strip=8),
@@ -68,7 +70,7 @@ CONFIGS: dict[tuple[str, Source, Kernel], Config] = {
     ("gfx942", "half", "kept"): Config(128, 128, 64, warps=8, stages=1),
     # Small, so that small problems have several tiles; of different shapes, as a GPU's are.
     ("interpreter", "half", "statistics"): Config(64, 32, 32, warps=4, stages=1, group=2, strip=2, fold=2),
-    ("interpreter", "half", "sums"): Config(64, 32, 32, warps=4, stages=1, group=2),
+    ("interpreter", "half", "sums"): Config(64, 32, 32, warps=4, stages=1, group=2, split=1),
     ("interpreter", "half", "gradient"): Config(32, 64, 32, warps=4, stages=1, group=2),
     ("interpreter", "half", "kept"): Config(32, 32, 32, warps=4, stages=1, group=2),
     ("interpreter", "tf32", "statistics"): Config(32, 64, 32, warps=4, stages=1, group=2, strip=2),

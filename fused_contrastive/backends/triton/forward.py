@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import NamedTuple
 
 import triton
@@ -24,6 +25,10 @@ from fused_contrastive.backends.triton.tiles import (
 
 # A sum of exponentials below this, 2^-88 where the largest is 2^HEADROOM, has lost terms to underflow.
 LOST = tl.constexpr(3e-27)
+
+
+# Triton 3.4 does not know the option: what it computes before a loop over tiles then takes registers all the while.
+KEEPS_INVARIANTS_INSIDE = tl.constexpr("disable_licm" in inspect.signature(tl.range.__init__).parameters)
 
 
 class Partials(NamedTuple):
@@ -67,6 +72,52 @@ def _strip_of(index, row_begin, row_end, col_begin, col_end, MODE: tl.constexpr,
     return strip, tile_n, row0, col0, min(tl.cdiv(max(end - row0, 0), BM), STRIP)
 
 
+@triton.jit
+def _tile_of_strip(
+    so_far, x, y, mask, pos, rows_to, cols_to, kept, stride_kept, references, stride_references, shape, bounds,
+    tile_n, row0, col0, MODE: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Statistics of one tile of a strip. so_far and the result: the columns' sums, their maximum, the least sum."""
+    BM: tl.constexpr = TILE.block_m
+    BN: tl.constexpr = TILE.block_n
+    FOLD: tl.constexpr = TILE.fold
+    col_total, col_maximum, least = so_far
+    row_begin, row_end, col_begin, col_end = bounds
+    acc = products(x, y, row0, col0, shape, MODE, TILE)
+    s, c = logits(acc, mask, pos, row0, row_end, col0, col_end, MODE)
+    top = tl.max(s) * c
+    reference = finite(top) - HEADROOM
+    e = tl.exp2(s * c - reference)
+    maximum = tl.where(top == float("-inf"), top, reference)
+    if rows_to is not None:
+        rows = row0 + tl.arange(0, BM)
+        total = tl.sum(e, axis=1)
+        _store_partials(
+            rows_to, tile_n, row_end - row_begin, rows - row_begin, tl.zeros((BM,), tl.float32) + maximum, total,
+            rows < row_end,
+        )  # fmt: skip
+        # Of a tile with nothing left no sum is lost.
+        total = tl.where(rows < row_end, total + tl.where(top == float("-inf"), 1.0, 0.0), 1.0)
+        if FOLD:
+            total = tl.min(tl.min(tl.reshape(total, (BM // (16 * FOLD), FOLD, 2, 8)), axis=2), axis=0)
+        least = tl.minimum(least, total)
+    if cols_to is not None:
+        if FOLD:  # rows of one thread: of the matrix units' layout, every eighth of the 16 rows of a warp
+            part = tl.sum(tl.sum(tl.reshape(e, (BM // (16 * FOLD), FOLD, 2, 8, BN)), axis=2), axis=0)
+        else:
+            part = tl.sum(e, axis=0)
+        col_total, col_maximum = _add_scaled(col_total, col_maximum, part, maximum, MODE)
+    if kept is not None:
+        i, j, height = row0 - row_begin, col0 - col_begin, row_end - row_begin
+        store_tile(kept, stride_kept, i, j, height, e, MODE.tma)
+        cell_rows = i // CELL + tl.arange(0, BM // CELL)
+        cell_cols = j // CELL + tl.arange(0, BN // CELL)
+        where = cell_rows.to(tl.int64)[:, None] * stride_references + cell_cols[None, :]
+        inside = (cell_rows * CELL < height)[:, None] & (cell_cols * CELL < col_end - col_begin)[None, :]
+        tl.store(references + where, tl.zeros((BM // CELL, BN // CELL), tl.float32) + reference, mask=inside)
+    return col_total, col_maximum, least
+
+
 @triton.jit(do_not_specialize=["M", "N", "row_begin", "row_end", "col_begin", "col_end"])
 def strip_statistics(
     x, y, mask, pos, rows_to, cols_to, lost, kept, stride_kept, references, stride_references,
@@ -87,54 +138,39 @@ def strip_statistics(
     BN: tl.constexpr = TILE.block_n
     FOLD: tl.constexpr = TILE.fold
     strip, tile_n, row0, col0, tiles = _strip_of(tl.program_id(0), row_begin, row_end, col_begin, col_end, MODE, TILE)
-    cols = col0 + tl.arange(0, BN)
     if FOLD:
-        col_total = tl.zeros((FOLD, 8, BN), tl.float32)
+        so_far = (
+            tl.zeros((FOLD, 8, BN), tl.float32),
+            tl.full((), float("-inf"), tl.float32),
+            tl.full((FOLD, 8), 1.0, tl.float32),
+        )
     else:
-        col_total = tl.zeros((BN,), tl.float32)
-    col_maximum = tl.full((), float("-inf"), tl.float32)
-    least = tl.full((BM,), 1.0, tl.float32)
+        so_far = tl.zeros((BN,), tl.float32), tl.full((), float("-inf"), tl.float32), tl.full((BM,), 1.0, tl.float32)
     shape = (M, N, D, stride_x, stride_y)
-    for _ in range(tiles):
-        acc = products(x, y, row0, col0, shape, MODE, TILE)
-        s, c = logits(acc, mask, pos, row0, row_end, col0, col_end, MODE)
-        top = tl.max(s) * c
-        reference = finite(top) - HEADROOM
-        e = tl.exp2(s * c - reference)
-        maximum = tl.where(top == float("-inf"), top, reference)
-        if rows_to is not None:
-            rows = row0 + tl.arange(0, BM)
-            total = tl.sum(e, axis=1)
-            _store_partials(
-                rows_to, tile_n, row_end - row_begin, rows - row_begin, tl.zeros((BM,), tl.float32) + maximum, total,
-                rows < row_end,
+    bounds = (row_begin, row_end, col_begin, col_end)
+    if KEEPS_INVARIANTS_INSIDE:
+        for _ in tl.range(tiles, disable_licm=True):
+            so_far = _tile_of_strip(
+                so_far, x, y, mask, pos, rows_to, cols_to, kept, stride_kept, references, stride_references, shape,
+                bounds, tile_n, row0, col0, MODE, TILE,
             )  # fmt: skip
-            # Of a tile with nothing left no sum is lost.
-            floor = tl.where(top == float("-inf"), 1.0, 0.0)
-            least = tl.minimum(least, tl.where(rows < row_end, total + floor, 1.0))
-        if cols_to is not None:
-            if FOLD:  # rows of one thread: of the matrix units' layout, every eighth of the 16 rows of a warp
-                part = tl.sum(tl.sum(tl.reshape(e, (BM // (16 * FOLD), FOLD, 2, 8, BN)), axis=2), axis=0)
-            else:
-                part = tl.sum(e, axis=0)
-            col_total, col_maximum = _add_scaled(col_total, col_maximum, part, maximum, MODE)
-        if kept is not None:
-            i, j, height = row0 - row_begin, col0 - col_begin, row_end - row_begin
-            store_tile(kept, stride_kept, i, j, height, e, MODE.tma)
-            cell_rows = i // CELL + tl.arange(0, BM // CELL)
-            cell_cols = j // CELL + tl.arange(0, BN // CELL)
-            where = cell_rows.to(tl.int64)[:, None] * stride_references + cell_cols[None, :]
-            inside = (cell_rows * CELL < height)[:, None] & (cell_cols * CELL < col_end - col_begin)[None, :]
-            tl.store(references + where, tl.zeros((BM // CELL, BN // CELL), tl.float32) + reference, mask=inside)
-        row0 += BM
+            row0 += BM
+    else:
+        for _ in range(tiles):
+            so_far = _tile_of_strip(
+                so_far, x, y, mask, pos, rows_to, cols_to, kept, stride_kept, references, stride_references, shape,
+                bounds, tile_n, row0, col0, MODE, TILE,
+            )  # fmt: skip
+            row0 += BM
+    col_total, col_maximum, least = so_far
     least_sum = tl.min(least)
     if cols_to is not None:
         if FOLD:
             col_total = tl.sum(tl.sum(col_total, axis=1), axis=0)
-        width = col_end - col_begin
+        cols = col0 + tl.arange(0, BN)
         _store_partials(
-            cols_to, strip, width, cols - col_begin, tl.zeros((BN,), tl.float32) + col_maximum, col_total,
-            cols < col_end,
+            cols_to, strip, col_end - col_begin, cols - col_begin, tl.zeros((BN,), tl.float32) + col_maximum,
+            col_total, cols < col_end,
         )  # fmt: skip
         floor = tl.where(col_maximum == float("-inf"), 1.0, 0.0)
         least_sum = min(least_sum, tl.min(tl.where(cols < col_end, col_total + floor, 1.0)))
@@ -153,7 +189,7 @@ def _is_lost(mask, rows_from, cols_from, strip, tile_n, row0, col0, tiles, row_b
     any_left = tl.zeros((BN,), tl.int32)
     found = tl.full((), 0, tl.int32)
     empty = (cols >= col_end)[None, :]
-    if mask.col_bias is not None:
+    if mask.col_bias is not None and not MODE.one_bias:
         empty |= (tl.load(mask.col_bias + cols, mask=cols < col_end, other=0.0) == float("-inf"))[None, :]
     for t in range(tiles):
         rows = row0 + t * BM + tl.arange(0, BM)

@@ -121,13 +121,15 @@ class Problem:
             kept_rows -= kept_rows % configs.TILE
         self.kept_rows = kept_rows
         self.kept = storage.KeptRows(kept_buffer, kept_rows, self.n, exact=not self.half)
+        one_bias = spec.col_bias is not None and spec.col_bias.stride(0) == 0  # a scalar, expanded: SigLIP's
+        col_bias = spec.col_bias[:1] if one_bias and spec.col_bias is not None else spec.col_bias
         targets, col_bias, row_ids, col_ids = (
-            None if t is None else t.contiguous() for t in (spec.targets, spec.col_bias, spec.row_ids, spec.col_ids)
+            None if t is None else t.contiguous() for t in (spec.targets, col_bias, spec.row_ids, spec.col_ids)
         )
         self.mask = Mask(spec.scale, targets, col_bias, row_ids, col_ids)
         self.tma = self.device.tma and self.source != "given"
         precision = "tf32" if self.source == "tf32" else "ieee"
-        self.mode = Mode(self.half, self.tma, precision, spec.exclude_self, spec.upper, spec.equal_ids)
+        self.mode = Mode(self.half, self.tma, precision, spec.exclude_self, spec.upper, spec.equal_ids, one_bias)
 
     @property
     def sizes(self) -> tuple[int, int, int, int, int]:

@@ -31,17 +31,47 @@ def _log2_1p(u):
 
 
 @triton.jit
-def _softplus(s, MODE: tl.constexpr):
-    """log(1 + exp(s)), in the logits' units."""
-    u = power(-tl.abs(s), MODE)
-    return tl.maximum(s, 0.0) + (_log2_1p(u) if MODE.half else log1p_unit(u))
+def _log_1p_exp_of_minus_abs(s, MODE: tl.constexpr):
+    """log(1 + exp(-|s|)), in the logits' units."""
+    u = power(tl.abs(s) * -1.0, MODE)  # a unary minus takes an instruction in Triton 3.6
+    return _log2_1p(u) if MODE.half else log1p_unit(u)
 
 
 @triton.jit
-def _slope(s, mask, rows, row_end, cols, col_end, MODE: tl.constexpr):
-    """sigmoid(s), the derivative of softplus by the logit; its sign changes with that of pairs with equal ids."""
-    u = power(-tl.abs(s), MODE)
-    slope = tl.where(s > 0, 1.0, u) / (1.0 + u)
+def _sums_and_slopes(
+    s, TOP: tl.constexpr, SLOPES: tl.constexpr, dtype: tl.constexpr, MODE: tl.constexpr, SPLIT: tl.constexpr
+):
+    """Of logits: the rows' sums of softplus, and sigmoids times TOP in ``dtype`` (or, without SLOPES, anything).
+
+    Columns are done in 2^SPLIT groups, one after the other, which takes fewer registers.
+    """
+    if SPLIT:
+        HALF: tl.constexpr = s.shape[1] // 2
+        a, b = tl.split(tl.permute(tl.reshape(s, (s.shape[0], 2, HALF)), (0, 2, 1)))
+        total_a, slope_a = _sums_and_slopes(a, TOP, SLOPES, dtype, MODE, SPLIT - 1)
+        total_b, slope_b = _sums_and_slopes(b, TOP, SLOPES, dtype, MODE, SPLIT - 1)
+        total = total_a + total_b
+        slope = slope_a
+        if SLOPES:
+            slope = tl.reshape(tl.permute(tl.join(slope_a, slope_b), (0, 2, 1)), s.shape)
+    else:
+        log = _log_1p_exp_of_minus_abs(s, MODE)
+        total = tl.sum(tl.maximum(s, 0.0) + log, axis=1)
+        slope = s
+        if SLOPES:
+            slope = (_slope(s, log, MODE) * TOP).to(dtype)
+    return total, slope
+
+
+@triton.jit
+def _slope(s, log, MODE: tl.constexpr):
+    """sigmoid(s) = exp(min(s, 0) - log(1 + exp(-|s|))), the derivative of softplus by the logit."""
+    return power(tl.minimum(s, 0.0) - log, MODE)
+
+
+@triton.jit
+def _signed(slope, mask, rows, row_end, cols, col_end):
+    """The sign of a slope changes with that of the logits of pairs with equal ids."""
     if mask.row_ids is not None:
         slope = tl.where(equal_ids(mask, rows, row_end, cols, col_end), -slope, slope)
     return slope
@@ -75,10 +105,12 @@ def sigmoid_statistics(
     s, c = logits(acc, mask, pos, row0, row_end, col0, col_end, MODE)
     s *= c
     rows = row0 + tl.arange(0, BM)
-    total = tl.sum(_softplus(s, MODE), axis=1)
+    DTYPE: tl.constexpr = tl.float32 if slopes is None else (slopes.dtype if MODE.tma else slopes.dtype.element_ty)
+    SPLIT: tl.constexpr = TILE.split - 1 if slopes is None and TILE.split > 0 else TILE.split
+    total, slope = _sums_and_slopes(s, TOP, slopes is not None, DTYPE, MODE, SPLIT)
     _store_partials(rows_to, tile_n, height, rows - row_begin, tl.zeros((BM,), tl.float32), total, rows < row_end)
     if slopes is not None:
-        slope = _slope(s, mask, rows, row_end, col0 + tl.arange(0, BN), col_end, MODE) * TOP
+        slope = _signed(slope, mask, rows, row_end, col0 + tl.arange(0, BN), col_end)
         store_tile(slopes, stride_slopes, i, j, height, slope, MODE.tma)
 
 
@@ -109,7 +141,9 @@ def sigmoid_gradient(
         else:
             acc = products(x, y, row0, col0, (M, N, D, stride_x, stride_y), MODE, TILE)
         s, c = logits(acc, mask, None, row0, row_end, col0, col_end, MODE)
-        slope = _slope(s * c, mask, rows, row_end, col0 + tl.arange(0, BN), col_end, MODE)
+        s *= c
+        slope = _slope(s, _log_1p_exp_of_minus_abs(s, MODE), MODE)
+        slope = _signed(slope, mask, rows, row_end, col0 + tl.arange(0, BN), col_end)
     factor = 1.0 * TOP
     if largest is not None:
         factor = TOP / tl.load(largest).to(tl.float32)

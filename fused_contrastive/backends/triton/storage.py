@@ -65,7 +65,9 @@ class KeptRows:
         size = rows * padded(n)
         self.values = buffer[:rows] if exact else buffer[:size].view(rows, padded(n))
         if not exact:
-            self.references = buffer[size:].view(torch.float32).view(_cells(rows), _cells(padded(n)))
+            # The buffer may be for more rows, and their references lie behind all values.
+            across = _cells(padded(n))
+            self.references = buffer[-2 * _cells(rows) * across :].view(torch.float32).view(_cells(rows), across)
 
     def block(self, rows: slice, cols: slice) -> Kept:
         """``rows`` and ``cols`` begin at multiples of a tile."""

@@ -36,6 +36,7 @@ class Mode(NamedTuple):
     exclude_self: bool
     upper: bool  # only pairs above the diagonal
     equal_ids: str  # "exclude", "only" (exclude all others) or "negate"
+    one_bias: bool = False  # col_bias has one element, for all columns
 
 
 @triton.jit
@@ -181,8 +182,10 @@ def logits(acc, mask, pos, row0, row_end, col0, col_end, MODE: tl.constexpr):
     if mask.row_ids is not None:
         special |= row0 >= 0
     if mask.col_bias is not None:
-        bias = tl.load(mask.col_bias + cols, mask=cols < col_end, other=0.0) * unit
-        acc = acc * c + bias[None, :]
+        if MODE.one_bias:
+            acc = acc * c + tl.load(mask.col_bias) * unit
+        else:
+            acc = acc * c + (tl.load(mask.col_bias + cols, mask=cols < col_end, other=0.0) * unit)[None, :]
         c = tl.full((), 1.0, tl.float32)
     if special:
         acc = acc * c

@@ -66,7 +66,7 @@ class _AtOnce(torch.autograd.Function):
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
             _, gradients = _run(ctx, *saved)
-        if g != 1:
+        if g.device.type != "cpu" or g != 1:  # on a GPU the question would wait for it
             for t in gradients:
                 if t is not None:
                     t.mul_(g)

@@ -56,6 +56,14 @@ def stats_backward(
     return launch.backward(spec, x, y, saved, upstream, needs)
 
 
+def stats_at_once(
+    spec: StatsSpec, x: Tensor, y: Tensor, weight: float, margin: float, decoupled: bool, normalize: bool, needs: Needs
+) -> tuple[Tensor, Gradients]:
+    from fused_contrastive.backends.triton import at_once
+
+    return at_once.stats_at_once(spec, x, y, weight, margin, decoupled, normalize, needs)
+
+
 def cross_entropy(
     pos: Tensor, normalisers: Sequence[Tensor], decoupled: bool, reduction: Reduction, dtype: torch.dtype
 ) -> Tensor:

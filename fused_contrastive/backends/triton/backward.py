@@ -51,9 +51,10 @@ def _prepare_one(value, g, direction, length, largest, MODE: tl.constexpr, TOP: 
         if MODE.half:
             log *= LOG2_E
         high = log.to(tl.float32)
-        by = tl.load(g + i, mask=inside, other=0.0).to(tl.float32)
+        factor = 1.0 * TOP
         if largest is not None:
-            by *= TOP / tl.load(largest).to(tl.float32)
+            factor = TOP / tl.load(largest).to(tl.float32)
+        by = tl.load(g + i, mask=inside, other=0.0).to(tl.float32) * factor
         tl.store(direction.high + i, high, mask=inside)
         tl.store(direction.low + i, tl.where(high == float("-inf"), 0.0, log - high).to(tl.float32), mask=inside)
         tl.store(direction.g + i, by, mask=inside)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable
 
 import torch
@@ -31,7 +33,7 @@ def config(p: Problem, kernel: configs.Kernel) -> configs.Config:
     return tune.choose(p.device, p.source, kernel, p.dtype, p.d, _work)
 
 
-class _Direction:
+class Direction:
     """Totals of one direction, and partial statistics of a block; None where it is not asked."""
 
     def __init__(self, asked: bool, size: int, like: Tensor) -> None:
@@ -57,7 +59,7 @@ def forward(spec: StatsSpec, x: Tensor, y: Tensor) -> Forward:
     buffer = x.new_empty(shape, dtype=dtype)
     p = Problem(spec, x, y, buffer)
     pos = x.new_empty(p.m, dtype=torch.float64)
-    row, col = _Direction(spec.rows, p.m, x), _Direction(spec.cols, p.n, x)
+    row, col = Direction(spec.rows, p.m, x), Direction(spec.cols, p.n, x)
     by_vendor = p.source == "given"
     with device.current(x.device):
         all_blocks = p.blocks(*(FLOAT32_BLOCK if by_vendor else STATISTICS_BLOCK))
@@ -74,8 +76,8 @@ def forward(spec: StatsSpec, x: Tensor, y: Tensor) -> Forward:
 
 
 def block_statistics(
-    p: Problem, b: Block, given: storage.Matrix | None, kept: storage.Kept, pos: Tensor, row: _Direction,
-    col: _Direction, top: float = 1.0,
+    p: Problem, b: Block, given: storage.Matrix | None, kept: storage.Kept, pos: Tensor, row: Direction,
+    col: Direction, top: float = 1.0,
 ) -> None:  # fmt: skip
     """A block's statistics, added to those of the blocks before it. ``top``: what kept sigmoids are multiplied by."""
     c = config(p, "sums" if p.softplus else "statistics")
@@ -131,6 +133,106 @@ def add_product(out: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
         out += torch.mm(a, b, out_dtype=torch.float32)
 
 
+def block_of_weights(
+    p: Problem, b: Block, kept: storage.Kept, rows: backward_kernels.Direction | None,
+    cols: backward_kernels.Direction | None, out: storage.Matrix,
+) -> None:  # fmt: skip
+    """G of a softmax, its positives 0, from what is kept of the block or from products made again.
+
+    ``out`` may be the memory of what is kept: each tile is read before it is overwritten.
+    """
+    given = kept.products
+    exact = config(p, "statistics").exact if p.half else config(p, "gradient")
+    if kept.exponentials is not None:
+        c = config(p, "kept")
+        backward_kernels.gradient_of_kept[(math.prod(b.tiles(c)),)](
+            *p.tile(kept.exponentials, c), kept.references, _stride(kept.references), rows, cols, *p.tile(out, c), *b,
+            MODE=p.mode, TILE=c, **c.options,
+        )  # fmt: skip
+    elif p.half:
+        c = config(p, "gradient")
+        backward_kernels.gradient[(math.prod(b.tiles(c)),)](
+            *p.features(c), p.mask, rows, cols, *p.tile(out, c), *p.sizes, *b, MODE=p.mode, TILE=c,
+            SEGMENT=configs.TILE, **c.options,
+        )  # fmt: skip
+    down, across = b.tiles(exact._replace(strip=1))
+    backward_kernels.exact_gradient[(down, 1 if p.half else across)](
+        *p.features(exact), *_plain(given), kept.references, _stride(kept.references), p.mask, rows, cols,
+        *_plain(out), *p.sizes, *b, ONLY_FAR=p.half, MODE=p.mode, TILE=exact, SEGMENT=configs.TILE, **exact.options,
+    )  # fmt: skip
+
+
+def block_of_sigmoids(
+    p: Problem, b: Block, kept: storage.Kept, g_row: Tensor | None, largest: Tensor | None, top: float,
+    out: storage.Matrix,
+) -> None:  # fmt: skip
+    """G of the softplus reduction, times top / largest; as ``block_of_weights``."""
+    c = config(p, "gradient" if kept.exponentials is None else "kept")
+    sigmoid_kernels.sigmoid_gradient[(math.prod(b.tiles(c)),)](
+        *p.features(c), *_plain(kept.products), *p.tile(kept.exponentials, c), p.mask, g_row, largest,
+        *(p.tile(out, c) if p.half else _plain(out)), *p.sizes, *b, TOP=top, MODE=p.mode, TILE=c, **c.options,
+    )  # fmt: skip
+
+
+def direction_of(size: int, like: Tensor) -> backward_kernels.Direction:
+    """Memory for one. Views of one buffer, each at a 16-byte boundary."""
+    sizes = [size] * 3 + [triton.cdiv(size, configs.TILE)] * 2
+    starts = list(itertools.accumulate((-(-s // 4) * 4 for s in sizes), initial=0))
+    buffer = like.new_empty(starts[-1], dtype=torch.float32)
+    return backward_kernels.Direction(*(buffer[i : i + s] for i, s in zip(starts, sizes, strict=False)))
+
+
+def prepare(
+    p: Problem, row: Tensor, g_row: Tensor | None, rows: backward_kernels.Direction | None, col: Tensor | None,
+    g_col: Tensor | None, cols: backward_kernels.Direction | None, largest: Tensor | None, top: float,
+) -> None:  # fmt: skip
+    """Fills the Directions from the normalisers and their gradients, these times top / largest."""
+    m, n = row.shape[0], 0 if col is None else col.shape[0]
+    backward_kernels.prepare[(triton.cdiv(max(m, n), configs.TILE), 2)](
+        row, g_row, rows, col, g_col, cols, largest, m, n, MODE=p.mode, TOP=top, SEGMENT=configs.TILE, **FUSED
+    )
+
+
+def finish(
+    p: Problem, grad: Tensor, out: Tensor | None, own: Tensor, other: Tensor, g_pos: Tensor | None,
+    targets: Tensor | None, first: int, paired: int, largest: Tensor | None, top: float, dots: list[Tensor] | None,
+) -> None:  # fmt: skip
+    """Writes ``grad``'s rows, the problem's from ``first`` on, to ``out`` as gradients of the features.
+
+    ``grad`` is top / largest too large. ``dots`` gets parts of the scale's gradient.
+    """
+    rows = grad.shape[0]
+    programs = triton.cdiv(rows, FINISH_ROWS)
+    parts = None if dots is None else grad.new_empty(programs, dtype=torch.float64)
+    backward_kernels.finish[(programs,)](
+        grad, own, other, g_pos, targets, p.spec.scale, largest, out, parts,
+        rows, first, paired, p.d, own.stride(0), other.stride(0),
+        TOP=top if largest is not None else 1.0, ROWS=FINISH_ROWS, BD=FINISH_D, **FUSED,
+    )  # fmt: skip
+    if dots is not None and parts is not None:
+        dots.append(parts)
+
+
+def add_positives(p: Problem, dy: Tensor, dbias: Tensor | None, g_pos: Tensor) -> bool:
+    """Adds the positives' part to the sums over the negatives where rows choose their columns.
+
+    Else it only adds to the bias, and says that rows of ``dy`` are still to gain theirs, by ``finish``.
+    """
+    targets = p.mask.targets
+    if targets is None:
+        if dbias is not None:
+            dbias[: p.m] += g_pos
+        return True
+    # Sorted, so deterministic where several rows share a positive; index_add_ on a GPU is not. In parts, as the terms
+    # are float32.
+    for i in range(0, p.m if dy.shape[0] else 0, TARGET_ROWS):
+        rows = slice(i, i + TARGET_ROWS)
+        dy.index_put_((targets[rows],), g_pos[rows, None].float() * p.x[rows].float(), accumulate=True)
+    if dbias is not None:
+        dbias.index_put_((targets,), g_pos.float(), accumulate=True)
+    return False
+
+
 class _Backward:
     """One backward: what its steps share."""
 
@@ -148,12 +250,11 @@ class _Backward:
         self.has_negatives = bool(normalised)
         self.dots: list[Tensor] = []
         self.g_row = g_row
-        self.rows, self.cols = (None if g is None else _direction(size, g) for g, size in ((g_row, p.m), (g_col, p.n)))
+        self.rows, self.cols = (
+            None if g is None else direction_of(size, g) for g, size in ((g_row, p.m), (g_col, p.n))
+        )
         if self.has_negatives and not p.softplus:
-            backward_kernels.prepare[(triton.cdiv(max(p.m, p.n), configs.TILE), 2)](
-                saved.row, g_row, self.rows, saved.col, g_col, self.cols, self.largest, p.m, p.n,
-                MODE=p.mode, TOP=self.top, SEGMENT=configs.TILE, **FUSED,
-            )  # fmt: skip
+            prepare(p, saved.row, g_row, self.rows, saved.col, g_col, self.cols, self.largest, self.top)
 
     def gradient(self, b: Block, room: Tensor) -> Tensor:
         """G of a block, its positives 0, times top / largest."""
@@ -162,68 +263,17 @@ class _Backward:
         if p.source == "given" and given is None:
             given = out  # each tile is read before it is overwritten
             p.products(b, given.values)
-        c = config(p, "gradient" if kept.exponentials is None else "kept")
-        down, across = b.tiles(c)
         if p.softplus:
-            sigmoid_kernels.sigmoid_gradient[(down * across,)](
-                *p.features(c), *_plain(given), *p.tile(kept.exponentials, c), p.mask, self.g_row, self.largest,
-                *(p.tile(out, c) if p.half else _plain(out)), *p.sizes, *b, TOP=self.top, MODE=p.mode, TILE=c,
-                **c.options,
-            )  # fmt: skip
-            return out.values
-        directions = self.rows, self.cols
-        if kept.exponentials is not None:
-            backward_kernels.gradient_of_kept[(down * across,)](
-                *p.tile(kept.exponentials, c), kept.references, _stride(kept.references), *directions,
-                *p.tile(out, c), *b, MODE=p.mode, TILE=c, **c.options,
-            )  # fmt: skip
-        elif p.half:
-            backward_kernels.gradient[(down * across,)](
-                *p.features(c), p.mask, *directions, *p.tile(out, c), *p.sizes, *b, MODE=p.mode, TILE=c,
-                SEGMENT=configs.TILE, **c.options,
-            )  # fmt: skip
-        exact = config(p, "statistics").exact if p.half else c
-        down, across = b.tiles(exact._replace(strip=1))
-        backward_kernels.exact_gradient[(down, 1 if p.half else across)](
-            *p.features(exact), *_plain(given), kept.references, _stride(kept.references), p.mask, *directions,
-            *_plain(out), *p.sizes, *b, ONLY_FAR=p.half, MODE=p.mode, TILE=exact, SEGMENT=configs.TILE,
-            **exact.options,
-        )  # fmt: skip
+            block_of_sigmoids(p, b, kept._replace(products=given), self.g_row, self.largest, self.top, out)
+        else:
+            block_of_weights(p, b, kept._replace(products=given), self.rows, self.cols, out)
         return out.values
-
-    def finish(
-        self, grad: Tensor, out: Tensor | None, own: Tensor, other: Tensor, targets: Tensor | None,
-        first: int, paired: int, dots: bool, largest: Tensor | None,
-    ) -> None:  # fmt: skip
-        """Writes ``grad``'s rows, the problem's from ``first`` on, to ``out`` as gradients of the features."""
-        rows = grad.shape[0]
-        programs = triton.cdiv(rows, FINISH_ROWS)
-        parts = grad.new_empty(programs, dtype=torch.float64) if dots else None
-        backward_kernels.finish[(programs,)](
-            grad, own, other, self.g_pos, targets, self.p.spec.scale, largest, out, parts,
-            rows, first, paired, self.p.d, own.stride(0), other.stride(0),
-            TOP=self.top if largest is not None else 1.0, ROWS=FINISH_ROWS, BD=FINISH_D, **FUSED,
-        )  # fmt: skip
-        if parts is not None:
-            self.dots.append(parts)
-
-
-def _direction(size: int, like: Tensor) -> backward_kernels.Direction:
-    """Views of one buffer, each at a 16-byte boundary."""
-    sizes = [size] * 3 + [triton.cdiv(size, configs.TILE)] * 2
-    buffer = like.new_empty(sum(-(-s // 4) * 4 for s in sizes), dtype=torch.float32)
-    views, begin = [], 0
-    for s in sizes:
-        views.append(buffer[begin : begin + s])
-        begin += -(-s // 4) * 4
-    return backward_kernels.Direction(*views)
 
 
 def backward(spec: StatsSpec, x: Tensor, y: Tensor, saved: Forward, upstream: Upstream, needs: Needs) -> Gradients:
     p = Problem(spec, x, y, saved.kept)
     gx = x.new_empty(p.m, p.d) if needs.x else None
     gy = y.new_empty(p.n, p.d) if needs.y else None
-    targets = p.mask.targets
     with device.current(x.device):
         run = _Backward(p, saved, upstream, needs)
         all_blocks = p.blocks(*(GRADIENT_BLOCK if p.half else FLOAT32_BLOCK))
@@ -245,28 +295,21 @@ def backward(spec: StatsSpec, x: Tensor, y: Tensor, saved: Forward, upstream: Up
                 if needs.col_bias:
                     dbias[b.cols] += g.sum(dim=0, dtype=torch.float32)
             if run.by_rows and b.col1 == p.n:
-                run.finish(dx[: b.height], gx, p.x, p.y, targets, b.row0, p.m, needs.scale, run.largest)
-        if run.largest is not None:
-            dbias *= run.largest / run.top
+                finish(
+                    p, dx[: b.height], gx, p.x, p.y, run.g_pos, p.mask.targets, b.row0, p.m, run.largest, run.top,
+                    run.dots if needs.scale else None,
+                )  # fmt: skip
+        factor, paired = run.largest, p.m
+        if factor is not None:
+            dbias *= factor / run.top
+            if needs.y and run.g_pos is not None and p.mask.targets is not None:
+                dy *= factor / run.top
+                factor = None
+        if run.g_pos is not None and not add_positives(p, dy, dbias if needs.col_bias else None, run.g_pos):
+            paired = 0
         if needs.y:
-            factor, paired = run.largest, p.m
-            if run.g_pos is not None and targets is not None:
-                if factor is not None:
-                    dy *= factor / run.top
-                    factor = None
-                # Sorted, so deterministic where several rows share a positive; index_add_ on a GPU is not. In
-                # parts, as the terms are float32.
-                for i in range(0, p.m, TARGET_ROWS):
-                    rows = slice(i, i + TARGET_ROWS)
-                    terms = run.g_pos[rows, None].float() * p.x[rows].float()
-                    dy.index_put_((targets[rows],), terms, accumulate=True)
-                paired = 0
-            run.finish(dy, gy, p.y, p.x, None, 0, paired, needs.scale and not run.by_rows, factor)
-        if needs.col_bias and run.g_pos is not None:
-            if targets is None:
-                dbias[: p.m] += run.g_pos
-            else:
-                dbias.index_put_((targets,), run.g_pos.float(), accumulate=True)
+            dots = run.dots if needs.scale and not run.by_rows else None
+            finish(p, dy, gy, p.y, p.x, run.g_pos, None, 0, paired, factor, run.top, dots)
         dscale = torch.cat(run.dots).sum().float() if needs.scale else None
     return Gradients(gx, gy, dscale, dbias if needs.col_bias else None)
 

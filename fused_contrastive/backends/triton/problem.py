@@ -106,7 +106,7 @@ def multiplied(x: Tensor, y: Tensor, source: configs.Source, on: device.Device) 
 class Problem:
     """Arguments that all launches of one problem share."""
 
-    def __init__(self, spec: StatsSpec, x: Tensor, y: Tensor, kept_buffer: Tensor) -> None:
+    def __init__(self, spec: StatsSpec, x: Tensor, y: Tensor, kept_buffer: Tensor | None = None) -> None:
         self.spec = spec
         self.device = device.of(x.device)
         self.m, self.n, self.d = x.shape[0], y.shape[0], x.shape[1]

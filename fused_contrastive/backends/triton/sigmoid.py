@@ -73,7 +73,8 @@ def _slope(s, log, MODE: tl.constexpr):
 def _signed(slope, mask, rows, row_end, cols, col_end):
     """The sign of a slope changes with that of the logits of pairs with equal ids."""
     if mask.row_ids is not None:
-        slope = tl.where(equal_ids(mask, rows, row_end, cols, col_end), -slope, slope)
+        equal = equal_ids(mask, rows, row_end, cols, col_end)
+        slope = slope.to(tl.float32) * tl.where(equal, -1.0, 1.0)  # the interpreter cannot negate bfloat16
     return slope
 
 

@@ -6,6 +6,7 @@ reference per CELL x CELL of them. Float32 features keep the products. Shapes fo
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -58,16 +59,18 @@ class Kept(NamedTuple):
 
 
 class KeptRows:
-    """Blocks of the tensor that ``layout`` describes."""
+    """Blocks of the tensor that ``layout`` describes, which may be for more rows; without it, of none."""
 
-    def __init__(self, buffer: Tensor, rows: int, n: int, exact: bool) -> None:
-        self.rows, self.exact = rows, exact
-        size = rows * padded(n)
-        self.values = buffer[:rows] if exact else buffer[:size].view(rows, padded(n))
-        if not exact:
-            # The buffer may be for more rows, and their references lie behind all values.
-            across = _cells(padded(n))
-            self.references = buffer[-2 * _cells(rows) * across :].view(torch.float32).view(_cells(rows), across)
+    def __init__(self, buffer: Tensor | None, rows: int, n: int, exact: bool) -> None:
+        self.rows, self.exact = rows if buffer is not None else 0, exact
+        if buffer is None or not rows:
+            return
+        if exact:
+            self.values = buffer[:rows]
+            return
+        self.values = buffer[: rows * padded(n)].view(rows, padded(n))
+        cells = _cells(rows), _cells(padded(n))
+        self.references = buffer[-2 * math.prod(cells) :].view(torch.float32).view(cells)  # behind all values
 
     def block(self, rows: slice, cols: slice) -> Kept:
         """``rows`` and ``cols`` begin at multiples of a tile."""

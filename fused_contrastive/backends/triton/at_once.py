@@ -1,0 +1,151 @@
+"""Loss and gradients in one walk over rows of blocks: 3 products, for losses that sum over rows alone.
+
+A row of blocks is held until its rows' normalisers are known, becomes G in its place, and is forgotten. The sums of
+softplus need no normalisers: what is held is G already, but for the rows' one weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+import triton
+from torch import Tensor
+
+from fused_contrastive.backends.triton import backward as kernels
+from fused_contrastive.backends.triton import configs, device, launch, storage
+from fused_contrastive.backends.triton.problem import Block, Problem, cuts
+from fused_contrastive.core.spec import Gradients, Needs, StatsSpec
+
+HELD_BYTES = 2**29  # of a row of blocks; the products with G are less efficient, the fewer rows it has
+
+
+def _terms(pos: Tensor, row: Tensor, margin: float, softplus: bool, decoupled: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each row (float64): its loss, and the derivatives by its normaliser and by its positive."""
+    z = -pos if softplus else row - (pos - margin)
+    slope = torch.ones_like(z) if decoupled and not softplus else z.sigmoid()
+    loss = z if decoupled and not softplus else torch.logaddexp(z, torch.zeros_like(z))
+    return (row + loss if softplus else loss), (torch.ones_like(z) if softplus else slope), -slope
+
+
+class _Held:
+    """Memory of a row of blocks."""
+
+    def __init__(self, p: Problem, x: Tensor, rows: int) -> None:
+        self.p, self.dtype = p, x.dtype
+        self.values = storage.scratch(x, rows, p.n, torch.bfloat16 if p.half and not p.softplus else x.dtype)
+        cells = [triton.cdiv(size, storage.CELL) for size in self.values.shape]
+        self.references = x.new_empty(cells if p.half and not p.softplus else 0, dtype=torch.float32)
+
+    def block(self, b: Block) -> storage.Kept:
+        matrix = storage.Matrix(self.values[: b.height, b.col0 : b.col0 + storage.padded(b.width)], b.width)
+        if not self.p.half:
+            return storage.Kept(products=matrix)
+        references = None if self.p.softplus else self.references[:, b.col0 // storage.CELL :]
+        return storage.Kept(exponentials=matrix, references=references)
+
+    def as_g(self, b: Block) -> storage.Matrix:
+        """The same memory, in the dtype of the features."""
+        matrix = self.block(b).products or self.block(b).exponentials
+        assert matrix is not None
+        return storage.Matrix(matrix.whole.view(self.dtype), matrix.width)
+
+
+def _rows_of_blocks(p: Problem) -> Iterator[list[Block]]:
+    step = max(4 * configs.TILE, HELD_BYTES // (storage.padded(p.n) * p.dtype.itemsize))
+    width = (launch.STATISTICS_BLOCK if p.half else launch.FLOAT32_BLOCK)[1]
+    for row0, row1 in cuts(0, p.m, step):
+        yield [Block(row0, row1, col0, col1) for col0, col1 in cuts(0, p.n, width)]
+
+
+def _part(direction: kernels.Direction, rows: slice) -> kernels.Direction:
+    """Of some rows, which begin at a segment."""
+    first = rows.start // configs.TILE
+    return kernels.Direction(*(t[rows] for t in direction[:3]), *(t[first:] for t in direction[3:]))
+
+
+def stats_at_once(
+    spec: StatsSpec, x: Tensor, y: Tensor, weight: float, margin: float, decoupled: bool, normalize: bool, needs: Needs
+) -> tuple[Tensor, Gradients]:
+    """``loss_and_gradients`` of the features, or of the features divided by their lengths."""
+    if not normalize:
+        return loss_and_gradients(spec, x, y, weight, margin, decoupled, needs)
+    with torch.enable_grad():
+        raw = [t.detach().requires_grad_() for t in (x, y)]
+        unit = [F.normalize(t, dim=-1) for t in raw]
+    loss, gradients = loss_and_gradients(spec, *(t.detach() for t in unit), weight, margin, decoupled, needs)
+    gx, gy = (
+        None if g is None else torch.autograd.grad(u, t, g)[0]
+        for u, t, g in zip(unit, raw, (gradients.x, gradients.y), strict=True)
+    )
+    return loss, gradients._replace(x=gx, y=gy)
+
+
+def loss_and_gradients(
+    spec: StatsSpec, x: Tensor, y: Tensor, weight: float, margin: float, decoupled: bool, needs: Needs
+) -> tuple[Tensor, Gradients]:
+    """The weighted sum of the rows' losses (), float64, and its gradients; those of features in float32.
+
+    The caller has yet to multiply the gradients by that of the loss, which float16 might not hold.
+    """
+    p = Problem(spec._replace(kept_rows=0), x, y)
+    top = launch.FP16_TOP if p.dtype == torch.float16 else 1.0
+    pos, loss, g_pos = (x.new_empty(p.m, dtype=torch.float64) for _ in range(3))
+    by_rows = needs.x or (needs.scale and not needs.y)
+    dots: list[Tensor] | None = [] if needs.scale else None
+    gx = x.new_empty(p.m, p.d, dtype=torch.float32) if needs.x else None
+    dy = x.new_empty(p.n if needs.y else 0, p.d, dtype=torch.float32)
+    dbias = x.new_zeros(p.n if needs.col_bias else 0, dtype=torch.float32)
+    with device.current(x.device):
+        largest = x.new_full((), weight, dtype=torch.float32)  # no row's gradient is larger
+        row, col = launch.Direction(True, p.m, x), launch.Direction(False, p.n, x)
+        rows_of = None if p.softplus else launch.direction_of(p.m, x)
+        all_rows = list(_rows_of_blocks(p))
+        height = max(blocks[0].height for blocks in all_rows)
+        held = _Held(p, x, height)
+        dx = x.new_empty(height if by_rows else 0, p.d, dtype=torch.float32)
+        for blocks in all_rows:
+            rows = blocks[0].rows
+            for b in blocks:
+                kept, given = held.block(b), None
+                if p.source == "given" and kept.products is not None:
+                    given = kept.products
+                    p.products(b, given.values)
+                launch.block_statistics(p, b, given, kept, pos, row, col, top)
+            loss[rows], g_row, g_pos[rows] = _terms(pos[rows], row.value[rows], margin, p.softplus, decoupled)
+            if rows_of is not None:
+                part = _part(rows_of, rows)
+                launch.prepare(p, row.value[rows], g_row, part, None, None, None, None, top)
+            for b in blocks:
+                g = held.as_g(b)
+                if not p.softplus:
+                    launch.block_of_weights(p, b, held.block(b), rows_of, None, g)
+                elif not p.half:
+                    ones = torch.ones_like(pos)
+                    launch.block_of_sigmoids(p, b, held.block(b), ones, None, top, g)
+                if by_rows:
+                    launch.add_product(dx[: b.height], g.values, p.y[b.cols], first=b.col0 == 0)
+                if needs.y:
+                    launch.add_product(dy[b.cols], g.values.T, p.x[b.rows], first=b.row0 == 0)
+                if needs.col_bias:
+                    dbias[b.cols] += g.values.sum(dim=0, dtype=torch.float32)
+            if by_rows:
+                g_pos[rows] *= weight
+                launch.finish(
+                    p, dx[: blocks[0].height], gx, p.x, p.y, g_pos, p.mask.targets, rows.start, p.m, largest, top, dots
+                )
+        if not by_rows:
+            g_pos *= weight
+        dbias *= weight / top
+        factor, paired = largest, p.m
+        if needs.y and p.mask.targets is not None:
+            dy *= weight / top
+            factor = None
+        if not launch.add_positives(p, dy, dbias if needs.col_bias else None, g_pos):
+            paired = 0
+        if needs.y:
+            gy = torch.empty_like(dy)
+            launch.finish(p, dy, gy, p.y, p.x, g_pos, None, 0, paired, factor, top, None if by_rows else dots)
+        dscale = torch.cat(dots).sum().float() if dots is not None else None
+    return weight * loss.sum(), Gradients(gx, gy if needs.y else None, dscale, dbias if needs.col_bias else None)

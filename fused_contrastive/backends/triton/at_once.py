@@ -72,14 +72,14 @@ def stats_at_once(
     if not normalize:
         return loss_and_gradients(spec, x, y, weight, margin, decoupled, needs)
     with torch.enable_grad():
-        raw = [t.detach().requires_grad_() for t in (x, y)]
-        unit = [F.normalize(t, dim=-1) for t in raw]
-    loss, gradients = loss_and_gradients(spec, *(t.detach() for t in unit), weight, margin, decoupled, needs)
-    gx, gy = (
-        None if g is None else torch.autograd.grad(u, t, g)[0]
-        for u, t, g in zip(unit, raw, (gradients.x, gradients.y), strict=True)
-    )
-    return loss, gradients._replace(x=gx, y=gy)
+        raw_x, raw_y = x.detach().requires_grad_(), y.detach().requires_grad_()
+        unit_x, unit_y = F.normalize(raw_x, dim=-1), F.normalize(raw_y, dim=-1)
+    loss, gradients = loss_and_gradients(spec, unit_x.detach(), unit_y.detach(), weight, margin, decoupled, needs)
+    if gradients.x is not None:
+        gradients = gradients._replace(x=torch.autograd.grad(unit_x, raw_x, gradients.x)[0])
+    if gradients.y is not None:
+        gradients = gradients._replace(y=torch.autograd.grad(unit_y, raw_y, gradients.y)[0])
+    return loss, gradients
 
 
 def loss_and_gradients(
@@ -138,14 +138,15 @@ def loss_and_gradients(
         if not by_rows:
             g_pos *= weight
         dbias *= weight / top
-        factor, paired = largest, p.m
+        factor: Tensor | None = largest
+        paired = p.m
         if needs.y and p.mask.targets is not None:
             dy *= weight / top
             factor = None
         if not launch.add_positives(p, dy, dbias if needs.col_bias else None, g_pos):
             paired = 0
+        gy = torch.empty_like(dy) if needs.y else None
         if needs.y:
-            gy = torch.empty_like(dy)
             launch.finish(p, dy, gy, p.y, p.x, g_pos, None, 0, paired, factor, top, None if by_rows else dots)
         dscale = torch.cat(dots).sum().float() if dots is not None else None
-    return weight * loss.sum(), Gradients(gx, gy if needs.y else None, dscale, dbias if needs.col_bias else None)
+    return weight * loss.sum(), Gradients(gx, gy, dscale, dbias if needs.col_bias else None)

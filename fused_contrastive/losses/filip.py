@@ -72,7 +72,7 @@ def filip_loss(
     image_tokens, text_tokens = autocast(image_tokens), autocast(text_tokens)
     checks.token_pair("image_tokens", image_tokens, "text_tokens", text_tokens, group is not None)
     checks.same_rows("image_tokens", image_tokens, "text_tokens", text_tokens)
-    logit_scale = checks.scalar("logit_scale", logit_scale)
+    logit_scale = checks.scalar_beside("logit_scale", logit_scale, image_tokens)
     checks.boolean("decoupled", decoupled)
     checks.one_of("compat", compat, COMPAT)  # type: ignore[arg-type]
     checks.one_of("direction", direction, tuple(DIRECTIONS))

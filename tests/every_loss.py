@@ -11,7 +11,7 @@ import fused_contrastive as fc
 
 
 def _labels(x: Tensor, each: int = 2) -> Tensor:
-    return torch.arange(len(x)) % -(-len(x) // each)
+    return torch.arange(len(x), device=x.device) % -(-len(x) // each)
 
 
 def _tokens(x: Tensor) -> Tensor:

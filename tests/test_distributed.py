@@ -14,6 +14,7 @@ import torch.distributed as dist
 import torch.multiprocessing
 from seeds import SEED
 from spread import SPLITS, evaluate, put_together, start
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused_contrastive as fc
 from fused_contrastive.testing import family
@@ -80,6 +81,49 @@ def test_sub_groups() -> None:
     for losses, expected in results:
         assert losses == pytest.approx([expected] * 3, rel=1e-6)
     assert results[0][1] != results[1][1]
+
+
+class Reads(TorchDispatchMode):
+    """Counts the operations for whose values the host would wait on a GPU."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        masked = func is torch.ops.aten.index.Tensor and any(t.dtype == torch.bool for t in args[1] if t is not None)
+        self.count += masked or func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+        return func(*args, **(kwargs or {}))
+
+
+def with_texts_of_any_length(rank: int, folder: str) -> None:
+    """Process 0 has texts of 3 tokens, process 1 of 6."""
+    start(rank, 2, folder)
+    torch.manual_seed(0)
+    images, texts = torch.randn(7, 4, 8), torch.randn(7, 6, 8)
+    mask = torch.ones(7, 6, dtype=torch.bool)
+    mask[:3, 3:] = False
+    scale = torch.tensor(5.0)
+    mine, length = (slice(0, 3), 3) if rank == 0 else (slice(3, 7), 6)
+    results = []
+    for whole in (False, True):
+        x, y = (
+            t.clone().requires_grad_() for t in ((images, texts) if whole else (images[mine], texts[mine, :length]))
+        )
+        options = {"text_mask": mask} if whole else {"group": fc.GlobalBatch(gradients="sum")}
+        with Reads() as reads:
+            loss = fc.filip_loss(x, y, scale, backend="reference", **options)
+        dx, dy = torch.autograd.grad(loss, (x, y))
+        results.append((loss.detach(), dx[mine] if whole else dx, dy[mine, :length] if whole else dy))
+        assert not reads.count
+    torch.save(results, f"{folder}/{rank}.pt")
+
+
+def test_texts_of_any_length() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.spawn(with_texts_of_any_length, (folder,), nprocs=2)
+        for rank in range(2):
+            found, expected = torch.load(f"{folder}/{rank}.pt")
+            for a, b in zip(found, expected, strict=True):
+                torch.testing.assert_close(a, b)
 
 
 def test_torchrun() -> None:

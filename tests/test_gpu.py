@@ -5,6 +5,7 @@ The other modules run their cases on the GPU too, wherever the backend is "trito
 
 from __future__ import annotations
 
+import every_loss
 import pytest
 import torch
 import torch.nn.functional as F
@@ -76,6 +77,34 @@ def test_does_not_wait_for_the_gpu(dtype: torch.dtype, memory: object) -> None:
         run()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("loss", every_loss.LOSSES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_no_loss_waits_for_the_gpu(loss: str, dtype: torch.dtype) -> None:
+    inputs = [t.to("cuda", dtype if t.dim() else torch.float32) for t in every_loss.problem(64, 32)]
+    every_loss.step(loss, inputs)  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        every_loss.step(loss, inputs)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_scale_on_the_cpu() -> None:
+    """It gets its gradient there; while a graph is captured it is refused, and the error leaves the device usable."""
+    x, y, scale = leaves(64, 16)
+    elsewhere = scale.detach().cpu().requires_grad_()
+    for a, b in zip(step([x, y, elsewhere]), step([x, y, scale]), strict=True):
+        assert torch.equal(a.cpu(), b.cpu())
+    torch.cuda.synchronize()
+    with (
+        pytest.raises(RuntimeError, match="logit_scale: got a tensor on cpu"),
+        torch.cuda.graph(torch.cuda.CUDAGraph()),
+    ):
+        step([x, y, elsewhere])
+    step([x, y, scale])
+    torch.cuda.synchronize()
 
 
 @pytest.mark.parametrize("dtype", [*HALF, torch.float32], ids=str)

@@ -34,8 +34,8 @@ def einsum(
     x: Tensor, y: Tensor, x_mask: Tensor | None, y_mask: Tensor | None, reduction: str, direction: str
 ) -> tuple[Tensor, ...]:
     """The definition, on the whole (M, N, T, P) tensor."""
-    x_mask = torch.ones(x.shape[:2], dtype=torch.bool) if x_mask is None else x_mask
-    y_mask = torch.ones(y.shape[:2], dtype=torch.bool) if y_mask is None else y_mask
+    x_mask = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if x_mask is None else x_mask
+    y_mask = torch.ones(y.shape[:2], dtype=torch.bool, device=y.device) if y_mask is None else y_mask
     products = torch.einsum("mtd,npd->mntp", x.masked_fill(~x_mask[..., None], 0), y.masked_fill(~y_mask[..., None], 0))
     x_real, y_real = x_mask[:, None, :, None], y_mask[None, :, None, :]
     best_y = products.masked_fill(~y_real, -INF).max(dim=3).values  # (M, N, T), the first of equal ones gets it all

@@ -59,7 +59,7 @@ class MultipleNegativesRankingLoss(Fused, losses.MultipleNegativesRankingLoss):
             return cross_entropy(pos, *denominators.values(), dtype=dtype, backend=self.backend)
         # The positive is in the denominator once for query_to_doc, and once more for doc_to_query.
         times = 2.0 if "doc_to_query" in self.directions else 1.0
-        shift = torch.tensor(times, dtype=pos.dtype, device=pos.device).log()
+        shift = pos.new_full((), times).log()
         rest = next(iter(denominators.values()))
         for denominator in list(denominators.values())[1:]:
             rest = log_add(rest, denominator)
@@ -231,8 +231,8 @@ def fused_colbert_scores(
     if mask is not None:
         least = scores.new_full((len(scores), 1), NO_TOKEN_SCORE)
         if length_normalize:  # the library divides it as well
-            tokens = queries_embeddings.shape[1] if queries_mask is None else queries_mask.sum(dim=1, keepdim=True)
-            least = least / torch.as_tensor(tokens).clamp_min(1)
+            every = queries_embeddings.shape[1]
+            least = least / (every if queries_mask is None else queries_mask.sum(dim=1, keepdim=True).clamp_min(1))
         scores = torch.where(mask.any(dim=1), scores, least)
     return scores.reshape(-1, items * per_item)
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers.utils.generic import can_return_tuple
 
 from fused_contrastive.adapters.patching import Patch
+from fused_contrastive.core import checks
 from fused_contrastive.losses.clip import clip_loss
 from fused_contrastive.losses.siglip import siglip_loss
 
@@ -92,8 +93,8 @@ def _forward(name: str, model_class: Any, default_output_logits: bool) -> Any:
         )
         texts = texts / texts.norm(p=2, dim=-1, keepdim=True)
         images = (images / images.norm(p=2, dim=-1, keepdim=True)).to(device=texts.device, dtype=texts.dtype)
-        scale = self.logit_scale.exp().to(texts.device)
-        bias = self.logit_bias.to(texts.device) if hasattr(self, "logit_bias") else None
+        scale = checks.beside("logit_scale", self.logit_scale.exp(), texts)
+        bias = checks.beside("logit_bias", self.logit_bias, texts) if hasattr(self, "logit_bias") else None
         result = {
             "loss": _loss(texts, images, scale, bias),
             "text_embeds": texts,

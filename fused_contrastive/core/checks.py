@@ -66,6 +66,28 @@ def scalar(name: str, value: object) -> float | Tensor:
     return float(value)  # a float16's quotients would be rounded to float16
 
 
+def scalar_beside(name: str, value: object, x: Tensor) -> float | Tensor:
+    """``scalar``, and a tensor is moved to the device of x."""
+    value = scalar(name, value)
+    return beside(name, value, x) if isinstance(value, Tensor) else value
+
+
+def beside(name: str, value: Tensor, x: Tensor) -> Tensor:
+    """A scale or a bias on the device of x.
+
+    From a CPU to a GPU it is copied out of pageable memory: the host waits for that, and a CUDA graph cannot hold it.
+    """
+    if value.device == x.device:
+        return value
+    # torch.compile captures on its own, and cannot trace the question.
+    if x.device.type == "cuda" and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"{name}: got a tensor on {value.device} while a CUDA graph is captured, expected one on {x.device}; move "
+            "it before capturing"
+        )
+    return value.to(x.device)
+
+
 def vector(name: str, value: object, length: int, x: Tensor, *, of: str, integer: bool) -> None:
     """A (length,) tensor of int64, or of a floating dtype."""
 

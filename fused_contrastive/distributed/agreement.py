@@ -36,6 +36,7 @@ class Agreed:
     rows: tuple[int, ...]  # of every process
     cols: tuple[int, ...]
     keys: tuple[int, ...]  # the first of the columns, which targets count
+    tokens: int  # of an item of the columns, in the process that has most; 0 for features
     differentiable: bool
     ring: bool
 
@@ -102,8 +103,9 @@ class Call:
     ) -> Agreed:  # fmt: skip
         """The agreement of this call, which the first of nested functions makes.
 
-        ``x`` (m, D) and ``y`` (n, D) are this process's rows and columns; ``options`` must be the same everywhere;
-        ``inputs`` are what else may require a gradient. ``targets`` count the first ``keys`` columns of each process.
+        ``x`` (m, D) and ``y`` (n, D) are this process's rows and columns, or items (m, P, D) and (n, T, D) of tokens;
+        ``options`` must be the same everywhere; ``inputs`` are what else may require a gradient. ``targets`` count the
+        first ``keys`` columns of each process.
         """
         if self.agreed is not None:
             return self.agreed
@@ -123,7 +125,8 @@ class Call:
         if targets is not None and len(targets) and targets.device.type == "cpu":
             lowest, highest = (int(t) for t in targets.aminmax())
         options_hash = zlib.crc32(repr((name, said)).encode())
-        headers = self._exchange(0, len(x), len(y), memory, options_hash, keys, lowest, highest)
+        tokens = y.shape[1] if y.dim() == 3 else 0
+        headers = self._exchange(0, len(x), len(y), memory, options_hash, keys, lowest, highest, tokens)
         if len({row[4] for row in headers}) > 1:
             self._raise_difference(name, said)
         rank, _ = _place(self.batch.group)
@@ -144,14 +147,15 @@ class Call:
         for r, row in enumerate(headers):
             if row[6] < 0 or row[7] >= columns:
                 raise ValueError(f"targets: rank {r} has values from {row[6]} to {row[7]}, expected 0 to {columns - 1}")
-        self.agreed = Agreed(self.batch, rank, rows, cols, every_key, any(needs), ring)
+        longest = max(row[8] for row in headers)
+        self.agreed = Agreed(self.batch, rank, rows, cols, every_key, longest, any(needs), ring)
         return self.agreed
 
     def fail(self, error: Exception) -> None:
         """Tells the others, if they are still waiting to agree."""
         if self._closed:
             return
-        self._exchange(1, 0, 0, 0, 0, 0, 0, -1, message=f"{type(error).__name__}: {error}")
+        self._exchange(1, 0, 0, 0, 0, 0, 0, -1, 0, message=f"{type(error).__name__}: {error}")
 
     def _exchange(self, failed: int, *values: int, message: str = "") -> list[list[int]]:
         self._closed = True

@@ -84,7 +84,8 @@ def diagnose(x: Tensor, y: Tensor, scale: float | Tensor, *, k: int = 10) -> Dia
         k: how many negatives count as hardest; from N - 1 on, their share is 1.
 
     Returns:
-        Diagnosis; sums are taken in float64. NaN among the features gives NaN.
+        Diagnosis; sums are taken in float64. NaN among the features gives NaN. Its fields are Python numbers: on a GPU
+        the host waits for them, and for a scale that is a tensor.
 
     Raises:
         TypeError, ValueError: naming the argument, what came and what was expected.

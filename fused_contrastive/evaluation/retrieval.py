@@ -1,4 +1,7 @@
-"""Retrieval scores. Both read ``target_ranks``; for more than one score of the same ranking, call that once."""
+"""Retrieval scores, as Python numbers: on a GPU, the host waits for them.
+
+Both read ``target_ranks``; for more than one score of the same ranking, call that once.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +35,7 @@ def recall_at_k(
         backend: see ``contrastive_stats``.
 
     Returns:
-        Recall by k, in the order of ``ks``.
+        Recall by k, in the order of ``ks``, as Python numbers: on a GPU the host waits for each.
 
     Raises:
         TypeError, ValueError: naming the argument, what came and what was expected.
@@ -51,6 +54,9 @@ def median_rank(queries: Tensor, candidates: Tensor, *, targets: Tensor | None =
         candidates: (N, D), same dtype and device.
         targets: (M,) int64, the candidate that belongs to each query. Default: query i's is i, which needs M <= N.
         backend: see ``contrastive_stats``.
+
+    Returns:
+        A Python number: on a GPU the host waits for it.
 
     Raises:
         TypeError, ValueError, RuntimeError: as ``recall_at_k``.

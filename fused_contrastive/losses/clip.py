@@ -61,7 +61,7 @@ def clip_loss(
     image_features, text_features = autocast(image_features), autocast(text_features)
     checks.feature_pair("image_features", image_features, "text_features", text_features, group is not None)
     checks.same_rows("image_features", image_features, "text_features", text_features)
-    logit_scale = checks.scalar("logit_scale", logit_scale)
+    logit_scale = checks.scalar_beside("logit_scale", logit_scale, image_features)
     checks.one_of("reduction", reduction, REDUCTIONS)
     checks.unit_interval("label_smoothing", label_smoothing)
     options = {"decoupled": decoupled, "label_smoothing": label_smoothing, "reduction": reduction}

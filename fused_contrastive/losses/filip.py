@@ -72,7 +72,7 @@ def filip_loss(
     image_tokens, text_tokens = autocast(image_tokens), autocast(text_tokens)
     checks.token_pair("image_tokens", image_tokens, "text_tokens", text_tokens, group is not None)
     checks.same_rows("image_tokens", image_tokens, "text_tokens", text_tokens)
-    logit_scale = checks.scalar("logit_scale", logit_scale)
+    logit_scale = checks.scalar_beside("logit_scale", logit_scale, image_tokens)
     checks.boolean("decoupled", decoupled)
     checks.one_of("compat", compat, COMPAT)  # type: ignore[arg-type]
     checks.one_of("direction", direction, tuple(DIRECTIONS))
@@ -119,26 +119,28 @@ def _scores(image_tokens: Tensor, text_tokens: Tensor, *masks: Tensor | None, **
 def _gathered_tokens(agreed: Agreed, tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """(N, T, D) tokens of all processes and their mask, padded to the longest process's T."""
     n, length, d = tokens.shape
-    lengths = gather_rows(torch.tensor([length], device=tokens.device), (1,) * agreed.world, agreed.group)
-    longest = int(lengths.max())
     mask = tokens.new_ones(n, length, dtype=torch.bool) if mask is None else mask
-    if longest > length:
-        tokens = torch.cat((tokens, tokens.new_zeros(n, longest - length, d)), dim=1)
-        mask = torch.cat((mask, mask.new_zeros(n, longest - length)), dim=1)
+    if agreed.tokens > length:
+        tokens = torch.cat((tokens, tokens.new_zeros(n, agreed.tokens - length, d)), dim=1)
+        mask = torch.cat((mask, mask.new_zeros(n, agreed.tokens - length)), dim=1)
     mask = gather_rows(mask.to(torch.uint8), agreed.cols, agreed.group).bool()
     return gathered(tokens, agreed.cols, agreed.rank, agreed.group), mask
 
 
 def _global_stats(agreed: Agreed, logits: Tensor, by_columns: bool) -> tuple[Tensor, Tensor]:
     """(m, N) logits of this process's rows -> pos and denominators (m,) of its rows, or of its columns."""
-    m = logits.shape[0]
-    rows = torch.arange(m, device=logits.device)
-    own = torch.zeros_like(logits, dtype=torch.bool)
-    own[rows, agreed.first_col + rows] = True
-    pos, rest = terms.positive(logits[own]), logits.masked_fill(own, -torch.inf)
+    # A boolean mask as an index would wait for a GPU to count it.
+    own, positives = torch.zeros_like(logits, dtype=torch.bool), _own_columns(agreed, logits)
+    _own_columns(agreed, own).fill_(True)
+    pos, rest = terms.positive(positives), logits.masked_fill(own, -torch.inf)
     if not by_columns:
         return pos, rest.logsumexp(dim=1)
     return pos, merged(rest.logsumexp(dim=0), logits.dtype == torch.float64, agreed.group)[agreed.own_cols]
+
+
+def _own_columns(agreed: Agreed, matrix: Tensor) -> Tensor:
+    """(m, N) of this process's rows -> (m,) a view of their positives."""
+    return matrix.diagonal(agreed.first_col)[: matrix.shape[0]]
 
 
 class FilipLoss(nn.Module):

@@ -89,7 +89,7 @@ def info_nce_loss(
     query, key = autocast(query), autocast(key)
     checks.feature_pair("query", query, "key", key, group is not None)
     _check_options(symmetric, decoupled, margin, label_smoothing, reduction, normalize)
-    scale = terms.scale_of(temperature, logit_scale, 0.07)
+    scale = terms.scale_of(temperature, logit_scale, 0.07, query)
     if symmetric:
         if targets is not None:
             raise ValueError(

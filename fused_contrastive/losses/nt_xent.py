@@ -71,7 +71,7 @@ def nt_xent_loss(
     checks.boolean("decoupled", decoupled)
     checks.boolean("normalize", normalize)
     checks.one_of("reduction", reduction, REDUCTIONS)
-    scale = terms.scale_of(temperature, None, 0.5)
+    scale = terms.scale_of(temperature, None, 0.5, everything[0])
 
     n, count = z1.shape[0], len(everything)
     z = normalized(*everything, backend=backend) if normalize else torch.cat(everything)

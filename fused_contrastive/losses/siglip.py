@@ -60,13 +60,11 @@ def siglip_loss(
     image_features, text_features = autocast(image_features), autocast(text_features)
     checks.feature_pair("image_features", image_features, "text_features", text_features, group is not None)
     checks.same_rows("image_features", image_features, "text_features", text_features)
-    logit_scale = checks.scalar("logit_scale", logit_scale)
+    logit_scale = checks.scalar_beside("logit_scale", logit_scale, image_features)
     checks.one_of("reduction", reduction, REDUCTIONS)
     bias = None
     if logit_bias is not None:
-        logit_bias = checks.scalar("logit_bias", logit_bias)
-        if isinstance(logit_bias, Tensor):
-            logit_bias = logit_bias.to(image_features.device)
+        logit_bias = checks.scalar_beside("logit_bias", logit_bias, image_features)
         dtype = compute_dtype(image_features.dtype)
         zero = image_features.new_zeros((), dtype=dtype)
         bias = (zero + logit_bias).to(dtype).expand(text_features.shape[0])

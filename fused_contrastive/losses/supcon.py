@@ -78,7 +78,7 @@ def supcon_loss(
     checks.one_of("no_positive", no_positive, NO_POSITIVE)
     checks.one_of("reduction", reduction, REDUCTIONS)
     checks.boolean("normalize", normalize)
-    scale = terms.scale_of(temperature, None, 0.1)
+    scale = terms.scale_of(temperature, None, 0.1, features)
 
     z = features.flatten(0, 1) if features.dim() == 3 else features
     z = normalized(z, backend=backend) if normalize else z

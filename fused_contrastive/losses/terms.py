@@ -65,18 +65,27 @@ def rows_at(t: Tensor, index: Tensor) -> Tensor:
     return t.index_select(0, index) if t.device.type == "cpu" else t[index]
 
 
-def scale_of(temperature: float | Tensor | None, logit_scale: float | Tensor | None, default: float) -> float | Tensor:
-    """What multiplies the similarities: ``logit_scale``, or 1 / temperature; 1 / default where neither is given."""
+def scale_of(
+    temperature: float | Tensor | None, logit_scale: float | Tensor | None, default: float, x: Tensor | None = None
+) -> float | Tensor:
+    """What multiplies the similarities: ``logit_scale``, or 1 / temperature; 1 / default where neither is given.
+
+    A tensor comes back on the device of x, the features; without them, as it is.
+    """
     if temperature is not None and logit_scale is not None:
         raise ValueError("temperature, logit_scale: got both, expected at most one of them")
     if logit_scale is not None:
-        return checks.scalar("logit_scale", logit_scale)
+        return _beside("logit_scale", checks.scalar("logit_scale", logit_scale), x)
     temperature = default if temperature is None else temperature
     temperature = checks.scalar("temperature", temperature)
     known = not isinstance(temperature, Tensor) or (is_plain(temperature) and temperature.device.type == "cpu")
     if known and not temperature > 0:
         raise ValueError(f"temperature: got {float(temperature)}, expected a positive number")
-    return 1 / temperature
+    return 1 / _beside("temperature", temperature, x)
+
+
+def _beside(name: str, value: float | Tensor, x: Tensor | None) -> float | Tensor:
+    return value if x is None or not isinstance(value, Tensor) else checks.beside(name, value, x)
 
 
 def reduce_weighted(

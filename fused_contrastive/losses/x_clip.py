@@ -79,7 +79,6 @@ def x_clip_loss(
         ("decoupled_contrastive_learning", decoupled_contrastive_learning),
     ):
         checks.boolean(name, flag)
-    logit_scale = checks.scalar("logit_scale", logit_scale)
     for name, weight in (
         ("multiview_loss_weight", multiview_loss_weight),
         ("sim_reg_loss_weight", sim_reg_loss_weight),
@@ -91,6 +90,7 @@ def x_clip_loss(
     texts = _views("text_latents", text_latents, use_all_token_embeds, empty=group is not None)
     images = _views("image_latents", image_latents, use_all_token_embeds, empty=group is not None)
     extra = text_latents_extra is not None and image_latents_extra is not None
+    logit_scale = checks.scalar_beside("logit_scale", logit_scale, texts)
     texts_extra = (
         _views("text_latents_extra", text_latents_extra, use_all_token_embeds, texts, group is not None)
         if extra

@@ -130,7 +130,7 @@ def target_ranks(
         order = everyone if targets is None else targets.argsort(stable=True)
         own = everyone if targets is None else targets[order]
         counts = torch.zeros_like(own)
-        on_host = torch.arange(m) if targets is None else own.cpu()
+        on_host = torch.arange(m, device="cpu") if targets is None else own.cpu()
         for rows, holding in zip(walk.rows, walk.holding(on_host), strict=True):
             _count(walk, queries[order[rows]], own[rows], holding, chosen, counts[rows])
         return torch.empty_like(counts).index_copy_(0, order, counts)
@@ -179,7 +179,7 @@ class _Walk:
 
     def holding(self, targets: Tensor) -> list[list[slice]]:
         """The blocks of columns that hold some target, for each block of rows; targets (M,) on the CPU."""
-        ends = torch.tensor([columns.stop for columns in self.columns])
+        ends = torch.tensor([columns.stop for columns in self.columns], device="cpu")
         found = torch.searchsorted(ends, targets, right=True)  # (M,) numbers of blocks
         return [[self.columns[i] for i in found[rows].unique().tolist()] for rows in self.rows]
 

@@ -60,7 +60,9 @@ def contrastive_stats(
     Args:
         x: (M, D) row features, float32, float64, bfloat16 or float16. Not normalised here.
         y: (N, D) column features, same dtype and device.
-        scale: multiplies the products (an inverse temperature); a number or a 0-d tensor, which gets a gradient.
+        scale: multiplies the products (an inverse temperature); a number or a 0-d tensor, which gets a gradient. Of
+            every function here, a tensor scale, temperature or bias that is on the CPU while the features are on a GPU
+            is copied there at every call, for which the host waits; while a CUDA graph is captured, it raises.
         targets: (M,) int64, the column of each row's positive. Default: t(i) = i, which needs M <= N.
         col_bias: (N,) added to each column's logits, with a gradient; -inf marks a column as empty.
         row_ids, col_ids: (M,) and (N,) int64; pairs with equal ids (false negatives, duplicates) are excluded.
@@ -86,7 +88,8 @@ def contrastive_stats(
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind, shape, dtype, device or value.
-        RuntimeError: the backend cannot run here; or a second derivative is asked.
+        RuntimeError: the backend cannot run here; a second derivative is asked; or the scale is on another device than
+            the features while a CUDA graph is captured.
 
     Under autocast, float32 features are cast to autocast's dtype as for a matmul; the products accumulate in float32.
     """
@@ -283,7 +286,5 @@ def autocast(features: Tensor) -> Tensor:
 
 
 def _scale(scale: float | Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
-    scale = checks.scalar("scale", scale)
-    if not isinstance(scale, Tensor):
-        return x.new_full((), scale, dtype=dtype)
-    return scale.to(device=x.device, dtype=dtype)
+    scale = checks.scalar_beside("scale", scale, x)
+    return scale.to(dtype) if isinstance(scale, Tensor) else x.new_full((), scale, dtype=dtype)

@@ -52,7 +52,7 @@ def evaluate(function: Callable[[Inputs], Outputs], inputs: Inputs) -> Outputs:
     """Outputs, and the gradients of ``sum(weights * outputs)`` over finite outputs, as float64."""
     leaves = {name: t.clone().requires_grad_() for name in LEAVES if (t := getattr(inputs, name)) is not None}
     outputs = function(Inputs(**{**inputs.__dict__, **leaves}))
-    objective = torch.zeros((), dtype=torch.float64)
+    objective = torch.zeros((), dtype=torch.float64, device=inputs.x.device)
     for name, weight in inputs.weights.items():
         finite = torch.where(outputs[name].detach().isfinite(), outputs[name].double(), 0)
         objective = objective + (weight * finite).sum()

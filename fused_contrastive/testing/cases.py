@@ -1,4 +1,7 @@
-"""Seeded problems: every size, dtype, scale and option on which backends are compared with the oracle."""
+"""Seeded problems: every size, dtype, scale and option on which backends are compared with the oracle.
+
+They are made on the CPU, whatever the default device and dtype, so that a seed means the same numbers everywhere.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +36,7 @@ CLIP_OPTIONS = ("clip", "clip decoupled", "clip smoothed", "clip decoupled smoot
 
 @dataclass(frozen=True)
 class Case:
-    """One problem. ``inputs`` makes it anew, the same each time."""
+    """One problem. ``inputs`` makes it anew on the CPU, the same each time."""
 
     dtype: torch.dtype
     m: int
@@ -57,7 +60,7 @@ class Case:
         return self.option in CLIP_OPTIONS
 
     def inputs(self) -> Inputs:
-        generator = torch.Generator().manual_seed(self.seed)
+        generator = torch.Generator("cpu").manual_seed(self.seed)
         return (_clip_inputs if self.is_clip else _stats_inputs)(self, generator)
 
 
@@ -91,7 +94,7 @@ def _on(value: Any, device: torch.device) -> Any:
 
 
 def _features(rows: int, d: int, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    features = torch.randn(rows, d, generator=generator, dtype=torch.float64)
+    features = torch.randn(rows, d, generator=generator, dtype=torch.float64, device="cpu")
     return F.normalize(features, dim=1).to(dtype)  # D = 1: +-1, so many equal columns and exact products
 
 
@@ -101,20 +104,21 @@ def _stats_inputs(case: Case, generator: torch.Generator) -> Inputs:
     options: dict[str, Any] = {}
     col_bias = None
     if case.option == "targets" or m > n:
-        options["targets"] = torch.randint(n, (m,), generator=generator)
+        options["targets"] = torch.randint(n, (m,), generator=generator, device="cpu")
     if case.option == "col_bias":
-        col_bias = torch.randn(n, generator=generator).to(statistics)
-        empty = torch.rand(n, generator=generator) < 0.2
-        empty[options.get("targets", torch.arange(m))] = False  # a positive in an empty slot would be -inf
+        col_bias = torch.randn(n, generator=generator, dtype=torch.float32, device="cpu").to(statistics)
+        empty = torch.rand(n, generator=generator, dtype=torch.float32, device="cpu") < 0.2
+        own = options.get("targets", torch.arange(m, device="cpu"))
+        empty[own] = False  # a positive in an empty slot would be -inf
         col_bias = col_bias.masked_fill(empty, -torch.inf)
     if case.option == "ids":  # few enough ids that some rows have nothing left
         high = max(2, n // 8)
-        options["row_ids"] = torch.randint(high, (m,), generator=generator) - high // 2
-        options["col_ids"] = torch.randint(high, (n,), generator=generator) - high // 2
+        options["row_ids"] = torch.randint(high, (m,), generator=generator, device="cpu") - high // 2
+        options["col_ids"] = torch.randint(high, (n,), generator=generator, device="cpu") - high // 2
     if case.option == "exclude_self":
         options["exclude_self"] = True
     weights = {
-        name: torch.rand(size, generator=generator, dtype=torch.float64) * 2 - 1
+        name: torch.rand(size, generator=generator, dtype=torch.float64, device="cpu") * 2 - 1
         for name, size in (("pos", m), ("row", m), ("col", n))
     }
     if case.option == "row only":
@@ -125,7 +129,7 @@ def _stats_inputs(case: Case, generator: torch.Generator) -> Inputs:
     return Inputs(
         x=_features(m, case.d, case.dtype, generator),
         y=_features(n, case.d, case.dtype, generator),
-        scale=torch.tensor(case.scale, dtype=statistics),
+        scale=torch.tensor(case.scale, dtype=statistics, device="cpu"),
         col_bias=col_bias,
         options=options,
         weights=weights,
@@ -140,14 +144,14 @@ def _clip_inputs(case: Case, generator: torch.Generator) -> Inputs:
     return Inputs(
         x=_features(case.n, case.d, case.dtype, generator),
         y=_features(case.n, case.d, case.dtype, generator),
-        scale=torch.tensor(case.scale, dtype=statistics),
+        scale=torch.tensor(case.scale, dtype=statistics, device="cpu"),
         col_bias=None,
         options={
             "decoupled": "decoupled" in case.option,
             "label_smoothing": 0.1 if "smoothed" in case.option else 0.0,
             "reduction": reduction,
         },
-        weights={"loss": torch.rand(size, generator=generator, dtype=torch.float64) + 0.5},
+        weights={"loss": torch.rand(size, generator=generator, dtype=torch.float64, device="cpu") + 0.5},
         memory_budget="auto",
     )
 

@@ -33,29 +33,30 @@ class Sizes:
 
 
 class Maker:
-    """Random tensors of one problem."""
+    """Random tensors of one problem, on the CPU whatever the default device."""
 
     def __init__(self, sizes: Sizes, seed: int) -> None:
-        self.sizes, self.generator = sizes, torch.Generator().manual_seed(seed)
+        self.sizes, self.generator = sizes, torch.Generator("cpu").manual_seed(seed)
 
     def features(self, *shape: int) -> Tensor:
-        t = torch.randn(*shape, self.sizes.d, generator=self.generator, dtype=torch.float64)
+        t = torch.randn(*shape, self.sizes.d, generator=self.generator, dtype=torch.float64, device="cpu")
         if self.sizes.duplicates:
-            t = t[torch.randint(max(1, shape[0] // 3), (shape[0],), generator=self.generator)]
+            t = t[self.ids(shape[0], shape[0] // 3)]
         return F.normalize(t, dim=-1).to(self.sizes.dtype)
 
     def scalar(self, value: float) -> Tensor:
-        return torch.tensor(value, dtype=torch.float64 if self.sizes.dtype == torch.float64 else torch.float32)
+        dtype = torch.float64 if self.sizes.dtype == torch.float64 else torch.float32
+        return torch.tensor(value, dtype=dtype, device="cpu")
 
     def vector(self, size: int) -> Tensor:
-        return torch.rand(size, generator=self.generator, dtype=torch.float64).to(self.scalar(0).dtype)
+        return torch.rand(size, generator=self.generator, dtype=torch.float64, device="cpu").to(self.scalar(0).dtype)
 
     def ids(self, size: int, high: int) -> Tensor:
-        return torch.randint(max(1, high), (size,), generator=self.generator)
+        return torch.randint(max(1, high), (size,), generator=self.generator, device="cpu")
 
     def mask(self, *shape: int) -> Tensor:
         """Some False, the first of each row True."""
-        mask = torch.rand(*shape, generator=self.generator) < 0.7
+        mask = torch.rand(*shape, generator=self.generator, dtype=torch.float32, device="cpu") < 0.7
         mask[..., 0] = True
         return mask
 
@@ -345,12 +346,15 @@ def _largest_terms(case: FamilyCase, truth: dict[str, Tensor]) -> dict[str, floa
 
 def sample(count: int, seed: int) -> Iterator[FamilyCase]:
     """Every option in turn, at random sizes, dtypes and scales."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
+
+    def drawn(below: int) -> int:
+        return int(torch.randint(below, (), generator=generator, device="cpu"))
 
     def one_of(values: Any) -> Any:
-        return values[int(torch.randint(len(values), (), generator=generator))]
+        return values[drawn(len(values))]
 
     for k in range(count):
         loss, variant = OPTIONS[k % len(OPTIONS)]
         sizes = Sizes(one_of((2, 5, 17, 64, 130)), one_of((1, 3, 16, 65)), one_of(DTYPES), one_of((0.5, 14.3, 100.0)))
-        yield FamilyCase(loss, variant, sizes, int(torch.randint(2**31, (), generator=generator)))
+        yield FamilyCase(loss, variant, sizes, drawn(2**31))

@@ -6,6 +6,7 @@ import gc
 import math
 import random
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -62,9 +63,9 @@ class Prepared(NamedTuple):
     round_seconds: float  # of all steps, called once
     times: Times
 
-    def time_all(self, seconds: float) -> None:
+    def time_all(self, seconds: float, fewest: int | None = None) -> None:
         """All of its rounds, where nothing ran since it was prepared."""
-        self._time(lambda: self._rounds(seconds, LEAST, IF_SLOW))
+        self._time(lambda: self._rounds(seconds, fewest or LEAST, fewest or IF_SLOW))
 
     def time_part(self, seconds: float, sweeps: int) -> None:
         """One sweep's part of the rounds.
@@ -175,7 +176,7 @@ def run_suite(suite: Suite, console: Console, keep: Callable[[list[Row]], None],
             return
         begun.append(prepared.rows)
         if suite.sweeps == 1 or prepared.round_seconds >= LONG:
-            prepared.time_all(seconds)
+            prepared.time_all(seconds, suite.fewest)
             prepared.show(console)
             keep(so_far())
         else:
@@ -204,7 +205,8 @@ def forget_shapes() -> None:
     Else code for any size that was compiled for a small one would serve, on one thread say, and after 8 sizes of a
     function it would run uncompiled, and say nothing.
     """
-    torch._dynamo.reset()
+    if "torch._dynamo" in sys.modules:  # importing it takes seconds, and nothing was compiled without it
+        torch._dynamo.reset()
 
 
 def candidates(problem: Problem, only: tuple[str, ...]) -> Iterator[tuple[Implementation, Row]]:

@@ -91,8 +91,10 @@ def tests(turn: Turn) -> Iterator[Entry]:
     ended = command(turn, "-m", "pytest", "-v", "-p", "no:cacheprovider", *options, which)
     # Of each test's own line, which has a percentage: there is no summary of a run that was stopped.
     lines = [line for line in ended["said"].splitlines() if "%]" in line]
-    counts = Counter(word for line in lines for word in re.findall(r"\b(?:PASSED|FAILED|ERROR|SKIPPED)\b", line))
+    counts = Counter(word for line in lines for word in re.findall(r"(?<=\s)(?:PASSED|FAILED|ERROR|SKIPPED)\b", line))
     value = ", ".join(f"{count} {word.lower()}" for word, count in counts.items())
+    if ended["status"] == "ok" and not counts["PASSED"]:
+        ended["status"] = "failed: no test ran"
     yield ended | {"row": which, "value": value, "counts": counts}
 
 

@@ -62,7 +62,7 @@ def test_all_of_it_at_toy_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert rows["table"] >= {"u", "forward", "forward, everything kept", "clip step, eager"}
     for loss in ("clip", "siglip", "info_nce"):
         assert rows["table"] >= {f"{loss} step, nothing kept", f"{loss} step, auto"}
-    assert "half gradient bfloat16 D=64 on interpreter" in rows["tune"]
+    assert {"half statistics", "half gradient", "half sums"} <= {row.partition(" bfloat16")[0] for row in rows["tune"]}
     assert rows["million"] == {"ours, memory_budget=0"}
     assert rows["peers"] >= {"ours", "ours, memory_budget=0", "eager"}
     assert "- siglip_kernel: needs cuda (siglip 64 x 20)" in page
@@ -239,6 +239,23 @@ def test_a_command_that_is_stopped_has_said_something() -> None:
     assert ended["status"].startswith("failed: stopped after ")
     assert "PASSED" in ended["said"]
     assert gpu_day.command(turn(), "-c", "raise SystemExit(3)")["status"] == "failed: exited with 3"
+
+
+@pytest.mark.parametrize(
+    ("lines", "status", "value"),
+    [
+        (["tests/a.py::b PASSED [ 50%]", "tests/a.py::c[FAILED] PASSED [100%]", "2 passed"], "ok", "2 passed"),
+        (["[gw3] [ 50%] FAILED tests/a.py::b", "[gw1] [100%] PASSED tests/a.py::c", "FAILED tests/a.py::b"],
+         "failed: exited with 1", "1 failed, 1 passed"),
+        (["tests/a.py::b SKIPPED [100%]"], "failed: no test ran", "1 skipped"),
+        ([], "failed: stopped after 9 s", ""),
+    ],
+)  # fmt: skip
+def test_counts_of_tests(lines: list[str], status: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    ended = {"status": "ok" if "no test" in status else status, "said": "\n".join(lines)}
+    monkeypatch.setattr(gpu_day, "command", lambda *arguments: dict(ended))
+    (entry,) = gpu_day.tests(turn())
+    assert (entry["status"], entry["value"]) == (status, value)
 
 
 def test_what_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -58,7 +58,7 @@ def test_all_of_it_at_toy_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     rows = {name: {e["row"] for e in stage["entries"] if "value" in e} for name, stage in stages.items()}
     assert rows["correctness"] == {f"{loss}, memory_budget=0" for loss in gpu_measurements.LOSSES}
     assert {e["column"] for e in stages["correctness"]["entries"]} == {"bf16"}
-    assert stages["tests"]["entries"][0]["counts"] == {"PASSED": 5}
+    assert set(stages["tests"]["entries"][0]["counts"]) == {"PASSED"}
     assert rows["table"] >= {"u", "forward", "forward, everything kept", "clip step, eager"}
     for loss in ("clip", "siglip", "info_nce"):
         assert rows["table"] >= {f"{loss} step, nothing kept", f"{loss} step, auto"}

@@ -67,9 +67,23 @@ def test_suites_are_made_of_what_exists() -> None:
             assert problem.dtype in ("fp32", "bf16", "fp16")
         for name in suite.only:
             assert named("clip", name)
-    only = command.chosen(suites.cpu(), ["siglip"])
+    only = command.chosen("cpu", {"losses": ["siglip"]})
     assert {problem.loss for problem, _ in only.timed} == {"siglip"}
     assert [problem.loss for problem in only.memory] == ["siglip"]
+
+
+def test_filters_leave_what_was_asked() -> None:
+    filters = {"losses": ["clip", "siglip"], "implementations": ["ours", "siglip_kernel"], "n": [4096, 16384]}
+    only = command.chosen("gpu", {**filters, "d": [512], "dtype": ["bf16"]})
+    asked = [Problem(loss, n, 512, "bf16", "cuda") for loss in ("clip", "siglip") for n in (4096, 16384)]
+    assert [problem for problem, _ in only.timed] == only.memory == asked
+    assert only.only == ("ours", "siglip_kernel")
+    only = command.chosen("gpu", {"implementations": ["siglip_kernel"]})
+    assert {problem.loss for problem, _ in only.timed} == {"siglip"}
+    assert command.chosen("million", {"implementations": ["ours, memory_budget=0", "ours"]}).only == (
+        "ours, memory_budget=0",
+    )
+    assert command.chosen("gpu", {}) == suites.gpu()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -142,12 +156,45 @@ def test_an_interrupted_run_leaves_the_earlier_report(tmp_path: Path, monkeypatc
     assert main(["compare", str(tmp_path / "v0.1.2.json"), str(tmp_path / "v0.1.2.json")]) == 0
 
 
+@pytest.mark.parametrize("of_ours", [True, False])
+def test_the_exit_status_is_ours(
+    of_ours: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """1 where something of ours was wrong or failed, after everything was written; a peer may fail."""
+
+    def wrong(problem: Problem) -> Any:
+        return lambda x, y, scale: (x + y).sum() * scale
+
+    broken = implementations.Implementation("broken", "clip", wrong, ours=of_ours)
+    monkeypatch.setitem(suites.SUITES, "quick", lambda: suites.Suite([(Problem("clip", 48, 24), 0.0)], []))
+    monkeypatch.setattr(run, "REGISTRY", [broken, named("clip", "ours")])
+    assert main(["bench", "--out", str(tmp_path)]) == (1 if of_ours else 0)
+    statuses = [row["status"] for row in json.loads((tmp_path / "quick.json").read_text())["rows"]]
+    assert statuses[0].startswith("WRONG: ")
+    assert statuses[1] == "ok"
+    assert "| **ours** |" in (tmp_path / "quick.md").read_text()
+    said = " ".join(capsys.readouterr().out.split())
+    assert ("broken, clip N = 48, D = 24, fp32: WRONG: loss" in said) == of_ours
+    assert main(["bench", "--show", str(tmp_path / "quick.json")]) == 0
+
+
 def test_bad_arguments_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "file"
     file.write_text("")
     (tmp_path / "old.json").write_text('{"command": "", "provenance": {}, "rows": [{"loss": "clip"}]}')
     for arguments, said in (
         (["bench", "--losses", "max_sim"], "--losses: got max_sim, expected some of clip, info_nce, nt_xent"),
+        (["bench", "--n", "9", "77"], "--n: got 9, 77, expected some of 8, 128, 1024, 2048, 4096: --suite quick"),
+        (["bench", "--d", "3"], "--d: got 3, expected some of 512, 256: --suite quick"),
+        (["bench", "--dtype", "bf16"], "--dtype: got bf16, expected some of fp32: --suite quick"),
+        (
+            ["bench", "--losses", "siglip", "--n", "8"],
+            "--n: got 8, expected some of 1024: --suite quick --losses siglip",
+        ),
+        (
+            ["bench", "--suite", "million", "--implementations", "ours"],
+            "--implementations: got ours, expected some of 'ours, memory_budget=0': --suite million",
+        ),
         (["bench", "--out", str(file)], f"--out: got {file}, expected a folder"),
         (
             ["bench", "--show", str(tmp_path / "old.json")],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,22 @@ def ended(answer: Any, output: str, name: str, problem: Problem) -> None:
 def test_a_measurement_that_ends_early_is_told(end: Any, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "_measure", end)
     assert memory.in_own_process(named("clip", "ours"), SMALL) == told
+
+
+@LINUX
+def test_ours_failing_is_a_row_and_the_others_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the two processes one is told to load what the registry of its own does not have."""
+
+    def lost(problem: Problem) -> Any:
+        raise RuntimeError("the GPU is lost")
+
+    ours = [Implementation(name, "clip", lambda problem: None, ours=True) for name in ("nobody's", "unloadable")]  # type: ignore[arg-type, return-value]
+    ours[1] = replace(ours[1], load=lost)
+    monkeypatch.setattr(run, "REGISTRY", [*ours, named("clip", "eager")])
+    rows = run.measure_memory(SMALL, (), Console(quiet=True))
+    assert rows[0]["status"].startswith('failed: ValueError: implementation: got "nobody\'s"')
+    assert [row["status"] for row in rows[1:]] == ["failed: RuntimeError: the GPU is lost", "ok"]
+    assert len(run.broken_ours(rows)) == 2
 
 
 @LINUX

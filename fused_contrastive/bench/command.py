@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +13,24 @@ import torch
 from rich.console import Console
 
 from fused_contrastive.bench import compare, plots, report
+from fused_contrastive.bench.implementations import REGISTRY
 from fused_contrastive.bench.provenance import line, provenance
-from fused_contrastive.bench.run import run_suite
+from fused_contrastive.bench.run import broken_ours, candidates, run_suite
 from fused_contrastive.bench.suites import SUITES, Suite
-from fused_contrastive.bench.workloads import WORKLOADS, Problem
+from fused_contrastive.bench.workloads import DTYPES, WORKLOADS, Problem
 
 
 def add_parsers(commands: Any, positive: Any) -> None:
     bench = commands.add_parser("bench", help="time the losses beside eager, torch.compile and other libraries")
     bench.add_argument("--suite", choices=list(SUITES), default="quick", help="default %(default)s")
-    bench.add_argument("--losses", nargs="+", choices=list(WORKLOADS), help="only these of the suite")
+    for flag, choices, kind, metavar in (
+        ("--losses", list(WORKLOADS), str, None),
+        ("--implementations", list(dict.fromkeys(i.name for i in REGISTRY)), str, "NAME"),
+        ("--n", None, int, "N"),
+        ("--d", None, int, "D"),
+        ("--dtype", list(DTYPES), str, None),
+    ):
+        bench.add_argument(flag, nargs="+", choices=choices, type=kind, metavar=metavar, help="only these of the suite")
     bench.add_argument("--out", type=Path, default=Path("benchmark"), metavar="FOLDER", help="default ./%(default)s")
     bench.add_argument("--name", help="of the files in it; default: the suite's")
     bench.add_argument("--speed", type=positive, default=1.0, help="2: half the seconds of timing")
@@ -51,14 +60,12 @@ def run(options: argparse.Namespace, arguments: Sequence[str], console: Console)
             return finish(compare.load(options.show), options.show.parent, options.show.stem, console)
         except (OSError, ValueError) as error:
             return _refused(f"--show: {error}", console)
-    suite = chosen(SUITES[options.suite](), options.losses)
-    problems = _problems(suite)
-    if not problems:
-        has = ", ".join(sorted({problem.loss for problem in _problems(SUITES[options.suite]())}))
-        return _refused(
-            f"--losses: got {', '.join(options.losses)}, expected some of {has}: --suite {options.suite}", console
-        )
-    if "cuda" in {problem.device for problem in problems} and not torch.cuda.is_available():
+    filters = {name: asked for name in FILTERS if (asked := getattr(options, name)) is not None}
+    try:
+        suite = chosen(options.suite, filters)
+    except ValueError as error:
+        return _refused(str(error), console)
+    if "cuda" in {problem.device for problem in _problems(suite)} and not torch.cuda.is_available():
         return _refused(f"--suite {options.suite}: needs a GPU, and torch sees none here", console)
     try:
         options.out.mkdir(parents=True, exist_ok=True)
@@ -85,7 +92,10 @@ def run(options: argparse.Namespace, arguments: Sequence[str], console: Console)
         console.print(f"interrupted: bench --show {partial} shows what was measured", style="red", markup=False)
         raise
     partial.replace(options.out / f"{name}.json")
-    return finish(made, options.out, name, console)
+    finish(made, options.out, name, console)
+    for what in (of_ours := broken_ours(made["rows"])):
+        console.print(what, style="red", markup=False)
+    return 1 if of_ours else 0
 
 
 def finish(made: dict[str, Any], folder: Path, name: str, console: Console) -> int:
@@ -112,8 +122,31 @@ def _problems(suite: Suite) -> list[Problem]:
     return [*(problem for problem, _ in suite.timed), *suite.memory]
 
 
-def chosen(suite: Suite, losses: list[str] | None) -> Suite:
-    if losses is None:
-        return suite
-    timed = [(problem, seconds) for problem, seconds in suite.timed if problem.loss in losses]
-    return suite._replace(timed=timed, memory=[problem for problem in suite.memory if problem.loss in losses])
+FILTERS: dict[str, Callable[[Problem, Suite], list[Any]]] = {
+    "losses": lambda problem, _: [problem.loss],
+    "implementations": lambda problem, suite: [i.name for i, _ in candidates(problem, suite.only)],
+    "n": lambda problem, _: [problem.n],
+    "d": lambda problem, _: [problem.d],
+    "dtype": lambda problem, _: [problem.dtype],
+}
+
+
+def _listed(values: Iterable[object]) -> str:
+    return ", ".join(shlex.quote(str(value)) for value in values)
+
+
+def chosen(name: str, filters: dict[str, list[Any]]) -> Suite:
+    """What the filters leave of a suite; ValueError names the one that leaves nothing, and what there was for it."""
+    suite, where = SUITES[name](), f"--suite {name}"
+    for flag, asked in filters.items():
+        values = {problem: FILTERS[flag](problem, suite) for problem in _problems(suite)}
+        left = [problem for problem, its in values.items() if not set(asked).isdisjoint(its)]
+        if not left:
+            has = dict.fromkeys(chain(*values.values()))
+            raise ValueError(f"--{flag}: got {_listed(asked)}, expected some of {_listed(has)}: {where}")
+        timed = [(problem, seconds) for problem, seconds in suite.timed if problem in left]
+        suite = suite._replace(timed=timed, memory=[problem for problem in suite.memory if problem in left])
+        if flag == "implementations":
+            suite = suite._replace(only=tuple(name for name in asked if not suite.only or name in suite.only))
+        where += f" --{flag} {shlex.join(map(str, asked))}"
+    return suite

@@ -30,6 +30,17 @@ def described(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
 
 
+def failure(error: BaseException) -> str:
+    """The status of an implementation that raised this."""
+    what = "out of memory" if isinstance(error, torch.OutOfMemoryError) else "failed"
+    return f"{what}: {described(error)}"
+
+
+def broken(status: str) -> bool:
+    """Whether it is that of an implementation that ran, and failed or was wrong."""
+    return status.startswith(("failed: ", "out of memory: ", "WRONG: "))
+
+
 @dataclass(frozen=True)
 class Implementation:
     """One way to compute one workload's loss. ``load`` imports what it needs; ImportError, CannotRunError: why not."""

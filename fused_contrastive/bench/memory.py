@@ -18,7 +18,7 @@ from tempfile import TemporaryDirectory
 import torch
 
 from fused_contrastive.bench import peers  # noqa: F401  puts the libraries into the registry
-from fused_contrastive.bench.implementations import Implementation, described, named
+from fused_contrastive.bench.implementations import Implementation, failure, named
 from fused_contrastive.bench.workloads import WORKLOADS, Problem
 
 WARM_UP = 64  # rows of the first call: it loads libraries and starts threads
@@ -97,7 +97,7 @@ def _measure(answer: Connection, output: str, name: str, problem: Problem) -> No
     try:
         answer.send(extra_bytes(named(problem.loss, name), problem))
     except Exception as error:
-        answer.send(f"failed: {described(error)}")
+        answer.send(failure(error))
 
 
 def in_own_process(implementation: Implementation, problem: Problem) -> int | str:

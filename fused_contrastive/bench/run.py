@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import random
 import statistics
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, fields
 from typing import Any, NamedTuple
@@ -21,7 +23,8 @@ from fused_contrastive.bench.implementations import (
     REGISTRY,
     CannotRunError,
     Implementation,
-    described,
+    broken,
+    failure,
     fit_together,
     reason_not_to,
 )
@@ -38,7 +41,7 @@ from fused_contrastive.bench.timing import (
     quantile,
     step,
 )
-from fused_contrastive.bench.workloads import WORKLOADS, Loss, Problem
+from fused_contrastive.bench.workloads import WORKLOADS, Loss, Problem, problem_of
 
 ROUNDS = 60  # of an implementation, kept for `compare`
 LEAST, IF_SLOW = 5, 4  # rounds
@@ -60,9 +63,9 @@ class Prepared(NamedTuple):
     round_seconds: float  # of all steps, called once
     times: Times
 
-    def time_all(self, seconds: float) -> None:
+    def time_all(self, seconds: float, fewest: int | None = None) -> None:
         """All of its rounds, where nothing ran since it was prepared."""
-        self._time(lambda: self._rounds(seconds, LEAST, IF_SLOW))
+        self._time(lambda: self._rounds(seconds, fewest or LEAST, fewest or IF_SLOW))
 
     def time_part(self, seconds: float, sweeps: int) -> None:
         """One sweep's part of the rounds.
@@ -85,19 +88,26 @@ class Prepared(NamedTuple):
         interleaved(self.times, self.unit, self.probe, self.steps, always, seconds, least, if_slow)
 
     def _time(self, rounds: Callable[[], None]) -> None:
-        """Rounds, without a peer that fails now; then the figures of all rounds so far, into the rows."""
-        while True:
+        """Rounds, without what fails now; then the figures of all rounds so far, into the rows."""
+        while self.steps:
             try:
                 rounds()
                 break
             except StepError as error:
-                (row,) = (row for row in self.rows if row["implementation"] == error.name)
-                why = failure(row["ours"], error.error)
-                del self.steps[error.name]
+                self._leave_out([error.name], failure(error.error))
+            except Exception as error:  # of the product that is u: nothing can be timed any more
+                self._leave_out(list(self.steps), failure(error))
+            release()
+        if self.steps:
+            self._fill()
+
+    def _leave_out(self, names: list[str], why: str) -> None:
+        for row in self.rows:
+            if row["implementation"] in names:
+                del self.steps[row["implementation"]]
                 for field in set(row) - IDENTITY:  # what it was measured at in earlier sweeps
                     del row[field]
                 row["status"] = why
-        self._fill()
 
     def _fill(self) -> None:
         times, u = self.times, statistics.median(self.times.u)
@@ -140,7 +150,7 @@ class Prepared(NamedTuple):
 def run_suite(suite: Suite, console: Console, keep: Callable[[list[Row]], None], speed: float = 1.0) -> list[Row]:
     """Rows of all timed problems and of all measured memory. ``keep`` gets the rows so far, whenever there are more."""
     started = time.monotonic()
-    begun: list[tuple[Times, list[Row]]] = []  # of the problems, in order
+    begun: list[list[Row]] = []  # of the problems, in order
     weighed: list[Row] = []
     total = len(suite.timed) + len(suite.memory)
     numbers = iter(range(1, total + 1))
@@ -151,14 +161,22 @@ def run_suite(suite: Suite, console: Console, keep: Callable[[list[Row]], None],
         console.print(f"[{time.monotonic() - started:.0f} s] {what}", markup=False)
 
     def so_far() -> list[Row]:
-        return [row for times, rows in begun if times.u for row in rows] + weighed
+        timed = (row for rows in begun for row in rows if "both" in row or row["status"] != "ok")
+        return [*timed, *weighed]
 
     def begin(problem: Problem, seconds: float) -> None:
         say(f"{next(numbers)} of {total}: {problem}")
-        prepared = prepare(problem, suite.only, console, checks)
-        begun.append((prepared.times, prepared.rows))
+        release()
+        try:
+            prepared = prepare(problem, suite.only, console, checks)
+        except Exception as error:  # its tensors have no room, say, or the device is lost
+            begun.append([row | {"status": failure(error)} for _, row in candidates(problem, suite.only)])
+            say(f"{problem}: {failure(error)}")
+            keep(so_far())
+            return
+        begun.append(prepared.rows)
         if suite.sweeps == 1 or prepared.round_seconds >= LONG:
-            prepared.time_all(seconds)
+            prepared.time_all(seconds, suite.fewest)
             prepared.show(console)
             keep(so_far())
         else:
@@ -187,7 +205,8 @@ def forget_shapes() -> None:
     Else code for any size that was compiled for a small one would serve, on one thread say, and after 8 sizes of a
     function it would run uncompiled, and say nothing.
     """
-    torch._dynamo.reset()
+    if "torch._dynamo" in sys.modules:  # importing it takes seconds, and nothing was compiled without it
+        torch._dynamo.reset()
 
 
 def candidates(problem: Problem, only: tuple[str, ...]) -> Iterator[tuple[Implementation, Row]]:
@@ -199,11 +218,23 @@ def candidates(problem: Problem, only: tuple[str, ...]) -> Iterator[tuple[Implem
             )
 
 
-def failure(ours: bool, error: BaseException) -> str:
-    """The status of a peer that failed, which is a result; ours raises."""
-    if ours:
-        raise error
-    return f"failed: {described(error)}"
+def release() -> None:
+    """Gives back what a failed call held: exceptions hold frames, frames tensors, and torch keeps freed memory."""
+    if torch.cuda.is_available():
+        gc.collect()
+        try:
+            torch.cuda.empty_cache()
+        except Exception:  # the device is lost: what runs next says so
+            return
+
+
+def broken_ours(rows: Iterable[Row]) -> list[str]:
+    """What of ours failed or was wrong, on which problem, and how."""
+    return [
+        f"{row['implementation']}, {problem_of(row)}: {row['status']}"
+        for row in rows
+        if row["ours"] and broken(row["status"])
+    ]
 
 
 def load(implementation: Implementation, problem: Problem) -> Loss:
@@ -233,10 +264,10 @@ def prepare(problem: Problem, only: tuple[str, ...], console: Console, checks: C
         except CannotRunError as error:
             wrong = str(error)
         except Exception as error:
-            wrong = failure(implementation.ours, error)
+            wrong = failure(error)
         row["status"] = wrong or "ok"
-        if row["status"].startswith("WRONG") and implementation.ours:
-            raise AssertionError(f"{implementation.name}, {problem}: {wrong}; nothing is timed")
+        if broken(row["status"]):
+            release()
     if small_enough(problem) != problem:
         forget_shapes()
     for row in rows:
@@ -247,7 +278,9 @@ def prepare(problem: Problem, only: tuple[str, ...], console: Console, checks: C
                 if spent > SLOW:  # to compile, perhaps
                     spent = sum(run())
             except Exception as error:
-                row["status"] = failure(row["ours"], error)
+                row["status"] = failure(error)
+            if row["status"] != "ok":
+                release()
                 continue
             if spent > SLOW:
                 row["status"] = f"not timed: {spent:.0f} s a call"
@@ -262,6 +295,7 @@ def prepare(problem: Problem, only: tuple[str, ...], console: Console, checks: C
 
 def measure_memory(problem: Problem, only: tuple[str, ...], console: Console) -> list[Row]:
     """Two processes at a time where there is memory for two of any: the imports of most take longer than the loss."""
+    release()
     rows, why = [], memory.cannot_measure(problem.device)
     with ThreadPoolExecutor(2 if problem.device == "cpu" and fit_together(2, problem) else 1) as pool:
         waiting: list[tuple[Implementation, Row, Future[int | str]]] = []
@@ -274,12 +308,13 @@ def measure_memory(problem: Problem, only: tuple[str, ...], console: Console) ->
             except CannotRunError as error:
                 row["status"] = str(error)
                 continue
+            except Exception as error:
+                row["status"] = failure(error)
+                continue
             waiting.append((implementation, row, pool.submit(memory.in_own_process, implementation, problem)))
         for implementation, row, measured in waiting:
             found = measured.result()
             if isinstance(found, str):
-                if implementation.ours:
-                    raise RuntimeError(f"{implementation.name}, {problem}: {found}")
                 row["status"] = found
             else:
                 row |= {"status": "ok", "extra_bytes": found}

@@ -1,0 +1,276 @@
+"""`benchmarks/gpu_day.py` ends in time with a page, whatever its stages do; and runs whole at toy sizes."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fused_contrastive.__main__ import _parser
+from fused_contrastive.bench.command import FILTERS, chosen
+from fused_contrastive.bench.implementations import REGISTRY
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+import gpu_day  # noqa: E402
+import gpu_measurements  # noqa: E402
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="stops processes by POSIX signals")
+INTERPRETED = pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter is for machines without a GPU")
+
+
+@pytest.fixture(autouse=True)
+def signals() -> Iterator[None]:
+    """As they were."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGALRM)}
+    yield
+    signal.alarm(0)
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def a_day(script: Path, out: Path, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> tuple[int, dict[str, Any], str]:
+    """Exit code, stages by name and page of a run whose processes run ``script``."""
+    monkeypatch.setattr(sys, "argv", [str(script)])
+    code = gpu_day.main(["--toy", "--out", str(out), *arguments])
+    stages = {stage["stage"]: stage for stage in json.loads((out / "gpu-day.json").read_text())["rows"]}
+    return code, stages, (out / "gpu-day.md").read_text()
+
+
+@INTERPRETED
+def test_all_of_it_at_toy_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    code, stages, page = a_day(BENCHMARKS / "gpu_day.py", tmp_path, monkeypatch, "--minutes", "9")
+    assert code == 0, page
+    assert list(stages) == list(gpu_day.STAGES)
+    for name, stage in stages.items():
+        assert stage["status"] == "done", f"{name}: {stage}"
+        assert f"## {name}: done, " in page
+    rows = {name: {e["row"] for e in stage["entries"] if "value" in e} for name, stage in stages.items()}
+    assert rows["correctness"] == {f"{loss}, memory_budget=0" for loss in gpu_measurements.LOSSES}
+    assert {e["column"] for e in stages["correctness"]["entries"]} == {"bf16"}
+    assert set(stages["tests"]["entries"][0]["counts"]) == {"PASSED"}
+    assert rows["table"] >= {"u", "forward", "forward, everything kept", "clip step, eager"}
+    for loss in ("clip", "siglip", "info_nce"):
+        assert rows["table"] >= {f"{loss} step, nothing kept", f"{loss} step, auto"}
+    assert {"half statistics", "half gradient", "half sums"} <= {row.partition(" bfloat16")[0] for row in rows["tune"]}
+    assert rows["million"] == {"ours, memory_budget=0"}
+    assert rows["peers"] >= {"ours", "ours, memory_budget=0", "eager"}
+    assert "- siglip_kernel: needs cuda (siglip 64 x 20)" in page
+    assert f"torch {torch.__version__}" in page
+
+
+STAGES = """
+import os, subprocess, sys, time
+sys.path.insert(0, {benchmarks!r})
+import gpu_day
+
+def fine(turn):
+    yield {{"row": "step", "column": "bf16", "status": "ok", "value": "0.25"}}
+
+def wrong(turn):
+    yield from fine(turn)
+    yield {{"row": "step", "column": "fp16", "status": "WRONG: dx is off by 1e-1, allowed 1e-3", "value": "99.00"}}
+
+def crashes(turn):
+    yield from fine(turn)
+    print("the device is lost", flush=True)
+    os._exit(7)
+
+def hangs(turn):
+    yield from fine(turn)
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"])
+    yield {{"row": "child", "column": "bf16", "status": "ok", "value": str(child.pid)}}
+    time.sleep(1000)
+
+def raises(turn):
+    yield from fine(turn)
+    raise RuntimeError("no such kernel")
+
+gpu_day.SPARE = 0.5
+gpu_day.STAGES.update(correctness=wrong, tests=fine, table=crashes, tune=hangs, million=raises, peers=fine)
+sys.exit(gpu_day.main())
+"""
+
+
+@pytest.fixture
+def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """One whose stages go wrong in each way."""
+    monkeypatch.setattr(gpu_day, "LEAST", 1.0)
+    monkeypatch.setattr(gpu_day, "SPARE", 0.5)
+    path = tmp_path / "script.py"
+    path.write_text(STAGES.format(benchmarks=str(BENCHMARKS)))
+    return path
+
+
+def test_a_stage_that_fails_leaves_the_others(script: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code, stages, page = a_day(script, tmp_path / "made", monkeypatch, "--minutes", "0.25")
+    assert code == 1
+    status = {name: stage["status"] for name, stage in stages.items()}
+    assert status.pop("tune").startswith("failed: stopped after ")
+    assert status == {
+        "correctness": "done",
+        "tests": "done",
+        "table": "failed: exited with 7, and said 'the device is lost'",
+        "million": "failed: exited with 1, and said 'RuntimeError: no such kernel'",
+        "peers": "done",
+    }
+    for stage in stages.values():  # what it found before
+        assert stage["entries"][0]["value"] == "0.25"
+    assert "## table: failed: exited with 7, and said 'the device is lost'" in page
+    assert "| step | 0.25 | 99.00 **!** |" in page
+    assert "- step: WRONG: dx is off by 1e-1, allowed 1e-3 (fp16)" in page
+    child = int(stages["tune"]["entries"][1]["value"])
+    for _ in range(100):  # killed, and perhaps not waited for yet by who inherited it
+        state = Path(f"/proc/{child}/stat")
+        if not state.exists() or state.read_text().rsplit(")")[-1].split()[0] == "Z":
+            break
+        time.sleep(0.05)
+    else:
+        os.kill(child, signal.SIGKILL)
+        pytest.fail("what a stage had started runs on")
+
+
+def test_the_exit_code_is_that_of_correctness(script: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code, stages, _ = a_day(script, tmp_path / "made", monkeypatch, "--stage", "table", "tests", "--minutes", "0.2")
+    assert code == 0
+    assert list(stages) == ["tests", "table"]
+    code, stages, page = a_day(script, tmp_path / "made", monkeypatch, "--stage", "tests", "--minutes", "0.01")
+    assert code == 1
+    assert stages["tests"]["status"] == "not started: 0 s left"
+    assert "## tests: not started: 0 s left, 0 s" in page
+
+
+def test_the_benchmark_has_what_a_gpu_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the toy sizes do not try: filters that leave something of the suites for a GPU."""
+    asked: dict[str, argparse.Namespace] = {}
+
+    def command(turn: gpu_day.Turn, *arguments: str, **environment: str) -> gpu_day.Entry:
+        assert arguments[:2] == ("-m", "fused_contrastive")
+        options = _parser().parse_args(arguments[2:])
+        asked[options.name] = options
+        return {"status": "ok", "said": ""}
+
+    monkeypatch.setattr(gpu_day, "command", command)
+    for stage in (gpu_day.million, gpu_day.peers):
+        list(stage(gpu_day.Turn(0.0, False, None, tmp_path)))
+    suites = []
+    for options in asked.values():
+        filters = {name: given for name in FILTERS if (given := getattr(options, name)) is not None}
+        suites.append(chosen(options.suite, filters))
+    assert [(problem.loss, problem.n) for problem, _ in suites[0].timed] == [("clip", 2**20)]
+    assert suites[0].only == ("ours, memory_budget=0",)
+    assert [(problem.loss, problem.n, problem.d) for problem, _ in suites[1].timed] == [
+        ("clip", 16384, 512), ("siglip", 16384, 512)
+    ]  # fmt: skip
+    known = {i.name for i in REGISTRY if i.loss in ("clip", "siglip")}
+    assert known - set(gpu_day.PEERS) == {"torch.compile(eager)", "ours, backend=reference"}
+
+
+def turn(seconds: float = 60.0) -> gpu_day.Turn:
+    return gpu_day.Turn(time.monotonic() + seconds, True, None, Path())
+
+
+@INTERPRETED
+def test_a_wrong_value_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    right, calls = gpu_measurements.clip_loss, []
+
+    def entry() -> gpu_day.Entry:
+        def work() -> gpu_day.Entry:
+            return gpu_measurements.checked(turn(), "clip", "tf32", backend="triton", memory_budget=0)
+
+        return gpu_measurements.attempt(turn(), "clip", "tf32", work)
+
+    def off(*leaves: Any, **options: Any) -> Any:
+        return 1.1 * right(*leaves, **options)
+
+    def unsteady(*leaves: Any, **options: Any) -> Any:
+        calls.append(1)
+        return (1 + 2e-7 * len(calls)) * right(*leaves, **options)
+
+    def no_room(*leaves: Any, **options: Any) -> Any:
+        raise torch.OutOfMemoryError("no room for G")
+
+    assert entry()["status"] == "ok"
+    monkeypatch.setattr(gpu_measurements, "clip_loss", off)
+    assert entry()["status"].startswith("WRONG: ")
+    monkeypatch.setattr(gpu_measurements, "clip_loss", unsteady)
+    assert entry()["status"].startswith("WRONG: two runs differ in loss")
+    monkeypatch.setattr(gpu_measurements, "clip_loss", no_room)
+    assert entry()["status"] == "out of memory: OutOfMemoryError: no room for G"
+    late = gpu_measurements.attempt(turn(0), "clip", "bf16", lambda: {})
+    assert late["status"] == "not started: no time left"
+
+
+def test_what_cannot_be_timed_is_told_beside_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = iter([9.0, 2.0, 2.5, 2.0])  # the first one compiles
+
+    def later() -> float:
+        return next(calls, None) or no_room()
+
+    def no_room() -> float:
+        raise torch.OutOfMemoryError("no room")
+
+    runs = {"u": lambda: 0.5, "forward": lambda: 1.0, "step": no_room, "kept": later}
+    monkeypatch.setattr(gpu_measurements, "quantities", lambda problem: dict(runs))
+    monkeypatch.setattr(gpu_measurements, "LONG", 0.0)
+    problem = gpu_measurements.Problem("clip", 20, 20, "bf16")
+    whole = turn()._replace(toy=False)
+    found = {entry["row"]: entry for entry in gpu_measurements.timed(whole, problem)}
+    assert found["step"]["status"] == found["kept"]["status"] == "out of memory: OutOfMemoryError: no room"
+    assert found["forward"]["value"] == "2.00"
+    assert found["u"]["rounds"] == gpu_measurements.FEWEST
+    assert found["u"]["value"].startswith("500.00 ms, ")
+
+
+def test_a_command_that_is_stopped_has_said_something() -> None:
+    code = "import time; print('tests/a.py::test_b PASSED [ 50%]', flush=True); time.sleep(1000)"
+    ended = gpu_day.command(turn(1.5), "-c", code)
+    assert ended["status"].startswith("failed: stopped after ")
+    assert "PASSED" in ended["said"]
+    assert gpu_day.command(turn(), "-c", "raise SystemExit(3)")["status"] == "failed: exited with 3"
+
+
+@pytest.mark.parametrize(
+    ("lines", "status", "value"),
+    [
+        (["tests/a.py::b PASSED [ 50%]", "tests/a.py::c[FAILED] PASSED [100%]", "2 passed"], "ok", "2 passed"),
+        (["[gw3] [ 50%] FAILED tests/a.py::b", "[gw1] [100%] PASSED tests/a.py::c", "FAILED tests/a.py::b"],
+         "failed: exited with 1", "1 failed, 1 passed"),
+        (["tests/a.py::b SKIPPED [100%]"], "failed: no test ran", "1 skipped"),
+        ([], "failed: stopped after 9 s", ""),
+    ],
+)  # fmt: skip
+def test_counts_of_tests(lines: list[str], status: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    ended = {"status": "ok" if "no test" in status else status, "said": "\n".join(lines)}
+    monkeypatch.setattr(gpu_day, "command", lambda *arguments: dict(ended))
+    (entry,) = gpu_day.tests(turn())
+    assert (entry["status"], entry["value"]) == (status, value)
+
+
+def test_what_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu_day.main(["--out", str(tmp_path)]) == 2
+    assert "needs a GPU, and torch" in capsys.readouterr().out
+    (tmp_path / "file").write_text("")
+    if gpu_day.cannot_start(toy=True) is None:
+        assert gpu_day.main(["--toy", "--out", str(tmp_path / "file")]) == 2
+        assert f"--out: got {tmp_path / 'file'}, expected a folder" in capsys.readouterr().out
+    for arguments in (["--stage", "tset"], ["--minutes", "0"], ["--minutes", "nan"]):
+        with pytest.raises(SystemExit) as error:
+            gpu_day.main(arguments)
+        assert error.value.code == 2
+    monkeypatch.setattr(gpu_day.importlib.util, "find_spec", lambda name: None if name == "triton" else name)
+    assert gpu_day.main(["--toy", "--out", str(tmp_path)]) == 2
+    assert "gpu_day: needs the package triton" in capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

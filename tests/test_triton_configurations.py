@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ import pytest
 import torch
 from torch.torch_version import TorchVersion as Version
 
-from fused_contrastive.backends.triton import configs
+from fused_contrastive.backends import triton as triton_backend
+from fused_contrastive.backends.triton import configs, device
 
 ROOT = Path(__file__).parents[1]
 
@@ -78,6 +80,13 @@ def test_the_page_shows_the_shipped_configurations() -> None:
             )
 
 
+def fake_gpu(monkeypatch: pytest.MonkeyPatch, name: str, capability: tuple[int, int]) -> None:
+    properties = types.SimpleNamespace(name=name, multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.version, "hip", None)
+
+
 @pytest.mark.parametrize(
     ("capability", "expected", "tma"),
     [((8, 0), "sm_80", False), ((8, 9), "sm_80", False), ((9, 0), "sm_90", True), ((10, 3), "sm_100", True),
@@ -86,21 +95,22 @@ def test_the_page_shows_the_shipped_configurations() -> None:
 def test_architecture_of_a_device(
     capability: tuple[int, int], expected: str, tma: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr(torch.version, "hip", None)
-    device = torch.device("cuda", 0)
-    assert configs.architecture.__wrapped__(device) == expected
-    configs.architecture.cache_clear()
-    assert configs.has_tma.__wrapped__(device) == tma
-    configs.architecture.cache_clear()
+    fake_gpu(monkeypatch, "some GPU", capability)
+    found = device.of_cuda(torch.device("cuda", 0))
+    assert (found.architecture, found.tma, found.multiprocessors) == (expected, tma, 132)
 
 
 def test_too_old_a_gpu_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
-    monkeypatch.setattr(torch.version, "hip", None)
+    fake_gpu(monkeypatch, "Tesla T4", (7, 5))
     with pytest.raises(RuntimeError, match=r"cannot run on Tesla T4 \(compute capability 7.5\): it needs 8.0"):
-        configs.architecture.__wrapped__(torch.device("cuda", 0))
+        device.of_cuda(torch.device("cuda", 0))
+
+
+def test_too_old_a_triton_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.metadata.version", lambda package: "3.3.1")
+    reason = triton_backend.unavailable()
+    assert reason is not None
+    assert "needs Triton 3.4 or later, and finds 3.3.1" in reason
 
 
 def test_the_page_shows_the_prediction() -> None:

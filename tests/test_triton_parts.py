@@ -32,8 +32,29 @@ def test_rows_too_long_to_keep_cost_nothing() -> None:
         return storage.layout(rows, storage.LONGEST_ROW, torch.bfloat16)
 
     assert rows_to_keep(1000, layout, 10**12, torch.device("cpu")) == 0
-    kept = storage.Kept(torch.empty(layout(1000)[0], dtype=torch.bfloat16), 0, storage.LONGEST_ROW, exact=False)
+    kept = storage.KeptRows(torch.empty(layout(1000)[0], dtype=torch.bfloat16), 0, storage.LONGEST_ROW, exact=False)
     assert kept.block(slice(0, 256), slice(0, 256)) == (None, None, None)
+
+
+def test_kept_blocks_lie_apart() -> None:
+    """Values and references of all blocks are different memory, also where the buffer is for more rows."""
+    n, rows = 300, 512
+    shape, dtype = storage.layout(rows + 70, n, torch.bfloat16)
+    kept = storage.KeptRows(torch.zeros(shape, dtype=dtype), rows, n, exact=False)
+    blocks = [(slice(i, i + 256), slice(j, min(j + 256, n))) for i in (0, 256) for j in (0, 256)]
+    for number, place in enumerate(blocks, 1):
+        block = kept.block(*place)
+        assert block.exponentials is not None
+        assert block.references is not None
+        assert block.exponentials.values.shape == (256, place[1].stop - place[1].start)
+        assert block.exponentials.whole.shape[1] % storage.WIDEST == 0
+        block.exponentials.values.fill_(number)
+        block.references[: 256 // storage.CELL, : 256 // storage.CELL].fill_(number)
+    for number, place in enumerate(blocks, 1):
+        block = kept.block(*place)
+        assert (block.exponentials.values == number).all()
+        assert (block.references[: 256 // storage.CELL, : 256 // storage.CELL] == number).all()
+    assert kept.block(slice(512, 768), slice(0, 256)) == (None, None, None)
 
 
 @pytest.mark.parametrize("m", [3, 7, 1000])

@@ -57,6 +57,8 @@ def compile_one(arch: str, source: str, kernel: str, block: int, options: str) -
     tiles = max_sim_launch.tiles(arch, source)
     chosen = tiles.of_maxima if kernel == "maxima" else tiles.of_gradient
     there = pointers(features, options)
+    if kernel == "gradient" and precision == "tf32":
+        precision = "tf32x3"
     constants = {**chosen, "TB": block, "BOTH": options != "none", "PRECISION": precision}
     function = max_sim.maxima if kernel == "maxima" else max_sim.gradient
     tensors = pointers(features, "in parts")

@@ -9,7 +9,7 @@ import triton
 from torch import Tensor
 
 from fused_contrastive.backends.triton import configs, device, max_sim
-from fused_contrastive.backends.triton.problem import multiplied, products_from
+from fused_contrastive.backends.triton.problem import aligned, multiplied, products_from
 from fused_contrastive.core.tokens import (
     MaxSimForward,
     MaxSimUpstream,
@@ -73,7 +73,11 @@ class _Problem:
         source, on = products_from(x), device.of(x.device)
         self.tiles = tiles(on.architecture, source)
         self.precision = "tf32" if source == "tf32" else "ieee"
-        self.x, self.y = multiplied(x.flatten(0, 1), y.flatten(0, 1), source, on)
+        self.gradient_precision = "tf32x3" if source == "tf32" else "ieee"
+        x, y = x.flatten(0, 1), y.flatten(0, 1)
+        self.multiplied = multiplied(x, y, source, on)  # for maxima
+        # Gradients are sums of the features themselves, by a product with ones and zeros.
+        self.x, self.y = (aligned(x), aligned(y)) if source == "tf32" else self.multiplied
         self.block = token_block(self.t, self.tiles.m)
         self.x_lengths, self.y_lengths = spec.x_lengths, spec.y_lengths
 
@@ -94,10 +98,11 @@ class _Problem:
                 shape = (triton.cdiv(self.t, self.block), end - begin, self.n, self.p)
                 part_best = self.x.new_empty(shape, dtype=torch.float32)
                 part_index = self.x.new_empty(shape, dtype=torch.int32)
+            x, y = self.multiplied
             max_sim.maxima[(triton.cdiv(end - begin, items) * self.n,)](
-                self.x, self.y, self.x_lengths, self.y_lengths, x_sums, y_sums, argmax_x, argmax_y, part_best,
-                part_index, begin, end, arg_first, arg_last, self.n, self.t, self.p, self.d, self.x.stride(0),
-                self.y.stride(0), BOTH=both, PRECISION=self.precision, TB=self.block, **self.tiles.of_maxima,
+                x, y, self.x_lengths, self.y_lengths, x_sums, y_sums, argmax_x, argmax_y, part_best,
+                part_index, begin, end, arg_first, arg_last, self.n, self.t, self.p, self.d, x.stride(0),
+                y.stride(0), BOTH=both, PRECISION=self.precision, TB=self.block, **self.tiles.of_maxima,
             )  # fmt: skip
             if part_best is not None and part_index is not None:
                 best, which = part_best.max(dim=0)  # the first block with the maximum
@@ -168,10 +173,10 @@ def _add(
     if dx is not None:
         max_sim.gradient[(end - begin, triton.cdiv(p.t, c.own), columns)](
             dx[begin:end], p.y, x_lengths, p.y_lengths, g_x, g_y, of_x, of_y, n, p.t, p.p, p.d, p.y.stride(0),
-            n, 1, n * p.t, p.t, n * p.p, p.p, PRECISION=p.precision, **c.of_gradient,
+            n, 1, n * p.t, p.t, n * p.p, p.p, PRECISION=p.gradient_precision, **c.of_gradient,
         )  # fmt: skip
     if dy is not None:
         max_sim.gradient[(n, triton.cdiv(p.p, c.own), columns)](
             dy, p.x[begin * p.t : end * p.t], p.y_lengths, x_lengths, g_y, g_x, of_y, of_x, end - begin, p.p, p.t, p.d,
-            p.x.stride(0), 1, n, p.p, n * p.p, p.t, n * p.t, PRECISION=p.precision, **c.of_gradient,
+            p.x.stride(0), 1, n, p.p, n * p.p, p.t, n * p.t, PRECISION=p.gradient_precision, **c.of_gradient,
         )  # fmt: skip

@@ -18,7 +18,9 @@ from fused_contrastive.backends.triton import configs, device, launch, storage
 from fused_contrastive.backends.triton.problem import Block, Problem, cuts
 from fused_contrastive.core.spec import Gradients, Needs, StatsSpec
 
-HELD_BYTES = 2**29  # of a row of blocks; the products with G are less efficient, the fewer rows it has
+# Of a row of blocks. The products with G are less efficient, the fewer rows it has: at least so many of the largest
+# tile.
+HELD_BYTES, LEAST_TILES = 2**29, 4
 
 
 def _terms(pos: Tensor, row: Tensor, margin: float, softplus: bool, decoupled: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -53,7 +55,7 @@ class _Held:
 
 
 def _rows_of_blocks(p: Problem) -> Iterator[list[Block]]:
-    step = max(4 * configs.TILE, HELD_BYTES // (storage.padded(p.n) * p.dtype.itemsize))
+    step = max(LEAST_TILES * configs.TILE, HELD_BYTES // (storage.padded(p.n) * p.dtype.itemsize))
     width = (launch.STATISTICS_BLOCK if p.half else launch.FLOAT32_BLOCK)[1]
     for row0, row1 in cuts(0, p.m, step):
         yield [Block(row0, row1, col0, col1) for col0, col1 in cuts(0, p.n, width)]

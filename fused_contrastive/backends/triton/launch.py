@@ -62,6 +62,7 @@ def forward(spec: StatsSpec, x: Tensor, y: Tensor) -> Forward:
     row, col = Direction(spec.rows, p.m, x), Direction(spec.cols, p.n, x)
     by_vendor = p.source == "given"
     with device.current(x.device):
+        p.kept.clear_padding()
         all_blocks = p.blocks(*(FLOAT32_BLOCK if by_vendor else STATISTICS_BLOCK))
         room = None
         if by_vendor:

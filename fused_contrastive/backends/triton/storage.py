@@ -63,14 +63,25 @@ class KeptRows:
 
     def __init__(self, buffer: Tensor | None, rows: int, n: int, exact: bool) -> None:
         self.rows, self.exact = rows if buffer is not None else 0, exact
+        self.unwritten = [] if buffer is None else [buffer]
         if buffer is None or not rows:
             return
         if exact:
             self.values = buffer[:rows]
+            self.unwritten = [buffer[rows:], self.values[:, n:]]
             return
-        self.values = buffer[: rows * padded(n)].view(rows, padded(n))
+        size = rows * padded(n)
         cells = _cells(rows), _cells(padded(n))
-        self.references = buffer[-2 * math.prod(cells) :].view(torch.float32).view(cells)  # behind all values
+        begin = buffer.numel() - 2 * math.prod(cells)  # of the references, behind all values
+        self.values = buffer[:size].view(rows, padded(n))
+        self.references = buffer[begin:].view(torch.float32).view(cells)
+        self.unwritten = [buffer[size:begin], self.values[:, n:], self.references[:, _cells(n) :]]
+
+    def clear_padding(self) -> None:
+        """Zeros where no kernel need write, so that the tensor, an operator's output, is the same each time."""
+        for t in self.unwritten:
+            if t.numel():
+                t.zero_()
 
     def block(self, rows: slice, cols: slice) -> Kept:
         """``rows`` and ``cols`` begin at multiples of a tile."""

@@ -1,32 +1,32 @@
-"""What the shipped Triton configurations compile to, on a machine without a GPU: a table in Markdown, or JSON.
+"""Compiles what the Triton backend launches, for GPUs that are not there: a table in Markdown, or JSON.
 
-    python benchmarks/configurations.py            # the table in docs/triton-configurations.md
-    python benchmarks/configurations.py --json
+    python benchmarks/configurations.py             # docs/triton-configurations.md
+    python benchmarks/configurations.py --json      # for the tests
 
-Each kernel twice: plain, and with every option (targets, bias, ids, excluded self-pairs). Registers and spills come
-from the cuobjdump in Triton's own package, and from the assembly for AMD.
+Small problems run on CPU tensors that pass for those of a GPU, and Triton compiles each kernel they launch, with the
+arguments that it is launched with, but does not launch it.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import os
 import re
-import subprocess
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 os.environ.pop("TRITON_INTERPRET", None)
 
+import torch
 import triton
+from machine_code import count
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.runtime import driver, jit
 
-from fused_contrastive.backends.triton import backward, configs, forward, sigmoid
+from fused_contrastive.backends.triton import at_once, device, launch, max_sim_launch
+from fused_contrastive.core.spec import Needs, StatsSpec, Upstream
+from fused_contrastive.core.tokens import MaxSimUpstream, TokenSpec
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -37,128 +37,161 @@ TARGETS = {
 # Shared memory a block may use, and how the matrix units are called in PTX or AMD's assembly.
 SHARED_LIMIT = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}
 MATRIX_INSTRUCTION = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma", "gfx942": "v_mfma"}
-INTEGERS = [
-    *("M", "N", "D", "stride_x", "stride_y", "stride_given", "stride_kept", "stride_references", "stride_out"),
-    *("row_begin", "row_end", "col_begin", "col_end"),
-]
+N, D = 512, 64  # two of the largest tiles
+VECTORS = ("prepare", "merge", "finish")  # kernels that walk vectors or features, and have no tiles
 
 
-# What a row of the table is for, by reduction.
-FUNCTIONS = {
-    "statistics": {"softmax": forward.tile_statistics},
-    "sums": {"softplus": sigmoid.sigmoid_statistics},
-    "gradient": {"softmax": backward.tile_gradient, "softplus": sigmoid.sigmoid_gradient},
-    "kept": {"softmax": backward.tile_gradient, "softplus": sigmoid.sigmoid_gradient},
-}
+class Gpu:
+    """Triton's driver for a GPU that only has an architecture."""
+
+    arch = "sm_90"
+
+    def get_current_device(self) -> int:
+        return list(TARGETS).index(self.arch)  # Triton caches kernels by device
+
+    def get_current_stream(self, device: object = None) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return TARGETS[self.arch]
 
 
-def signature(arch: str, source: str, kernel: str, config: configs.Config, every_option: bool) -> dict[str, Any]:
-    """Triton's types of all arguments; None for an absent tensor."""
-    half, given = source == "half", source == "given"
-    features = "bf16" if half else "fp32"
-    tma = arch in ("sm_90", "sm_100") and not given
+def compile_only() -> dict[str, Any]:
+    """From now on kernels are compiled and not launched; they are put into what is returned, by their hash."""
+    compiled: dict[str, Any] = {}
+    run = jit.JITFunction.run
 
-    def rows_of(block: int) -> str:
-        return f"tensordesc<{features}[{block},{config.block_k}]>" if tma else f"*{features}"
+    def compile_it(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        kernel = run(self, *args, grid=grid, warmup=True, **options)
+        compiled[kernel.hash] = kernel
+        return kernel
 
-    def optional(kind: str) -> str | None:
-        return kind if every_option else None
-
-    keeps = kernel == "kept" or (kernel in ("statistics", "sums") and not given)
-    return {
-        "x": rows_of(config.block_m), "y": rows_of(config.block_n), "given": "*fp32" if given else None,
-        "scale": "*fp32", "targets": optional("*i64"), "col_bias": optional("*fp32"), "row_ids": optional("*i64"),
-        "col_ids": optional("*i64"), "pos": "*fp64", "row_max": "*fp32", "row_sum": "*fp32", "col_max": "*fp32",
-        "col_sum": "*fp32", "kept": ("*bf16" if half else "*fp32") if keeps else None,
-        "references": "*fp32" if keeps and half else None, "row": "*fp64", "col": "*fp64", "g_row": "*fp64",
-        "g_col": "*fp64", "largest": None, "out": f"*{features}", **dict.fromkeys(INTEGERS, "i32"),
-    }  # fmt: skip
+    driver.set_active(Gpu())
+    jit.JITFunction.run = compile_it
+    return compiled
 
 
-def compile_one(arch: str, source: str, kernel: str, config: configs.Config, every_option: bool, reduction: str) -> Any:
-    function = FUNCTIONS[kernel][reduction]
-    types = signature(arch, source, kernel, config, every_option)
-    constants = {
-        "SELF": every_option, "UPPER": every_option, "EQUAL_IDS": "negate" if reduction == "softplus" else "exclude",
-        "ROWS": True, "COLS": True, "FAST": source == "half", "TMA": "tensordesc" in types["x"],
-        "PRECISION": "tf32" if source == "tf32" else "ieee", "TOP": 1.0, **config.options,
-    }  # fmt: skip
-    chosen, values, aligned = {}, {}, {}
-    for position, name in enumerate(function.arg_names):
-        kind = types.get(name)
-        if kind is None:
-            chosen[name], values[name] = "constexpr", constants.get(name)
-            continue
-        chosen[name] = kind
-        if kind.startswith("*") or name in ("D", "stride_x", "stride_y", "stride_given", "stride_kept", "stride_out"):
-            aligned[(position,)] = [["tt.divisibility", 16]]
-    options = {name: value for name, value in config.options.items() if name.islower()}
-    return triton.compile(ASTSource(function, chosen, values, aligned), target=TARGETS[arch], options=options)
+def pretend(arch: str) -> None:
+    """CPU tensors pass for tensors of this architecture."""
+    Gpu.arch = arch
+    device.stand_in = lambda _: device.Device("cpu", arch, arch, arch in ("sm_90", "sm_100"), 132)
+    device.of.cache_clear()
 
 
-def registers(compiled: Any, arch: str) -> tuple[int, int]:
-    """Registers per thread, and registers stored to memory for want of room."""
+def step(spec: StatsSpec, dtype: torch.dtype) -> None:
+    x, y = (torch.zeros(N, D, dtype=dtype) for _ in range(2))
+    saved = launch.forward(spec, x, y)
+    g = torch.zeros(N, dtype=torch.float64)
+    launch.backward(spec, x, y, saved, Upstream(g, g, g if spec.cols else None), Needs(True, True, True, False))
+
+
+def statistics(source: str, every_option: bool) -> None:
+    """Each kernel of the statistics and of G, as a softmax and a sum of softplus launch them."""
+    dtype = torch.bfloat16 if source == "half" else torch.float32
+    torch.set_float32_matmul_precision("high" if source == "tf32" else "highest")
+    ids = torch.zeros(N, dtype=torch.int64)
+    spec = StatsSpec(torch.tensor(1.0))
+    sums = spec._replace(cols=False, reduction="softplus", equal_ids="negate", col_bias=torch.zeros(()).expand(N))
+    if every_option:
+        spec = spec._replace(targets=ids, col_bias=torch.zeros(N), row_ids=ids, col_ids=ids, exclude_self=True, upper=True)
+        sums = sums._replace(row_ids=ids, col_ids=ids, col_bias=torch.zeros(N))
+    for kept_rows in (0, N):
+        step(spec._replace(kept_rows=kept_rows), dtype)
+    step(sums, dtype)
+    x = torch.zeros(N, D, dtype=dtype)
+    at_once.loss_and_gradients(sums, x, x, 1.0, 0.0, False, Needs(True, True, True, False))
+
+
+def late_interaction(source: str, tokens: int, masked: bool) -> None:
+    """max_sim's kernels for items of so many tokens; masked: lengths, both directions, gradients of both."""
+    dtype = torch.bfloat16 if source == "half" else torch.float32
+    torch.set_float32_matmul_precision("high" if source == "tf32" else "highest")
+    x, y = (torch.zeros(4, size, D, dtype=dtype) for size in (tokens, 40))
+    lengths = [torch.full((4,), size) for size in (tokens, 40)] if masked else [None, None]
+    spec = TokenSpec(*lengths, both=masked, kept_rows=4)
+    saved = max_sim_launch.forward(spec, x, y)
+    g = torch.zeros(4, 4)
+    upstream = MaxSimUpstream(g, g if masked else None)
+    max_sim_launch.backward(spec, x, y, saved, upstream, (masked, True))
+
+
+def measure(architectures: list[str], kinds: list[str]) -> Iterator[dict[str, Any]]:
+    compiled = compile_only()
+    for arch in architectures:
+        pretend(arch)
+        for source in ("half", "tf32", "given"):
+            if (arch, source) == ("gfx942", "tf32"):
+                continue
+            if "statistics" in kinds:
+                for every_option in (False, True) if source == "half" else (False,):
+                    statistics(source, every_option)
+                    yield from rows(compiled, arch, source, "every" if every_option else "none")
+            if "max_sim" in kinds:  # 32: the queries of FILIP and ColBERT; 128: one item is a tile; 200: it is more
+                for tokens, masked in ((32, False), (32, True), (128, True), (200, True)):
+                    late_interaction(source, tokens, masked)
+                    yield from rows(compiled, arch, source, f"{tokens} tokens{', every' if masked else ''}")
+
+
+def rows(compiled: dict[str, Any], arch: str, source: str, options: str) -> Iterator[dict[str, Any]]:
+    """Of the kernels with tiles compiled since the last call."""
+    for kernel in list(compiled.values()):
+        row = {**described(kernel, arch), "arch": arch, "source": source, "options": options}
+        if row["kernel"] not in VECTORS:
+            yield row
+    compiled.clear()
+
+
+def described(kernel: Any, arch: str) -> dict[str, Any]:
+    text = kernel.asm["amdgcn" if arch == "gfx942" else "ptx"]
     if arch == "gfx942":
-        text = compiled.asm["amdgcn"]
-        return tuple(int(re.search(rf"\.{name}:\s*(\d+)", text)[1]) for name in ("vgpr_count", "vgpr_spill_count"))
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        usage, code = (
-            subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
-            for option in ("-res-usage", "-sass")
-        )
-    return int(re.search(r"REG:(\d+)", usage)[1]), len(re.findall(r"\bSTL\b", code))
+        names = {"registers": "vgpr_count", "spilled": "vgpr_spill_count"}
+        found = {key: int(re.search(rf"\.{name}:\s*(\d+)", text)[1]) for key, name in names.items()}
+        found |= {"kernel": kernel.src.fn.__name__, "stores": {}}
+    else:
+        found = count(kernel, arch)
+    constants = {kernel.src.fn.arg_names[path[0]]: v for path, v in kernel.src.constants.items() if len(path) == 1}
+    tile = constants.get("TILE")
+    keeps = any(
+        name.split(".")[0] in ("kept", "slopes", "products_to") and kind != "constexpr"
+        for name, kind in kernel.src.signature.items()
+    )
+    return {
+        **found,
+        "kernel": found["kernel"] + (", keeping" if keeps and found["kernel"] != "gradient_of_kept" else ""),
+        "tile": "" if tile is None else f"{tile.block_m} x {tile.block_n} x {tile.block_k}",
+        "warps": kernel.metadata.num_warps,
+        "stages": kernel.metadata.num_stages,
+        "shared": kernel.metadata.shared,
+        "shared_limit": SHARED_LIMIT[arch],
+        "matrix_instruction": MATRIX_INSTRUCTION[arch],
+        "matrix_instructions": text.count(MATRIX_INSTRUCTION[arch]),
+        "narrow_offsets": narrow_offsets(kernel),
+    }
 
 
-def narrow_offsets(compiled: Any) -> list[str]:
+def narrow_offsets(kernel: Any) -> list[str]:
     """Where a row stride of x or y is multiplied in 32 bits, or the corner of a tile is reached by such a product."""
-    lines = compiled.asm["ttir"].splitlines()
+    lines = kernel.asm["ttir"].splitlines()
     return [
         line.strip()
         for line in lines
         if re.search(r"(splat|muli) .*%stride_[xy]\b.* : i32", line)
-        or (re.search(r"%corner\S* = tt.addptr %(given|kept|out)\b", line) and not re.search(r", i64\b", line))
+        or (re.search(r"%corner\S* = tt.addptr %\w+\b", line) and not re.search(r", i64\b", line))
     ]
 
 
-def measure(architectures: list[str]) -> Iterator[dict[str, Any]]:
-    for (arch, source, kernel), config in configs.CONFIGS.items():
-        if arch not in architectures:
-            continue
-        for every_option, reduction in itertools.product((False, True), FUNCTIONS[kernel]):
-            compiled = compile_one(arch, source, kernel, config, every_option, reduction)
-            text = compiled.asm["amdgcn" if arch == "gfx942" else "ptx"]
-            used, spilled = registers(compiled, arch)
-            yield {
-                "arch": arch,
-                "source": source,
-                "kernel": kernel,
-                "reduction": reduction,
-                "options": "every" if every_option else "none",
-                "tile": f"{config.block_m} x {config.block_n} x {config.block_k}",
-                "warps": config.warps,
-                "stages": config.stages,
-                "shared": compiled.metadata.shared,
-                "shared_limit": SHARED_LIMIT[arch],
-                "registers": used,
-                "spilled": spilled,
-                "matrix_instruction": MATRIX_INSTRUCTION[arch],
-                "matrix_instructions": text.count(MATRIX_INSTRUCTION[arch]),
-                "narrow_offsets": narrow_offsets(compiled),
-            }
-
-
-def markdown(rows: list[dict[str, Any]]) -> str:
+def markdown(found: list[dict[str, Any]]) -> str:
     lines = [PAGE.format(version=triton.__version__)]
-    for row in rows:
-        count = row["matrix_instructions"]
+    for row in found:
+        products = row["matrix_instructions"]
+        stores = ", ".join(f"{number} {name}" for name, number in row["stores"].items())
         cells = (
-            *(row[name] for name in ("arch", "source", "kernel", "reduction", "options", "tile", "warps", "stages")),
+            *(row[name] for name in ("arch", "source", "kernel", "options", "tile", "warps", "stages")),
             f"{row['shared']:,} of {row['shared_limit']:,}",
             *(row[name] for name in ("registers", "spilled")),
-            f"{count} {row['matrix_instruction']}" if count else "none needed",
+            f"{products} {row['matrix_instruction']}" if products else "none needed",
+            row.get("instructions_per_logit", ""),
+            stores,
         )
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines) + "\n"
@@ -171,24 +204,27 @@ Triton {version}, compiled without a GPU; remake with `make configurations`. Non
 
 - source: products from half-precision features (bf16 here), from float32 features as tf32, or given by the vendor GEMM
   (float32 at full precision).
-- kernel: the forward's statistics, or sums of softplus; the backward's gradient, from products made again or given, or
-  from kept tiles.
-- reduction: the softmax's log-sum-exps, or the sums of softplus that SigLIP needs.
-- options: none, or targets, col_bias, ids, exclude_self and one triangle alone at once.
+- kernel: as in `fused_contrastive/backends/triton/`; "keeping": it stores exponentials, sigmoids or products as well.
+- options: none (but the one bias that SigLIP has); or, of half precision, targets, col_bias, ids, exclude_self and one
+  triangle at once.
 - spilled: stores of registers to memory for want of room, counted in the code. With every option at once some
   configurations have them; without, none may.
+- per logit: instructions that a thread issues for one logit of a tile that has nothing special about it, from the end of
+  the loop over D to the end of the tile; of a strip, its last reduction is shared out among its tiles.
+- stores: to global memory; UTMASTG is the tensor memory accelerator's, of a whole tile or a part of it.
 
-| arch | source | kernel | reduction | options | tile | warps | stages | shared | registers | spilled | matrix units |
-| --- | --- | --- | --- | --- | --- | ---: | ---: | ---: | ---: | ---: | --- |"""
+| arch | source | kernel | options | tile | warps | stages | shared | registers | spilled | matrix units | per logit | stores |
+| --- | --- | --- | --- | --- | ---: | ---: | ---: | ---: | ---: | --- | ---: | --- |"""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--arch", nargs="+", choices=list(TARGETS), default=list(TARGETS))
+    parser.add_argument("--kind", nargs="+", choices=("statistics", "max_sim"), default=["statistics"])
     options = parser.parse_args()
-    rows = list(measure(options.arch))
-    print(json.dumps(rows) if options.json else markdown(rows), end="")
+    found = list(measure(options.arch, options.kind))
+    print(json.dumps(found) if options.json else markdown(found), end="")
 
 
 if __name__ == "__main__":

@@ -143,7 +143,10 @@ def block_of_weights(
     ``out`` may be the memory of what is kept: each tile is read before it is overwritten.
     """
     given = kept.products
-    exact = config(p, "statistics").exact if p.half else config(p, "gradient")
+    if p.half:
+        exact = config(p, "statistics").exact
+    else:
+        exact = config(p, "gradient") if given is None else configs.default(p.device, "given", "gradient")
     if kept.exponentials is not None:
         c = config(p, "kept")
         backward_kernels.gradient_of_kept[(math.prod(b.tiles(c)),)](

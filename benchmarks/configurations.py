@@ -20,13 +20,13 @@ os.environ.pop("TRITON_INTERPRET", None)
 
 import torch
 import triton
-from machine_code import count
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver, jit
 
 from fused_contrastive.backends.triton import at_once, device, launch, max_sim_launch
 from fused_contrastive.core.spec import Needs, StatsSpec, Upstream
 from fused_contrastive.core.tokens import MaxSimUpstream, TokenSpec
+from machine_code import count
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -93,7 +93,9 @@ def statistics(source: str, every_option: bool) -> None:
     spec = StatsSpec(torch.tensor(1.0))
     sums = spec._replace(cols=False, reduction="softplus", equal_ids="negate", col_bias=torch.zeros(()).expand(N))
     if every_option:
-        spec = spec._replace(targets=ids, col_bias=torch.zeros(N), row_ids=ids, col_ids=ids, exclude_self=True, upper=True)
+        spec = spec._replace(
+            targets=ids, col_bias=torch.zeros(N), row_ids=ids, col_ids=ids, exclude_self=True, upper=True
+        )
         sums = sums._replace(row_ids=ids, col_ids=ids, col_bias=torch.zeros(N))
     for kept_rows in (0, N):
         step(spec._replace(kept_rows=kept_rows), dtype)
@@ -151,13 +153,16 @@ def described(kernel: Any, arch: str) -> dict[str, Any]:
         found = count(kernel, arch)
     constants = {kernel.src.fn.arg_names[path[0]]: v for path, v in kernel.src.constants.items() if len(path) == 1}
     tile = constants.get("TILE")
-    keeps = any(
-        name.split(".")[0] in ("kept", "slopes", "products_to") and kind != "constexpr"
-        for name, kind in kernel.src.signature.items()
-    )
+    kernel_name = found["kernel"]
+    reads = {"sigmoid_gradient": ("given", "slopes"), "gradient_of_kept": ("kept",)}.get(kernel_name, ("given",))
+    there = {argument.split(".")[0] for argument, kind in kernel.src.signature.items() if kind != "constexpr"}
+    stores = {"sigmoid_statistics": "slopes", "strip_statistics": "kept", "exact_statistics": "kept"}.get(kernel_name)
+    keeps = stores in there or (kernel_name == "sigmoid_statistics" and "products_to" in there)
+    late_interaction = kernel.src.fn.__module__.endswith("max_sim")
     return {
         **found,
-        "kernel": found["kernel"] + (", keeping" if keeps and found["kernel"] != "gradient_of_kept" else ""),
+        "multiplies": not there.intersection(reads),
+        "kernel": ("max_sim " if late_interaction else "") + kernel_name + (", keeping" if keeps else ""),
         "tile": "" if tile is None else f"{tile.block_m} x {tile.block_n} x {tile.block_k}",
         "warps": kernel.metadata.num_warps,
         "stages": kernel.metadata.num_stages,
@@ -209,11 +214,12 @@ Triton {version}, compiled without a GPU; remake with `make configurations`. Non
   triangle at once.
 - spilled: stores of registers to memory for want of room, counted in the code. With every option at once some
   configurations have them; without, none may.
-- per logit: instructions that a thread issues for one logit of a tile that has nothing special about it, from the end of
-  the loop over D to the end of the tile; of a strip, its last reduction is shared out among its tiles.
+- per logit: instructions that a thread issues for one logit of a tile that has nothing special about it, from the end
+  of the loop over D to the end of the tile; of a strip, its last reduction is shared out among its tiles.
 - stores: to global memory; UTMASTG is the tensor memory accelerator's, of a whole tile or a part of it.
 
-| arch | source | kernel | options | tile | warps | stages | shared | registers | spilled | matrix units | per logit | stores |
+| arch | source | kernel | options | tile | warps | stages | shared | registers | spilled | matrix units | per logit |\
+ stores |
 | --- | --- | --- | --- | --- | ---: | ---: | ---: | ---: | ---: | --- | ---: | --- |"""
 
 

@@ -1,81 +1,100 @@
-"""What the Triton backend's steps should take on a GPU, from its data sheet and counted work: a table in Markdown.
+"""What the Triton backend's steps should take on a GPU: a model of one tile, from counted instructions. Markdown.
 
     python benchmarks/roofline.py                  # the table in docs/triton.md: an H200, bf16
-    python benchmarks/roofline.py --l2 5.5         # another assumption
+    python benchmarks/roofline.py --gemm 700       # another assumption
 
-A prediction, to be held against `python -m fused_contrastive bench --suite gpu`; nothing here is measured. A tile's
-program computes its products, then its exponentials and sums; with one program per SM the two do not overlap. So a
-step takes, in clocks per logit,
-
-    low     products                  + max(exponentials, instructions)      all loads and stores hidden
-    high    max(products, L2 loads)   + exponentials + instructions + HBM    only the loads of the products hidden
+A prediction, to be held against `python benchmarks/gpu_day.py`; nothing here is measured. A program computes a tile's
+products, and then issues the instructions of its logits while the matrix units wait: one program fits on an SM, so the
+two do not overlap. Loads of features and stores of tiles are taken to be hidden behind them, unless HBM is what limits.
+Instructions are read from docs/triton-configurations.md.
 """
 
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import NamedTuple
 
-from fused_contrastive.backends.triton.configs import CONFIGS, Kernel
-
-SMS, CLOCK, EXP_PER_CLOCK, LANES = 132, 1.755e9, 16, 128  # per SM; an instruction takes LANES logits per clock
-BYTES = 2  # of a bf16 number
-# Per logit: exponentials, other instructions, bf16 numbers written to or read from HBM. Counted in the kernels.
-STATISTICS, STATISTICS_KEEPING = (1, 7, 0), (1, 7.5, 1)  # scale, max, subtract, two sums, masks; keeping: store
-GRADIENT, GRADIENT_KEPT = (1, 5.5, 1), (0, 4.5, 2)  # scale, subtract, add, two multiplications, store; kept: load
-GEMMS = (2.0, 2.3)  # u: dx = G y and dy = G^T x; high, 15% below the rate of the large square product
+PAGE = Path(__file__).parents[1] / "docs/triton-configurations.md"
+SMS, CLOCK = 132, 1.755e9
+LANES, EXPONENTIALS = 128, 16  # an SM issues for so many threads per clock, and has so many results of exp2
+BETWEEN = 3.0  # instructions per logit from one tile to the products of the next: counted, 309 to 342 for 128 logits
+DIMS = (256, 512, 768, 1024)
+GEMM_LOSS = 1.1  # dx = G y and dy = G^T x against a large square product
+KERNELS = {  # exponentials per logit, bytes per logit that HBM moves
+    "strip_statistics": (1, 0), "strip_statistics, keeping": (1, 2), "gradient": (1, 2), "gradient_of_kept": (0, 4),
+    "sigmoid_statistics": (1, 0), "sigmoid_statistics, keeping": (2, 2),
+}  # fmt: skip
 
 
 class Gpu(NamedTuple):
     gemm: float  # FLOP/s of a large bf16 torch.mm
-    l2: float  # bytes/s from L2 into the SMs
     hbm: float  # bytes/s
 
 
-def step(gpu: Gpu, d: int, work: tuple[float, float, float], kernel: Kernel) -> tuple[float, float]:
-    """(low, high) of one kernel over all of S, in u."""
-    exponentials, instructions, moved = work
-    per_sm = SMS * CLOCK
-    u = 2 * d / (gpu.gemm / per_sm)  # clocks per logit
-    products = loads = 0.0
-    if kernel != "kept":
-        config = CONFIGS["sm_90", "half", kernel]
-        products = u
-        loads = (1 / config.block_m + 1 / config.block_n) * d * BYTES / (gpu.l2 / per_sm)
-    memory = moved * BYTES / (gpu.hbm / per_sm)
-    exp_time, other_time = exponentials / EXP_PER_CLOCK, instructions / LANES
-    low = max(products + max(exp_time, other_time), memory)
-    return low / u, (max(products, loads) + exp_time + other_time + memory) / u
-
-
-def predict(gpu: Gpu, d: int) -> dict[str, tuple[float, float]]:
-    """(low, high) of each step and sum, in u."""
-    forward, keeping = (step(gpu, d, work, "statistics") for work in (STATISTICS, STATISTICS_KEEPING))
-    gradient, kept = step(gpu, d, GRADIENT, "gradient"), step(gpu, d, GRADIENT_KEPT, "kept")
-
-    def total(*parts: tuple[float, float]) -> tuple[float, float]:
-        return sum(low for low, _ in parts), sum(high for _, high in parts)
-
+def instructions() -> dict[str, float]:
+    """Per logit, of sm_90's kernels of half-precision features, without options."""
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in PAGE.read_text().splitlines() if "|" in line]
+    names = next(row for row in rows if row[0] == "arch")
+    table = [dict(zip(names, row, strict=True)) for row in rows]
     return {
-        "forward": forward, "G": gradient, "both, recompute": total(forward, gradient, GEMMS),
-        "forward, keeping": keeping, "G from kept": kept, "both, kept": total(keeping, kept, GEMMS),
-    }  # fmt: skip
+        row["kernel"]: float(row["per logit"])
+        for row in table
+        if (row["arch"], row["source"], row["options"]) == ("sm_90", "half", "none") and row["kernel"] in KERNELS
+    }
+
+
+def kernel(gpu: Gpu, d: int, name: str, counts: dict[str, float], hidden: bool = False) -> float:
+    """All of S, in u. ``hidden``: if all but the slowest of products, instructions, exponentials and HBM overlapped."""
+    per_sm = SMS * CLOCK
+    u = 2 * d / (gpu.gemm / per_sm)  # clocks per logit, as all below
+    exponentials, moved = KERNELS[name]
+    products = 0.0 if name == "gradient_of_kept" else u
+    memory = moved / (gpu.hbm / per_sm)
+    issued = counts[name] + (BETWEEN if products else 0)
+    if hidden:
+        return max(products, exponentials / EXPONENTIALS, issued / LANES, memory) / u
+    return max(products + exponentials / EXPONENTIALS + issued / LANES, memory) / u
+
+
+def predict(gpu: Gpu, d: int, counts: dict[str, float], hidden: bool = False) -> dict[str, float]:
+    """Each kernel and step, in u."""
+    one = {name: kernel(gpu, d, name, counts, hidden) for name in KERNELS}
+    gemms = 2.0 if hidden else 2 * GEMM_LOSS
+    return {
+        "forward": one["strip_statistics"],
+        "G": one["gradient"],
+        "step, made again": one["strip_statistics"] + one["gradient"] + gemms,
+        "forward, keeping": one["strip_statistics, keeping"],
+        "G from kept": one["gradient_of_kept"],
+        "step, kept": one["strip_statistics, keeping"] + one["gradient_of_kept"] + gemms,
+        "SigLIP": one["sigmoid_statistics, keeping"] + gemms,
+    }
+
+
+def kept_from(gpu: Gpu, counts: dict[str, float]) -> int:
+    """The least D, a multiple of 16, from which keeping is predicted to be faster."""
+    for d in range(16, 4096, 16):
+        found = predict(gpu, d, counts)
+        if found["step, kept"] < found["step, made again"]:
+            return d
+    raise ValueError("keeping is never predicted to be faster")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gemm", type=float, default=790, help="TFLOP/s of a large bf16 product (assumed: 790)")
-    parser.add_argument("--l2", type=float, default=7.5, help="TB/s from L2 into the SMs (assumed: 7.5)")
     parser.add_argument(
         "--hbm", type=float, default=4.3, help="TB/s of HBM (assumed: 90%% of the 4.8 on the data sheet)"
     )
     options = parser.parse_args()
-    gpu = Gpu(*(1e12 * value for value in (options.gemm, options.l2, options.hbm)))
-    print(f"{options.gemm:.0f} TFLOP/s, L2 {options.l2} TB/s, HBM {options.hbm} TB/s; low - high, in u\n")
-    dims = [256, 512, 768, 1024, 1152]
-    print("| D |", " | ".join(predict(gpu, dims[0])), "|\n| ---: |" + " ---: |" * 6)
-    for d in dims:
-        print(f"| {d} |", " | ".join(f"{low:.2f} - {high:.2f}" for low, high in predict(gpu, d).values()), "|")
+    gpu, counts = Gpu(1e12 * options.gemm, 1e12 * options.hbm), instructions()
+    print(f"{options.gemm:.0f} TFLOP/s, HBM {options.hbm} TB/s; in u, in brackets if everything overlapped\n")
+    print("| D |", " | ".join(predict(gpu, DIMS[0], counts)), "|\n| ---: |" + " ---: |" * 7)
+    for d in DIMS:
+        pairs = zip(predict(gpu, d, counts).values(), predict(gpu, d, counts, hidden=True).values(), strict=True)
+        print(f"| {d} |", " | ".join(f"{value:.2f} ({ideal:.2f})" for value, ideal in pairs), "|")
+    print(f"\nKeeping is predicted to be faster from D = {kept_from(gpu, counts)} on.")
 
 
 if __name__ == "__main__":

@@ -22,6 +22,10 @@ AUTO_SHARE = {"cuda": 64}
 AUTO_SHARE_ELSEWHERE = 16
 
 
+# Keeping products takes a GPU's bandwidth, and saves time that grows with D. From here on, says the model of
+# benchmarks/roofline.py, half-precision products are kept faster than made again.
+LEAST_D = 160
+
 WORTH_A_SECTION = 64  # rows: what a floor that fades comes to is a multiple of this
 
 
@@ -70,8 +74,15 @@ def total_memory(device_type: str, index: int | None) -> int:
     return _host_memory()
 
 
-def rows_to_keep(m: int, layout: Layout, budget: int | str, device: torch.device, most: Most = EVERYTHING) -> int:
-    """How many of m rows fit the budget; none where the backend keeps none."""
+def rows_to_keep(
+    m: int, layout: Layout, budget: int | str, device: torch.device, most: Most = EVERYTHING, d: int | None = None
+) -> int:
+    """How many of m rows fit the budget; none where the backend keeps none.
+
+    ``d``: of half-precision features, what their products cost.
+    """
+    if budget == "auto" and device.type == "cuda" and d is not None and d < LEAST_D:
+        return 0
     shape, dtype = layout(64)
     of_64 = math.prod(shape) * dtype.itemsize
     if not of_64:

@@ -45,7 +45,10 @@ def loss_at_once(
         return None
     x, m = problem.x, problem.x.shape[0]
     spec = problem.spec._replace(cols=False, **options)
-    if not all(is_plain(t) for t in (x, problem.y, *spec) if isinstance(t, Tensor)) or problem.rows_to_keep() == m:
+    if not all(is_plain(t) for t in (x, problem.y, *spec) if isinstance(t, Tensor)):
+        return None
+    sums_at_once = spec.reduction == "softplus" and getattr(backend, "SUMS_AT_ONCE", False)
+    if problem.rows_to_keep() == m and not sums_at_once:
         return None
     weight = 1 / m if mean else 1.0
     return _AtOnce.apply(x, problem.y, *spec, weight, (margin, decoupled, normalize), problem.backend)  # type: ignore[no-any-return, no-untyped-call]

@@ -58,7 +58,8 @@ class _Gather(torch.autograd.Function):
         kept = 0
         if agreed.differentiable:
             layout = functools.partial(backend.kept, n=columns, dtype=x.dtype)
-            kept = rows_to_keep(len(x), layout, problem.budget, x.device, products_of(x.dtype))
+            d = x.shape[1] if x.dtype.itemsize == 2 else None
+            kept = rows_to_keep(len(x), layout, problem.budget, x.device, products_of(x.dtype), d)
         spec = spec._replace(
             scale=scale,
             col_bias=None if col_bias is None else gather_rows(col_bias, sizes, group),

@@ -251,7 +251,8 @@ class Problem:
         x, backend, n = self.x, dispatch.BACKENDS[self.backend], self.y.shape[0]
         layout = functools.partial(backend.kept, n=n, dtype=x.dtype)
         most = most or memory.products_of(x.dtype)
-        return memory.rows_to_keep(x.shape[0], layout, self.memory_budget, x.device, most)
+        d = x.shape[1] if x.dtype.itemsize == 2 else None
+        return memory.rows_to_keep(x.shape[0], layout, self.memory_budget, x.device, most, d)
 
     def _run_globally(self, options: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
         spec = self.spec._replace(**options)

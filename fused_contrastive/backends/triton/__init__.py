@@ -22,6 +22,9 @@ INSTALLED = importlib.util.find_spec("triton") is not None
 OLDEST = (3, 4)
 
 
+SUMS_AT_ONCE = True  # G of the sums of softplus comes with them: keeping products for a backward saves nothing
+
+
 def unavailable() -> str | None:
     if not INSTALLED:
         return "the package triton is not installed; `pip install triton`"

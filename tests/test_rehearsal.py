@@ -44,22 +44,24 @@ def test_a_few_losses_launch_nothing_illegal(kernels: Path) -> None:
 
 @needs_compiler
 @needs_triton
-@pytest.mark.parametrize(
-    ("plant", "reason"),
-    [
-        ("grid", "grid (0,): it did not take place"),
-        ("descriptor", "expected a multiple of 16 bytes"),
-        ("memory", "elements after its memory"),
-        ("shared", "bytes of shared memory, expected at most 232448"),
-    ],
-)
-def test_what_is_illegal_fails_and_is_named(kernels: Path, plant: str, reason: str) -> None:
-    done = rehearse(kernels, f"--plant={plant}", "--only=contrastive_stats 600 x 1100 x 64, bf16, nothing kept")
-    assert done.returncode == 1
-    (failure,) = (line for line in done.stdout.splitlines() if line.startswith("FAILED"))
-    assert failure.startswith("FAILED sm_90, contrastive_stats 600 x 1100 x 64, bf16, nothing kept: ")
-    assert reason in failure
-    assert done.stdout.splitlines()[-1].endswith(" 1 illegal")
+def test_what_is_illegal_fails_and_is_named(kernels: Path) -> None:
+    case = "contrastive_stats 600 x 1100 x 64, bf16, nothing kept"
+    done = rehearse(kernels, f"--only={case}", "--plant", "grid", "descriptor", "memory", "shared")
+    assert (done.returncode, done.stdout.splitlines()[-1][-9:]) == (1, "4 illegal"), done.stdout + done.stderr
+    failures = [line for line in done.stdout.splitlines() if line.startswith("FAILED")]
+    for plant, reason, failure in zip(
+        ("grid", "descriptor", "memory", "shared"),
+        (
+            "grid (0,): it did not take place",
+            "expected a multiple of 16 bytes",
+            "elements after its memory",
+            "262144 bytes of shared memory, expected at most 232448",
+        ),
+        failures,
+        strict=True,
+    ):
+        assert failure.startswith(f"FAILED sm_90, {case}, planted {plant}: ")
+        assert reason in failure
 
 
 def test_without_a_compiler_it_says_so(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from typing import Any
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
-AT_ONCE = 2  # processes
+PLANTS = ("grid", "descriptor", "memory", "shared")
 
 
 def options(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -35,7 +35,7 @@ def options(arguments: Sequence[str] | None) -> argparse.Namespace:
     extent.add_argument("--every", action="store_true", help="every combination, half an hour for an architecture")
     parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name contains it")
     parser.add_argument("--json", action="store_true", help="print what is in the machine code of each kernel")
-    parser.add_argument("--plant", choices=("grid", "descriptor", "memory", "shared"), help=argparse.SUPPRESS)
+    parser.add_argument("--plant", nargs="+", choices=PLANTS, help=argparse.SUPPRESS)
     parser.add_argument("--job", nargs="+", help=argparse.SUPPRESS)  # of a child: kinds of features
     parser.add_argument("--results", type=Path, help=argparse.SUPPRESS)  # the file where it writes them
     return parser.parse_args(arguments)
@@ -77,7 +77,7 @@ def environment(arch: str, folder: Path) -> dict[str, str]:
 def processes(arch: str, given: argparse.Namespace) -> list[list[str]]:
     """The kinds of features of each process: about as much work for each."""
     if given.quick:
-        return [["bf16"], ["fp32"]]
+        return [["bf16"]] if given.plant else [["bf16"], ["fp32"]]
     if given.every or arch == "sm_90":
         return [["bf16"], ["fp16", "fp32", "tf32"]]
     return [["bf16", "fp16", "fp32", "tf32"]]
@@ -110,7 +110,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         given.results.write_text(json.dumps(rehearse.run(given)))
         return 0
     passed = [f"--{name}" for name in ("quick", "every", "json") if getattr(given, name)]
-    passed += [f"--{name}={value}" for name in ("only", "plant") if (value := getattr(given, name))]
+    passed += [f"--only={given.only}", *(["--plant", *given.plant] if given.plant else [])]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if (reason := build(folder)) is not None:
@@ -118,7 +118,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 2
         architectures = given.arch or (["sm_90"] if given.quick else ARCHITECTURES)
         jobs = [(arch, kinds) for arch in architectures for kinds in processes(arch, given)]
-        with ThreadPoolExecutor(AT_ONCE) as pool:
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
             found = list(pool.map(lambda job: child(*job, folder, passed), jobs))
     if given.json:
         print(json.dumps([kernel for one in found for kernel in one["kernels"]]))

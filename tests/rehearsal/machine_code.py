@@ -175,7 +175,7 @@ def count(kernel: Any, arch: str) -> dict[str, Any]:
     except ValueError as error:
         return {**found, "fast_path": str(error)}
     found["fast_path"] = path._asdict()
-    if hasattr(tile, "block_m"):
-        each = tile.block_m * tile.block_n / (32 * warps)
-        found["instructions_per_logit"] = round(path.of_tile(getattr(tile, "strip", 1)) / each, 2)
+    strip = getattr(tile, "strip", 1)
+    if hasattr(tile, "block_m") and (path.before is not None or strip == 1):  # else the way leads past all tiles
+        found["instructions_per_logit"] = round(path.of_tile(strip) / (tile.block_m * tile.block_n / (32 * warps)), 2)
     return found

@@ -7,12 +7,15 @@ import ctypes
 import importlib
 import pkgutil
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import cases
 import machine_code
 import triton
+from triton.backends.nvidia.compiler import CUDABackend
 from triton.backends.nvidia.driver import CudaDriver
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -78,9 +81,9 @@ class Watch:
     def _run(self, function: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
         before = COUNTERS.launches
         kernel = self.launch(function, *args, grid=grid, warmup=warmup, **options)
+        self.kernels[kernel.hash] = kernel
         if COUNTERS.launches != before + 1:  # Triton leaves out a grid of nothing, or of 2^31 programs, silently
             illegal(f"launch of {function.__name__}, grid {grid}: it did not take place")
-        self.kernels[kernel.hash] = kernel
         return kernel
 
     def _described(self, descriptor: Any) -> None:
@@ -98,11 +101,13 @@ def run(given: argparse.Namespace) -> dict[str, Any]:
     (arch,) = given.arch
     stand_in_for(arch)
     watch = Watch()
-    if given.plant:
-        planted(given.plant)
     choose = cases.quick if given.quick else cases.every if given.every else cases.some
     chosen = [case for case in choose(arch, given.job) if given.only in str(case)]
-    failures = [f"{arch}, {case}: {reason}" for case in chosen if (reason := failure(case))]
+    failures = []
+    for plant in given.plant or [None]:
+        with planted(plant, watch) if plant else nullcontext():
+            named = [(f"{arch}, {case}", failure(case)) for case in chosen]
+        failures += [f"{name}{f', planted {plant}' if plant else ''}: {reason}" for name, reason in named if reason]
     found = {name: getattr(COUNTERS, name) for name, _ in Counters._fields_}
     kernels = [machine_code.count(kernel, arch) for kernel in watch.kernels.values()] if given.json else []
     return {"calls": len(chosen), **found, "failures": failures, "kernels": kernels}
@@ -119,25 +124,28 @@ def failure(case: cases.Case) -> str | None:
     return None if COUNTERS.illegal == before else "illegal, and nothing raised"
 
 
-def planted(what: str) -> None:
+@contextmanager
+def planted(what: str, watch: Watch) -> Iterator[None]:
     """Makes launches or descriptors illegal, to show that this is noticed."""
+    for kernel in watch.kernels.values():  # as if none had been compiled
+        kernel.src.fn.device_caches.clear()
+    launch, describe, pack = JITFunction.run, TensorDescriptor.__post_init__, CUDABackend.pack_metadata
+
+    def misaligned(descriptor: Any) -> None:
+        describe(descriptor)
+        descriptor.base = descriptor.base[:, 1:]
+
+    def too_long(descriptor: Any) -> None:
+        descriptor.shape = (descriptor.shape[0] + 1000, *descriptor.shape[1:])
+        describe(descriptor)
+
     if what == "grid":
-        launch = JITFunction.run
         JITFunction.run = lambda *args, grid, **options: launch(*args, grid=(0, *grid[1:]), **options)
-    if what in ("descriptor", "memory"):
-        describe = TensorDescriptor.__post_init__
-
-        def misplaced(descriptor: Any) -> None:
-            describe(descriptor)
-            descriptor.base = descriptor.base[:, 1:]
-
-        def too_long(descriptor: Any) -> None:
-            descriptor.shape = (descriptor.shape[0] + 1000, *descriptor.shape[1:])
-            describe(descriptor)
-
-        TensorDescriptor.__post_init__ = misplaced if what == "descriptor" else too_long
-    if what == "shared":
-        from triton.backends.nvidia.compiler import CUDABackend
-
-        pack = CUDABackend.pack_metadata
+    elif what == "shared":
         CUDABackend.pack_metadata = lambda self, metadata: pack(self, metadata._replace(shared=1 << 18))
+    else:
+        TensorDescriptor.__post_init__ = {"descriptor": misaligned, "memory": too_long}[what]
+    try:
+        yield
+    finally:
+        JITFunction.run, TensorDescriptor.__post_init__, CUDABackend.pack_metadata = launch, describe, pack

@@ -171,6 +171,23 @@ def test_a_tile_counts_from_the_loop_over_d() -> None:
     assert found.of_tile() == 6
 
 
+def test_products_that_a_special_tile_makes_again_do_not_count() -> None:
+    found = fast_path(
+        sass(
+            "S2R R0, SR_CTAID.X",
+            "HGMMA.64x128x16.F32.BF16 R24, gdesc[UR4], R24",
+            "@P0 BRA 0x10",
+            "@!P1 BRA 0x70",
+            "HGMMA.64x128x16.F32.BF16 R24, gdesc[UR4], R24",
+            "@P0 BRA 0x40",
+            "FADD R2, R2, R3",
+            "STG.E desc[UR4][R2.64], R4",
+            "EXIT",
+        )
+    )
+    assert found == FastPath(before=1, again=None, last=3)
+
+
 def test_a_strip_counts_its_tiles_and_a_share_of_its_end() -> None:
     found = fast_path(
         sass(

@@ -105,15 +105,17 @@ def fast_path(sass: str) -> FastPath:
     """
     code = parse(sass)
     ends = [i for i, instruction in enumerate(code) if instruction.ends]
-    products = [i for i, instruction in enumerate(code) if MATRIX.match(instruction.name)]
     start = _distances([0], lambda i: code[i].next)
+    products = [i for i in start if MATRIX.match(code[i].name)]  # nearest first
     if not products:
         stores = [i for i in start if STORE.match(code[i].name)]
         ways = [start[s] - 1 + way for s in stores if (way := _shortest(_distances([s], lambda i: code[i].next), ends))]
         if not ways:
             raise ValueError("no way from the start to an end that stores something")
         return FastPath(None, None, min(ways))
-    loop = _innermost_loop(code, products[-1])
+    loop = _innermost_loop(code, products[0])  # products further away are made again, of a special tile
+    if len(loop) == 1:
+        loop = {products[-1]}
     after = {to for i in loop for to in code[i].next} - loop
     outside = _distances(after, lambda i: [to for to in code[i].next if to not in loop])
     before, last = _shortest(start, loop), _shortest(outside, ends)

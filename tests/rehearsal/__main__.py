@@ -32,7 +32,7 @@ def options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--arch", nargs="+", choices=ARCHITECTURES, help="default: all; with --quick, sm_90")
     extent = parser.add_mutually_exclusive_group()
     extent.add_argument("--quick", action="store_true", help="a few losses and options")
-    extent.add_argument("--every", action="store_true", help="every combination, half an hour for an architecture")
+    extent.add_argument("--every", action="store_true", help="every combination: 660 kernels for an architecture")
     parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name contains it")
     parser.add_argument("--json", action="store_true", help="print what is in the machine code of each kernel")
     parser.add_argument("--plant", nargs="+", choices=PLANTS, help=argparse.SUPPRESS)

@@ -6,6 +6,7 @@ import argparse
 import ctypes
 import importlib
 import pkgutil
+import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -114,6 +115,7 @@ def run(given: argparse.Namespace) -> dict[str, Any]:
 
 
 def failure(case: cases.Case) -> str | None:
+    print(case, file=sys.stderr, flush=True)  # if the process dies, this is what did it
     before = COUNTERS.illegal
     try:
         case.run()

@@ -65,7 +65,8 @@ class KeptRows:
         size = rows * padded(n)
         self.values = buffer[:rows] if exact else buffer[:size].view(rows, padded(n))
         if not exact:
-            self.references = buffer[size:].view(torch.float32).view(_cells(rows), _cells(padded(n)))
+            down, across = _cells(rows), _cells(padded(n))
+            self.references = buffer[size : size + 2 * down * across].view(torch.float32).view(down, across)
 
     def block(self, rows: slice, cols: slice) -> Kept:
         """``rows`` and ``cols`` begin at multiples of a tile."""

@@ -189,14 +189,15 @@ def every(arch: str, kinds: Sequence[str]) -> Iterator[Case]:
 
 
 def some(arch: str, kinds: Sequence[str]) -> Iterator[Case]:
-    """On sm_90 each call in bf16 and one other kind; on sm_80 half of the calls in one kind each, on sm_100 the others.
+    """On sm_90 each call in bf16 and half of them in another kind; a third on sm_80 in one kind, another on sm_100.
 
     Kinds, and what is kept, take turns.
     """
     for i, (name, call) in enumerate(CALLS.items()):
-        of_this = {list(KINDS)[i // 2 % len(KINDS)]} if i % 2 == (arch == "sm_100") else set()
         if arch == "sm_90":
-            of_this = {"bf16", list(KINDS)[1:][i % 3]}
+            of_this = {"bf16", list(KINDS)[1 + i // 2 % 3]} if i % 2 else {"bf16"}
+        else:
+            of_this = {list(KINDS)[i // 3 % len(KINDS)]} if i % 3 == (arch == "sm_100") else set()
         for k, kind in enumerate(KINDS):
             if kind in of_this and kind in kinds:
                 yield Case(name, KINDS[kind], KEPT[(i // 3 + k) % len(KEPT)], call)

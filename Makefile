@@ -17,7 +17,7 @@ PIP := -q --no-compile
 # A missing compiler is an error here; 0 builds no extension, and the tests of backend "cpp" are skipped.
 export FUSED_CONTRASTIVE_EXTENSION ?= 1
 
-.PHONY: help demo test sanitize conformance mutants verify bench configurations docs lint format build clean
+.PHONY: help demo test sanitize conformance mutants verify bench rehearsal configurations docs lint format build clean
 help:
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile
 
@@ -62,6 +62,9 @@ verify: $(BIN)/.fused_contrastive-test ## compare every backend with the float64
 bench: $(BIN)/.fused_contrastive-bench ## time and memory beside eager, torch.compile and the libraries
 	$(BIN)/python -m pip install $(PIP) --no-deps open_clip_torch==3.3.0 lightly==1.6.0
 	$(BIN)/python -m fused_contrastive bench --suite cpu --out benchmarks/results
+
+rehearsal: $(BIN)/.fused_contrastive-test ## launch every Triton kernel by Triton's own launcher, on a stand-in for a GPU's driver
+	$(BIN)/python tests/rehearsal
 
 configurations: $(BIN)/.fused_contrastive-test ## compile the Triton kernels for every architecture and write down what came out
 	$(BIN)/python benchmarks/configurations.py > docs/triton-configurations.md

@@ -1,0 +1,215 @@
+"""What is rehearsed: every loss and primitive with its options, forward and backward, at a few shapes.
+
+Results hold whatever was in memory, as nothing computes: only that the calls go through is looked at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import fused_contrastive as fc
+from fused_contrastive.testing import cases, family
+
+
+class Kind(NamedTuple):
+    """A dtype, and torch's precision of float32 products."""
+
+    name: str
+    dtype: torch.dtype
+    precision: str = "highest"
+
+
+KINDS = {
+    kind.name: kind
+    for kind in (
+        Kind("bf16", torch.bfloat16),
+        Kind("fp16", torch.float16),
+        Kind("fp32", torch.float32),
+        Kind("tf32", torch.float32, "high"),
+    )
+}
+KEPT = ("everything", "half", "nothing")
+# Rows of features that are multiples of 32 bytes, of 16, of neither; M and N of a tile's and no multiple; one row.
+SHAPES = ((600, 1100, 64), (512, 1024, 513), (1, 700, 64), (300, 301, 1))
+SMALL = (320, 600, 64)
+
+
+def budget(kept: str, m: int, n: int, each: int) -> int:
+    """Bytes for M x N, of which one takes ``each``."""
+    return {"everything": 1 << 32, "half": m * n * each // 2, "nothing": 0}[kept]
+
+
+def step(outputs: Any, leaves: list[Tensor]) -> None:
+    """The gradients of the sum of all outputs."""
+    held = [t for t in ([outputs] if isinstance(outputs, Tensor) else outputs) if t is not None]
+    total = torch.stack([t.double().sum() for t in held]).sum()
+    torch.autograd.grad(total, leaves, allow_unused=True)
+
+
+def leaf(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape).to(dtype).requires_grad_()
+
+
+Call = Callable[[Kind, str], None]  # for a kind of features, keeping a part for the backward
+
+
+def loss(name: str, option: str) -> Call:
+    def run(kind: Kind, kept: str) -> None:
+        case = family.FamilyCase(name, option, family.Sizes(600, 64, kind.dtype, 14.3), seed=0)
+        leaves, options = case.inputs(torch.device("cpu"))
+        held = {key: t.requires_grad_() for key, t in leaves.items()}
+        options |= {"memory_budget": budget(kept, 600, 600, kind.dtype.itemsize), "backend": "triton"}
+        step(family.FAMILY[name].ours(**held, **options), list(held.values()))
+
+    return run
+
+
+def clip(option: str) -> Call:
+    def run(kind: Kind, kept: str) -> None:
+        inputs = cases.Case(kind.dtype, 600, 600, 64, 14.3, option, seed=0).inputs()
+        leaves = [t.requires_grad_() for t in (inputs.x, inputs.y, inputs.scale)]
+        kept_bytes = budget(kept, 600, 600, kind.dtype.itemsize)
+        step(fc.clip_loss(*leaves, **inputs.options, memory_budget=kept_bytes, backend="triton"), leaves)
+
+    return run
+
+
+def stats(function: Callable[..., Any], option: str, shape: tuple[int, int, int] = SMALL) -> Call:
+    m, n, d = shape
+
+    def run(kind: Kind, kept: str) -> None:
+        inputs = cases.Case(kind.dtype, m, n, d, 14.3, option, seed=0).inputs()
+        given = dict(inputs.options, memory_budget=budget(kept, m, n, kind.dtype.itemsize), backend="triton")
+        leaves = [t.requires_grad_() for t in (inputs.x, inputs.y, inputs.scale)]
+        if inputs.col_bias is not None:
+            given["col_bias"] = inputs.col_bias.requires_grad_()
+            leaves.append(given["col_bias"])
+        if option in ("row only", "col only"):
+            given["directions"] = [option.removesuffix(" only")]
+        step(function(*leaves[:3], **given), leaves)
+
+    return run
+
+
+def every_option(kind: Kind, kept: str) -> None:
+    """All options at once; no gradient for y and the scale."""
+    m, n, d = SMALL
+    x, y, bias = leaf((m, d), kind.dtype), torch.randn(n, d).to(kind.dtype), leaf((n,))
+    found = fc.contrastive_stats(
+        x, y, 5.0, targets=torch.randint(n, (m,)), col_bias=bias, row_ids=torch.randint(50, (m,)),
+        col_ids=torch.randint(50, (n,)), exclude_self=True,
+        memory_budget=budget(kept, m, n, kind.dtype.itemsize), backend="triton",
+    )  # fmt: skip
+    step(found, [x, bias])
+
+
+def self_stats(**options: Any) -> Call:
+    def run(kind: Kind, kept: str) -> None:
+        n = 1100
+        x, scale = leaf((n, 64), kind.dtype), leaf(())
+        ids = {"ids": torch.randint(100, (n,)), **options} if options else {}
+        kept_bytes = budget(kept, n, n, kind.dtype.itemsize)
+        step(fc.self_stats(x, scale, **ids, memory_budget=kept_bytes, backend="triton"), [x, scale])
+
+    return run
+
+
+def max_sim(t: int, p: int, d: int, direction: str, masked: bool) -> Call:
+    """Items of T and of P tokens."""
+
+    def run(kind: Kind, kept: str) -> None:
+        x, y = leaf((9, t, d), kind.dtype), leaf((11, p, d), kind.dtype)
+        masks = [torch.rand(9, t) < 0.7, torch.rand(11, p) < 0.7] if masked else []
+        found = fc.max_sim(
+            x, y, *masks, reduction="mean" if masked else "sum", direction=direction,
+            memory_budget=budget(kept, 9, 11 * max(t, p), 1), backend="triton",
+        )  # fmt: skip
+        step(found, [x, y])
+
+    return run
+
+
+def ranking(kind: Kind, kept: str) -> None:
+    x, y, targets = torch.randn(300, 64).to(kind.dtype), torch.randn(700, 64).to(kind.dtype), torch.randint(700, (300,))
+    fc.rank(x, y, 5, backend="triton")
+    fc.target_ranks(x, y, targets=targets, backend="triton")
+    fc.recall_at_k(x, y, backend="triton")
+    fc.median_rank(x, y, targets=targets, backend="triton")
+
+
+CALLS: dict[str, Call] = {
+    **{f"{name} {option!r}": loss(name, option) for name, option in family.OPTIONS},
+    **{f"clip {option!r}": clip(option) for option in cases.CLIP_OPTIONS},
+    **{f"contrastive_stats {option!r}": stats(fc.contrastive_stats, option) for option in cases.STATS_OPTIONS[:-2]},
+    "contrastive_stats, every option": every_option,
+    **{
+        f"sigmoid_stats {option!r}": stats(fc.sigmoid_stats, option)
+        for option in ("plain", "targets", "col_bias", "ids")
+    },
+    **{f"contrastive_stats {m} x {n} x {d}": stats(fc.contrastive_stats, "plain", (m, n, d)) for m, n, d in SHAPES},
+    "self_stats": self_stats(),
+    "self_stats, ids": self_stats(equal_ids="exclude"),
+    "self_stats, equal ids only": self_stats(equal_ids="only"),
+    "max_sim": max_sim(20, 30, 64, "x", False),
+    "max_sim, y, masks": max_sim(20, 30, 64, "y", True),
+    "max_sim, both, masks": max_sim(20, 30, 64, "both", True),
+    "max_sim, both, one token": max_sim(1, 300, 64, "both", False),
+    "max_sim, both, long items": max_sim(300, 17, 513, "both", False),
+    "ranking": ranking,
+}
+
+
+class Case(NamedTuple):
+    """One call, and its name."""
+
+    name: str
+    kind: Kind
+    kept: str
+    call: Call
+
+    def __str__(self) -> str:
+        return f"{self.name}, {self.kind.name}, {self.kept} kept"
+
+    def run(self) -> None:
+        torch.set_float32_matmul_precision(self.kind.precision)
+        torch.manual_seed(0)
+        self.call(self.kind, self.kept)
+
+
+def every(arch: str, kinds: Sequence[str]) -> Iterator[Case]:
+    """Each call in each kind, keeping each part: 660 kernels for an architecture."""
+    for kind in kinds:
+        for name, call in CALLS.items():
+            for kept in KEPT:
+                yield Case(name, KINDS[kind], kept, call)
+
+
+def some(arch: str, kinds: Sequence[str]) -> Iterator[Case]:
+    """On sm_90 each call in bf16 and half of them in another kind; a third on sm_80 in one kind, another on sm_100.
+
+    Kinds, and what is kept, take turns.
+    """
+    for i, (name, call) in enumerate(CALLS.items()):
+        if arch == "sm_90":
+            of_this = {"bf16", list(KINDS)[1 + i // 2 % 3]} if i % 2 else {"bf16"}
+        else:
+            of_this = {list(KINDS)[i // 3 % len(KINDS)]} if i % 3 == (arch == "sm_100") else set()
+        for k, kind in enumerate(KINDS):
+            if kind in of_this and kind in kinds:
+                yield Case(name, KINDS[kind], KEPT[(i // 3 + k) % len(KEPT)], call)
+
+
+QUICK = {
+    *(f"contrastive_stats 600 x 1100 x 64, {kind}, {kept} kept" for kind in ("bf16", "fp32") for kept in KEPT),
+    "siglip 'plain', bf16, nothing kept",
+    "max_sim, bf16, everything kept",
+    "ranking, fp32, nothing kept",
+}
+
+
+def quick(arch: str, kinds: Sequence[str]) -> Iterator[Case]:
+    return (case for case in every(arch, kinds) if str(case) in QUICK)

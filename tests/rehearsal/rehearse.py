@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import cases
-import machine_code
 import triton
 from triton.backends.nvidia.compiler import CUDABackend
 from triton.backends.nvidia.driver import CudaDriver
@@ -22,6 +21,7 @@ from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 import fused_contrastive.backends.triton as backend
+import machine_code
 from fused_contrastive.backends.triton import device
 
 MULTIPROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148}

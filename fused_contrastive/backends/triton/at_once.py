@@ -32,16 +32,20 @@ def _terms(pos: Tensor, row: Tensor, margin: float, softplus: bool, decoupled: b
 
 
 class _Held:
-    """Memory of a row of blocks."""
+    """Memory of a row of blocks, each with rows of its own width: offsets in a tile stay below 2^31 for any N."""
 
     def __init__(self, p: Problem, x: Tensor, rows: int) -> None:
-        self.p, self.dtype = p, x.dtype
-        self.values = storage.scratch(x, rows, p.n, torch.bfloat16 if p.half and not p.softplus else x.dtype)
-        cells = [triton.cdiv(size, storage.CELL) for size in self.values.shape]
-        self.references = x.new_empty(cells if p.half and not p.softplus else 0, dtype=torch.float32)
+        self.p, self.rows, self.dtype = p, rows, x.dtype
+        keeps_exponentials = p.half and not p.softplus
+        kept_dtype = torch.bfloat16 if keeps_exponentials else x.dtype
+        self.values = x.new_empty(rows * storage.padded(p.n), dtype=kept_dtype)
+        cells = [triton.cdiv(size, storage.CELL) for size in (rows, storage.padded(p.n))]
+        self.references = x.new_empty(cells if keeps_exponentials else 0, dtype=torch.float32)
 
     def block(self, b: Block) -> storage.Kept:
-        matrix = storage.Matrix(self.values[: b.height, b.col0 : b.col0 + storage.padded(b.width)], b.width)
+        width = storage.padded(b.width)
+        values = self.values[self.rows * b.col0 : self.rows * (b.col0 + width)].view(self.rows, width)
+        matrix = storage.Matrix(values[: b.height], b.width)
         if not self.p.half:
             return storage.Kept(products=matrix)
         references = None if self.p.softplus else self.references[:, b.col0 // storage.CELL :]

@@ -151,6 +151,8 @@ def described(kernel: Any, arch: str) -> dict[str, Any]:
         found |= {"kernel": kernel.src.fn.__name__, "stores": {}}
     else:
         found = count(kernel, arch)
+        if arch != "sm_90":  # where the counts were compared with others by hand
+            found.pop("instructions_per_logit", None)
     constants = {kernel.src.fn.arg_names[path[0]]: v for path, v in kernel.src.constants.items() if len(path) == 1}
     tile = constants.get("TILE")
     kernel_name = found["kernel"]
@@ -213,9 +215,9 @@ Triton {version}, compiled without a GPU; remake with `make configurations`. Non
 - options: none (but the one bias that SigLIP has); or, of half precision, targets, col_bias, ids, exclude_self and one
   triangle at once.
 - spilled: stores of registers to memory for want of room, counted in the code. With every option at once some
-  configurations have them; without, none may.
-- per logit: instructions that a thread issues for one logit of a tile that has nothing special about it, from the end
-  of the loop over D to the end of the tile; of a strip, its last reduction is shared out among its tiles.
+  configurations have them; without, only the exact kernels of half precision may, which make again what is lost or far.
+- per logit, on sm_90: instructions that a thread issues for one logit of a tile that has nothing special about it, from
+  the end of the loop over D to the end of the tile; of a strip, its last reduction is shared out among its tiles.
 - stores: to global memory; UTMASTG is the tensor memory accelerator's, of a whole tile or a part of it.
 
 | arch | source | kernel | options | tile | warps | stages | shared | registers | spilled | matrix units | per logit |\

@@ -9,7 +9,7 @@ from conftest import small_blocks
 from torch import Tensor
 
 from fused_contrastive import contrastive_stats, siglip_loss, sigmoid_stats
-from fused_contrastive.core.spec import StatsSpec
+from fused_contrastive.core.spec import Needs, StatsSpec, Upstream
 from fused_contrastive.ops import dispatch
 
 pytest.importorskip("triton")
@@ -73,7 +73,7 @@ def test_products_are_made_once_where_no_sum_is_lost(name: str, monkeypatch: pyt
 
 @pytest.mark.parametrize("bias", [-10.0, 0.0, 3.0])
 def test_sums_of_softplus_are_precise(bias: float) -> None:
-    """The polynomial's relative error is 1.3e-6, for sums of 1e-5 and of 1e3; half-precision products are exact here."""
+    """The polynomial's relative error is 1.3e-6, for small and large sums; half-precision products are exact here."""
     x, y = features(40, 130)
     row = sigmoid_stats(x, y, 4.0, col_bias=torch.full((130,), bias, device=WHERE), backend="triton").row
     s = 4 * x.double() @ y.double().T + bias
@@ -105,3 +105,61 @@ def test_scales_that_are_not_positive(scale: float, budget: int) -> None:
         found.append([stats.row.detach(), stats.col.detach(), *(t.grad.double() for t in leaves)])
     for ours, exact in zip(*found, strict=True):
         assert (ours - exact).abs().max() <= 2e-2 * exact.abs().max()
+
+
+@pytest.mark.parametrize("logit", [80.0, 88.0, 95.0, 100.0, 105.0, 200.0])
+@pytest.mark.parametrize("at", [3, 100], ids=["first tile", "last tile"])
+def test_one_logit_far_above_the_others(at: int, logit: float) -> None:
+    """Tiles whose references lie far apart: where the large logit is another row's, the small ones still count."""
+    n = 130
+    x, y = torch.zeros(n, 2), torch.zeros(n, 2)
+    x[5, 0], y[at, 0] = 1.0, 1.0  # S[5, at] = logit, all others 0
+    stats = contrastive_stats(x.bfloat16().to(WHERE), y.bfloat16().to(WHERE), logit, backend="triton")
+    s = torch.zeros(n, n, dtype=torch.float64)
+    s[5, at] = logit
+    s.fill_diagonal_(-torch.inf)
+    assert (stats.row.cpu() - s.logsumexp(dim=1)).abs().max() < 1e-5
+    assert (stats.col.cpu() - s.logsumexp(dim=0)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_below_the_diagonal_memory_holds_anything(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The forward of a triangle leaves out tiles that the backward reads: finite numbers there must not count."""
+    monkeypatch.setattr(launch, "STATISTICS_BLOCK", (16384, 16384))
+    monkeypatch.setattr(launch, "GRADIENT_BLOCK", (16384, 16384))
+    n = 150
+    (x,) = features(n, dtype=dtype)
+    spec = StatsSpec(torch.tensor(5.0, device=WHERE), upper=True)
+    g = torch.rand(n, dtype=torch.float64, device=WHERE)
+    upstream, needs = Upstream(None, g, g), Needs(True, True, False, False)
+    expected = launch.backward(spec, x, x, launch.forward(spec, x, x), upstream, needs)
+    spec = spec._replace(kept_rows=n)
+    saved = launch.forward(spec, x, x)
+    unwritten = saved.kept.isnan()  # conftest.py's poison
+    assert unwritten.any()
+    found = launch.backward(spec, x, x, saved._replace(kept=saved.kept.masked_fill(unwritten, 1.0)), upstream, needs)
+    for ours, exact in ((found.x, expected.x), (found.y, expected.y)):
+        assert (ours.double() - exact.double()).abs().max() <= 2e-2 * exact.double().abs().max()
+
+
+@pytest.mark.parametrize("budget", [0, 10**9])
+@pytest.mark.parametrize("scale", [1e7, 1e12])
+def test_logits_larger_than_their_roundings(scale: float, budget: int) -> None:
+    """Where a rounding of a logit is many powers of 2, one exponential for a tile would overflow."""
+    x, y = features(70, 90)
+    leaves = [t.clone().requires_grad_() for t in (x, y)]
+    stats = contrastive_stats(*leaves, scale, backend="triton", memory_budget=budget)
+    (stats.row.sum() + stats.col.sum()).backward()
+    exact = contrastive_stats(x.double(), y.double(), scale, backend="reference")
+    for ours, truth in ((stats.row, exact.row), (stats.col, exact.col)):
+        assert ((ours - truth) / truth).abs().max() < 1e-5
+    assert all(t.grad.isfinite().all() for t in leaves)
+
+
+@pytest.mark.parametrize("directions", [("row", "col"), ("col",)], ids=str)
+def test_an_infinite_column_is_alone(directions: tuple[str, ...]) -> None:
+    x, y = features(70, 90)
+    bias = torch.zeros(90, device=WHERE)
+    bias[80] = torch.inf
+    stats = contrastive_stats(x, y, 5.0, col_bias=bias, directions=directions, backend="triton")
+    assert (~stats.col.isfinite()).nonzero().tolist() == [[80]]

@@ -117,6 +117,20 @@ MUTANTS = [
         (BUDGET,), HALF,
     ),
     Mutant(
+        "below the diagonal", "of a triangle, what lies in kept tiles that were never written counts",
+        f"{KERNELS}/backward.py",
+        "[None, :], g, 0.0)",
+        "[None, :], g, g)",
+        ("tests/test_triton_kernels.py::test_below_the_diagonal_memory_holds_anything",),
+    ),
+    Mutant(
+        "references far apart", "a strip whose references float32 cannot hold together is taken as it is",
+        f"{KERNELS}/forward.py",
+        'tl.where(serve, (least_sum < LOST).to(tl.int32), 2)',
+        "(least_sum < LOST).to(tl.int32)",
+        ("tests/test_triton_kernels.py::test_an_infinite_column_is_alone",),
+    ),
+    Mutant(
         "wrong dtype of kept tiles", "exponentials are kept in float16, where the small ones vanish",
         f"{KERNELS}/storage.py",
         "return (rows * padded(n) + 2 * _cells(rows) * _cells(padded(n)),), torch.bfloat16",

@@ -32,23 +32,23 @@ def _terms(pos: Tensor, row: Tensor, margin: float, softplus: bool, decoupled: b
 
 
 class _Held:
-    """Memory of a row of blocks, each with rows of its own width: offsets in a tile stay below 2^31 for any N."""
+    """Memory of a row of blocks, each with rows of its own: offsets in a tile stay below 2^31 for any N."""
 
-    def __init__(self, p: Problem, x: Tensor, rows: int) -> None:
-        self.p, self.rows, self.dtype = p, rows, x.dtype
-        keeps_exponentials = p.half and not p.softplus
-        kept_dtype = torch.bfloat16 if keeps_exponentials else x.dtype
-        self.values = x.new_empty(rows * storage.padded(p.n), dtype=kept_dtype)
-        cells = [triton.cdiv(size, storage.CELL) for size in (rows, storage.padded(p.n))]
-        self.references = x.new_empty(cells if keeps_exponentials else 0, dtype=torch.float32)
+    def __init__(self, p: Problem, x: Tensor, height: int, blocks: list[Block]) -> None:
+        self.half, self.dtype = p.half, x.dtype
+        exponentials = p.half and not p.softplus
+        kept_dtype = torch.bfloat16 if exponentials else x.dtype
+        self.values = {b.col0: storage.scratch(x, height, b.width, kept_dtype) for b in blocks}
+        self.references: Tensor | None = None
+        if exponentials:
+            cells = (triton.cdiv(size, storage.CELL) for size in (height, storage.padded(p.n)))
+            self.references = x.new_empty(tuple(cells), dtype=torch.float32)
 
     def block(self, b: Block) -> storage.Kept:
-        width = storage.padded(b.width)
-        values = self.values[self.rows * b.col0 : self.rows * (b.col0 + width)].view(self.rows, width)
-        matrix = storage.Matrix(values[: b.height], b.width)
-        if not self.p.half:
+        matrix = storage.Matrix(self.values[b.col0][: b.height], b.width)
+        if not self.half:
             return storage.Kept(products=matrix)
-        references = None if self.p.softplus else self.references[:, b.col0 // storage.CELL :]
+        references = None if self.references is None else self.references[:, b.col0 // storage.CELL :]
         return storage.Kept(exponentials=matrix, references=references)
 
     def as_g(self, b: Block) -> storage.Matrix:
@@ -109,7 +109,7 @@ def loss_and_gradients(
         rows_of = None if p.softplus else launch.direction_of(p.m, x)
         all_rows = list(_rows_of_blocks(p))
         height = max(blocks[0].height for blocks in all_rows)
-        held = _Held(p, x, height)
+        held = _Held(p, x, height, all_rows[0])
         dx = x.new_empty(height if by_rows else 0, p.d, dtype=torch.float32)
         for blocks in all_rows:
             rows = blocks[0].rows

@@ -11,6 +11,7 @@ from torch import Tensor
 from fused_contrastive.backends.triton.tiles import (
     CELL,
     HEADROOM,
+    HUGE,
     LOG2_E,
     finite,
     load_tile,
@@ -94,7 +95,7 @@ def _ranges(rows, cols, row_segment, col_segment):
 def _is_far(rows, cols, row_segment, col_segment):
     """Whether the normalisers of two segments (or vectors of them) differ by too much for one exponential."""
     highest, lowest = _ranges(rows, cols, row_segment, col_segment)
-    return ~(highest - lowest < REACH)
+    return ~(tl.where(tl.abs(highest) < HUGE, highest - lowest, float("inf")) < REACH)
 
 
 @triton.jit
@@ -105,7 +106,7 @@ def _is_far_kept(
     row_segment = (row_begin + row_cell * CELL) // SEGMENT
     _, lowest = _ranges(rows, cols, row_segment, (col_begin + col_cell * CELL) // SEGMENT)
     reference = tl.load(references + row_cell.to(tl.int64) * stride_references + col_cell)
-    return ~(reference - lowest < KEPT_REACH)
+    return ~(tl.where(tl.abs(reference) < HUGE, reference - lowest, float("inf")) < KEPT_REACH)
 
 
 @triton.jit
@@ -175,6 +176,8 @@ def gradient_of_kept(
     e = load_tile(kept, stride_kept, i, j, height, BM, BN, MODE.tma).to(tl.float32)
     reference = tl.load(references + (i // CELL).to(tl.int64) * stride_references + j // CELL)
     g = _weighted(e, rows, cols, row0, row_end, col0, col_end, reference)
+    if MODE.upper:  # the forward has not been to tiles below the diagonal: what they hold is anything
+        g = tl.where((row0 + tl.arange(0, BM))[:, None] < (col0 + tl.arange(0, BN))[None, :], g, 0.0)
     store_tile(out, stride_out, i, j, height, g, MODE.tma)
 
 
@@ -186,6 +189,7 @@ def _weights(s, direction, i, inside, AXIS: tl.constexpr, MODE: tl.constexpr):
     if not MODE.half:  # for half-precision features the lower part is far below what their products are good for
         z -= tl.expand_dims(tl.load(direction.low + i, mask=inside, other=0.0), 1 - AXIS)
     g = tl.load(direction.g + i, mask=inside, other=0.0)
+    z = tl.where(z > 0, 0.0, z)  # no logit is above its normaliser, but by roundings of huge ones
     return tl.expand_dims(g, 1 - AXIS) * power(z, MODE)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from fused_contrastive.backends.triton.tiles import (
     CELL,
     HEADROOM,
+    HUGE,
     LN_2,
     excluded,
     finite,
@@ -25,6 +26,8 @@ from fused_contrastive.backends.triton.tiles import (
 
 # A sum of exponentials below this, 2^-88 where the largest is 2^HEADROOM, has lost terms to underflow.
 LOST = tl.constexpr(3e-27)
+# References of a strip's tiles may lie so many binary orders apart: the factor between them is a normal float32.
+APART = tl.constexpr(120.0)
 
 
 # Triton 3.4 does not know the option: what it computes before a loop over tiles then takes registers all the while.
@@ -47,7 +50,7 @@ def _store_partials(partials, part, length, i, maximum, total, inside):
 
 @triton.jit
 def _add_scaled(total, maximum, more, its_maximum, MODE: tl.constexpr):
-    """Sums of exponentials against two maxima -> against the higher one."""
+    """Sums of exponentials against two maxima -> against the higher one. No factor may underflow: see APART."""
     higher = tl.maximum(maximum, its_maximum)
     by, its = power(maximum - finite(higher), MODE), power(its_maximum - finite(higher), MODE)
     return total * by + more * its, higher
@@ -77,11 +80,14 @@ def _tile_of_strip(
     so_far, x, y, mask, pos, rows_to, cols_to, kept, stride_kept, references, stride_references, shape, bounds,
     tile_n, row0, col0, MODE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Statistics of one tile of a strip. so_far and the result: the columns' sums, their maximum, the least sum."""
+    """Statistics of one tile of a strip.
+
+    so_far and the result: the columns' sums, the highest and the lowest reference of a tile, the least sum.
+    """
     BM: tl.constexpr = TILE.block_m
     BN: tl.constexpr = TILE.block_n
     FOLD: tl.constexpr = TILE.fold
-    col_total, col_maximum, least = so_far
+    col_total, highest, lowest, least = so_far
     row_begin, row_end, col_begin, col_end = bounds
     acc = products(x, y, row0, col0, shape, MODE, TILE)
     s, c = logits(acc, mask, pos, row0, row_end, col0, col_end, MODE)
@@ -89,6 +95,7 @@ def _tile_of_strip(
     reference = finite(top) - HEADROOM
     e = tl.exp2(s * c - reference)
     maximum = tl.where(top == float("-inf"), top, reference)
+    lowest = tl.minimum(lowest, tl.where(top == float("-inf"), float("inf"), reference))
     if rows_to is not None:
         rows = row0 + tl.arange(0, BM)
         total = tl.sum(e, axis=1)
@@ -106,7 +113,9 @@ def _tile_of_strip(
             part = tl.sum(tl.sum(tl.reshape(e, (BM // (16 * FOLD), FOLD, 2, 8, BN)), axis=2), axis=0)
         else:
             part = tl.sum(e, axis=0)
-        col_total, col_maximum = _add_scaled(col_total, col_maximum, part, maximum, MODE)
+        col_total, highest = _add_scaled(col_total, highest, part, maximum, MODE)
+    else:
+        highest = tl.maximum(highest, maximum)
     if kept is not None:
         i, j, height = row0 - row_begin, col0 - col_begin, row_end - row_begin
         store_tile(kept, stride_kept, i, j, height, e, MODE.tma)
@@ -115,7 +124,7 @@ def _tile_of_strip(
         where = cell_rows.to(tl.int64)[:, None] * stride_references + cell_cols[None, :]
         inside = (cell_rows * CELL < height)[:, None] & (cell_cols * CELL < col_end - col_begin)[None, :]
         tl.store(references + where, tl.zeros((BM // CELL, BN // CELL), tl.float32) + reference, mask=inside)
-    return col_total, col_maximum, least
+    return col_total, highest, lowest, least
 
 
 @triton.jit(do_not_specialize=["M", "N", "row_begin", "row_end", "col_begin", "col_end"])
@@ -130,22 +139,20 @@ def strip_statistics(
     from tile to tile of the strip, and threads add theirs up at its end. Either may be None.
 
     A tile's exponentials are relative to one reference, HEADROOM below its maximum. ``lost`` (strips, tiles across)
-    int32 says of each strip whether that may be so far above some row or column that its sum has underflowed;
-    ``exact_statistics`` then looks closer. ``kept`` (height, width), where not None, gets the exponentials, and
-    ``references`` (cells of the block) their reference.
+    int32 says of each strip whether that may be so far above some row or column that its sum has underflowed (1),
+    which ``exact_statistics`` looks at more closely, or whether references cannot serve (2): logits too large, or too
+    far apart. ``kept`` (height, width), where not None, gets the exponentials, and ``references`` (cells of the block)
+    their reference.
     """
     BM: tl.constexpr = TILE.block_m
     BN: tl.constexpr = TILE.block_n
     FOLD: tl.constexpr = TILE.fold
     strip, tile_n, row0, col0, tiles = _strip_of(tl.program_id(0), row_begin, row_end, col_begin, col_end, MODE, TILE)
+    highest, lowest = tl.full((), float("-inf"), tl.float32), tl.full((), float("inf"), tl.float32)
     if FOLD:
-        so_far = (
-            tl.zeros((FOLD, 8, BN), tl.float32),
-            tl.full((), float("-inf"), tl.float32),
-            tl.full((FOLD, 8), 1.0, tl.float32),
-        )
+        so_far = tl.zeros((FOLD, 8, BN), tl.float32), highest, lowest, tl.full((FOLD, 8), 1.0, tl.float32)
     else:
-        so_far = tl.zeros((BN,), tl.float32), tl.full((), float("-inf"), tl.float32), tl.full((BM,), 1.0, tl.float32)
+        so_far = tl.zeros((BN,), tl.float32), highest, lowest, tl.full((BM,), 1.0, tl.float32)
     shape = (M, N, D, stride_x, stride_y)
     bounds = (row_begin, row_end, col_begin, col_end)
     if KEEPS_INVARIANTS_INSIDE:
@@ -162,20 +169,23 @@ def strip_statistics(
                 bounds, tile_n, row0, col0, MODE, TILE,
             )  # fmt: skip
             row0 += BM
-    col_total, col_maximum, least = so_far
+    col_total, highest, lowest, least = so_far
     least_sum = tl.min(least)
     if cols_to is not None:
         if FOLD:
             col_total = tl.sum(tl.sum(col_total, axis=1), axis=0)
         cols = col0 + tl.arange(0, BN)
         _store_partials(
-            cols_to, strip, col_end - col_begin, cols - col_begin, tl.zeros((BN,), tl.float32) + col_maximum,
+            cols_to, strip, col_end - col_begin, cols - col_begin, tl.zeros((BN,), tl.float32) + highest,
             col_total, cols < col_end,
         )  # fmt: skip
-        floor = tl.where(col_maximum == float("-inf"), 1.0, 0.0)
+        floor = tl.where(highest == float("-inf"), 1.0, 0.0)
         least_sum = min(least_sum, tl.min(tl.where(cols < col_end, col_total + floor, 1.0)))
     where = strip * tl.cdiv(col_end - col_begin, BN) + tile_n
-    tl.store(lost + where, (least_sum < LOST).to(tl.int32))
+    # All references lie between these two; inf - inf is NaN, which is not small either.
+    serve = tl.where(tl.maximum(tl.abs(highest), tl.abs(lowest)) < HUGE, highest - lowest, float("inf")) < APART
+    serve |= highest == float("-inf")
+    tl.store(lost + where, tl.where(serve, (least_sum < LOST).to(tl.int32), 2))
 
 
 @triton.jit
@@ -238,8 +248,8 @@ def exact_statistics(
             strip, tile_n = index // tiles_n, index % tiles_n
             row0, col0 = row_begin + strip * (BM * TILE.strip), col_begin + tile_n * BN
             tiles = min(tl.cdiv(row_end - row0, BM), TILE.strip)
-            redo = tl.load(lost + index) > 0
-            if redo:
+            redo = tl.load(lost + index) > 1
+            if tl.load(lost + index) == 1:
                 redo = _is_lost(
                     mask, rows_to, cols_to, strip, tile_n, row0, col0, tiles, row_begin, row_end, col_begin, col_end,
                     MODE, TILE,
@@ -296,8 +306,11 @@ def _merge_one(
         tops = tl.load(parts_of.maxima + where, mask=inside, other=float("-inf"))
         sums = tl.load(parts_of.sums + where, mask=inside, other=0.0)
         higher = tl.maximum(top, tl.max(tops, axis=0))
-        added = tl.sum((sums * power(tops - finite(higher)[None, :], MODE)).to(tl.float64), axis=0)
-        total = total * power(top - finite(higher), MODE).to(tl.float64) + added
+        # The factor in two halves: with HEADROOM, a sum counts next to one whose reference is 2^150 higher.
+        half = power((tops - finite(higher)[None, :]) * 0.5, MODE)
+        added = tl.sum((sums * half * half).to(tl.float64), axis=0)
+        half = power((top - finite(higher)) * 0.5, MODE).to(tl.float64)
+        total = total * half * half + added
         top = higher
     tl.store(totals.maxima + i, top, mask=i < length)
     tl.store(totals.sums + i, total, mask=i < length)

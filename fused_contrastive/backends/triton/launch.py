@@ -27,6 +27,8 @@ FP16_TOP = 2.0**14  # G's largest entry in float16 is at most twice this: 1/N of
 TARGET_ROWS = 65536
 SMALLEST = 1e-30  # a largest |g| below this counts as this: its reciprocal must be finite in float32
 FUSED = {"enable_fp_fusion": True}  # of kernels without a configuration; see Config.options
+# Of the exact kernels: a logit is one float32 number, the same in the forward and the backward.
+UNFUSED = {"enable_fp_fusion": False}
 
 
 def config(p: Problem, kernel: configs.Kernel) -> configs.Config:
@@ -98,12 +100,12 @@ def block_statistics(
         )  # fmt: skip
         forward_kernels.exact_statistics[(across,)](
             *p.features(c.exact), None, 0, p.mask, None, row_parts, col_parts, lost, None, 0, *p.sizes, *b,
-            MODE=p.mode, TILE=c.exact, **c.exact.options,
+            MODE=p.mode, TILE=c.exact, **(c.exact.options | UNFUSED),
         )  # fmt: skip
     else:
         forward_kernels.exact_statistics[(strips * across,)](
             *p.features(c), *_plain(given), p.mask, pos, row_parts, col_parts, None, *products_to, *p.sizes, *b,
-            MODE=p.mode, TILE=c, **c.options,
+            MODE=p.mode, TILE=c, **(c.options | UNFUSED),
         )  # fmt: skip
     longest = max(b.height if row.asked else 0, b.width if col.asked else 0)
     forward_kernels.merge[(triton.cdiv(longest, MERGE_LENGTH), 2)](
@@ -162,7 +164,8 @@ def block_of_weights(
     down, across = b.tiles(exact._replace(strip=1))
     backward_kernels.exact_gradient[(down, 1 if p.half else across)](
         *p.features(exact), *_plain(given), kept.references, _stride(kept.references), p.mask, rows, cols,
-        *_plain(out), *p.sizes, *b, ONLY_FAR=p.half, MODE=p.mode, TILE=exact, SEGMENT=configs.TILE, **exact.options,
+        *_plain(out), *p.sizes, *b, ONLY_FAR=p.half, MODE=p.mode, TILE=exact, SEGMENT=configs.TILE,
+        **(exact.options | UNFUSED),
     )  # fmt: skip
 
 

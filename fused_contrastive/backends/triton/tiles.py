@@ -15,6 +15,9 @@ CELL = tl.constexpr(32)  # rows and columns that share one reference of kept exp
 # Exponentials are taken against a reference this many binary orders below the maximum. float32 reaches 2^127 upwards
 # and 2^-126 downwards: without it, what lies more than 87 below the maximum would be lost, with it 130.
 HEADROOM = tl.constexpr(60.0)
+# Logits from here on, in units of log 2, are known to half a binary order at best: one rounding more or less, as
+# where a product and a subtraction are one instruction, must not become a power of 2. The exact kernels take them.
+HUGE = tl.constexpr(2.0**22)
 
 
 class Mask(NamedTuple):

@@ -49,7 +49,7 @@ CONFIGS: dict[tuple[str, Source, Kernel], Config] = {
     ("sm_80", "half", "kept"): Config(128, 128, 64, warps=8, stages=1),
     ("sm_80", "tf32", "statistics"): Config(128, 64, 32, warps=8, stages=3, strip=4),
     ("sm_80", "tf32", "sums"): Config(128, 64, 32, warps=8, stages=3),
-    ("sm_80", "tf32", "gradient"): Config(128, 128, 32, warps=8, stages=3),
+    ("sm_80", "tf32", "gradient"): Config(128, 64, 32, warps=8, stages=3),
     ("sm_90", "half", "statistics"): Config(256, 128, 64, warps=8, stages=3, strip=8, fold=8),
     ("sm_90", "half", "sums"): Config(256, 128, 64, warps=8, stages=3, split=2),
     ("sm_90", "half", "gradient"): Config(128, 256, 64, warps=8, stages=3),

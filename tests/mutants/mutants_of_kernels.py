@@ -187,10 +187,10 @@ MUTANTS = [
         ("tests/test_triton_at_once.py::test_info_nce",),
     ),
     Mutant(
-        "positives without their weight", "in one walk, the positives of dx are not divided by M",
+        "positives without their weight", "in one walk, the positives are not divided by M",
         f"{KERNELS}/at_once.py",
-        "                g_pos[rows] *= weight\n",
-        "                g_pos[rows] *= 1.0\n",
+        "            g_pos[rows] *= weight\n",
+        "            g_pos[rows] *= 1.0\n",
         ("tests/test_triton_at_once.py::test_info_nce",),
     ),
     Mutant(

@@ -120,6 +120,7 @@ def loss_and_gradients(
                     p.products(b, given.values)
                 launch.block_statistics(p, b, given, kept, pos, row, col, top)
             loss[rows], g_row, g_pos[rows] = _terms(pos[rows], row.value[rows], margin, p.softplus, decoupled)
+            g_pos[rows] *= weight
             if rows_of is not None:
                 part = _part(rows_of, rows)
                 launch.prepare(p, row.value[rows], g_row, part, None, None, None, None, top)
@@ -128,8 +129,7 @@ def loss_and_gradients(
                 if not p.softplus:
                     launch.block_of_weights(p, b, held.block(b), rows_of, None, g)
                 elif not p.half:
-                    ones = torch.ones_like(pos)
-                    launch.block_of_sigmoids(p, b, held.block(b), ones, None, top, g)
+                    launch.block_of_sigmoids(p, b, held.block(b), torch.ones_like(pos), None, top, g)
                 if by_rows:
                     launch.add_product(dx[: b.height], g.values, p.y[b.cols], first=b.col0 == 0)
                 if needs.y:
@@ -137,12 +137,9 @@ def loss_and_gradients(
                 if needs.col_bias:
                     dbias[b.cols] += g.values.sum(dim=0, dtype=torch.float32)
             if by_rows:
-                g_pos[rows] *= weight
                 launch.finish(
                     p, dx[: blocks[0].height], gx, p.x, p.y, g_pos, p.mask.targets, rows.start, p.m, largest, top, dots
                 )
-        if not by_rows:
-            g_pos *= weight
         dbias *= weight / top
         factor: Tensor | None = largest
         paired = p.m

@@ -37,7 +37,6 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.skip(f"backend 'triton': {reason}")
     if not torch.cuda.is_available():
         small_blocks(monkeypatch)
-    torch.manual_seed(0)  # one seed in some twenty exceeded a tolerance once; which is not known yet
     monkeypatch.setattr(at_once, "HELD_BYTES", 1)
     monkeypatch.setattr(at_once, "LEAST_TILES", 1)
 
@@ -64,7 +63,11 @@ def check(loss: Any, leaves: dict[str, Tensor], options: dict[str, Any], toleran
         (3 * result).backward()
         found[backend] = {"loss": result.detach().double(), **{k: v.grad.double() for k, v in held.items()}}
     for name, truth in found["reference"].items():
-        error = (found["triton"][name] - truth).abs().max() / truth.abs().max()
+        largest = truth.abs().max()
+        if name == "logit_scale":  # a sum of each row's part, which nearly cancel: x . dx / scale
+            parts = (leaves["x"].double().to(where()) * found["reference"]["x"]).sum(dim=1) / leaves["logit_scale"]
+            largest = torch.maximum(largest, parts.abs().sum())
+        error = (found["triton"][name] - truth).abs().max() / largest
         exact = name == "loss" and "normalize" not in options  # else unit features are rounded to their dtype
         assert error <= (1e-5 if exact else tolerance), f"{name}: {error:.1e}"
 

@@ -48,27 +48,32 @@ def poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.fixture(params=["reference", "cpp", "triton"])
-def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Each backend's name. For triton, tensors are made on the GPU; under its interpreter, blocks of S are small."""
-    if (reason := dispatch.BACKENDS[request.param].unavailable()) is not None:
-        pytest.skip(f"backend {request.param!r}: {reason}")
-    if request.param == "triton" and torch.cuda.is_available():
-        with torch.device("cuda"):
-            yield request.param
+@pytest.fixture
+def triton_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Skips without them; under Triton's interpreter, blocks so small that small problems have several."""
+    if (reason := dispatch.BACKENDS["triton"].unavailable()) is not None:
+        pytest.skip(f"backend 'triton': {reason}")
+    if torch.cuda.is_available():
         return
-    if request.param == "triton":
-        small_blocks(monkeypatch)
-    yield request.param
-
-
-def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several blocks in problems small enough for Triton's interpreter."""
     from fused_contrastive.backends.triton import configs, launch
 
     monkeypatch.setattr(configs, "TILE", 64)
     for name, size in (("STATISTICS_BLOCK", (256, 192)), ("FLOAT32_BLOCK", (64, 128)), ("GRADIENT_BLOCK", (192, 64))):
         monkeypatch.setattr(launch, name, size)
+
+
+@pytest.fixture(params=["reference", "cpp", "triton"])
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each backend's name. For triton, tensors are made on the GPU; under its interpreter, blocks of S are small."""
+    if request.param == "triton":
+        request.getfixturevalue("triton_kernels")
+    elif (reason := dispatch.BACKENDS[request.param].unavailable()) is not None:
+        pytest.skip(f"backend {request.param!r}: {reason}")
+    if request.param == "triton" and torch.cuda.is_available():
+        with torch.device("cuda"):
+            yield request.param
+    else:
+        yield request.param
 
 
 @pytest.fixture

@@ -8,11 +8,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import small_blocks
 from torch import Tensor
 
 import fused_contrastive as fc
-from fused_contrastive.ops import dispatch
 
 pytest.importorskip("triton")
 
@@ -32,11 +30,7 @@ TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 1.6e-2, torch.float16: 5e-3}
 
 
 @pytest.fixture(autouse=True)
-def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    if (reason := dispatch.BACKENDS["triton"].unavailable()) is not None:
-        pytest.skip(f"backend 'triton': {reason}")
-    if not torch.cuda.is_available():
-        small_blocks(monkeypatch)
+def small(triton_kernels: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(at_once, "HELD_BYTES", 1)
     monkeypatch.setattr(at_once, "LEAST_TILES", 1)
 

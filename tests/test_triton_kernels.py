@@ -5,27 +5,19 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import small_blocks
 from torch import Tensor
 
 from fused_contrastive import contrastive_stats, siglip_loss, sigmoid_stats
 from fused_contrastive.core.spec import Needs, StatsSpec, Upstream
-from fused_contrastive.ops import dispatch
 
 pytest.importorskip("triton")
 
 from fused_contrastive.backends.triton import forward as kernels
 from fused_contrastive.backends.triton import launch
 
+pytestmark = pytest.mark.usefixtures("triton_kernels")
+
 WHERE = "cuda" if torch.cuda.is_available() else "cpu"
-
-
-@pytest.fixture(autouse=True)
-def runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    if (reason := dispatch.BACKENDS["triton"].unavailable()) is not None:
-        pytest.skip(f"backend 'triton': {reason}")
-    if WHERE == "cpu":
-        small_blocks(monkeypatch)
 
 
 def features(*sizes: int, d: int = 24, dtype: torch.dtype = torch.bfloat16) -> list[Tensor]:

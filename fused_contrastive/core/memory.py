@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from fused_contrastive.core import compiler
 
@@ -54,7 +55,8 @@ def products_of(dtype: torch.dtype) -> Most:
     return BFLOAT16_PRODUCTS if dtype == torch.bfloat16 else PRODUCTS
 
 
-Layout = Callable[[int], tuple[tuple[int, ...], torch.dtype]]  # number of rows -> shape and dtype of what is kept
+Kept = tuple[tuple[int, ...], torch.dtype]  # shape and dtype of what is kept
+Layout = Callable[[int], Kept]  # what so many rows take
 
 
 @functools.cache
@@ -74,15 +76,18 @@ def total_memory(device_type: str, index: int | None) -> int:
     return _host_memory()
 
 
-def rows_to_keep(
-    m: int, layout: Layout, budget: int | str, device: torch.device, most: Most = EVERYTHING, d: int | None = None
+def products_to_keep(
+    x: Tensor, columns: int, kept: Callable[..., Kept], budget: int | str, most: Most | None = None
 ) -> int:
-    """How many of m rows fit the budget; none where the backend keeps none.
-
-    ``d``: of half-precision features, what their products cost.
-    """
-    if budget == "auto" and device.type == "cuda" and d is not None and d < LEAST_D:
+    """How many rows of the products of x (M, D) with so many columns a backend keeps, whose ``kept`` is given."""
+    if budget == "auto" and x.device.type == "cuda" and x.dtype.itemsize == 2 and x.shape[1] < LEAST_D:
         return 0
+    layout = functools.partial(kept, n=columns, dtype=x.dtype)
+    return rows_to_keep(x.shape[0], layout, budget, x.device, most or products_of(x.dtype))
+
+
+def rows_to_keep(m: int, layout: Layout, budget: int | str, device: torch.device, most: Most = EVERYTHING) -> int:
+    """How many of m rows fit the budget; none where the backend keeps none."""
     shape, dtype = layout(64)
     of_64 = math.prod(shape) * dtype.itemsize
     if not of_64:

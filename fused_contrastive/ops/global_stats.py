@@ -13,14 +13,13 @@ Each block is the backend's own forward and backward, so the one autograd formul
 
 from __future__ import annotations
 
-import functools
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fused_contrastive.core import checks
-from fused_contrastive.core.memory import products_of, rows_to_keep
+from fused_contrastive.core.memory import products_to_keep
 from fused_contrastive.core.spec import Forward, Gradients, Needs, StatsSpec, Upstream, compute_dtype, statistics_dtype
 from fused_contrastive.distributed.agreement import Agreed
 from fused_contrastive.distributed.collectives import gather_rows, merge_log_sums, scatter_sum
@@ -57,9 +56,7 @@ class _Gather(torch.autograd.Function):
         columns = len(everything)
         kept = 0
         if agreed.differentiable:
-            layout = functools.partial(backend.kept, n=columns, dtype=x.dtype)
-            d = x.shape[1] if x.dtype.itemsize == 2 else None
-            kept = rows_to_keep(len(x), layout, problem.budget, x.device, products_of(x.dtype), d)
+            kept = products_to_keep(x, columns, backend.kept, problem.budget)
         spec = spec._replace(
             scale=scale,
             col_bias=None if col_bias is None else gather_rows(col_bias, sizes, group),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -248,11 +247,8 @@ class Problem:
 
     def rows_to_keep(self, most: memory.Most | None = None) -> int:
         """How many rows' products the budget lets the forward keep."""
-        x, backend, n = self.x, dispatch.BACKENDS[self.backend], self.y.shape[0]
-        layout = functools.partial(backend.kept, n=n, dtype=x.dtype)
-        most = most or memory.products_of(x.dtype)
-        d = x.shape[1] if x.dtype.itemsize == 2 else None
-        return memory.rows_to_keep(x.shape[0], layout, self.memory_budget, x.device, most, d)
+        kept = dispatch.BACKENDS[self.backend].kept
+        return memory.products_to_keep(self.x, self.y.shape[0], kept, self.memory_budget, most)
 
     def _run_globally(self, options: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
         spec = self.spec._replace(**options)

@@ -13,13 +13,13 @@ from fused_contrastive.backends.triton.tiles import (
     HEADROOM,
     HUGE,
     LOG2_E,
+    corner,
     finite,
     load_tile,
     logits,
     power,
     products,
     store_tile,
-    tile_at,
 )
 
 # Binary orders of magnitude that the normalisers of a tile may differ by for one exponential to serve it: weights
@@ -144,19 +144,15 @@ def gradient(
     block [row_begin, row_end) x [col_begin, col_end) of it. With e = exp(S - reference) it is e times a vector for the
     rows plus one for the columns. Where normalisers lie too far apart for that, ``exact_gradient`` writes the tile.
     """
-    BM: tl.constexpr = TILE.block_m
-    BN: tl.constexpr = TILE.block_n
-    tile_m, tile_n = tile_at(
-        tl.program_id(0), tl.cdiv(row_end - row_begin, BM), tl.cdiv(col_end - col_begin, BN), TILE.group
-    )
-    row0 = row_begin + tile_m * BM
-    col0 = col_begin + tile_n * BN
+    height = row_end - row_begin
+    i, j = corner(height, col_end - col_begin, TILE)
+    row0, col0 = row_begin + i, col_begin + j
     acc = products(x, y, row0, col0, (M, N, D, stride_x, stride_y), MODE, TILE)
     s, c = logits(acc, mask, None, row0, row_end, col0, col_end, MODE)
     highest, _ = _ranges(rows, cols, row0 // SEGMENT, col0 // SEGMENT)
     reference = highest - HEADROOM
     g = _weighted(tl.exp2(s * c - reference), rows, cols, row0, row_end, col0, col_end, reference)
-    store_tile(out, stride_out, row0 - row_begin, col0 - col_begin, row_end - row_begin, g, MODE.tma)
+    store_tile(out, stride_out, i, j, height, g, MODE.tma)
 
 
 @triton.jit(do_not_specialize=["stride_references", "row_begin", "row_end", "col_begin", "col_end"])
@@ -167,12 +163,9 @@ def gradient_of_kept(
     """The same from the exponentials that ``strip_statistics`` kept of the block, and their references."""
     BM: tl.constexpr = TILE.block_m
     BN: tl.constexpr = TILE.block_n
-    tile_m, tile_n = tile_at(
-        tl.program_id(0), tl.cdiv(row_end - row_begin, BM), tl.cdiv(col_end - col_begin, BN), TILE.group
-    )
-    row0 = row_begin + tile_m * BM
-    col0 = col_begin + tile_n * BN
-    i, j, height = row0 - row_begin, col0 - col_begin, row_end - row_begin
+    height = row_end - row_begin
+    i, j = corner(height, col_end - col_begin, TILE)
+    row0, col0 = row_begin + i, col_begin + j
     e = load_tile(kept, stride_kept, i, j, height, BM, BN, MODE.tma).to(tl.float32)
     reference = tl.load(references + (i // CELL).to(tl.int64) * stride_references + j // CELL)
     g = _weighted(e, rows, cols, row0, row_end, col0, col_end, reference)

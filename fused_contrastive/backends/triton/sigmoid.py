@@ -7,6 +7,7 @@ import triton.language as tl
 
 from fused_contrastive.backends.triton.forward import _store_partials
 from fused_contrastive.backends.triton.tiles import (
+    corner,
     equal_ids,
     load_tile,
     log1p_unit,
@@ -14,7 +15,6 @@ from fused_contrastive.backends.triton.tiles import (
     power,
     products,
     store_tile,
-    tile_at,
 )
 
 
@@ -91,12 +91,9 @@ def sigmoid_statistics(
     """
     BM: tl.constexpr = TILE.block_m
     BN: tl.constexpr = TILE.block_n
-    tile_m, tile_n = tile_at(
-        tl.program_id(0), tl.cdiv(row_end - row_begin, BM), tl.cdiv(col_end - col_begin, BN), TILE.group
-    )
-    row0 = row_begin + tile_m * BM
-    col0 = col_begin + tile_n * BN
-    i, j, height = row0 - row_begin, col0 - col_begin, row_end - row_begin
+    height = row_end - row_begin
+    i, j = corner(height, col_end - col_begin, TILE)
+    row0, col0 = row_begin + i, col_begin + j
     if given is not None:
         acc = load_tile(given, stride_given, i, j, height, BM, BN, False)
     else:
@@ -109,7 +106,7 @@ def sigmoid_statistics(
     DTYPE: tl.constexpr = tl.float32 if slopes is None else (slopes.dtype if MODE.tma else slopes.dtype.element_ty)
     SPLIT: tl.constexpr = TILE.split - 1 if slopes is None and TILE.split > 0 else TILE.split
     total, slope = _sums_and_slopes(s, TOP, slopes is not None, DTYPE, MODE, SPLIT)
-    _store_partials(rows_to, tile_n, height, rows - row_begin, tl.zeros((BM,), tl.float32), total, rows < row_end)
+    _store_partials(rows_to, j // BN, height, rows - row_begin, tl.zeros((BM,), tl.float32), total, rows < row_end)
     if slopes is not None:
         slope = _signed(slope, mask, rows, row_end, col0 + tl.arange(0, BN), col_end)
         store_tile(slopes, stride_slopes, i, j, height, slope, MODE.tma)
@@ -127,12 +124,9 @@ def sigmoid_gradient(
     """
     BM: tl.constexpr = TILE.block_m
     BN: tl.constexpr = TILE.block_n
-    tile_m, tile_n = tile_at(
-        tl.program_id(0), tl.cdiv(row_end - row_begin, BM), tl.cdiv(col_end - col_begin, BN), TILE.group
-    )
-    row0 = row_begin + tile_m * BM
-    col0 = col_begin + tile_n * BN
-    i, j, height = row0 - row_begin, col0 - col_begin, row_end - row_begin
+    height = row_end - row_begin
+    i, j = corner(height, col_end - col_begin, TILE)
+    row0, col0 = row_begin + i, col_begin + j
     rows = row0 + tl.arange(0, BM)
     if slopes is not None:
         slope = load_tile(slopes, stride_slopes, i, j, height, BM, BN, MODE.tma).to(tl.float32)

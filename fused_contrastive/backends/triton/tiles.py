@@ -52,6 +52,14 @@ def tile_at(index, tiles_m, tiles_n, GROUP: tl.constexpr):
 
 
 @triton.jit
+def corner(height, width, TILE: tl.constexpr):
+    """The first row and column of this program's tile in a block (height, width); axis 0 of the grid is all its tiles."""
+    tiles_m = tl.cdiv(height, TILE.block_m)
+    tile_m, tile_n = tile_at(tl.program_id(0), tiles_m, tl.cdiv(width, TILE.block_n), TILE.group)
+    return tile_m * TILE.block_m, tile_n * TILE.block_n
+
+
+@triton.jit
 def _pointers(matrix, stride, row, col, BM: tl.constexpr, BN: tl.constexpr):
     """Pointers to a tile (BM, BN). Rows and tiles begin at multiples of 16 elements, so that 16 bytes move at once.
 

@@ -77,12 +77,10 @@ def filip_loss(
     checks.one_of("compat", compat, COMPAT)  # type: ignore[arg-type]
     checks.one_of("direction", direction, tuple(DIRECTIONS))
     checks.one_of("reduction", reduction, REDUCTIONS)
-    for name, mask, of_name, of in (
-        ("image_mask", image_mask, "image_tokens", image_tokens),
-        ("text_mask", text_mask, "text_tokens", text_tokens),
-    ):
-        if mask is not None:
-            checks.token_mask(name, mask, of_name, of)
+    if image_mask is not None:
+        image_mask = checks.mask("image_mask", image_mask, image_tokens.shape[:2], "image_tokens", image_tokens)
+    if text_mask is not None:
+        text_mask = checks.mask("text_mask", text_mask, text_tokens.shape[:2], "text_tokens", text_tokens)
     options = {"decoupled": decoupled, "compat": compat, "direction": direction, "reduction": reduction}
     agreed = agree(group, "filip_loss", image_tokens, text_tokens, options, logit_scale)
     if agreed is not None:

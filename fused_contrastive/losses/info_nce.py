@@ -100,13 +100,13 @@ def info_nce_loss(
         raise ValueError(f"targets: got None for {query.shape[0]} queries and {key.shape[0]} keys, expected targets")
     elif targets is not None and (negatives is not None or group is not None):
         # The primitive's own check would take negatives for keys.
-        checks.vector("targets", targets, query.shape[0], query, of="one key per query", integer=True)
+        targets = checks.vector("targets", targets, query.shape[0], query, of="one key per query", integer=True)
         if group is None and is_plain(targets):
             checks.target_range(targets, key.shape[0])
     if label_smoothing and row_ids is not None:
         raise ValueError("label_smoothing: got it together with row_ids, expected 0: excluded pairs cannot be targets")
     if weight is not None:
-        checks.vector("weight", weight, query.shape[0], query, of="one per query", integer=False)
+        weight = checks.vector("weight", weight, query.shape[0], query, of="one per query", integer=False)
     if negatives is not None:
         negatives = _checked_negatives(autocast(negatives), query, group is not None)
     shared = negatives is None or negatives.dim() == 2

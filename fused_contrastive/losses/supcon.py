@@ -73,7 +73,7 @@ def supcon_loss(
     else:
         count = 1
         checks.features("features", features, group is not None)
-    checks.vector("labels", labels, features.shape[0], features, of="one per sample", integer=True)
+    labels = checks.vector("labels", labels, features.shape[0], features, of="one per sample", integer=True)
     checks.one_of("variant", variant, VARIANTS)
     checks.one_of("no_positive", no_positive, NO_POSITIVE)
     checks.one_of("reduction", reduction, REDUCTIONS)

@@ -208,9 +208,9 @@ def max_sim(
     x, y = autocast(x_tokens), autocast(y_tokens)
     checks.token_pair("x_tokens", x, "y_tokens", y)
     if x_mask is not None:
-        checks.token_mask("x_mask", x_mask, "x_tokens", x)
+        x_mask = checks.mask("x_mask", x_mask, x.shape[:2], "x_tokens", x)
     if y_mask is not None:
-        checks.token_mask("y_mask", y_mask, "y_tokens", y)
+        y_mask = checks.mask("y_mask", y_mask, y.shape[:2], "y_tokens", y)
     checks.one_of("reduction", reduction, REDUCTIONS)
     checks.one_of("direction", direction, DIRECTIONS)
     checks.memory_budget(memory_budget)

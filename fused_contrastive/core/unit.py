@@ -14,4 +14,5 @@ def unit_rows(x: Tensor) -> Tensor:
     Such a row has no direction: it stays zeros, as there. Shorter rows than 1e-12 are divided by 1e-12, as there.
     """
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return x / norm.clamp_min(LEAST_NORM).masked_fill(norm == 0, torch.inf)
+    unit: Tensor = x / norm.clamp_min(LEAST_NORM).masked_fill(norm == 0, torch.inf)
+    return unit

@@ -27,8 +27,9 @@ DIRECTIONS: dict[str, Literal["x", "y", "both"]] = {"image": "x", "text": "y", "
 def filip_loss(
     image_tokens: Tensor,
     text_tokens: Tensor,
-    logit_scale: float | Tensor,
+    logit_scale: float | Tensor | None = None,
     *,
+    temperature: float | Tensor | None = None,
     image_mask: Tensor | None = None,
     text_mask: Tensor | None = None,
     decoupled: bool = False,
@@ -53,6 +54,7 @@ def filip_loss(
         image_tokens: (N, P, D) float32, float64, bfloat16 or float16; normalise them first.
         text_tokens: (N, T, D), same dtype and device; item i is the caption of image i.
         logit_scale: multiplies the scores; a number or a 0-d tensor, which gets a gradient.
+        temperature: divides them, instead: 1 / logit_scale.
         image_mask, text_mask: (N, P) and (N, T) bool, True for a real token, by default all; items without any score 0.
         decoupled: the positive stays out of both denominators (Yeh et al. 2022).
         compat: "x_clip" for what x-clip 0.14 computes: its image-to-text scores are not transposed, so both softmaxes
@@ -72,7 +74,7 @@ def filip_loss(
     image_tokens, text_tokens = autocast(image_tokens), autocast(text_tokens)
     checks.token_pair("image_tokens", image_tokens, "text_tokens", text_tokens, group is not None)
     checks.same_rows("image_tokens", image_tokens, "text_tokens", text_tokens)
-    logit_scale = checks.scalar_beside("logit_scale", logit_scale, image_tokens)
+    logit_scale = terms.scale_of(temperature, logit_scale, None, image_tokens)
     checks.boolean("decoupled", decoupled)
     checks.one_of("compat", compat, COMPAT)  # type: ignore[arg-type]
     checks.one_of("direction", direction, tuple(DIRECTIONS))
@@ -172,14 +174,16 @@ class FilipLoss(nn.Module):
         self,
         image_tokens: Tensor,
         text_tokens: Tensor,
-        logit_scale: float | Tensor,
+        logit_scale: float | Tensor | None = None,
         image_mask: Tensor | None = None,
         text_mask: Tensor | None = None,
+        *,
+        temperature: float | Tensor | None = None,
     ) -> Tensor:
         """(N, P, D), (N, T, D), scalar -> loss; see ``filip_loss``."""
         return filip_loss(
-            image_tokens, text_tokens, logit_scale, image_mask=image_mask, text_mask=text_mask,
-            decoupled=self.decoupled, compat=self.compat, reduction=self.reduction,
+            image_tokens, text_tokens, logit_scale, temperature=temperature, image_mask=image_mask,
+            text_mask=text_mask, decoupled=self.decoupled, compat=self.compat, reduction=self.reduction,
             memory_budget=self.memory_budget, backend=self.backend, group=self.group,
         )  # fmt: skip
 

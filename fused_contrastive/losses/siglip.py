@@ -22,9 +22,10 @@ from fused_contrastive.ops.stats import Problem, autocast, sigmoid_stats
 def siglip_loss(
     image_features: Tensor,
     text_features: Tensor,
-    logit_scale: float | Tensor,
+    logit_scale: float | Tensor | None = None,
     logit_bias: float | Tensor | None = None,
     *,
+    temperature: float | Tensor | None = None,
     row_ids: Tensor | None = None,
     col_ids: Tensor | None = None,
     reduction: Reduction = "mean",
@@ -45,6 +46,7 @@ def siglip_loss(
         image_features: (N, D) float32, float64, bfloat16 or float16; normalise them first.
         text_features: (N, D), same dtype and device.
         logit_scale: multiplies the similarities (already exponentiated); a number or a 0-d tensor, with a gradient.
+        temperature: divides them, instead: 1 / logit_scale.
         logit_bias: added to all logits, a number or a 0-d tensor, with a gradient; the paper starts at -10.
         row_ids, col_ids: (N,) int64; pairs with equal ids are positives too.
         reduction: "mean" over the N images, as in the paper, "sum" or "none" ((N,)).
@@ -60,7 +62,7 @@ def siglip_loss(
     image_features, text_features = autocast(image_features), autocast(text_features)
     checks.feature_pair("image_features", image_features, "text_features", text_features, group is not None)
     checks.same_rows("image_features", image_features, "text_features", text_features)
-    logit_scale = checks.scalar_beside("logit_scale", logit_scale, image_features)
+    logit_scale = terms.scale_of(temperature, logit_scale, None, image_features)
     checks.one_of("reduction", reduction, REDUCTIONS)
     bias = None
     if logit_bias is not None:
@@ -112,16 +114,18 @@ class SigLipLoss(nn.Module):
         self,
         image_features: Tensor,
         text_features: Tensor,
-        logit_scale: float | Tensor,
+        logit_scale: float | Tensor | None = None,
         logit_bias: float | Tensor | None = None,
         *,
+        temperature: float | Tensor | None = None,
         row_ids: Tensor | None = None,
         col_ids: Tensor | None = None,
     ) -> Tensor:
         """(N, D), (N, D), scalar, scalar -> loss; see ``siglip_loss``."""
         return siglip_loss(
-            image_features, text_features, logit_scale, logit_bias, row_ids=row_ids, col_ids=col_ids,
-            reduction=self.reduction, memory_budget=self.memory_budget, backend=self.backend, group=self.group,
+            image_features, text_features, logit_scale, logit_bias, temperature=temperature, row_ids=row_ids,
+            col_ids=col_ids, reduction=self.reduction, memory_budget=self.memory_budget, backend=self.backend,
+            group=self.group,
         )  # fmt: skip
 
     def extra_repr(self) -> str:

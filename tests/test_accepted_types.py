@@ -3,11 +3,12 @@ a temperature in place of a scale."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 import fused_contrastive as fc
@@ -131,3 +132,39 @@ def test_a_mask_that_means_something_else(name: str, values: tuple[float, float]
     mask = torch.tensor(values).repeat(N, 2)
     with pytest.raises(ValueError, match=rf"mask: got values from {low} to {high}, expected a bool tensor"):
         BY_MASK[name](mask, "reference")
+
+
+@pytest.fixture
+def dtensor() -> Iterator[Callable[[Tensor], Tensor]]:
+    """Makes DTensors, in a group of this process alone."""
+    from torch.distributed.tensor import Replicate, distribute_tensor
+
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+    mesh = dist.init_device_mesh("cpu", (1,))
+    yield lambda t: distribute_tensor(t, mesh, [Replicate()])
+    dist.destroy_process_group()
+
+
+X, TOKENS = torch.randn(4, 3), torch.randn(4, 2, 3)
+WITH_DTENSOR: dict[str, Callable[[Callable[[Tensor], Tensor]], object]] = {
+    "image_features": lambda d: fc.clip_loss(d(X), X, 2.0),
+    "text_features": lambda d: fc.clip_loss(X, d(X), 2.0),
+    "logit_scale": lambda d: fc.clip_loss(X, X, d(torch.tensor(2.0))),
+    "logit_bias": lambda d: fc.siglip_loss(X, X, 2.0, d(torch.tensor(2.0))),
+    "targets": lambda d: fc.info_nce_loss(X, X, targets=d(torch.arange(4))),
+    "negatives": lambda d: fc.info_nce_loss(X, X, negatives=d(X)),
+    "labels": lambda d: fc.supcon_loss(X, d(torch.arange(4))),
+    "features": lambda d: fc.supcon_loss(d(X), torch.arange(4)),
+    "z1": lambda d: fc.nt_xent_loss(d(X), X),
+    "x": lambda d: fc.contrastive_stats(d(X), X),
+    "x_tokens": lambda d: fc.max_sim(d(TOKENS), TOKENS),
+    "image_tokens": lambda d: fc.filip_loss(d(TOKENS), TOKENS, 2.0),
+    "queries": lambda d: fc.rank(d(X), X, 1),
+    "candidates": lambda d: fc.recall_at_k(X, d(X)),
+}
+
+
+def test_a_dtensor_is_refused_by_name(dtensor: Callable[[Tensor], Tensor]) -> None:
+    for name, call in WITH_DTENSOR.items():
+        with pytest.raises(TypeError, match=rf"^{name}: got a DTensor, expected a plain tensor: its full_tensor\(\)"):
+            call(dtensor)

@@ -17,6 +17,14 @@ def one_of(name: str, value: object, valid: Sequence[str]) -> None:
         raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(repr, valid))}")
 
 
+def local(name: str, value: Tensor) -> None:
+    """Not a DTensor: no operator here is defined on its shards."""
+    if type(value) is not Tensor and hasattr(value, "full_tensor"):
+        raise TypeError(
+            f"{name}: got a DTensor, expected a plain tensor: its full_tensor(), or its to_local() and group="
+        )
+
+
 def features(name: str, value: object, empty: bool = False) -> None:
     """A (rows, D) floating tensor, not empty, or with ``empty`` perhaps without rows."""
     _floating(name, value, 2, "(rows, D)", "rows >= 1 and D >= 1", empty)
@@ -25,6 +33,7 @@ def features(name: str, value: object, empty: bool = False) -> None:
 def _floating(name: str, value: object, dims: int, shape: str, sizes: str, empty: bool = False) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: got {type(value).__name__}, expected a torch.Tensor of shape {shape}")
+    local(name, value)
     if value.dtype not in FEATURE_DTYPES:
         raise TypeError(f"{name}: got dtype {value.dtype}, expected float32, float64, bfloat16 or float16")
     if value.layout != torch.strided:
@@ -48,6 +57,7 @@ def feature_pair(x_name: str, x: Tensor, y_name: str, y: Tensor, empty: bool = F
 
 
 def same_device(name: str, value: Tensor, like_name: str, like: Tensor) -> None:
+    local(name, value)
     if value.device != like.device:
         raise ValueError(f"{name}: got device {value.device}, expected {like.device}, the device of {like_name}")
 
@@ -55,6 +65,7 @@ def same_device(name: str, value: Tensor, like_name: str, like: Tensor) -> None:
 def scalar(name: str, value: object) -> float | Tensor:
     """A real number, NumPy's too, or a floating tensor of one element -> a Python number, or that tensor as 0-d."""
     if isinstance(value, Tensor):
+        local(name, value)
         if value.dim() > 0 and value.shape != (1,):
             raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected a number or a tensor of one element")
         if not value.is_floating_point():

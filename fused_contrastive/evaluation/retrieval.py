@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from fused_contrastive.core import checks
+from fused_contrastive.core.spec import BackendName
 from fused_contrastive.ops.ranking import target_ranks
 
 
@@ -20,7 +21,7 @@ def recall_at_k(
     *,
     targets: Tensor | None = None,
     exclude_self: bool = False,
-    backend: str = "auto",
+    backend: BackendName = "auto",
 ) -> dict[int, float]:
     """The share of queries with a right answer among the first k candidates, for each k.
 
@@ -56,7 +57,7 @@ def median_rank(
     *,
     targets: Tensor | None = None,
     exclude_self: bool = False,
-    backend: str = "auto",
+    backend: BackendName = "auto",
 ) -> float:
     """The median place of the queries' best right answers, 1 at best; the mean of the two middle ones for an even M.
 

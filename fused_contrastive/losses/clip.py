@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from fused_contrastive.core import checks
 from fused_contrastive.core.observing import observed
 from fused_contrastive.core.reduction import REDUCTIONS, Reduction
-from fused_contrastive.core.spec import compute_dtype
+from fused_contrastive.core.spec import BackendName, compute_dtype
 from fused_contrastive.distributed.agreement import Group, agree, collective
 from fused_contrastive.losses import terms
 from fused_contrastive.ops.cross_entropy import cross_entropy
@@ -28,7 +28,7 @@ def clip_loss(
     label_smoothing: float = 0.0,
     reduction: Reduction = "mean",
     memory_budget: int | Literal["auto"] = "auto",
-    backend: str = "auto",
+    backend: BackendName = "auto",
     group: Group = None,
 ) -> Tensor:
     """The CLIP loss, without the N x N matrix.
@@ -103,7 +103,7 @@ class ClipLoss(nn.Module):
         label_smoothing: float = 0.0,
         reduction: Reduction = "mean",
         memory_budget: int | Literal["auto"] = "auto",
-        backend: str = "auto",
+        backend: BackendName = "auto",
         group: Group = None,
     ) -> None:
         super().__init__()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fused_contrastive.core import checks
 from fused_contrastive.core.observing import observed
 from fused_contrastive.core.reduction import REDUCTIONS, Reduction
-from fused_contrastive.core.spec import compute_dtype
+from fused_contrastive.core.spec import BackendName, compute_dtype
 from fused_contrastive.distributed.agreement import Agreed, Group, agree, collective
 from fused_contrastive.distributed.collectives import gather_rows, gathered, merged
 from fused_contrastive.losses import terms
@@ -37,7 +37,7 @@ def filip_loss(
     direction: Literal["image", "text", "both"] = "both",
     reduction: Reduction = "mean",
     memory_budget: int | Literal["auto"] = "auto",
-    backend: str = "auto",
+    backend: BackendName = "auto",
     group: Group = None,
 ) -> Tensor:
     """The CLIP loss on scores of tokens: each finds its best match, and the mean over an item's tokens is its score.
@@ -157,7 +157,7 @@ class FilipLoss(nn.Module):
         compat: Literal["x_clip"] | None = None,
         reduction: Reduction = "mean",
         memory_budget: int | Literal["auto"] = "auto",
-        backend: str = "auto",
+        backend: BackendName = "auto",
         group: Group = None,
     ) -> None:
         super().__init__()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fused_contrastive.core import checks
 from fused_contrastive.core.observing import observed
 from fused_contrastive.core.reduction import REDUCTIONS, Reduction
-from fused_contrastive.core.spec import compute_dtype
+from fused_contrastive.core.spec import BackendName, compute_dtype
 from fused_contrastive.distributed.agreement import Agreed, Group, agree, collective
 from fused_contrastive.losses import terms
 from fused_contrastive.ops.at_once import loss_at_once
@@ -44,7 +44,7 @@ def info_nce_loss(
     reduction: Reduction = "mean",
     normalize: bool = False,
     memory_budget: int | Literal["auto"] = "auto",
-    backend: str = "auto",
+    backend: BackendName = "auto",
     group: Group = None,
 ) -> Tensor:
     """Cross-entropy of every query's softmax over the keys, without the matrix of their similarities.
@@ -180,7 +180,7 @@ def info_nce_loss(
 
 
 def _unit_features(
-    query: Tensor, key: Tensor, negatives: Tensor | None, backend: str
+    query: Tensor, key: Tensor, negatives: Tensor | None, backend: BackendName
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Those of a query's own negatives are made where they are used."""
     unit = functools.partial(normalized, backend=backend)
@@ -254,7 +254,7 @@ class InfoNCELoss(nn.Module):
         reduction: Reduction = "mean",
         normalize: bool = False,
         memory_budget: int | Literal["auto"] = "auto",
-        backend: str = "auto",
+        backend: BackendName = "auto",
         group: Group = None,
     ) -> None:
         super().__init__()

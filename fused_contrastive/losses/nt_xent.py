@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fused_contrastive.core import checks
 from fused_contrastive.core.observing import observed
 from fused_contrastive.core.reduction import REDUCTIONS, Reduction
-from fused_contrastive.core.spec import compute_dtype
+from fused_contrastive.core.spec import BackendName, compute_dtype
 from fused_contrastive.distributed.agreement import Group, agree, collective
 from fused_contrastive.losses import terms
 from fused_contrastive.ops.cross_entropy import cross_entropy
@@ -33,7 +33,7 @@ def nt_xent_loss(
     reduction: Reduction = "mean",
     normalize: bool = True,
     memory_budget: int | Literal["auto"] = "auto",
-    backend: str = "auto",
+    backend: BackendName = "auto",
     group: Group = None,
 ) -> Tensor:
     """SimCLR's loss of two views of a batch, or of more, without the 2N x 2N matrix.
@@ -118,7 +118,7 @@ class NTXentLoss(nn.Module):
         reduction: Reduction = "mean",
         normalize: bool = True,
         memory_budget: int | Literal["auto"] = "auto",
-        backend: str = "auto",
+        backend: BackendName = "auto",
         group: Group = None,
     ) -> None:
         super().__init__()

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from fused_contrastive.core import checks
 from fused_contrastive.core.observing import observed
 from fused_contrastive.core.reduction import REDUCTIONS, Reduction
-from fused_contrastive.core.spec import compute_dtype
+from fused_contrastive.core.spec import BackendName, compute_dtype
 from fused_contrastive.distributed.agreement import Group, agree, collective
 from fused_contrastive.losses import terms
 from fused_contrastive.ops.at_once import loss_at_once
@@ -30,7 +30,7 @@ def siglip_loss(
     col_ids: Tensor | None = None,
     reduction: Reduction = "mean",
     memory_budget: int | Literal["auto"] = "auto",
-    backend: str = "auto",
+    backend: BackendName = "auto",
     group: Group = None,
 ) -> Tensor:
     """The sigmoid loss for language-image pre-training, without the N x N matrix.
@@ -100,7 +100,7 @@ class SigLipLoss(nn.Module):
         *,
         reduction: Reduction = "mean",
         memory_budget: int | Literal["auto"] = "auto",
-        backend: str = "auto",
+        backend: BackendName = "auto",
         group: Group = None,
     ) -> None:
         super().__init__()

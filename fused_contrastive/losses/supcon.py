@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fused_contrastive.core import checks
 from fused_contrastive.core.observing import observed
 from fused_contrastive.core.reduction import REDUCTIONS, Reduction
-from fused_contrastive.core.spec import compute_dtype
+from fused_contrastive.core.spec import BackendName, compute_dtype
 from fused_contrastive.distributed.agreement import Agreed, Group, agree, collective
 from fused_contrastive.distributed.collectives import gather_rows
 from fused_contrastive.losses import terms
@@ -36,7 +36,7 @@ def supcon_loss(
     reduction: Reduction = "mean",
     normalize: bool = False,
     memory_budget: int | Literal["auto"] = "auto",
-    backend: str = "auto",
+    backend: BackendName = "auto",
     group: Group = None,
 ) -> Tensor:
     """Supervised contrastive loss without the N x N similarities or masks.
@@ -144,7 +144,7 @@ class SupConLoss(nn.Module):
         reduction: Reduction = "mean",
         normalize: bool = False,
         memory_budget: int | Literal["auto"] = "auto",
-        backend: str = "auto",
+        backend: BackendName = "auto",
         group: Group = None,
     ) -> None:
         super().__init__()

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fused_contrastive.core import checks
 from fused_contrastive.core.observing import observed
+from fused_contrastive.core.spec import BackendName
 from fused_contrastive.distributed.agreement import Agreed, Group, agree, collective
 from fused_contrastive.losses import terms
 from fused_contrastive.losses.clip import clip_loss
@@ -44,7 +45,7 @@ def x_clip_loss(
     sim_reg_loss_weight: float = 0.0,
     ssl_loss_weight: float = 0.0,
     memory_budget: int | Literal["auto"] = "auto",
-    backend: str = "auto",
+    backend: BackendName = "auto",
     group: Group = None,
 ) -> Tensor:
     """The loss of x-clip 0.14 from the latents its forward makes, stably: its raw exp overflows at logits of 89.

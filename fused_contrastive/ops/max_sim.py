@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fused_contrastive.core import checks
 from fused_contrastive.core.memory import rows_to_keep
-from fused_contrastive.core.spec import compute_dtype
+from fused_contrastive.core.spec import BackendName, compute_dtype
 from fused_contrastive.core.tokens import (
     MaxSimForward,
     MaxSimUpstream,
@@ -147,7 +147,7 @@ class MaxSimScores(NamedTuple):
 def max_sim(
     x_tokens: Tensor, y_tokens: Tensor, x_mask: Tensor | None = None, y_mask: Tensor | None = None, *,
     reduction: Literal["sum", "mean"] = "sum", direction: Literal["x", "y"] = "x",
-    memory_budget: int | Literal["auto"] = "auto", backend: str = "auto",
+    memory_budget: int | Literal["auto"] = "auto", backend: BackendName = "auto",
 ) -> Tensor: ...  # fmt: skip
 
 
@@ -155,7 +155,7 @@ def max_sim(
 def max_sim(
     x_tokens: Tensor, y_tokens: Tensor, x_mask: Tensor | None = None, y_mask: Tensor | None = None, *,
     reduction: Literal["sum", "mean"] = "sum", direction: Literal["both"],
-    memory_budget: int | Literal["auto"] = "auto", backend: str = "auto",
+    memory_budget: int | Literal["auto"] = "auto", backend: BackendName = "auto",
 ) -> MaxSimScores: ...  # fmt: skip
 
 
@@ -168,7 +168,7 @@ def max_sim(
     reduction: Literal["sum", "mean"] = "sum",
     direction: Literal["x", "y", "both"] = "x",
     memory_budget: int | Literal["auto"] = "auto",
-    backend: str = "auto",
+    backend: BackendName = "auto",
 ) -> Tensor | MaxSimScores:
     """Late-interaction scores of all pairs of items, without the (M, N, T, P) tensor of their tokens' products.
 

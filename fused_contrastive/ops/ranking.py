@@ -17,7 +17,7 @@ from torch import Tensor
 from fused_contrastive.backends.contract import Backend
 from fused_contrastive.core import checks
 from fused_contrastive.core.order import ahead
-from fused_contrastive.core.spec import autocast_enabled, compute_dtype
+from fused_contrastive.core.spec import BackendName, autocast_enabled, compute_dtype
 from fused_contrastive.ops import dispatch
 
 # Rows and columns of a block, wider where there are fewer rows: 16 MB of float32, on a GPU 64 MB and a few times that
@@ -46,7 +46,7 @@ def rank(
     k: int,
     *,
     scale: float | Tensor | None = None,
-    backend: str = "auto",
+    backend: BackendName = "auto",
 ) -> Ranking:
     """The k candidates with the largest inner product, for each query, without the M x N matrix.
 
@@ -100,7 +100,7 @@ def target_ranks(
     *,
     targets: Tensor | None = None,
     exclude_self: bool = False,
-    backend: str = "auto",
+    backend: BackendName = "auto",
 ) -> Tensor:
     """Where each query's right answer stands among all candidates: 0 if it comes first, by the order of ``rank``.
 

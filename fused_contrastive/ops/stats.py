@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fused_contrastive.core import checks, memory
-from fused_contrastive.core.spec import StatsSpec, autocast_enabled, compute_dtype
+from fused_contrastive.core.spec import BackendName, StatsSpec, autocast_enabled, compute_dtype
 from fused_contrastive.distributed.agreement import Call, Group, agree, collective
 from fused_contrastive.ops import autograd, dispatch, global_stats
 
@@ -41,7 +41,7 @@ def contrastive_stats(
     exclude_self: bool = False,
     directions: Sequence[Literal["row", "col"]] = ("row", "col"),
     memory_budget: int | Literal["auto"] = "auto",
-    backend: str = "auto",
+    backend: BackendName = "auto",
     group: Group = None,
 ) -> ContrastiveStats:
     """Positives and masked denominators of a similarity matrix that is never stored, in one fused pass.
@@ -122,7 +122,7 @@ def sigmoid_stats(
     row_ids: Tensor | None = None,
     col_ids: Tensor | None = None,
     memory_budget: int | Literal["auto"] = "auto",
-    backend: str = "auto",
+    backend: BackendName = "auto",
     group: Group = None,
 ) -> SigmoidStats:
     """Sums of the pairwise logistic loss over a similarity matrix that is never stored, in one fused pass.
@@ -157,7 +157,7 @@ def self_stats(
     ids: Tensor | None = None,
     equal_ids: Literal["exclude", "only"] = "exclude",
     memory_budget: int | Literal["auto"] = "auto",
-    backend: str = "auto",
+    backend: BackendName = "auto",
     group: Group = None,
 ) -> Tensor:
     """Denominators of a set of features against itself: of the symmetric matrix, only one triangle is computed.

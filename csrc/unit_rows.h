@@ -10,9 +10,10 @@ namespace fc {
 
 constexpr double kLeastNorm = 1e-12;  // F.normalize's: what a shorter row is divided by
 
+// 0 for a row of zeros, which has no direction: it stays zeros and gets a gradient of zeros, and not 1e12 times z's.
 template <class T>
 T inverse_of(T norm) {
-  return T(1) / std::max(norm, T(kLeastNorm));
+  return norm == T(0) ? T(0) : T(1) / std::max(norm, T(kLeastNorm));
 }
 
 // z (d,) gets x; returns x's length.
@@ -22,7 +23,7 @@ T copy_and_norm(const T* x, T* z, int64_t d) {
   return static_cast<T>(std::sqrt(kernels<T>().finish_row(z, x, nullptr, T(0), T(1), d)));
 }
 
-// The gradient of z = x / |x| becomes that of x: (g - z (z . g)) / |x|, and g / 1e-12 where |x| is below 1e-12.
+// The gradient of z = x / |x| becomes that of x: (g - z (z . g)) / |x|, g / 1e-12 where |x| is below 1e-12, 0 where it is 0.
 template <class T>
 void project_row(T* grad, const T* z, T norm, int64_t d) {
   const auto dot = static_cast<T>(kernels<T>().finish_row(grad, z, nullptr, T(0), T(1), d));

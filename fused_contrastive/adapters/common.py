@@ -6,6 +6,8 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
+from fused_contrastive.core.spec import BackendName
+
 
 class Fused:
     """Mixed in before a library's class.
@@ -14,7 +16,7 @@ class Fused:
         backend, memory_budget: see ``contrastive_stats``.
     """
 
-    backend: str = "auto"
+    backend: BackendName = "auto"
     memory_budget: int | Literal["auto"] = "auto"
     bypassed: ClassVar[tuple[str, ...]] = ()  # methods of the library's class that ours does not call
 

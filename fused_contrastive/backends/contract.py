@@ -40,7 +40,7 @@ class Backend(Protocol):
         decoupled, of ``normaliser - pos``. Reduced over M and cast to ``dtype`` at the end."""
 
     def normalize(self, *views: Tensor) -> Tensor:
-        """Differentiable ``F.normalize(torch.cat(views), dim=-1)`` of float32 or float64 features.
+        """Differentiable ``unit_rows(torch.cat(views))`` (core/unit.py) of float32 or float64 features.
 
         Nobody may write to the result; its gradient must be for it alone, since the backward may write to that.
         """

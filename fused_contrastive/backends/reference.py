@@ -16,6 +16,7 @@ from fused_contrastive.core.order import ahead
 from fused_contrastive.core.reduction import Reduction, reduce
 from fused_contrastive.core.spec import Forward, Gradients, Needs, StatsSpec, Upstream, compute_dtype, statistics_dtype
 from fused_contrastive.core.tokens import MaxSimForward, MaxSimUpstream, TokenSpec, argmaxima, real
+from fused_contrastive.core.unit import unit_rows
 
 CHUNK_ROWS = 1024
 CHUNK_PRODUCTS = 2**24  # of tokens, in max_sim
@@ -198,7 +199,7 @@ class _Maxima:
 
 
 def normalize(*views: Tensor) -> Tensor:
-    return F.normalize(torch.cat(views), dim=-1)
+    return unit_rows(torch.cat(views))
 
 
 def max_sim_forward(spec: TokenSpec, x: Tensor, y: Tensor) -> MaxSimForward:

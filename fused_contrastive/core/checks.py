@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from numbers import Real
 
 import torch
@@ -17,6 +17,14 @@ def one_of(name: str, value: object, valid: Sequence[str]) -> None:
         raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(repr, valid))}")
 
 
+def local(name: str, value: Tensor) -> None:
+    """Not a DTensor: no operator here is defined on its shards."""
+    if type(value) is not Tensor and hasattr(value, "full_tensor"):
+        raise TypeError(
+            f"{name}: got a DTensor, expected a plain tensor: its full_tensor(), or its to_local() and group="
+        )
+
+
 def features(name: str, value: object, empty: bool = False) -> None:
     """A (rows, D) floating tensor, not empty, or with ``empty`` perhaps without rows."""
     _floating(name, value, 2, "(rows, D)", "rows >= 1 and D >= 1", empty)
@@ -25,12 +33,14 @@ def features(name: str, value: object, empty: bool = False) -> None:
 def _floating(name: str, value: object, dims: int, shape: str, sizes: str, empty: bool = False) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: got {type(value).__name__}, expected a torch.Tensor of shape {shape}")
+    local(name, value)
     if value.dtype not in FEATURE_DTYPES:
         raise TypeError(f"{name}: got dtype {value.dtype}, expected float32, float64, bfloat16 or float16")
     if value.layout != torch.strided:
         raise TypeError(f"{name}: got layout {value.layout}, expected a dense tensor")
     if value.dim() != dims:
-        raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected {dims} dimensions {shape}")
+        hint = "; of tokens, take their mean, or filip_loss or max_sim" if (value.dim(), dims) == (3, 2) else ""
+        raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected {dims} dimensions {shape}{hint}")
     if 0 in value.shape[1 if empty else 0 :]:
         raise ValueError(f"{name}: got an empty batch of shape {tuple(value.shape)}, expected {sizes}")
 
@@ -47,18 +57,20 @@ def feature_pair(x_name: str, x: Tensor, y_name: str, y: Tensor, empty: bool = F
 
 
 def same_device(name: str, value: Tensor, like_name: str, like: Tensor) -> None:
+    local(name, value)
     if value.device != like.device:
         raise ValueError(f"{name}: got device {value.device}, expected {like.device}, the device of {like_name}")
 
 
 def scalar(name: str, value: object) -> float | Tensor:
-    """A real number, NumPy's too, or a 0-d floating tensor -> a Python number, or that tensor."""
+    """A real number, NumPy's too, or a floating tensor of one element -> a Python number, or that tensor as 0-d."""
     if isinstance(value, Tensor):
-        if value.dim() != 0:
-            raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected a number or a 0-d tensor")
+        local(name, value)
+        if value.dim() > 0 and value.shape != (1,):
+            raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected a number or a tensor of one element")
         if not value.is_floating_point():
             raise TypeError(f"{name}: got dtype {value.dtype}, expected a floating dtype")
-        return value
+        return value if value.dim() == 0 else value.squeeze(0)
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return value
     if isinstance(value, bool) or not isinstance(value, Real):
@@ -88,19 +100,35 @@ def beside(name: str, value: Tensor, x: Tensor) -> Tensor:
     return value.to(x.device)
 
 
-def vector(name: str, value: object, length: int, x: Tensor, *, of: str, integer: bool) -> None:
-    """A (length,) tensor of int64, or of a floating dtype."""
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
-    def expected() -> str:  # only where it is raised: what formats a size makes a constant of it when traced
-        return f"{'an int64' if integer else 'a floating'} tensor of shape ({length},), {of}"
 
+def integers(name: str, value: object, x: Tensor, expected: Callable[[], str]) -> Tensor:
+    """A tensor of any integer dtype on the device of x -> in int64."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: got {type(value).__name__}, expected {expected()}")
-    if value.dtype != torch.int64 if integer else not value.is_floating_point():
+    if value.dtype not in INTEGERS:
+        raise TypeError(f"{name}: got dtype {value.dtype}, expected {expected()}")
+    same_device(name, value, "x", x)
+    return value.to(torch.int64)
+
+
+def vector(name: str, value: object, length: int, x: Tensor, *, of: str, integer: bool) -> Tensor:
+    """A (length,) tensor of an integer dtype -> in int64, or of a floating dtype -> as it is."""
+
+    def expected() -> str:  # only where it is raised: what formats a size makes a constant of it when traced
+        return f"{'an integer' if integer else 'a floating'} tensor of shape ({length},), {of}"
+
+    if integer:
+        value = integers(name, value, x, expected)
+    elif not isinstance(value, Tensor):
+        raise TypeError(f"{name}: got {type(value).__name__}, expected {expected()}")
+    elif not value.is_floating_point():
         raise TypeError(f"{name}: got dtype {value.dtype}, expected {expected()}")
     if value.dim() != 1 or value.shape[0] != length:
         raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected {expected()}")
     same_device(name, value, "x", x)
+    return value
 
 
 def directions(value: object) -> tuple[bool, bool]:
@@ -130,7 +158,10 @@ def target_range(targets: Tensor, columns: int) -> None:
         torch._assert_async((low >= 0) & (high < columns), f"targets: expected values from 0 to {columns - 1} (N - 1)")
         return
     if low < 0 or high >= columns:
-        raise ValueError(f"targets: got values from {int(low)} to {int(high)}, expected 0 to {columns - 1} (N - 1)")
+        hint = "; no value is ignored: leave such rows out" if low < 0 else ""
+        raise ValueError(
+            f"targets: got values from {int(low)} to {int(high)}, expected 0 to {columns - 1} (N - 1){hint}"
+        )
 
 
 def same_rows(x_name: str, x: Tensor, y_name: str, y: Tensor) -> None:
@@ -167,21 +198,30 @@ def token_pair(x_name: str, x: Tensor, y_name: str, y: Tensor, empty: bool = Fal
         raise ValueError(f"{y_name}: got D = {y.shape[2]}, expected {x.shape[2]}, the D of {x_name}")
 
 
-def token_mask(name: str, value: object, of_name: str, of: Tensor) -> None:
-    """A bool tensor with an entry for every token."""
+def mask(name: str, value: object, shape: Sequence[int], of_name: str, of: Tensor) -> Tensor:
+    """A bool tensor, or one of numbers that are 0 or 1, as tokenizers give it -> in bool."""
 
     def expected() -> str:
-        return f"a bool tensor of shape {tuple(of.shape[:2])}, True for a real token of {of_name}"
+        return f"a bool tensor of shape {tuple(shape)}, True for what is real of {of_name}, or one of 0 and 1"
 
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: got {type(value).__name__}, expected {expected()}")
-    if value.dtype != torch.bool:
+    if value.is_complex() or value.is_quantized:
         raise TypeError(f"{name}: got dtype {value.dtype}, expected {expected()}")
     if value.layout != torch.strided:
         raise TypeError(f"{name}: got layout {value.layout}, expected a dense tensor")
-    if value.dim() != 2 or value.shape[0] != of.shape[0] or value.shape[1] != of.shape[1]:
+    if value.dim() != len(shape) or any(a != b for a, b in zip(value.shape, shape, strict=True)):
         raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected {expected()}")
     same_device(name, value, of_name, of)
+    if value.dtype == torch.bool:
+        return value
+    # A mask to be added to logits, of 0 and -inf, means the opposite.
+    valid = ((value == 0) | (value == 1)).all()
+    if value.device.type != "cpu" or torch.compiler.is_compiling():
+        torch._assert_async(valid, f"{name}: expected values 0 and 1")
+    elif not valid:
+        raise ValueError(f"{name}: got values from {value.min()} to {value.max()}, expected {expected()}")
+    return value != 0
 
 
 def count(name: str, value: object, most: int, of: str) -> None:

@@ -7,6 +7,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+BackendName = Literal["auto", "reference", "cpp", "triton"]
 Reduction = Literal["logsumexp", "softplus"]
 EqualIds = Literal["exclude", "only", "negate"]
 

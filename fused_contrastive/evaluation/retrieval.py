@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from fused_contrastive.core import checks
+from fused_contrastive.core.spec import BackendName
 from fused_contrastive.ops.ranking import target_ranks
 
 
@@ -19,19 +20,23 @@ def recall_at_k(
     ks: Sequence[int] = (1, 5, 10),
     *,
     targets: Tensor | None = None,
-    backend: str = "auto",
+    exclude_self: bool = False,
+    backend: BackendName = "auto",
 ) -> dict[int, float]:
-    """The share of queries whose own candidate is among the first k, for each k.
+    """The share of queries with a right answer among the first k candidates, for each k.
 
-    ``recall_at_k(images, texts)`` is image-to-text retrieval, ``recall_at_k(texts, images)`` text-to-image. The first k
-    are those of ``rank``, so equal scores count by index: a model that gives one feature to everything has 1 / N at
-    k = 1, not 1.
+    ``recall_at_k(images, texts)`` is image-to-text retrieval, ``recall_at_k(texts, images)`` text-to-image. With
+    several captions an image, as in COCO and Flickr30K, ``targets`` names them: (M, P) of the captions of each image,
+    and (M,) of the image of each caption. The first k are those of ``rank``, so equal scores count by index: a model
+    that gives one feature to everything has 1 / N at k = 1, not 1.
 
     Args:
         queries: (M, D) float32, float64, bfloat16 or float16.
         candidates: (N, D), same dtype and device.
         ks: integers of at least 1; from k = N on, recall is 1.
-        targets: (M,) int64, the candidate that belongs to each query. Default: query i's is i, which needs M <= N.
+        targets: (M,) or (M, P) integers, the right answers to each query; see ``target_ranks``. Default: query i's is
+            i, which needs M = N.
+        exclude_self: queries and candidates are the same set, and no query is its own answer; needs ``targets``.
         backend: see ``contrastive_stats``.
 
     Returns:
@@ -42,17 +47,25 @@ def recall_at_k(
         RuntimeError: the backend cannot run here.
     """
     checks.counts("ks", ks)
-    ranks = target_ranks(queries, candidates, targets=targets, backend=backend)
+    ranks = target_ranks(queries, candidates, targets=targets, exclude_self=exclude_self, backend=backend)
     return {k: (ranks < k).double().mean().item() for k in ks}
 
 
-def median_rank(queries: Tensor, candidates: Tensor, *, targets: Tensor | None = None, backend: str = "auto") -> float:
-    """The median place of the queries' own candidates, 1 at best; the mean of the two middle ones for an even M.
+def median_rank(
+    queries: Tensor,
+    candidates: Tensor,
+    *,
+    targets: Tensor | None = None,
+    exclude_self: bool = False,
+    backend: BackendName = "auto",
+) -> float:
+    """The median place of the queries' best right answers, 1 at best; the mean of the two middle ones for an even M.
 
     Args:
         queries: (M, D) float32, float64, bfloat16 or float16.
         candidates: (N, D), same dtype and device.
-        targets: (M,) int64, the candidate that belongs to each query. Default: query i's is i, which needs M <= N.
+        targets: (M,) or (M, P) integers, as in ``recall_at_k``.
+        exclude_self: as in ``recall_at_k``.
         backend: see ``contrastive_stats``.
 
     Returns:
@@ -61,6 +74,7 @@ def median_rank(queries: Tensor, candidates: Tensor, *, targets: Tensor | None =
     Raises:
         TypeError, ValueError, RuntimeError: as ``recall_at_k``.
     """
-    ranks = target_ranks(queries, candidates, targets=targets, backend=backend).sort().values.double()
+    ranks = target_ranks(queries, candidates, targets=targets, exclude_self=exclude_self, backend=backend)
+    ranks = ranks.sort().values.double()
     middle = ranks[(len(ranks) - 1) // 2] + ranks[len(ranks) // 2]
     return 1 + middle.item() / 2

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fused_contrastive.core import checks
-from fused_contrastive.core.spec import compute_dtype
+from fused_contrastive.core.spec import BackendName, compute_dtype
 from fused_contrastive.ops.ranking import Ranking, plain, rank
 from fused_contrastive.ops.stats import contrastive_stats
 
@@ -20,7 +20,7 @@ def zero_shot(
     scale: float | Tensor | None = None,
     normalize: bool = True,
     probabilities: bool = False,
-    backend: str = "auto",
+    backend: BackendName = "auto",
 ) -> Ranking:
     """The k best classes of each image, by the similarity of its features to those of the classes' descriptions.
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from fused_contrastive.core import checks
 from fused_contrastive.core.observing import observed
 from fused_contrastive.core.reduction import REDUCTIONS, Reduction
-from fused_contrastive.core.spec import compute_dtype
+from fused_contrastive.core.spec import BackendName, compute_dtype
 from fused_contrastive.distributed.agreement import Group, agree, collective
 from fused_contrastive.losses import terms
 from fused_contrastive.ops.cross_entropy import cross_entropy
@@ -21,13 +21,14 @@ from fused_contrastive.ops.stats import autocast, contrastive_stats
 def clip_loss(
     image_features: Tensor,
     text_features: Tensor,
-    logit_scale: float | Tensor,
+    logit_scale: float | Tensor | None = None,
     *,
+    temperature: float | Tensor | None = None,
     decoupled: bool = False,
     label_smoothing: float = 0.0,
     reduction: Reduction = "mean",
     memory_budget: int | Literal["auto"] = "auto",
-    backend: str = "auto",
+    backend: BackendName = "auto",
     group: Group = None,
 ) -> Tensor:
     """The CLIP loss, without the N x N matrix.
@@ -47,6 +48,7 @@ def clip_loss(
         text_features: (N, D), same dtype and device; row i is the caption of image i.
         logit_scale: multiplies the similarities (CLIP's learned temperature, already exponentiated); a number or a
             0-d tensor, which gets a gradient.
+        temperature: divides them, instead: 1 / logit_scale.
         decoupled: the DCL form.
         label_smoothing: in [0, 1), as in ``F.cross_entropy``: this share of the target is spread over all N.
         reduction: "mean", "sum" (over the N pairs) or "none" ((N,), the mean of a pair's two directions).
@@ -61,7 +63,7 @@ def clip_loss(
     image_features, text_features = autocast(image_features), autocast(text_features)
     checks.feature_pair("image_features", image_features, "text_features", text_features, group is not None)
     checks.same_rows("image_features", image_features, "text_features", text_features)
-    logit_scale = checks.scalar_beside("logit_scale", logit_scale, image_features)
+    logit_scale = terms.scale_of(temperature, logit_scale, None, image_features)
     checks.one_of("reduction", reduction, REDUCTIONS)
     checks.unit_interval("label_smoothing", label_smoothing)
     options = {"decoupled": decoupled, "label_smoothing": label_smoothing, "reduction": reduction}
@@ -101,7 +103,7 @@ class ClipLoss(nn.Module):
         label_smoothing: float = 0.0,
         reduction: Reduction = "mean",
         memory_budget: int | Literal["auto"] = "auto",
-        backend: str = "auto",
+        backend: BackendName = "auto",
         group: Group = None,
     ) -> None:
         super().__init__()
@@ -114,12 +116,20 @@ class ClipLoss(nn.Module):
         self.backend = backend
         self.group = group
 
-    def forward(self, image_features: Tensor, text_features: Tensor, logit_scale: float | Tensor) -> Tensor:
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: float | Tensor | None = None,
+        *,
+        temperature: float | Tensor | None = None,
+    ) -> Tensor:
         """(N, D), (N, D), scalar -> loss; see ``clip_loss``."""
         return clip_loss(
             image_features,
             text_features,
             logit_scale,
+            temperature=temperature,
             decoupled=self.decoupled,
             label_smoothing=self.label_smoothing,
             reduction=self.reduction,

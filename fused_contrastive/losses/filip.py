@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fused_contrastive.core import checks
 from fused_contrastive.core.observing import observed
 from fused_contrastive.core.reduction import REDUCTIONS, Reduction
-from fused_contrastive.core.spec import compute_dtype
+from fused_contrastive.core.spec import BackendName, compute_dtype
 from fused_contrastive.distributed.agreement import Agreed, Group, agree, collective
 from fused_contrastive.distributed.collectives import gather_rows, gathered, merged
 from fused_contrastive.losses import terms
@@ -27,8 +27,9 @@ DIRECTIONS: dict[str, Literal["x", "y", "both"]] = {"image": "x", "text": "y", "
 def filip_loss(
     image_tokens: Tensor,
     text_tokens: Tensor,
-    logit_scale: float | Tensor,
+    logit_scale: float | Tensor | None = None,
     *,
+    temperature: float | Tensor | None = None,
     image_mask: Tensor | None = None,
     text_mask: Tensor | None = None,
     decoupled: bool = False,
@@ -36,7 +37,7 @@ def filip_loss(
     direction: Literal["image", "text", "both"] = "both",
     reduction: Reduction = "mean",
     memory_budget: int | Literal["auto"] = "auto",
-    backend: str = "auto",
+    backend: BackendName = "auto",
     group: Group = None,
 ) -> Tensor:
     """The CLIP loss on scores of tokens: each finds its best match, and the mean over an item's tokens is its score.
@@ -53,6 +54,7 @@ def filip_loss(
         image_tokens: (N, P, D) float32, float64, bfloat16 or float16; normalise them first.
         text_tokens: (N, T, D), same dtype and device; item i is the caption of image i.
         logit_scale: multiplies the scores; a number or a 0-d tensor, which gets a gradient.
+        temperature: divides them, instead: 1 / logit_scale.
         image_mask, text_mask: (N, P) and (N, T) bool, True for a real token, by default all; items without any score 0.
         decoupled: the positive stays out of both denominators (Yeh et al. 2022).
         compat: "x_clip" for what x-clip 0.14 computes: its image-to-text scores are not transposed, so both softmaxes
@@ -72,17 +74,15 @@ def filip_loss(
     image_tokens, text_tokens = autocast(image_tokens), autocast(text_tokens)
     checks.token_pair("image_tokens", image_tokens, "text_tokens", text_tokens, group is not None)
     checks.same_rows("image_tokens", image_tokens, "text_tokens", text_tokens)
-    logit_scale = checks.scalar_beside("logit_scale", logit_scale, image_tokens)
+    logit_scale = terms.scale_of(temperature, logit_scale, None, image_tokens)
     checks.boolean("decoupled", decoupled)
     checks.one_of("compat", compat, COMPAT)  # type: ignore[arg-type]
     checks.one_of("direction", direction, tuple(DIRECTIONS))
     checks.one_of("reduction", reduction, REDUCTIONS)
-    for name, mask, of_name, of in (
-        ("image_mask", image_mask, "image_tokens", image_tokens),
-        ("text_mask", text_mask, "text_tokens", text_tokens),
-    ):
-        if mask is not None:
-            checks.token_mask(name, mask, of_name, of)
+    if image_mask is not None:
+        image_mask = checks.mask("image_mask", image_mask, image_tokens.shape[:2], "image_tokens", image_tokens)
+    if text_mask is not None:
+        text_mask = checks.mask("text_mask", text_mask, text_tokens.shape[:2], "text_tokens", text_tokens)
     options = {"decoupled": decoupled, "compat": compat, "direction": direction, "reduction": reduction}
     agreed = agree(group, "filip_loss", image_tokens, text_tokens, options, logit_scale)
     if agreed is not None:
@@ -157,7 +157,7 @@ class FilipLoss(nn.Module):
         compat: Literal["x_clip"] | None = None,
         reduction: Reduction = "mean",
         memory_budget: int | Literal["auto"] = "auto",
-        backend: str = "auto",
+        backend: BackendName = "auto",
         group: Group = None,
     ) -> None:
         super().__init__()
@@ -174,14 +174,16 @@ class FilipLoss(nn.Module):
         self,
         image_tokens: Tensor,
         text_tokens: Tensor,
-        logit_scale: float | Tensor,
+        logit_scale: float | Tensor | None = None,
         image_mask: Tensor | None = None,
         text_mask: Tensor | None = None,
+        *,
+        temperature: float | Tensor | None = None,
     ) -> Tensor:
         """(N, P, D), (N, T, D), scalar -> loss; see ``filip_loss``."""
         return filip_loss(
-            image_tokens, text_tokens, logit_scale, image_mask=image_mask, text_mask=text_mask,
-            decoupled=self.decoupled, compat=self.compat, reduction=self.reduction,
+            image_tokens, text_tokens, logit_scale, temperature=temperature, image_mask=image_mask,
+            text_mask=text_mask, decoupled=self.decoupled, compat=self.compat, reduction=self.reduction,
             memory_budget=self.memory_budget, backend=self.backend, group=self.group,
         )  # fmt: skip
 

@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from fused_contrastive.core import checks
 from fused_contrastive.core.observing import observed
 from fused_contrastive.core.reduction import REDUCTIONS, Reduction
-from fused_contrastive.core.spec import compute_dtype
+from fused_contrastive.core.spec import BackendName, compute_dtype
 from fused_contrastive.distributed.agreement import Agreed, Group, agree, collective
 from fused_contrastive.losses import terms
 from fused_contrastive.ops.at_once import loss_at_once
 from fused_contrastive.ops.autograd import is_plain
 from fused_contrastive.ops.cross_entropy import cross_entropy
 from fused_contrastive.ops.normalize import normalized
+from fused_contrastive.ops.own_dots import own_dots
 from fused_contrastive.ops.stats import Problem, autocast, contrastive_stats, log_add
 
 
@@ -31,6 +32,7 @@ def info_nce_loss(
     logit_scale: float | Tensor | None = None,
     targets: Tensor | None = None,
     negatives: Tensor | None = None,
+    negatives_mask: Tensor | None = None,
     col_bias: Tensor | None = None,
     row_ids: Tensor | None = None,
     col_ids: Tensor | None = None,
@@ -42,7 +44,7 @@ def info_nce_loss(
     reduction: Reduction = "mean",
     normalize: bool = False,
     memory_budget: int | Literal["auto"] = "auto",
-    backend: str = "auto",
+    backend: BackendName = "auto",
     group: Group = None,
 ) -> Tensor:
     """Cross-entropy of every query's softmax over the keys, without the matrix of their similarities.
@@ -63,6 +65,8 @@ def info_nce_loss(
         logit_scale: multiplies them, instead of the temperature. Whichever is a tensor gets a gradient.
         targets: (M,) int64, the key of each query's positive. Default: t(i) = i, which needs M <= N.
         negatives: (K, D) more columns for every query, such as hard negatives or a queue; or (M, K, D), K for each.
+        negatives_mask: (M, K) bool (or numbers 0 and 1), False for a filler among negatives (M, K, D), where queries
+            have fewer than K: it does not count and may hold anything.
         col_bias: (N,), or (N + K,) with shared negatives; added to each column's logits: minus log of the sampling
             probability corrects a sampled softmax (logQ), -inf marks an empty slot of a queue.
         row_ids, col_ids: (M,) and one per column, int64; pairs with equal ids are excluded (false negatives).
@@ -100,15 +104,22 @@ def info_nce_loss(
         raise ValueError(f"targets: got None for {query.shape[0]} queries and {key.shape[0]} keys, expected targets")
     elif targets is not None and (negatives is not None or group is not None):
         # The primitive's own check would take negatives for keys.
-        checks.vector("targets", targets, query.shape[0], query, of="one key per query", integer=True)
+        targets = checks.vector("targets", targets, query.shape[0], query, of="one key per query", integer=True)
         if group is None and is_plain(targets):
             checks.target_range(targets, key.shape[0])
     if label_smoothing and row_ids is not None:
         raise ValueError("label_smoothing: got it together with row_ids, expected 0: excluded pairs cannot be targets")
     if weight is not None:
-        checks.vector("weight", weight, query.shape[0], query, of="one per query", integer=False)
+        weight = checks.vector("weight", weight, query.shape[0], query, of="one per query", integer=False)
     if negatives is not None:
         negatives = _checked_negatives(autocast(negatives), query, group is not None)
+    if negatives_mask is not None:
+        if negatives is None or negatives.dim() == 2:
+            raise ValueError(
+                "negatives_mask: got a tensor without negatives of shape (M, K, D), expected None: col_bias of -inf "
+                "marks shared columns as empty"
+            )
+        negatives_mask = checks.mask("negatives_mask", negatives_mask, negatives.shape[:2], "negatives", negatives)
     shared = negatives is None or negatives.dim() == 2
     by_rows = shared and not (symmetric or label_smoothing) and weight is None and group is None
     at_once = by_rows and reduction != "none"
@@ -145,9 +156,10 @@ def info_nce_loss(
     )  # fmt: skip
     assert row is not None
     dtype = compute_dtype(query.dtype)
-    own_logits = None if own is None else scale * (query[:, None].to(dtype) * own.to(dtype)).sum(dim=-1)
+    own_logits = None if own is None else scale * own_dots(query, own, negatives_mask, normalize)
     if own_logits is not None:
-        row = log_add(row, own_logits.to(row.dtype).logsumexp(dim=1))
+        left = own_logits if negatives_mask is None else own_logits.masked_fill(~negatives_mask, -torch.inf)
+        row = log_add(row, left.to(row.dtype).logsumexp(dim=1))
     pos = pos - margin if margin else pos
     normalisers = (row,) if col is None else (row, col[: key.shape[0]])
     plain = not label_smoothing and weight is None and agreed is None
@@ -158,7 +170,7 @@ def info_nce_loss(
     if plain:
         return losses
     if label_smoothing:
-        mean = _mean_over_columns(scale, query, columns, col_bias, own_logits, margin, agreed)
+        mean = _mean_over_columns(scale, query, columns, col_bias, own_logits, negatives_mask, margin, agreed)
         if symmetric:
             queries = query.shape[0] if agreed is None else sum(agreed.rows)
             of_keys = terms.mean_logit(scale, key, query, agreed, queries) - margin / queries
@@ -168,10 +180,11 @@ def info_nce_loss(
 
 
 def _unit_features(
-    query: Tensor, key: Tensor, negatives: Tensor | None, backend: str
+    query: Tensor, key: Tensor, negatives: Tensor | None, backend: BackendName
 ) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Those of a query's own negatives are made where they are used."""
     unit = functools.partial(normalized, backend=backend)
-    return unit(query), unit(key), None if negatives is None else unit(negatives)
+    return unit(query), unit(key), negatives if negatives is None or negatives.dim() == 3 else unit(negatives)
 
 
 def _columns(key: Tensor, negatives: Tensor | None) -> Tensor:
@@ -181,7 +194,7 @@ def _columns(key: Tensor, negatives: Tensor | None) -> Tensor:
 
 def _mean_over_columns(
     scale: float | Tensor, query: Tensor, columns: Tensor, col_bias: Tensor | None, own_logits: Tensor | None,
-    margin: float, agreed: Agreed | None,
+    own_mask: Tensor | None, margin: float, agreed: Agreed | None,
 ) -> Tensor:  # fmt: skip
     """(M,) mean of each query's logits."""
     count = columns.shape[0] if agreed is None else sum(agreed.cols)
@@ -190,7 +203,8 @@ def _mean_over_columns(
         shared = shared + (col_bias.mean() if agreed is None else agreed.sum(col_bias.sum()) / count)
     total = count * shared - margin
     if own_logits is not None:
-        total, count = total + own_logits.sum(dim=1), count + own_logits.shape[1]
+        total = total + own_logits.sum(dim=1)
+        return total / (count + (own_logits.shape[1] if own_mask is None else own_mask.sum(dim=1)))
     return total / count
 
 
@@ -240,7 +254,7 @@ class InfoNCELoss(nn.Module):
         reduction: Reduction = "mean",
         normalize: bool = False,
         memory_budget: int | Literal["auto"] = "auto",
-        backend: str = "auto",
+        backend: BackendName = "auto",
         group: Group = None,
     ) -> None:
         super().__init__()
@@ -266,6 +280,7 @@ class InfoNCELoss(nn.Module):
         logit_scale: float | Tensor | None = None,
         targets: Tensor | None = None,
         negatives: Tensor | None = None,
+        negatives_mask: Tensor | None = None,
         col_bias: Tensor | None = None,
         row_ids: Tensor | None = None,
         col_ids: Tensor | None = None,
@@ -274,8 +289,8 @@ class InfoNCELoss(nn.Module):
         """(M, D), (N, D) -> loss; a ``logit_scale`` given here replaces the temperature. See ``info_nce_loss``."""
         return info_nce_loss(
             query, key, temperature=self.temperature if logit_scale is None else None, logit_scale=logit_scale,
-            targets=targets, negatives=negatives, col_bias=col_bias, row_ids=row_ids, col_ids=col_ids,
-            symmetric=self.symmetric, decoupled=self.decoupled, margin=self.margin,
+            targets=targets, negatives=negatives, negatives_mask=negatives_mask, col_bias=col_bias, row_ids=row_ids,
+            col_ids=col_ids, symmetric=self.symmetric, decoupled=self.decoupled, margin=self.margin,
             label_smoothing=self.label_smoothing, weight=weight, reduction=self.reduction, normalize=self.normalize,
             memory_budget=self.memory_budget, backend=self.backend, group=self.group,
         )  # fmt: skip

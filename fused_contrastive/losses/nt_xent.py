@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fused_contrastive.core import checks
 from fused_contrastive.core.observing import observed
 from fused_contrastive.core.reduction import REDUCTIONS, Reduction
-from fused_contrastive.core.spec import compute_dtype
+from fused_contrastive.core.spec import BackendName, compute_dtype
 from fused_contrastive.distributed.agreement import Group, agree, collective
 from fused_contrastive.losses import terms
 from fused_contrastive.ops.cross_entropy import cross_entropy
@@ -25,14 +25,15 @@ from fused_contrastive.ops.stats import autocast, log_add, self_stats
 def nt_xent_loss(
     z1: Tensor,
     z2: Tensor,
-    temperature: float | Tensor = 0.5,
+    temperature: float | Tensor | None = None,
     *,
+    logit_scale: float | Tensor | None = None,
     views: Sequence[Tensor] = (),
     decoupled: bool = False,
     reduction: Reduction = "mean",
     normalize: bool = True,
     memory_budget: int | Literal["auto"] = "auto",
-    backend: str = "auto",
+    backend: BackendName = "auto",
     group: Group = None,
 ) -> Tensor:
     """SimCLR's loss of two views of a batch, or of more, without the 2N x 2N matrix.
@@ -47,7 +48,8 @@ def nt_xent_loss(
 
     Args:
         z1, z2: (N, D) projections of two views, float32, float64, bfloat16 or float16; row i is sample i in each.
-        temperature: divides the similarities, a positive number or a 0-d tensor, which gets a gradient.
+        temperature: divides the similarities, a positive number or a 0-d tensor, which gets a gradient; default 0.5.
+        logit_scale: multiplies them, instead: 1 / temperature.
         views: further views, each like z1.
         decoupled: the DCL form.
         reduction: "mean", "sum" or "none" ((V * N,), view by view), over the V * N features.
@@ -71,7 +73,7 @@ def nt_xent_loss(
     checks.boolean("decoupled", decoupled)
     checks.boolean("normalize", normalize)
     checks.one_of("reduction", reduction, REDUCTIONS)
-    scale = terms.scale_of(temperature, None, 0.5, everything[0])
+    scale = terms.scale_of(temperature, logit_scale, 0.5, everything[0])
 
     n, count = z1.shape[0], len(everything)
     z = normalized(*everything, backend=backend) if normalize else torch.cat(everything)
@@ -116,7 +118,7 @@ class NTXentLoss(nn.Module):
         reduction: Reduction = "mean",
         normalize: bool = True,
         memory_budget: int | Literal["auto"] = "auto",
-        backend: str = "auto",
+        backend: BackendName = "auto",
         group: Group = None,
     ) -> None:
         super().__init__()
@@ -130,11 +132,12 @@ class NTXentLoss(nn.Module):
         self.backend = backend
         self.group = group
 
-    def forward(self, z1: Tensor, z2: Tensor, *views: Tensor) -> Tensor:
-        """(N, D) for each view -> loss; see ``nt_xent_loss``."""
+    def forward(self, z1: Tensor, z2: Tensor, *views: Tensor, logit_scale: float | Tensor | None = None) -> Tensor:
+        """(N, D) for each view -> loss; a ``logit_scale`` given here replaces the temperature. See ``nt_xent_loss``."""
         return nt_xent_loss(
-            z1, z2, self.temperature, views=views, decoupled=self.decoupled, reduction=self.reduction,
-            normalize=self.normalize, memory_budget=self.memory_budget, backend=self.backend, group=self.group,
+            z1, z2, self.temperature if logit_scale is None else None, logit_scale=logit_scale, views=views,
+            decoupled=self.decoupled, reduction=self.reduction, normalize=self.normalize,
+            memory_budget=self.memory_budget, backend=self.backend, group=self.group,
         )  # fmt: skip
 
     def extra_repr(self) -> str:

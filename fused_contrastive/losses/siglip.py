@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from fused_contrastive.core import checks
 from fused_contrastive.core.observing import observed
 from fused_contrastive.core.reduction import REDUCTIONS, Reduction
-from fused_contrastive.core.spec import compute_dtype
+from fused_contrastive.core.spec import BackendName, compute_dtype
 from fused_contrastive.distributed.agreement import Group, agree, collective
 from fused_contrastive.losses import terms
 from fused_contrastive.ops.at_once import loss_at_once
@@ -22,14 +22,15 @@ from fused_contrastive.ops.stats import Problem, autocast, sigmoid_stats
 def siglip_loss(
     image_features: Tensor,
     text_features: Tensor,
-    logit_scale: float | Tensor,
+    logit_scale: float | Tensor | None = None,
     logit_bias: float | Tensor | None = None,
     *,
+    temperature: float | Tensor | None = None,
     row_ids: Tensor | None = None,
     col_ids: Tensor | None = None,
     reduction: Reduction = "mean",
     memory_budget: int | Literal["auto"] = "auto",
-    backend: str = "auto",
+    backend: BackendName = "auto",
     group: Group = None,
 ) -> Tensor:
     """The sigmoid loss for language-image pre-training, without the N x N matrix.
@@ -45,6 +46,7 @@ def siglip_loss(
         image_features: (N, D) float32, float64, bfloat16 or float16; normalise them first.
         text_features: (N, D), same dtype and device.
         logit_scale: multiplies the similarities (already exponentiated); a number or a 0-d tensor, with a gradient.
+        temperature: divides them, instead: 1 / logit_scale.
         logit_bias: added to all logits, a number or a 0-d tensor, with a gradient; the paper starts at -10.
         row_ids, col_ids: (N,) int64; pairs with equal ids are positives too.
         reduction: "mean" over the N images, as in the paper, "sum" or "none" ((N,)).
@@ -60,7 +62,7 @@ def siglip_loss(
     image_features, text_features = autocast(image_features), autocast(text_features)
     checks.feature_pair("image_features", image_features, "text_features", text_features, group is not None)
     checks.same_rows("image_features", image_features, "text_features", text_features)
-    logit_scale = checks.scalar_beside("logit_scale", logit_scale, image_features)
+    logit_scale = terms.scale_of(temperature, logit_scale, None, image_features)
     checks.one_of("reduction", reduction, REDUCTIONS)
     bias = None
     if logit_bias is not None:
@@ -98,7 +100,7 @@ class SigLipLoss(nn.Module):
         *,
         reduction: Reduction = "mean",
         memory_budget: int | Literal["auto"] = "auto",
-        backend: str = "auto",
+        backend: BackendName = "auto",
         group: Group = None,
     ) -> None:
         super().__init__()
@@ -112,16 +114,18 @@ class SigLipLoss(nn.Module):
         self,
         image_features: Tensor,
         text_features: Tensor,
-        logit_scale: float | Tensor,
+        logit_scale: float | Tensor | None = None,
         logit_bias: float | Tensor | None = None,
         *,
+        temperature: float | Tensor | None = None,
         row_ids: Tensor | None = None,
         col_ids: Tensor | None = None,
     ) -> Tensor:
         """(N, D), (N, D), scalar, scalar -> loss; see ``siglip_loss``."""
         return siglip_loss(
-            image_features, text_features, logit_scale, logit_bias, row_ids=row_ids, col_ids=col_ids,
-            reduction=self.reduction, memory_budget=self.memory_budget, backend=self.backend, group=self.group,
+            image_features, text_features, logit_scale, logit_bias, temperature=temperature, row_ids=row_ids,
+            col_ids=col_ids, reduction=self.reduction, memory_budget=self.memory_budget, backend=self.backend,
+            group=self.group,
         )  # fmt: skip
 
     def extra_repr(self) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fused_contrastive.core import checks
 from fused_contrastive.core.observing import observed
 from fused_contrastive.core.reduction import REDUCTIONS, Reduction
-from fused_contrastive.core.spec import compute_dtype
+from fused_contrastive.core.spec import BackendName, compute_dtype
 from fused_contrastive.distributed.agreement import Agreed, Group, agree, collective
 from fused_contrastive.distributed.collectives import gather_rows
 from fused_contrastive.losses import terms
@@ -28,14 +28,15 @@ NO_POSITIVE = ("skip", "zero", "nan")
 def supcon_loss(
     features: Tensor,
     labels: Tensor,
-    temperature: float | Tensor = 0.1,
+    temperature: float | Tensor | None = None,
     *,
+    logit_scale: float | Tensor | None = None,
     variant: Literal["out", "in"] = "out",
     no_positive: Literal["skip", "zero", "nan"] = "skip",
     reduction: Reduction = "mean",
     normalize: bool = False,
     memory_budget: int | Literal["auto"] = "auto",
-    backend: str = "auto",
+    backend: BackendName = "auto",
     group: Group = None,
 ) -> Tensor:
     """Supervised contrastive loss without the N x N similarities or masks.
@@ -51,7 +52,8 @@ def supcon_loss(
     Args:
         features: (N, D), or (N, V, D) with V views of each sample; float32, float64, bfloat16 or float16.
         labels: (N,) int64.
-        temperature: divides the similarities, a positive number or a 0-d tensor, which gets a gradient.
+        temperature: divides the similarities, a positive number or a 0-d tensor, which gets a gradient; default 0.1.
+        logit_scale: multiplies them, instead: 1 / temperature.
         variant: "out" or "in".
         no_positive: what becomes of features whose label nobody shares: "skip" leaves them out of the mean, "zero"
             counts them with loss 0, "nan" with NaN (as 0 / 0 in the formula).
@@ -73,12 +75,12 @@ def supcon_loss(
     else:
         count = 1
         checks.features("features", features, group is not None)
-    checks.vector("labels", labels, features.shape[0], features, of="one per sample", integer=True)
+    labels = checks.vector("labels", labels, features.shape[0], features, of="one per sample", integer=True)
     checks.one_of("variant", variant, VARIANTS)
     checks.one_of("no_positive", no_positive, NO_POSITIVE)
     checks.one_of("reduction", reduction, REDUCTIONS)
     checks.boolean("normalize", normalize)
-    scale = terms.scale_of(temperature, None, 0.1, features)
+    scale = terms.scale_of(temperature, logit_scale, 0.1, features)
 
     z = features.flatten(0, 1) if features.dim() == 3 else features
     z = normalized(z, backend=backend) if normalize else z
@@ -142,7 +144,7 @@ class SupConLoss(nn.Module):
         reduction: Reduction = "mean",
         normalize: bool = False,
         memory_budget: int | Literal["auto"] = "auto",
-        backend: str = "auto",
+        backend: BackendName = "auto",
         group: Group = None,
     ) -> None:
         super().__init__()
@@ -159,10 +161,11 @@ class SupConLoss(nn.Module):
         self.backend = backend
         self.group = group
 
-    def forward(self, features: Tensor, labels: Tensor) -> Tensor:
-        """(N, D) or (N, V, D), (N,) -> loss; see ``supcon_loss``."""
+    def forward(self, features: Tensor, labels: Tensor, *, logit_scale: float | Tensor | None = None) -> Tensor:
+        """(N, D) or (N, V, D), (N,) -> loss; a ``logit_scale`` given here replaces the temperature."""
         return supcon_loss(
-            features, labels, self.temperature, variant=self.variant, no_positive=self.no_positive,
+            features, labels, self.temperature if logit_scale is None else None, logit_scale=logit_scale,
+            variant=self.variant, no_positive=self.no_positive,
             reduction=self.reduction, normalize=self.normalize, memory_budget=self.memory_budget,
             backend=self.backend, group=self.group,
         )  # fmt: skip

@@ -66,17 +66,22 @@ def rows_at(t: Tensor, index: Tensor) -> Tensor:
 
 
 def scale_of(
-    temperature: float | Tensor | None, logit_scale: float | Tensor | None, default: float, x: Tensor | None = None
+    temperature: float | Tensor | None,
+    logit_scale: float | Tensor | None,
+    default: float | None,
+    x: Tensor | None = None,
 ) -> float | Tensor:
-    """What multiplies the similarities: ``logit_scale``, or 1 / temperature; 1 / default where neither is given.
+    """What multiplies the similarities: ``logit_scale``, or 1 / temperature, or 1 / default (None: one must be given).
 
     A tensor comes back on the device of x, the features; without them, as it is.
     """
     if temperature is not None and logit_scale is not None:
-        raise ValueError("temperature, logit_scale: got both, expected at most one of them")
+        raise ValueError("temperature, logit_scale: got both, expected one of them")
     if logit_scale is not None:
         return _beside("logit_scale", checks.scalar("logit_scale", logit_scale), x)
     temperature = default if temperature is None else temperature
+    if temperature is None:
+        raise TypeError("logit_scale, temperature: got neither, expected one of them")
     temperature = checks.scalar("temperature", temperature)
     known = not isinstance(temperature, Tensor) or (is_plain(temperature) and temperature.device.type == "cpu")
     if known and not temperature > 0:

@@ -9,7 +9,9 @@ from torch import Tensor
 
 from fused_contrastive.core import checks
 from fused_contrastive.core.observing import observed
+from fused_contrastive.core.spec import BackendName
 from fused_contrastive.distributed.agreement import Agreed, Group, agree, collective
+from fused_contrastive.losses import terms
 from fused_contrastive.losses.clip import clip_loss
 from fused_contrastive.losses.filip import filip_loss
 from fused_contrastive.losses.info_nce import info_nce_loss
@@ -31,8 +33,9 @@ class _Latents(NamedTuple):
 def x_clip_loss(
     text_latents: Tensor,
     image_latents: Tensor,
-    logit_scale: float | Tensor,
+    logit_scale: float | Tensor | None = None,
     *,
+    temperature: float | Tensor | None = None,
     text_mask: Tensor | None = None,
     text_latents_extra: Tensor | None = None,
     image_latents_extra: Tensor | None = None,
@@ -42,7 +45,7 @@ def x_clip_loss(
     sim_reg_loss_weight: float = 0.0,
     ssl_loss_weight: float = 0.0,
     memory_budget: int | Literal["auto"] = "auto",
-    backend: str = "auto",
+    backend: BackendName = "auto",
     group: Group = None,
 ) -> Tensor:
     """The loss of x-clip 0.14 from the latents its forward makes, stably: its raw exp overflows at logits of 89.
@@ -57,6 +60,7 @@ def x_clip_loss(
             ``use_all_token_embeds``. float32, float64, bfloat16 or float16.
         image_latents: likewise, with its own number of views and tokens.
         logit_scale: x-clip's ``temperature.exp()``; a number or a 0-d tensor, which gets a gradient.
+        temperature: divides the similarities, instead: 1 / logit_scale. It is not x-clip's parameter of that name.
         text_mask: (N, T) or (V, N, T) bool, for tokens alone.
         text_latents_extra, image_latents_extra: like the others, from the second pair of projections, CLOOB's, for
             image to text (``extra_latent_projection``). Both or neither.
@@ -90,7 +94,7 @@ def x_clip_loss(
     texts = _views("text_latents", text_latents, use_all_token_embeds, empty=group is not None)
     images = _views("image_latents", image_latents, use_all_token_embeds, empty=group is not None)
     extra = text_latents_extra is not None and image_latents_extra is not None
-    logit_scale = checks.scalar_beside("logit_scale", logit_scale, texts)
+    logit_scale = terms.scale_of(temperature, logit_scale, None, texts)
     texts_extra = (
         _views("text_latents_extra", text_latents_extra, use_all_token_embeds, texts, group is not None)
         if extra

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fused_contrastive.core.reduction import Reduction
+from fused_contrastive.core.spec import BackendName
 from fused_contrastive.ops import dispatch
 from fused_contrastive.ops.autograd import is_plain
 
@@ -16,7 +17,7 @@ def cross_entropy(
     dtype: torch.dtype,
     decoupled: bool = False,
     reduction: Reduction = "mean",
-    backend: str = "auto",
+    backend: BackendName = "auto",
 ) -> Tensor:
     """-log softmax at the positives, the mean over the given directions.
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fused_contrastive.core import checks
 from fused_contrastive.core.memory import rows_to_keep
-from fused_contrastive.core.spec import compute_dtype
+from fused_contrastive.core.spec import BackendName, compute_dtype
 from fused_contrastive.core.tokens import (
     MaxSimForward,
     MaxSimUpstream,
@@ -147,7 +147,7 @@ class MaxSimScores(NamedTuple):
 def max_sim(
     x_tokens: Tensor, y_tokens: Tensor, x_mask: Tensor | None = None, y_mask: Tensor | None = None, *,
     reduction: Literal["sum", "mean"] = "sum", direction: Literal["x", "y"] = "x",
-    memory_budget: int | Literal["auto"] = "auto", backend: str = "auto",
+    memory_budget: int | Literal["auto"] = "auto", backend: BackendName = "auto",
 ) -> Tensor: ...  # fmt: skip
 
 
@@ -155,7 +155,7 @@ def max_sim(
 def max_sim(
     x_tokens: Tensor, y_tokens: Tensor, x_mask: Tensor | None = None, y_mask: Tensor | None = None, *,
     reduction: Literal["sum", "mean"] = "sum", direction: Literal["both"],
-    memory_budget: int | Literal["auto"] = "auto", backend: str = "auto",
+    memory_budget: int | Literal["auto"] = "auto", backend: BackendName = "auto",
 ) -> MaxSimScores: ...  # fmt: skip
 
 
@@ -168,7 +168,7 @@ def max_sim(
     reduction: Literal["sum", "mean"] = "sum",
     direction: Literal["x", "y", "both"] = "x",
     memory_budget: int | Literal["auto"] = "auto",
-    backend: str = "auto",
+    backend: BackendName = "auto",
 ) -> Tensor | MaxSimScores:
     """Late-interaction scores of all pairs of items, without the (M, N, T, P) tensor of their tokens' products.
 
@@ -208,9 +208,9 @@ def max_sim(
     x, y = autocast(x_tokens), autocast(y_tokens)
     checks.token_pair("x_tokens", x, "y_tokens", y)
     if x_mask is not None:
-        checks.token_mask("x_mask", x_mask, "x_tokens", x)
+        x_mask = checks.mask("x_mask", x_mask, x.shape[:2], "x_tokens", x)
     if y_mask is not None:
-        checks.token_mask("y_mask", y_mask, "y_tokens", y)
+        y_mask = checks.mask("y_mask", y_mask, y.shape[:2], "y_tokens", y)
     checks.one_of("reduction", reduction, REDUCTIONS)
     checks.one_of("direction", direction, DIRECTIONS)
     checks.memory_budget(memory_budget)

@@ -16,13 +16,16 @@ from torch import Tensor
 
 from fused_contrastive.backends.contract import Backend
 from fused_contrastive.core import checks
-from fused_contrastive.core.spec import autocast_enabled, compute_dtype
+from fused_contrastive.core.order import ahead
+from fused_contrastive.core.spec import BackendName, autocast_enabled, compute_dtype
 from fused_contrastive.ops import dispatch
 
 # Rows and columns of a block, wider where there are fewer rows: 16 MB of float32, on a GPU 64 MB and a few times that
 # for the keys by which it sorts.
 BLOCK = (2048, 2048)
 GPU_BLOCK = (4096, 4096)
+
+NOWHERE = torch.iinfo(torch.int64).max  # the column of no answer, after all others
 
 
 class Ranking(NamedTuple):
@@ -43,7 +46,7 @@ def rank(
     k: int,
     *,
     scale: float | Tensor | None = None,
-    backend: str = "auto",
+    backend: BackendName = "auto",
 ) -> Ranking:
     """The k candidates with the largest inner product, for each query, without the M x N matrix.
 
@@ -92,20 +95,30 @@ def rank(
 
 
 def target_ranks(
-    queries: Tensor, candidates: Tensor, *, targets: Tensor | None = None, backend: str = "auto"
+    queries: Tensor,
+    candidates: Tensor,
+    *,
+    targets: Tensor | None = None,
+    exclude_self: bool = False,
+    backend: BackendName = "auto",
 ) -> Tensor:
-    """Where each query's own candidate stands among all N: 0 if it comes first, by the order of ``rank``.
+    """Where each query's right answer stands among all candidates: 0 if it comes first, by the order of ``rank``.
 
-    Counts the candidates ahead of the target: those with a larger inner product, and those with the same one and a
-    smaller index. The target's score is read from the block of products that is compared with it, so it is not off by
-    a rounding from its own copy or its duplicates. For that a block that holds targets comes first; if the targets of
-    2048 consecutive queries, sorted by target, lie in several blocks of candidates, these are computed twice.
+    Counts the candidates ahead of it: those with a larger inner product, and those with the same one and a smaller
+    index. Of several right answers the best one counts, which is the protocol of retrieval on COCO and Flickr30K
+    (Karpathy & Fei-Fei 2015, "Deep Visual-Semantic Alignments for Generating Image Descriptions", arXiv:1412.2306).
+    A score is read from the block of products that is compared with it, so it is not off by a rounding from its own
+    copy or its duplicates. For that the blocks that hold right answers come first; if those of 2048 consecutive
+    queries, sorted by their first answer, lie in several blocks of candidates, these are computed twice.
 
     Args:
         queries: (M, D) float32, float64, bfloat16 or float16.
         candidates: (N, D), same dtype and device.
-        targets: (M,) int64, the candidate that belongs to each query. Default: query i's is i, which needs M <= N. On
-            a GPU they are read once by the host.
+        targets: (M,) integers, the candidate that belongs to each query; or (M, P), several of them, a row that has
+            fewer filled up with -1. Default: query i's is i, which needs M = N. On a GPU they are read once by the
+            host.
+        exclude_self: queries and candidates are the same set: query i is not compared with candidate i, which is no
+            right answer either. Needs M = N and targets.
         backend: see ``contrastive_stats``.
 
     Returns:
@@ -116,43 +129,97 @@ def target_ranks(
         RuntimeError: the backend cannot run here.
     """
     checks.feature_pair("queries", queries, "candidates", candidates)
+    checks.boolean("exclude_self", exclude_self)
     m, n = queries.shape[0], candidates.shape[0]
-    if targets is None:
-        if m > n:
-            raise ValueError(f"targets: got None for M = {m} queries and N = {n} candidates, expected targets as M > N")
-    else:
-        checks.vector("targets", targets, m, queries, of="one candidate per query", integer=True)
-        checks.target_range(targets, n)
+    if exclude_self and m != n:
+        raise ValueError(f"exclude_self: got True for {m} queries and {n} candidates, expected as many of both")
+    answers = _answers(targets, queries, n, exclude_self)
     chosen = dispatch.BACKENDS[dispatch.resolve(backend, queries.device, queries.dtype)]
     with plain(queries):
         walk = _Walk(queries, candidates)
-        everyone = torch.arange(m, device=queries.device)
-        order = everyone if targets is None else targets.argsort(stable=True)
-        own = everyone if targets is None else targets[order]
-        counts = torch.zeros_like(own)
-        on_host = torch.arange(m, device="cpu") if targets is None else own.cpu()
-        for rows, holding in zip(walk.rows, walk.holding(on_host), strict=True):
-            _count(walk, queries[order[rows]], own[rows], holding, chosen, counts[rows])
+        order = answers[:, 0].argsort(stable=True)
+        answers = answers[order]
+        holding = walk.holding(answers)
+        order, answers = order.to(queries.device), answers.to(queries.device)
+        counts = torch.zeros_like(order)
+        for rows, blocks in zip(walk.rows, holding, strict=True):
+            own = order[rows] if exclude_self else None
+            counts[rows] = _count(walk, queries[order[rows]], answers[rows], own, blocks, chosen)
         return torch.empty_like(counts).index_copy_(0, order, counts)
 
 
-def _count(
-    walk: _Walk, queries: Tensor, targets: Tensor, holding: list[slice], backend: Backend, counts: Tensor
-) -> None:
-    """Adds to ``counts`` (m,) the candidates ahead of the targets (m,) of m queries (m, D).
+def _answers(targets: Tensor | None, queries: Tensor, n: int, exclude_self: bool) -> Tensor:
+    """(M, P) right answers, ascending, on the CPU; a row that has fewer names one of them several times."""
+    m = queries.shape[0]
 
-    ``holding`` are the blocks of columns with all the targets. The last of them is still there to be counted.
+    def shape() -> str:
+        return f"an integer tensor of shape ({m},) or ({m}, P)"
+
+    if targets is None:
+        if m != n or exclude_self:
+            came = "with exclude_self=True" if exclude_self else f"for {m} queries and {n} candidates"
+            raise ValueError(f"targets: got None {came}, expected the candidates that belong to each query: {shape()}")
+        return torch.arange(m, device="cpu")[:, None]
+    answers = checks.integers("targets", targets, queries, shape)
+    if answers.dim() not in (1, 2) or answers.shape[0] != m or answers.numel() == 0:
+        raise ValueError(f"targets: got shape {tuple(answers.shape)}, expected {shape()}")
+    answers = answers.detach().reshape(m, -1).cpu()
+    if answers.min() < -1 or answers.max() >= n:
+        raise ValueError(
+            f"targets: got values from {answers.min()} to {answers.max()}, expected 0 to {n - 1} (N - 1), or -1 for "
+            "none"
+        )
+    right = answers >= 0
+    if exclude_self:
+        right &= answers != torch.arange(m, device="cpu")[:, None]
+    if not (has_one := right.any(dim=1)).all():
+        without = " but itself" if exclude_self else ""
+        raise ValueError(
+            f"targets: got none for query {has_one.int().argmin()}{without}, expected at least one for each"
+        )
+    one = answers.gather(1, right.int().argmax(dim=1, keepdim=True))
+    return answers.where(right, one).sort(dim=1).values
+
+
+def _count(
+    walk: _Walk, queries: Tensor, answers: Tensor, own: Tensor | None, holding: list[slice], backend: Backend
+) -> Tensor:
+    """(m,) how many candidates stand ahead of the best of the answers (m, P) of m queries (m, D).
+
+    ``holding`` are the blocks of columns with all the answers. The last of them is still there to be counted. ``own``
+    (m,) are candidates that do not count.
     """
-    scores = own = walk.room
+    counts = torch.zeros_like(answers[:, 0])
+    target = torch.full_like(counts, NOWHERE)
+    score = torch.full_like(counts, torch.nan, dtype=walk.dtype)
+    scores = walk.room
     for columns in holding:
         scores = walk.scores(queries, columns)
-        place = targets - columns.start
-        score = scores.gather(1, place.clamp(0, scores.shape[1] - 1)[:, None]).squeeze(1)
-        own = torch.where((place >= 0) & (place < scores.shape[1]), score, own[: len(score)])
-    backend.count_ahead(scores, holding[-1].start, own, targets, counts)
-    for columns in walk.columns:
+        found, at = _best(scores, columns.start, answers)
+        is_ahead = ahead(found, at, score, target)
+        score, target = torch.where(is_ahead, found, score), torch.where(is_ahead, at, target)
+    for columns in (holding[-1], *(columns for columns in walk.columns if columns != holding[-1])):
         if columns != holding[-1]:
-            backend.count_ahead(walk.scores(queries, columns), columns.start, own, targets, counts)
+            scores = walk.scores(queries, columns)
+        backend.count_ahead(scores, columns.start, score, target, counts)
+        if own is not None:
+            counts -= ahead(*_best(scores, columns.start, own[:, None]), score, target).long()
+    return counts
+
+
+def _best(scores: Tensor, first_column: int, answers: Tensor) -> tuple[Tensor, Tensor]:
+    """Score and column (m,) of the answer (m, P) that stands ahead of the others in a block; else NaN and the largest.
+
+    The columns of the answers are those of the whole matrix, of which ``scores`` (m, n) begins at ``first_column``.
+    """
+    place = answers - first_column
+    inside = (place >= 0) & (place < scores.shape[1])
+    of_answers = scores.gather(1, place.clamp(0, scores.shape[1] - 1))
+    is_number = inside & ~of_answers.isnan()
+    highest = of_answers.masked_fill(~is_number, -torch.inf).amax(dim=1)
+    has_number = is_number.any(dim=1)
+    is_best = torch.where(has_number[:, None], is_number & (of_answers == highest[:, None]), inside)
+    return highest.masked_fill(~has_number, torch.nan), answers.masked_fill(~is_best, NOWHERE).amin(dim=1)
 
 
 class _Walk:
@@ -177,10 +244,10 @@ class _Walk:
             return torch.mm(queries, some.T, out_dtype=self.dtype, out=out)
         return torch.mm(queries.to(self.dtype), some.T.to(self.dtype), out=out)
 
-    def holding(self, targets: Tensor) -> list[list[slice]]:
-        """The blocks of columns that hold some target, for each block of rows; targets (M,) on the CPU."""
+    def holding(self, answers: Tensor) -> list[list[slice]]:
+        """The blocks of columns that hold some answer, for each block of rows; answers (M, P) on the CPU."""
         ends = torch.tensor([columns.stop for columns in self.columns], device="cpu")
-        found = torch.searchsorted(ends, targets, right=True)  # (M,) numbers of blocks
+        found = torch.searchsorted(ends, answers, right=True)  # (M, P) numbers of blocks
         return [[self.columns[i] for i in found[rows].unique().tolist()] for rows in self.rows]
 
 

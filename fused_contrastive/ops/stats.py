@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fused_contrastive.core import checks, memory
-from fused_contrastive.core.spec import StatsSpec, autocast_enabled, compute_dtype
+from fused_contrastive.core.spec import BackendName, StatsSpec, autocast_enabled, compute_dtype
 from fused_contrastive.distributed.agreement import Call, Group, agree, collective
 from fused_contrastive.ops import autograd, dispatch, global_stats
 
@@ -41,7 +41,7 @@ def contrastive_stats(
     exclude_self: bool = False,
     directions: Sequence[Literal["row", "col"]] = ("row", "col"),
     memory_budget: int | Literal["auto"] = "auto",
-    backend: str = "auto",
+    backend: BackendName = "auto",
     group: Group = None,
 ) -> ContrastiveStats:
     """Positives and masked denominators of a similarity matrix that is never stored, in one fused pass.
@@ -122,7 +122,7 @@ def sigmoid_stats(
     row_ids: Tensor | None = None,
     col_ids: Tensor | None = None,
     memory_budget: int | Literal["auto"] = "auto",
-    backend: str = "auto",
+    backend: BackendName = "auto",
     group: Group = None,
 ) -> SigmoidStats:
     """Sums of the pairwise logistic loss over a similarity matrix that is never stored, in one fused pass.
@@ -157,7 +157,7 @@ def self_stats(
     ids: Tensor | None = None,
     equal_ids: Literal["exclude", "only"] = "exclude",
     memory_budget: int | Literal["auto"] = "auto",
-    backend: str = "auto",
+    backend: BackendName = "auto",
     group: Group = None,
 ) -> Tensor:
     """Denominators of a set of features against itself: of the symmetric matrix, only one triangle is computed.
@@ -185,7 +185,7 @@ def self_stats(
     """
     checks.one_of("equal_ids", equal_ids, ("exclude", "only"))
     if ids is None and equal_ids == "only":
-        raise ValueError("ids: got None with equal_ids='only', expected an int64 tensor of shape (N,)")
+        raise ValueError("ids: got None with equal_ids='only', expected an integer tensor of shape (N,)")
     problem = Problem(x, x, scale, None, None, ids, ids, memory_budget, backend, ("ids", "ids"), group)
     if group is not None:  # a row's positive, always excluded, is itself
         return problem.run(cols=False, equal_ids=equal_ids)[1]
@@ -208,17 +208,16 @@ class Problem:
         m, n, dtype = x.shape[0], y.shape[0], compute_dtype(x.dtype)
         checks.memory_budget(memory_budget)
         if targets is not None:
-            checks.vector("targets", targets, m, x, of="one column index per row", integer=True)
+            targets = checks.vector("targets", targets, m, x, of="one column index per row", integer=True)
         elif m > n and group is None:
             raise ValueError(f"targets: got None for M = {m} rows and N = {n} columns, expected targets because M > N")
         if col_bias is not None:
-            checks.vector("col_bias", col_bias, n, x, of="one per column", integer=False)
-            col_bias = col_bias.to(dtype)
+            col_bias = checks.vector("col_bias", col_bias, n, x, of="one per column", integer=False).to(dtype)
         if (row_ids is None) != (col_ids is None):
             raise ValueError("row_ids, col_ids: got only one of them, expected both or neither")
         if row_ids is not None:
-            checks.vector(ids_name[0], row_ids, m, x, of="one per row", integer=True)
-            checks.vector(ids_name[1], col_ids, n, x, of="one per column", integer=True)
+            row_ids = checks.vector(ids_name[0], row_ids, m, x, of="one per row", integer=True)
+            col_ids = checks.vector(ids_name[1], col_ids, n, x, of="one per column", integer=True)
         self.x, self.y = x, y
         self.spec = StatsSpec(_scale(scale, x, dtype), targets, col_bias, row_ids, col_ids)
         self.memory_budget, self.backend = memory_budget, dispatch.resolve(backend, x.device, x.dtype)

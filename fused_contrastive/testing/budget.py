@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fused_contrastive.core.spec import BackendName
 from fused_contrastive.losses.clip import clip_loss
 from fused_contrastive.ops.stats import contrastive_stats
 from fused_contrastive.testing import oracle
@@ -63,7 +64,7 @@ def evaluate(function: Callable[[Inputs], Outputs], inputs: Inputs) -> Outputs:
     return results
 
 
-def ours(case: Case, backend: str) -> Callable[[Inputs], Outputs]:
+def ours(case: Case, backend: BackendName) -> Callable[[Inputs], Outputs]:
     """The public function under test."""
 
     def clip(inputs: Inputs) -> Outputs:
@@ -152,7 +153,7 @@ def expected(case: Case, inputs: Inputs) -> Expected:
 
 
 def deviations(
-    case: Case, backend: str, inputs: Inputs, expectation: Expected, results: Outputs | None = None
+    case: Case, backend: BackendName, inputs: Inputs, expectation: Expected, results: Outputs | None = None
 ) -> list[Deviation]:
     """Every value and gradient of one backend, or those given, against the budget."""
     if results is None:

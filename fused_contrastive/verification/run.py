@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import cast
 
 import torch
 from rich.console import Console
@@ -12,6 +13,7 @@ from rich.progress import track
 from rich.table import Table
 
 from fused_contrastive.core.files import load_features
+from fused_contrastive.core.spec import BackendName
 from fused_contrastive.ops import dispatch
 from fused_contrastive.testing import budget, family
 from fused_contrastive.testing.cases import CLIP_OPTIONS, DIMS, DTYPES, SCALES, SIZES, Case, Inputs, grid, sample
@@ -92,8 +94,9 @@ class Target:
     device: torch.device
     backends: tuple[str, ...]
 
-    def backends_for(self, dtype: torch.dtype) -> list[str]:
-        return [name for name in self.backends if dispatch.BACKENDS[name].supports(self.device.type, dtype)]
+    def backends_for(self, dtype: torch.dtype) -> list[BackendName]:
+        supporting = [name for name in self.backends if dispatch.BACKENDS[name].supports(self.device.type, dtype)]
+        return cast(list[BackendName], supporting)
 
     def __str__(self) -> str:
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else str(self.device)

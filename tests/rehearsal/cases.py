@@ -137,7 +137,7 @@ def ranking(kind: Kind, kept: str) -> None:
     x, y, targets = torch.randn(300, 64).to(kind.dtype), torch.randn(700, 64).to(kind.dtype), torch.randint(700, (300,))
     fc.rank(x, y, 5, backend="triton")
     fc.target_ranks(x, y, targets=targets, backend="triton")
-    fc.recall_at_k(x, y, backend="triton")
+    fc.recall_at_k(x, y, targets=targets[:, None], backend="triton")
     fc.median_rank(x, y, targets=targets, backend="triton")
 
 

@@ -10,13 +10,13 @@ import importlib.util
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fused_contrastive.backends.triton import device, storage
 from fused_contrastive.core.reduction import Reduction
 from fused_contrastive.core.spec import Forward, Gradients, Needs, StatsSpec, Upstream
 from fused_contrastive.core.tokens import MaxSimForward, MaxSimUpstream, TokenSpec
+from fused_contrastive.core.unit import unit_rows
 
 INSTALLED = importlib.util.find_spec("triton") is not None
 OLDEST = (3, 4)
@@ -76,7 +76,7 @@ def cross_entropy(
 
 
 def normalize(*views: Tensor) -> Tensor:
-    return F.normalize(torch.cat(views), dim=-1)
+    return unit_rows(torch.cat(views))
 
 
 def max_sim_forward(spec: TokenSpec, x: Tensor, y: Tensor) -> MaxSimForward:

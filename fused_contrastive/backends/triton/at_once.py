@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 import triton
 from torch import Tensor
 
@@ -17,6 +16,7 @@ from fused_contrastive.backends.triton import backward as kernels
 from fused_contrastive.backends.triton import configs, device, launch, storage
 from fused_contrastive.backends.triton.problem import Block, Problem, cuts
 from fused_contrastive.core.spec import Gradients, Needs, StatsSpec
+from fused_contrastive.core.unit import unit_rows
 
 # Of a row of blocks. The products with G are less efficient, the fewer rows it has: at least so many of the largest
 # tile.
@@ -79,7 +79,7 @@ def stats_at_once(
         return loss_and_gradients(spec, x, y, weight, margin, decoupled, needs)
     with torch.enable_grad():
         raw_x, raw_y = x.detach().requires_grad_(), y.detach().requires_grad_()
-        unit_x, unit_y = F.normalize(raw_x, dim=-1), F.normalize(raw_y, dim=-1)
+        unit_x, unit_y = unit_rows(raw_x), unit_rows(raw_y)
     loss, gradients = loss_and_gradients(spec, unit_x.detach(), unit_y.detach(), weight, margin, decoupled, needs)
     if gradients.x is not None:
         gradients = gradients._replace(x=torch.autograd.grad(unit_x, raw_x, gradients.x)[0])

@@ -94,19 +94,19 @@ def draw_largest(rows: list[Row], path: Path) -> bool:
     bars = whole[n, d]
     names = sorted(bars, key=lambda name: (not name.startswith("ours"), bars[name]["MB"]))
     colours = ["tab:blue" if name.startswith("ours") else "silver" for name in names]
-    figure, axes = pyplot.subplots(1, 2, figsize=(9, 0.5 + 0.34 * len(names)), sharey=True)
+    figure, axes = pyplot.subplots(1, 2, figsize=(6.4, 0.6 + 0.27 * len(names)), sharey=True)
     for axis, unit, title, shown in zip(
         axes, ("seconds", "MB"), ("time of a step, seconds", "extra memory, MB"), ("%.2f", "%.0f"), strict=True
     ):
         values = [bars[name][unit] for name in names]
-        axis.bar_label(axis.barh(names, values, color=colours), fmt=shown, padding=3)
-        axis.set_title(title, fontsize=10)
-        axis.set_xlim(0, 1.15 * max(values))
+        axis.bar_label(axis.barh(names, values, color=colours), fmt=shown, padding=3, fontsize=9)
+        axis.set_title(title, fontsize=9)
+        axis.set_xlim(0, 1.25 * max(values))
         axis.spines[["top", "right", "bottom"]].set_visible(False)
-        axis.tick_params(bottom=False, labelbottom=False, left=False)
+        axis.tick_params(bottom=False, labelbottom=False, left=False, labelsize=9)
     axes[0].invert_yaxis()
-    figure.suptitle(f"CLIP loss, forward + backward, N = {n}, D = {d}, fp32", fontsize=11)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    figure.suptitle(f"CLIP loss, forward + backward, N = {n}, D = {d}, fp32", fontsize=9)
+    figure.tight_layout(pad=0.4)
+    figure.savefig(path, dpi=160)
     pyplot.close(figure)
     return True

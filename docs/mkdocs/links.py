@@ -27,9 +27,11 @@ PAGES = {
 }
 CALLS = "calls.md"
 MOVED = ("Which call is my training", "The losses")  # README's sections that are CALLS and not on the home page
-WIDE = ("triton-configurations.md", "mutants.md")  # tables of many columns take the room of the table of contents
+# Tables of many columns take the room of the table of contents; the home page is two screens.
+HIDDEN = {"index.md": ["toc", "footer"], "triton-configurations.md": ["toc"], "mutants.md": ["toc"]}
 LOG = logging.getLogger("mkdocs.hooks.links")  # with --strict, a warning fails the build
-SIZE = re.compile(r"(?<=\d) x (?=\d)")  # no line ends within "128 x 64"
+ROW = re.compile(r"^\|.*", re.MULTILINE)
+SIZE = re.compile(r"(?<=\d) x (?=\d)")  # in a table no line ends within "128 x 64"
 LINK = re.compile(r"(\]\()([^)#\s]+)((?:#[^)\s]*)?\))")
 
 
@@ -44,11 +46,8 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
     here = Path(page.file.abs_src_path).parent
     if page.file.src_uri in ("index.md", CALLS):
         markdown = _part_of_readme(markdown, moved=page.file.src_uri == CALLS)
-        page.meta["hide"] = [] if page.file.src_uri == CALLS else ["toc", "footer"]
-
-    if page.file.src_uri in WIDE:
-        page.meta["hide"] = ["toc"]
-    markdown = SIZE.sub("\u00a0x\u00a0", markdown)
+    page.meta.setdefault("hide", HIDDEN.get(page.file.src_uri, []))
+    markdown = ROW.sub(lambda row: SIZE.sub("\u00a0x\u00a0", row[0]), markdown)
 
     def resolved(match: re.Match[str]) -> str:
         link = match[2]

@@ -17,7 +17,7 @@ PIP := -q --no-compile
 # A missing compiler is an error here; 0 builds no extension, and the tests of backend "cpp" are skipped.
 export FUSED_CONTRASTIVE_EXTENSION ?= 1
 
-.PHONY: help demo test sanitize conformance mutants verify bench rehearsal configurations docs lint format build clean
+.PHONY: help demo test sanitize conformance mutants verify bench rehearsal configurations docs screenshots lint format build clean
 help:
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile
 
@@ -72,6 +72,9 @@ configurations: $(BIN)/.fused_contrastive-test ## compile the Triton kernels for
 docs: $(BIN)/.fused_contrastive-docs ## the documentation as a site, in site/; fails on a link that leads nowhere
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
+screenshots: $(BIN)/.fused_contrastive-screenshots ## the site's pages in headless Chromium, checked, in screenshots/
+	FUSED_CONTRASTIVE_SCREENSHOTS=screenshots $(BIN)/python -m pytest tests/test_site.py
+
 lint: $(BIN)/.fused_contrastive-dev ## ruff, mypy, clang-format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -87,4 +90,4 @@ build: $(BIN)/.fused_contrastive-dev ## a wheel and an sdist in dist/
 	$(BIN)/python -m build --no-isolation
 
 clean: ## remove what was built
-	rm -rf build dist site *.egg-info fused_contrastive/*.so
+	rm -rf build dist site screenshots *.egg-info fused_contrastive/*.so

@@ -18,6 +18,7 @@ from fused_contrastive.bench import (
     command,
     implementations,
     peers,
+    plots,
     report,
     run,
     suites,
@@ -208,3 +209,25 @@ def test_bad_arguments_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[s
 def test_without_git_there_is_no_commit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     assert "not a clone" in provenance()["fused_contrastive"]
+
+
+def test_bars_of_clip_at_the_largest_n(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of whoever has both time and memory there; without two of them, no picture."""
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    monkeypatch.setattr(pyplot, "close", lambda figure: None)
+
+    def rows(n: int, name: str, **known: float) -> list[dict[str, Any]]:
+        base = {"loss": "clip", "dtype": "fp32", "d": 16, "n": n, "implementation": name, "status": "ok"}
+        return [{**base, quantity: value} for quantity, value in known.items()]
+
+    made = [
+        *rows(64, "ours", seconds=1.0, extra_bytes=2**20), *rows(64, "eager", seconds=3.0, extra_bytes=5 * 2**20),
+        *rows(64, "slow", seconds=9.0), *rows(128, "ours", seconds=1.0),
+    ]  # fmt: skip
+    assert plots.draw_largest(made, tmp_path / "bars.png")
+    assert (tmp_path / "bars.png").stat().st_size > 0
+    time, memory = pyplot.gcf().axes
+    assert [label.get_text() for label in time.get_yticklabels()] == ["ours", "eager"]
+    assert [[bar.get_width() for bar in axis.patches] for axis in (time, memory)] == [[1, 3], [1, 5]]
+    assert not plots.draw_largest(made[-2:], tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()

@@ -14,10 +14,14 @@ from snippets import ROOT, run_page
 PAGES = sorted(str(p.relative_to(ROOT)) for p in (*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")))
 
 
-def test_readme() -> None:
-    features = {name: F.normalize(torch.randn(12, 8), dim=-1).requires_grad_() for name in ("images", "texts")}
+def features() -> dict[str, torch.Tensor]:
+    return {name: F.normalize(torch.randn(12, 8), dim=-1) for name in ("images", "texts")}
+
+
+def test_after_training() -> None:
     prompts = F.normalize(torch.randn(6, 3, 8), dim=-1)
-    assert run_page("README.md", {**features, "scale": torch.tensor(10.0), "class_prompts": prompts}) >= 2
+    given = {**features(), "scale": torch.tensor(10.0), "class_prompts": prompts}
+    assert run_page("docs/after-training.md", given) >= 1
 
 
 def test_recipes() -> None:
@@ -28,27 +32,50 @@ def test_distributed() -> None:
     assert run_page("docs/distributed.md") >= 1
 
 
-def test_the_readme_s_tables_are_the_benchmark_s() -> None:
-    """Line by line what `make bench` wrote, for the machine that the page names; then ratios from three machines."""
-    cost = (ROOT / "README.md").read_text().partition("## Cost")[2].partition("## ")[0]
-    results = ROOT / "benchmarks/results"
-    first, second = (lines.splitlines() for lines in re.findall(r"(?:^\|.*\n)+", cost, re.MULTILINE))
-    measured = (results / "cpu.md").read_text().splitlines()
-    assert len(first) >= 6
-    for line in first:
-        assert line in measured, line
-    report = json.loads((results / "cpu.json").read_text())
-    for fact in (report["provenance"]["date"], report["provenance"]["torch"].partition("+")[0]):
-        assert fact in cost
+RESULTS = ROOT / "benchmarks/results"
 
-    pages = [(results / f"{name}.md").read_text() for name in ("cpu", "cpu-zen5", "cpu-intel-amx")]
-    assert len(second) >= 12
-    for line in second[2:]:
-        loss, n, *ratios = (cell.strip() for cell in line.strip("|").split("|"))
-        name, _, dtype = loss.partition(", ")
-        row = rf"\| {name} N = {n}, D = \d+, {dtype or 'fp32'} \| .* \| ([\d.]+) \|"
+
+def section(page: str, title: str) -> str:
+    return (ROOT / page).read_text().partition(f"## {title}\n")[2].partition("\n## ")[0]
+
+
+def tables(text: str) -> list[list[list[str]]]:
+    """The cells of each table, line by line; the second line, of dashes, is left out."""
+    found = [table.splitlines() for table in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)]
+    cells = [[[cell.strip() for cell in line.strip("|").split("|")] for line in table] for table in found]
+    return [[head, *rows] for head, _, *rows in cells]
+
+
+@pytest.mark.parametrize(("page", "title"), [("README.md", "Benchmark"), ("docs/cost.md", "Measured")])
+def test_times_are_the_benchmark_s(page: str, title: str) -> None:
+    """Cell by cell what `make bench` wrote, for the machine that the page names."""
+    text = section(page, title)
+    shown, measured = tables(text)[0], tables((RESULTS / "cpu.md").read_text())[0]
+    assert len(shown) >= 5
+    assert shown[0][0] == measured[0][0]
+    times = {(line[0], n): time for line in measured[1:] for n, time in zip(measured[0][1:], line[1:], strict=True)}
+    for line in shown[1:]:
+        assert line[1:] == [times[line[0], n] for n in shown[0][1:]], line[0]
+    report = json.loads((RESULTS / "cpu.json").read_text())
+    for fact in (report["provenance"]["date"], report["provenance"]["torch"].partition("+")[0]):
+        assert fact in text
+
+
+def test_ratios_are_the_benchmark_s() -> None:
+    """On three machines; README has the range of CLIP's on two of them."""
+    _, (_, *lines) = tables(section("docs/cost.md", "Measured"))
+    pages = [(RESULTS / f"{name}.md").read_text() for name in ("cpu", "cpu-zen5", "cpu-intel-amx")]
+    assert len(lines) >= 12
+    for line in lines:
+        name, _, dtype = line[0].partition(", ")
+        row = rf"\| {name} N = {line[1]}, D = \d+, {dtype or 'fp32'} \| .* \| ([\d.]+) \|"
         found = [re.search(row, page) for page in pages]
-        assert ratios == [match[1] if match else "" for match in found], line
+        assert line[2:] == [match[1] if match else "" for match in found], line
+    text = section("README.md", "Benchmark")
+    sizes = tables(text)[0][0][1:]
+    for machine in (3, 4):
+        ratios = [float(line[machine]) for line in lines if line[0] == "clip" and line[1] in sizes]
+        assert f"{min(ratios):.2f} to {max(ratios):.2f} times" in text
 
 
 @pytest.mark.parametrize("page", ["mathematics", "cost", "verify"])

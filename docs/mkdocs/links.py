@@ -1,7 +1,8 @@
 """A hook of mkdocs: the pages at the root of the repository become pages of the site, where they stand.
 
 A link means the same in the repository and on the site: it is resolved from the file it is written in, and leads to
-the target's page. What is no page, such as a script, is served as it is.
+the target's page. What is no page, such as a script, is served as it is. Some sections of README are a page of their
+own.
 """
 
 from __future__ import annotations
@@ -24,18 +25,29 @@ PAGES = {
     "benchmarks/results/cpu-zen5.md": "benchmark-zen5.md",
     "benchmarks/results/cpu-intel-amx.md": "benchmark-intel-amx.md",
 }
+CALLS = "calls.md"
+MOVED = ("Which call is my training", "The losses")  # README's sections that are CALLS and not on the home page
+# Tables of many columns take the room of the table of contents; the home page is two screens.
+HIDDEN = {"index.md": ["toc", "footer"], "triton-configurations.md": ["toc"], "mutants.md": ["toc"]}
 LOG = logging.getLogger("mkdocs.hooks.links")  # with --strict, a warning fails the build
+ROW = re.compile(r"^\|.*", re.MULTILINE)
+SIZE = re.compile(r"(?<=\d) x (?=\d)")  # in a table no line ends within "128 x 64"
 LINK = re.compile(r"(\]\()([^)#\s]+)((?:#[^)\s]*)?\))")
 
 
 def on_files(files: Files, config: Any) -> Files:
     for source, page in PAGES.items():
         files.append(File.generated(config, page, abs_src_path=str(ROOT / source)))
+    files.append(File.generated(config, CALLS, abs_src_path=str(ROOT / "README.md")))
     return files
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
     here = Path(page.file.abs_src_path).parent
+    if page.file.src_uri in ("index.md", CALLS):
+        markdown = _part_of_readme(markdown, moved=page.file.src_uri == CALLS)
+    page.meta.setdefault("hide", HIDDEN.get(page.file.src_uri, []))
+    markdown = ROW.sub(lambda row: SIZE.sub("\u00a0x\u00a0", row[0]), markdown)
 
     def resolved(match: re.Match[str]) -> str:
         link = match[2]
@@ -53,6 +65,15 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
         return match[1] + os.path.relpath(place, Path(page.file.src_uri).parent) + match[3]
 
     return LINK.sub(resolved, markdown)
+
+
+def _part_of_readme(markdown: str, moved: bool) -> str:
+    sections = re.split(r"^(?=## )", markdown, flags=re.MULTILINE)
+    kept = [section for section in sections if section.startswith(tuple(f"## {title}\n" for title in MOVED)) == moved]
+    for title in MOVED:  # a link to one of them from the rest of README
+        anchor = "#" + title.lower().replace(" ", "-")
+        kept = [section.replace(f"]({anchor})", f"]({CALLS}{anchor})") for section in kept]
+    return "".join(kept)
 
 
 def _place(target: Path, docs: Path) -> str:

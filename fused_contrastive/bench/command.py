@@ -101,12 +101,13 @@ def run(options: argparse.Namespace, arguments: Sequence[str], console: Console)
 def finish(made: dict[str, Any], folder: Path, name: str, console: Console) -> int:
     """The tables on the terminal, in Markdown, and the plots, beside the JSON."""
     report.show(made, console)
-    page, picture = folder / f"{name}.md", folder / f"{name}.png"
+    page = folder / f"{name}.md"
     page.write_text(report.markdown(made))
     written = [page]
     try:
-        if plots.draw(made["rows"], picture):
-            written.append(picture)
+        for draw, ending in ((plots.draw, ""), (plots.draw_largest, "-clip")):
+            if draw(made["rows"], picture := folder / f"{name}{ending}.png"):
+                written.append(picture)
     except ModuleNotFoundError as error:
         console.print(f"no plots: they need the package {error.name!r}: pip install matplotlib", markup=False)
     console.print(f"{folder / name}.json: written " + " and ".join(map(str, written)), markup=False)

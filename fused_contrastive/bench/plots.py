@@ -1,4 +1,4 @@
-"""Time and memory against N, log-log: ours against all."""
+"""Time and memory: of every loss against N, log-log; and of CLIP at its largest N, as bars."""
 
 from __future__ import annotations
 
@@ -67,5 +67,46 @@ def draw(rows: list[Row], path: Path) -> bool:
     legend = 0.1 + 0.18 * -(-len(names) // 3)  # inches
     figure.tight_layout(rect=(0, legend / figure.get_figheight(), 1, 1))
     figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+    return True
+
+
+def draw_largest(rows: list[Row], path: Path) -> bool:
+    """Time and memory of the CLIP loss in fp32 as bars, at the largest N that has both. False: there is none."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    found: dict[tuple[int, int], dict[str, dict[str, float]]] = {}
+    for row in rows:
+        if (row["loss"], row["dtype"], row["status"]) == ("clip", "fp32", "ok"):
+            cells = found.setdefault((row["n"], row["d"]), {}).setdefault(row["implementation"], {})
+            if "seconds" in row:
+                cells["seconds"] = row["seconds"]
+            if row.get("extra_bytes", 0) > 0:
+                cells["MB"] = row["extra_bytes"] / 2**20
+    whole = {key: {name: cells for name, cells in bars.items() if len(cells) == 2} for key, bars in found.items()}
+    sizes = [key for key, bars in whole.items() if len(bars) > 1]
+    if not sizes:
+        return False
+    n, d = max(sizes)
+    bars = whole[n, d]
+    names = sorted(bars, key=lambda name: (not name.startswith("ours"), bars[name]["MB"]))
+    colours = ["tab:blue" if name.startswith("ours") else "silver" for name in names]
+    figure, axes = pyplot.subplots(1, 2, figsize=(6.4, 0.6 + 0.27 * len(names)), sharey=True)
+    for axis, unit, title, shown in zip(
+        axes, ("seconds", "MB"), ("time of a step, seconds", "extra memory, MB"), ("%.2f", "%.0f"), strict=True
+    ):
+        values = [bars[name][unit] for name in names]
+        axis.bar_label(axis.barh(names, values, color=colours), fmt=shown, padding=3, fontsize=9)
+        axis.set_title(title, fontsize=9)
+        axis.set_xlim(0, 1.25 * max(values))
+        axis.spines[["top", "right", "bottom"]].set_visible(False)
+        axis.tick_params(bottom=False, labelbottom=False, left=False, labelsize=9)
+    axes[0].invert_yaxis()
+    figure.suptitle(f"CLIP loss, forward + backward, N = {n}, D = {d}, fp32", fontsize=9)
+    figure.tight_layout(pad=0.4)
+    figure.savefig(path, dpi=160)
     pyplot.close(figure)
     return True

@@ -1,0 +1,16 @@
+"""A hook of mkdocs: the site has its own MathJax, out of an installed package, so that formulas need no network."""
+
+from __future__ import annotations
+
+from importlib import resources
+from typing import Any
+
+from mkdocs.structure.files import File, Files
+
+SCRIPT = "tex-svg.js"  # with its fonts inside; what docs/mkdocs/mathjax.js loads
+
+
+def on_files(files: Files, config: Any) -> Files:
+    source = resources.files("mathjax") / "static/mathjax/es5" / SCRIPT
+    files.append(File.generated(config, f"mkdocs/{SCRIPT}", abs_src_path=str(source)))
+    return files

@@ -1,0 +1,223 @@
+"""README: what it tells a reader to type does what it says, and it stays short."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from snippets import BLOCK, ROOT
+from torch import Tensor
+
+import fused_contrastive
+
+README = (ROOT / "README.md").read_text()
+N, K, D, V, P, T = 12, 20, 8, 2, 5, 7
+Case = tuple[dict[str, Tensor], Callable[..., Tensor]]  # what the call is given, and the textbook's formula of it
+
+
+def unit(*shape: int) -> Tensor:
+    return F.normalize(torch.randn(*shape, D), dim=-1).requires_grad_()
+
+
+def towers() -> dict[str, Tensor]:
+    return {"images": unit(N), "texts": unit(N), "scale": torch.tensor(10.0, requires_grad=True)}
+
+
+def cross_entropies(logits: Tensor) -> Tensor:
+    labels = torch.arange(len(logits))
+    return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
+
+
+def clip() -> Case:
+    return towers(), lambda images, texts, scale: cross_entropies(scale * images @ texts.T)
+
+
+def lit() -> Case:
+    return towers(), lambda images, texts, scale: cross_entropies(scale * images.detach() @ texts.T)
+
+
+def siglip() -> Case:
+    def formula(images: Tensor, texts: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+        signs = 2 * torch.eye(N) - 1
+        return -F.logsigmoid(signs * (scale * images @ texts.T + bias)).sum(dim=1).mean()
+
+    return {**towers(), "bias": torch.tensor(-5.0, requires_grad=True)}, formula
+
+
+def simclr() -> Case:
+    def formula(z1: Tensor, z2: Tensor) -> Tensor:
+        z = F.normalize(torch.cat((z1, z2)), dim=-1)
+        logits = (z @ z.T / 0.5).masked_fill(torch.eye(2 * N, dtype=torch.bool), -torch.inf)
+        return F.cross_entropy(logits, torch.arange(2 * N).roll(N))
+
+    return {"z1": torch.randn(N, D, requires_grad=True), "z2": torch.randn(N, D, requires_grad=True)}, formula
+
+
+def moco() -> Case:
+    """As in its code: the positive, then the queue."""
+
+    def formula(q: Tensor, k: Tensor, queue: Tensor) -> Tensor:
+        logits = torch.cat(((q * k).sum(dim=1, keepdim=True), q @ queue.T), dim=1) / 0.2
+        return F.cross_entropy(logits, torch.zeros(N, dtype=torch.long))
+
+    return {"q": unit(N), "k": unit(N).detach(), "queue": unit(K).detach()}, formula
+
+
+def supcon(views: bool) -> Case:
+    def formula(features: Tensor, labels: Tensor) -> Tensor:
+        z, labels = features.reshape(-1, D), labels.repeat_interleave(V) if views else labels
+        others = ~torch.eye(len(z), dtype=torch.bool)
+        logits = (z @ z.T / 0.1).masked_fill(~others, -torch.inf)
+        positives = (labels[:, None] == labels) & others
+        each = logits.log_softmax(dim=1).masked_fill(~positives, 0).sum(dim=1) / positives.sum(dim=1)
+        return -each.mean()
+
+    return {"features": unit(N, V) if views else unit(N), "labels": torch.arange(N) % 3}, formula
+
+
+def unicl() -> Case:
+    labels = torch.arange(N) % 3
+    positives = (labels[:, None] == labels) / (labels[:, None] == labels).sum(dim=1, keepdim=True)
+
+    def formula(images: Tensor, texts: Tensor, scale: Tensor, means: Tensor) -> Tensor:
+        logits = scale * images @ texts.T
+        return (F.cross_entropy(logits, positives) + F.cross_entropy(logits.T, positives)) / 2
+
+    given = towers()
+    return {**given, "means": positives @ given["texts"]}, formula
+
+
+def negclip() -> Case:
+    """Hard texts are candidates of every image; they have no image themselves."""
+
+    def formula(images: Tensor, texts: Tensor, scale: Tensor, hard_texts: Tensor) -> Tensor:
+        labels = torch.arange(N)
+        of_images = F.cross_entropy(scale * images @ torch.cat((texts, hard_texts)).T, labels)
+        return (of_images + F.cross_entropy(scale * texts @ images.T, labels)) / 2
+
+    return {**towers(), "hard_texts": unit(N)}, formula
+
+
+def sentences(own: bool) -> Case:
+    def formula(queries: Tensor, passages: Tensor, hard: Tensor) -> Tensor:
+        of_hard = torch.einsum("nd,nkd->nk" if own else "nd,kd->nk", queries, hard)
+        return F.cross_entropy(torch.cat((queries @ passages.T, of_hard), dim=1) / 0.05, torch.arange(N))
+
+    return {"queries": unit(N), "passages": unit(N), "hard": unit(N, 3) if own else unit(K)}, formula
+
+
+def several_positives() -> Case:
+    ids, passage_ids = torch.arange(N) % 4, torch.arange(K) % 5  # of id 4 there is no query
+    i, j = (ids[:, None] == passage_ids).nonzero(as_tuple=True)
+
+    def formula(queries: Tensor, passages: Tensor, **_: Tensor) -> Tensor:
+        logits = queries @ passages.T / 0.05
+        negatives = logits.masked_fill(ids[:, None] == passage_ids, -torch.inf)
+        positives = logits[i, j]
+        return (torch.cat((positives[:, None], negatives[i]), dim=1).logsumexp(dim=1) - positives).mean()
+
+    given = {"queries": unit(N), "passages": unit(K), "ids": ids, "passage_ids": passage_ids, "i": i, "j": j}
+    return given, formula
+
+
+def colbert() -> Case:
+    def formula(query_tokens: Tensor, passage_tokens: Tensor, query_mask: Tensor, passage_mask: Tensor) -> Tensor:
+        products = torch.einsum("mtd,npd->mntp", query_tokens, passage_tokens)
+        best = products.masked_fill(~passage_mask[None, :, None], -torch.inf).amax(dim=-1)
+        return F.cross_entropy((best * query_mask[:, None]).sum(dim=-1), torch.arange(N))
+
+    lengths = torch.arange(N)[:, None]
+    given = {"query_mask": torch.arange(P) < 1 + lengths % P, "passage_mask": torch.arange(T) < 1 + lengths % T}
+    return {"query_tokens": unit(N, P), "passage_tokens": unit(N, T), **given}, formula
+
+
+CASES: dict[str, list[Callable[[], Case]]] = {
+    "CLIP": [clip],
+    "LiT": [lit],
+    "SigLIP": [siglip],
+    "SimCLR": [simclr],
+    "MoCo": [moco],
+    "SupCon": [lambda: supcon(views=False), lambda: supcon(views=True)],
+    "UniCL": [unicl],
+    "NegCLIP": [negclip],
+    "sentence embeddings, hard negatives": [lambda: sentences(own=False), lambda: sentences(own=True)],
+    "several positives": [several_positives],
+    "ColBERT": [colbert],
+}
+ROWS = dict(
+    re.findall(
+        r"^\| ([^|]+) \| (`[^|]+`) \|$", README.partition("## Which call")[2].partition("\n## ")[0], re.MULTILINE
+    )
+)
+NAMES = {"torch": torch, "F": F, **{name: getattr(fused_contrastive, name) for name in fused_contrastive.__all__}}
+
+
+def typed(training: str, given: dict[str, Tensor]) -> list[object]:
+    """What each piece of code in the training's row gives; an assignment gives None."""
+    session = {**NAMES, **given}
+    results = []
+    for code in re.findall("`([^`]+)`", ROWS[training]):
+        exec(code if re.match(r"\w+ = ", code) else f"result = {code}", session)
+        results.append(session.pop("result", None))
+    return results
+
+
+def test_every_training_is_tested() -> None:
+    assert set(ROWS) == {*CASES, "COCO retrieval, scored"}
+
+
+@pytest.mark.parametrize(("training", "case"), [(name, k) for name, cases in CASES.items() for k in range(len(cases))])
+def test_a_training_s_call_is_the_textbook_s(training: str, case: int) -> None:
+    """Its value and the gradients of whatever is learned."""
+    given, formula = CASES[training][case]()
+    learned = [tensor for tensor in given.values() if tensor.is_leaf and tensor.requires_grad]
+    *_, ours = typed(training, given)
+    assert isinstance(ours, Tensor)
+    theirs = formula(**given)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    found = torch.autograd.grad(ours, learned, retain_graph=True, allow_unused=True)
+    expected = torch.autograd.grad(theirs, learned, allow_unused=True)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_coco_s_recall() -> None:
+    """The best of an image's captions counts; images have 1 to P of them."""
+    image_of = torch.arange(N).repeat_interleave(torch.arange(N) % P + 1)
+    image_of = image_of[torch.randperm(len(image_of))]
+    captions_of = torch.full((N, P), -1)
+    for n in range(N):
+        own = (image_of == n).nonzero()[:, 0]
+        captions_of[n, : len(own)] = own
+    images, captions = unit(N).detach(), unit(len(image_of)).detach()
+    to_text, to_image = typed(
+        "COCO retrieval, scored",
+        {"images": images, "captions": captions, "captions_of": captions_of, "image_of": image_of},
+    )
+    order = (images @ captions.T).argsort(dim=1, descending=True)
+    back = (captions @ images.T).argsort(dim=1, descending=True)
+    for k in (1, 5, 10):
+        hits = [any(image_of[c] == n for c in order[n, :k]) for n in range(N)]
+        assert math.isclose(to_text[k], sum(hits) / N)
+        hits = [image_of[c] in back[c, :k] for c in range(len(image_of))]
+        assert math.isclose(to_image[k], sum(hits) / len(image_of))
+
+
+def test_the_swap() -> None:
+    """Before and after give the same."""
+    (swap,) = BLOCK.findall(README)
+    given, losses = towers(), []
+    for code in swap.split("# after\n"):
+        session = {"torch": torch, "F": F, **given}
+        exec(code, session)
+        losses.append(session["loss"])
+    torch.testing.assert_close(*losses)
+
+
+def test_readme_is_short() -> None:
+    """All of it, code and tables included, as `wc -w` counts."""
+    assert len(README.split()) <= 1000

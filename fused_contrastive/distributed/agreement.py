@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fused_contrastive.core.memory import total_memory
+from fused_contrastive.core.modes import refuse_transforms
 from fused_contrastive.core.reduction import Reduction
 from fused_contrastive.distributed.batch import GlobalBatch
 from fused_contrastive.distributed.collectives import all_gather_single, reported, summed
@@ -220,6 +221,7 @@ def collective(function: Callable[P, R]) -> Callable[P, R]:
         call = Call(GlobalBatch.of(group))
         options["group"] = call
         try:
+            refuse_transforms("group")
             return function(*args, **options)
         except Exception as error:
             call.fail(error)

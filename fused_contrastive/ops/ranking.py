@@ -16,8 +16,11 @@ from torch import Tensor
 
 from fused_contrastive.backends.contract import Backend
 from fused_contrastive.core import checks
+from fused_contrastive.core.modes import is_plain
 from fused_contrastive.core.spec import autocast_enabled, compute_dtype
 from fused_contrastive.ops import dispatch
+from fused_contrastive.ops.schema import library
+from fused_contrastive.ops.transforms import register_constant
 
 # Rows and columns of a block, wider where there are fewer rows: 16 MB of float32, on a GPU 64 MB and a few times that
 # for the keys by which it sorts.
@@ -72,11 +75,18 @@ def rank(
         RuntimeError: the backend cannot run here.
     """
     checks.feature_pair("queries", queries, "candidates", candidates)
-    m, n = queries.shape[0], candidates.shape[0]
-    checks.count("k", k, n, "N, the number of candidates")
+    checks.count("k", k, candidates.shape[0], "N, the number of candidates")
     if scale is not None:
         scale = checks.scalar("scale", scale)
-    chosen = dispatch.BACKENDS[dispatch.resolve(backend, queries.device, queries.dtype)]
+        if not isinstance(scale, Tensor):
+            scale = queries.new_full((), scale, dtype=compute_dtype(queries.dtype))
+    chosen = dispatch.resolve(backend, queries.device, queries.dtype)
+    run = _rank if is_plain(queries, candidates, scale) else torch.ops.fused_contrastive.rank
+    return Ranking(*run(queries, candidates, k, scale, chosen))
+
+
+def _rank(queries: Tensor, candidates: Tensor, k: int, scale: Tensor | None, backend: str) -> tuple[Tensor, Tensor]:
+    chosen, m = dispatch.BACKENDS[backend], queries.shape[0]
     with plain(queries):
         walk = _Walk(queries, candidates)
         values = queries.new_empty((m, k), dtype=compute_dtype(queries.dtype))
@@ -88,7 +98,7 @@ def rank(
                 if scale is not None:
                     scores *= scale
                 chosen.merge_top_k(scores, columns.start, values[rows], indices[rows])
-    return Ranking(values, indices)
+    return values, indices
 
 
 def target_ranks(
@@ -122,8 +132,17 @@ def target_ranks(
             raise ValueError(f"targets: got None for M = {m} queries and N = {n} candidates, expected targets as M > N")
     else:
         checks.vector("targets", targets, m, queries, of="one candidate per query", integer=True)
-        checks.target_range(targets, n)
-    chosen = dispatch.BACKENDS[dispatch.resolve(backend, queries.device, queries.dtype)]
+    chosen = dispatch.resolve(backend, queries.device, queries.dtype)
+    plainly = is_plain(queries, candidates, targets)
+    run = _target_ranks if plainly else torch.ops.fused_contrastive.target_ranks
+    found: Tensor = run(queries, candidates, targets, chosen)
+    return found
+
+
+def _target_ranks(queries: Tensor, candidates: Tensor, targets: Tensor | None, backend: str) -> Tensor:
+    if targets is not None:
+        checks.target_range(targets, candidates.shape[0])
+    chosen, m = dispatch.BACKENDS[backend], queries.shape[0]
     with plain(queries):
         walk = _Walk(queries, candidates)
         everyone = torch.arange(m, device=queries.device)
@@ -134,6 +153,25 @@ def target_ranks(
         for rows, holding in zip(walk.rows, walk.holding(on_host), strict=True):
             _count(walk, queries[order[rows]], own[rows], holding, chosen, counts[rows])
         return torch.empty_like(counts).index_copy_(0, order, counts)
+
+
+library.define("rank(Tensor queries, Tensor candidates, SymInt k, Tensor? scale, str backend) -> (Tensor, Tensor)")
+library.define("target_ranks(Tensor queries, Tensor candidates, Tensor? targets, str backend) -> Tensor")
+library.impl("rank", _rank, "CompositeExplicitAutograd")
+library.impl("target_ranks", _target_ranks, "CompositeExplicitAutograd")
+register_constant("rank")
+register_constant("target_ranks")
+
+
+@torch.library.register_fake("fused_contrastive::rank", lib=library)
+def _fake_rank(queries, candidates, k, scale, backend):  # type: ignore[no-untyped-def]
+    shape = (queries.shape[0], k)
+    return queries.new_empty(shape, dtype=compute_dtype(queries.dtype)), queries.new_empty(shape, dtype=torch.int64)
+
+
+@torch.library.register_fake("fused_contrastive::target_ranks", lib=library)
+def _fake_target_ranks(queries, candidates, targets, backend):  # type: ignore[no-untyped-def]
+    return queries.new_empty(queries.shape[0], dtype=torch.int64)
 
 
 def _count(

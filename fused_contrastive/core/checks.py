@@ -8,8 +8,6 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-from fused_contrastive.core.modes import refuse_jit_trace
-
 FEATURE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 DIRECTIONS = ("row", "col")
 
@@ -25,7 +23,6 @@ def features(name: str, value: object, empty: bool = False) -> None:
 
 
 def _floating(name: str, value: object, dims: int, shape: str, sizes: str, empty: bool = False) -> None:
-    refuse_jit_trace()
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: got {type(value).__name__}, expected a torch.Tensor of shape {shape}")
     if value.dtype not in FEATURE_DTYPES:

@@ -218,10 +218,10 @@ def collective(function: Callable[P, R]) -> Callable[P, R]:
         group = options.get("group")
         if group is None or isinstance(group, Call):
             return function(*args, **options)
+        refuse_transforms("group")  # in which nothing can be exchanged either
         call = Call(GlobalBatch.of(group))
         options["group"] = call
         try:
-            refuse_transforms("group")
             return function(*args, **options)
         except Exception as error:
             call.fail(error)

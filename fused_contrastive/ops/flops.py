@@ -12,6 +12,8 @@ from collections.abc import Callable
 from importlib.machinery import ModuleSpec
 from typing import Any
 
+import torch
+
 from fused_contrastive.core.spec import StatsSpec
 
 Shape = tuple[int, ...]
@@ -23,11 +25,14 @@ def _pairs(rows: int, n: int, upper: bool) -> int:
 
 
 def _stats_forward(x: Shape, y: Shape, *problem: Any, **_: Any) -> int:
-    return 2 * x[1] * _pairs(x[0], y[0], StatsSpec(*problem[:-1]).upper)
+    spec = StatsSpec(*problem[:-1])
+    return 2 * x[1] * _pairs(x[0], y[0], spec.upper)
 
 
-def _stats_backward(*arguments: Any, **_: Any) -> int:
-    needs, x, y, *problem = arguments[6:]
+def _stats_backward(
+    g_pos: Any, g_row: Any, g_col: Any, row: Any, col: Any, kept: Any, needs: list[bool], x: Shape, y: Shape,
+    *problem: Any, **_: Any,
+) -> int:  # fmt: skip
     spec = StatsSpec(*problem[:-1])
     pairs = _pairs(x[0], y[0], spec.upper)
     again = pairs - _pairs(spec.kept_rows, y[0], spec.upper)
@@ -39,11 +44,11 @@ def _max_sim_forward(x: Shape, y: Shape, *_: Any, **__: Any) -> int:
 
 
 def _max_sim_backward(
-    g_x: Any, g_y: Any, argmax_x: Any, argmax_y: Any, needs: Any, x: Shape, y: Shape, x_mask: Any, y_mask: Any,
+    g_x: Any, g_y: Any, argmax_x: Any, argmax_y: Any, needs: list[bool], x: Shape, y: Shape, x_mask: Any, y_mask: Any,
     both: bool, kept: int, *_: Any, **__: Any,
 ) -> int:  # fmt: skip
     """The gradient of a token's maximum is one row of the other item, for each of the pair."""
-    (m, t, d), (n, p, _) = x, y
+    (m, t, d), n, p = x, y[0], y[1]
     maxima = m * n * ((t if g_x is not None else 0) + (p if both and g_y is not None else 0))
     return 2 * d * ((m - kept) * n * t * p + maxima * sum(needs))
 
@@ -63,7 +68,6 @@ FORMULAS: dict[str, Callable[..., int]] = {
 
 
 def _register() -> None:
-    import torch
     from torch.utils.flop_counter import register_flop_formula
 
     for name, formula in FORMULAS.items():

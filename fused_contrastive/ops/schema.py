@@ -81,7 +81,7 @@ library.impl("stats_backward", stats_backward, "CompositeExplicitAutograd")
 
 
 def forward_within(spec: StatsSpec, x: Tensor, y: Tensor, backend: str) -> Forward:
-    """For a node of the graph that differentiates itself: the backend, by way of the operator if something intercepts."""
+    """For a node of the graph with a backward of its own: the backend, or the operator where something intercepts."""
     if is_plain(x, y):
         with without_autocast(x):
             return BACKENDS[backend].stats_forward(spec, x, y)
@@ -96,9 +96,7 @@ def backward_within(
         with without_autocast(x):
             return BACKENDS[backend].stats_backward(spec, x, y, saved=saved, upstream=upstream, needs=needs)
     _, row, col, kept = saved
-    gradients = torch.ops.fused_contrastive.stats_backward(
-        *upstream, row, col, kept, needs[:4], x, y, *spec, backend
-    )
+    gradients = torch.ops.fused_contrastive.stats_backward(*upstream, row, col, kept, needs[:4], x, y, *spec, backend)
     return Gradients(*(g if asked else None for g, asked in zip(gradients, needs[:4], strict=True)))
 
 

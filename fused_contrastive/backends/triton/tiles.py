@@ -53,7 +53,7 @@ def tile_at(index, tiles_m, tiles_n, GROUP: tl.constexpr):
 
 @triton.jit
 def corner(height, width, TILE: tl.constexpr):
-    """The first row and column of this program's tile in a block (height, width); axis 0 of the grid is all its tiles."""
+    """The first row and column of this program's tile in a block (height, width). Axis 0 of the grid: its tiles."""
     tiles_m = tl.cdiv(height, TILE.block_m)
     tile_m, tile_n = tile_at(tl.program_id(0), tiles_m, tl.cdiv(width, TILE.block_n), TILE.group)
     return tile_m * TILE.block_m, tile_n * TILE.block_n

@@ -11,11 +11,14 @@ from fused_contrastive.losses.nt_xent import NTXentLoss, nt_xent_loss
 from fused_contrastive.losses.siglip import SigLipLoss, siglip_loss
 from fused_contrastive.losses.supcon import SupConLoss, supcon_loss
 from fused_contrastive.losses.x_clip import x_clip_loss
+from fused_contrastive.ops import flops
 from fused_contrastive.ops.max_sim import MaxSimScores, max_sim
 from fused_contrastive.ops.ranking import Ranking, rank, target_ranks
 from fused_contrastive.ops.stats import ContrastiveStats, SigmoidStats, contrastive_stats, self_stats, sigmoid_stats
 from fused_contrastive.verification.compare import Verification, verify
 from fused_contrastive.verification.watch import verify_against_reference
+
+flops.register()
 
 __version__ = "0.1.0"
 

@@ -8,6 +8,8 @@ from numbers import Real
 import torch
 from torch import Tensor
 
+from fused_contrastive.core.modes import is_plain
+
 FEATURE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 DIRECTIONS = ("row", "col")
 
@@ -217,7 +219,7 @@ def mask(name: str, value: object, shape: Sequence[int], of_name: str, of: Tenso
         return value
     # A mask to be added to logits, of 0 and -inf, means the opposite.
     valid = ((value == 0) | (value == 1)).all()
-    if value.device.type != "cpu" or torch.compiler.is_compiling():
+    if value.device.type != "cpu" or not is_plain(value):
         torch._assert_async(valid, f"{name}: expected values 0 and 1")
     elif not valid:
         raise ValueError(f"{name}: got values from {value.min()} to {value.max()}, expected {expected()}")

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fused_contrastive.core.memory import total_memory
+from fused_contrastive.core.modes import refuse_transforms
 from fused_contrastive.core.reduction import Reduction
 from fused_contrastive.distributed.batch import GlobalBatch
 from fused_contrastive.distributed.collectives import all_gather_single, reported, summed
@@ -217,6 +218,7 @@ def collective(function: Callable[P, R]) -> Callable[P, R]:
         group = options.get("group")
         if group is None or isinstance(group, Call):
             return function(*args, **options)
+        refuse_transforms("group")  # in which nothing can be exchanged either
         call = Call(GlobalBatch.of(group))
         options["group"] = call
         try:

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from fused_contrastive.core import checks
+from fused_contrastive.core.modes import is_plain
 from fused_contrastive.core.observing import observed
 from fused_contrastive.core.reduction import REDUCTIONS, Reduction
 from fused_contrastive.core.spec import BackendName, compute_dtype
 from fused_contrastive.distributed.agreement import Agreed, Group, agree, collective
 from fused_contrastive.losses import terms
 from fused_contrastive.ops.at_once import loss_at_once
-from fused_contrastive.ops.autograd import is_plain
 from fused_contrastive.ops.cross_entropy import cross_entropy
 from fused_contrastive.ops.normalize import normalized
 from fused_contrastive.ops.own_dots import own_dots

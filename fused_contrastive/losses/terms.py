@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from fused_contrastive.core import checks
+from fused_contrastive.core.modes import is_plain
 from fused_contrastive.core.reduction import REDUCTIONS, Reduction, reduce
 from fused_contrastive.core.spec import compute_dtype
 from fused_contrastive.distributed.agreement import Agreed
 from fused_contrastive.ops import dispatch
-from fused_contrastive.ops.autograd import is_plain
 from fused_contrastive.ops.row_dots import RowMap, row_dots
 
 

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from fused_contrastive.core import checks
+from fused_contrastive.core.modes import is_plain
 from fused_contrastive.core.spec import Needs, StatsSpec, compute_dtype
 from fused_contrastive.ops import dispatch
-from fused_contrastive.ops.autograd import is_plain, second_backward
 from fused_contrastive.ops.schema import without_autocast
 from fused_contrastive.ops.stats import Problem
+from fused_contrastive.ops.transforms import second_backward
 
 _BEFORE_SPEC = 2  # inputs of _AtOnce: x, y, the fields of the spec, and the three after them
 _AFTER_SPEC = 3
@@ -38,14 +39,14 @@ def loss_at_once(
     With ``reduction="softplus"`` among the ``options``, which are fields of the StatsSpec, of ``row + softplus(-pos)``.
     ``normalize``: of the features divided by their lengths, which are made where they are read and never held; float32
     or float64. A scalar in the compute dtype; or None where it would save nothing, or cannot be had: no gradients are
-    asked, the memory budget takes all products, the backend has no such walk, something traces.
+    asked, the memory budget takes all products, the backend has no such walk, something traces or intercepts.
     """
     backend = dispatch.BACKENDS[problem.backend]
     if not hasattr(backend, "stats_at_once") or problem.group is not None or not problem.is_differentiable():
         return None
     x, m = problem.x, problem.x.shape[0]
     spec = problem.spec._replace(cols=False, **options)
-    if not all(is_plain(t) for t in (x, problem.y, *spec) if isinstance(t, Tensor)):
+    if not is_plain(x, problem.y, *spec):
         return None
     sums_at_once = spec.reduction == "softplus" and getattr(backend, "SUMS_AT_ONCE", False)
     if problem.rows_to_keep() == m and not sums_at_once:

@@ -15,8 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fused_contrastive.core.modes import is_plain
 from fused_contrastive.core.spec import Forward, StatsSpec
 from fused_contrastive.ops import dispatch, schema
+from fused_contrastive.ops.transforms import register_formula, second_backward
 
 INPUTS = 2 + len(StatsSpec._fields) + 1  # of stats_forward: x, y, the problem, the backend
 
@@ -57,11 +59,6 @@ def _adds_both(options: list[Any]) -> bool:
     return getattr(dispatch.BACKENDS[options[-1]], "JOINT", False)
 
 
-def is_plain(x: Tensor) -> bool:
-    """An ordinary tensor in eager mode: not a subclass with its own dispatch, and nothing traces."""
-    return (type(x) is Tensor or type(x) is torch.nn.Parameter) and not torch.compiler.is_compiling()
-
-
 class _Eager(torch.autograd.Function):
     """The same implementation and formula without the dispatcher's Python layers, which cost 200 us a call."""
 
@@ -77,19 +74,10 @@ class _Eager(torch.autograd.Function):
 
 def stats_forward(x: Tensor, *rest: Any, differentiable: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The operator: through torch.ops where something traces or intercepts, else directly."""
-    if not all(is_plain(t) for t in (x, *rest) if isinstance(t, Tensor)):
+    if not is_plain(x, *rest):
         return torch.ops.fused_contrastive.stats_forward(x, *rest)  # type: ignore[no-any-return]
     return _Eager.apply(x, *rest) if differentiable else schema.stats_forward(x, *rest)  # type: ignore[no-untyped-call]
 
 
-def second_backward(ctx: Any, *_: Tensor) -> None:
-    raise RuntimeError(
-        "fused_contrastive: double backward is not supported (the gradients' own gradient was asked, for example by "
-        "create_graph=True or a gradient penalty); use the eager formula for that term"
-    )
-
-
-torch.library.register_autograd(
-    "fused_contrastive::stats_forward", backward, setup_context=setup_context, lib=schema.library
-)
-torch.library.register_autograd("fused_contrastive::stats_backward", second_backward, lib=schema.library)
+register_formula("stats_forward", backward, setup_context)
+register_formula("stats_backward", second_backward)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fused_contrastive.core.modes import is_plain
 from fused_contrastive.core.reduction import Reduction
 from fused_contrastive.core.spec import BackendName
 from fused_contrastive.ops import dispatch
-from fused_contrastive.ops.autograd import is_plain
 
 
 def cross_entropy(
@@ -29,6 +29,6 @@ def cross_entropy(
     something traces, it is the plain formula, for the compiler to fuse.
     """
     name = "reference"
-    if is_plain(pos):  # a backend that was named takes these vectors whatever the features' dtype
+    if is_plain(pos, *normalisers):  # a backend that was named takes these vectors whatever the features' dtype
         name = dispatch.resolve(backend, pos.device, dtype if backend == "auto" else torch.float32)
     return dispatch.BACKENDS[name].cross_entropy(pos, normalisers, decoupled, reduction, dtype)

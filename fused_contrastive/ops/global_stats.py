@@ -23,9 +23,8 @@ from fused_contrastive.core.memory import products_to_keep
 from fused_contrastive.core.spec import Forward, Gradients, Needs, StatsSpec, Upstream, compute_dtype, statistics_dtype
 from fused_contrastive.distributed.agreement import Agreed
 from fused_contrastive.distributed.collectives import gather_rows, merge_log_sums, scatter_sum
-from fused_contrastive.ops import ring
+from fused_contrastive.ops import ring, schema
 from fused_contrastive.ops.dispatch import BACKENDS
-from fused_contrastive.ops.schema import without_autocast
 
 
 class Problem(NamedTuple):
@@ -50,13 +49,13 @@ class _Gather(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, y: Tensor, scale: Tensor, col_bias: Tensor | None, problem: Problem
     ) -> tuple[Tensor, ...]:
-        agreed, spec, backend = problem.agreed, problem.spec, BACKENDS[problem.backend]
+        agreed, spec = problem.agreed, problem.spec
         sizes, group = agreed.cols, agreed.group
         everything = gather_rows(y, sizes, group)
         columns = len(everything)
         kept = 0
         if agreed.differentiable:
-            kept = products_to_keep(x, columns, backend.kept, problem.budget)
+            kept = products_to_keep(x, columns, BACKENDS[problem.backend].kept, problem.budget)
         spec = spec._replace(
             scale=scale,
             col_bias=None if col_bias is None else gather_rows(col_bias, sizes, group),
@@ -66,8 +65,7 @@ class _Gather(torch.autograd.Function):
         if spec.targets is not None and len(x):
             checks.target_range(spec.targets, columns)
         if len(x):
-            with without_autocast(x):
-                pos, row, col, products = backend.stats_forward(spec, x, everything)
+            pos, row, col, products = schema.forward_within(spec, x, everything, problem.backend)
         else:
             pos, row, col, products = _of_no_rows(spec, x, columns)
         if spec.cols:
@@ -86,11 +84,10 @@ class _Gather(torch.autograd.Function):
             g_col = gather_rows(_or_zeros(g_col, sizes[agreed.rank], row), sizes, group)
         needs = Needs(ctx.needs[0], True, ctx.needs[2], spec.col_bias is not None)
         if len(x):
-            with without_autocast(x):
-                dx, dy, dscale, dcol_bias = BACKENDS[ctx.problem.backend].stats_backward(
-                    spec, x, everything, saved=Forward(row, row, col, products),
-                    upstream=Upstream(g_pos, g_row if spec.rows else None, g_col), needs=needs,
-                )  # fmt: skip
+            saved, upstream = Forward(row, row, col, products), Upstream(g_pos, g_row if spec.rows else None, g_col)
+            dx, dy, dscale, dcol_bias = schema.backward_within(
+                spec, x, everything, saved, upstream, needs, ctx.problem.backend
+            )
         else:
             dx, dy, dscale, dcol_bias = _zeros(spec, x, everything)
         assert dy is not None
@@ -106,8 +103,7 @@ class _Ring(torch.autograd.Function):
         ctx: Any, x: Tensor, y: Tensor, scale: Tensor, col_bias: Tensor | None, problem: Problem
     ) -> tuple[Tensor, ...]:
         spec = problem.spec._replace(scale=scale, col_bias=col_bias)
-        with without_autocast(x):
-            pos, row, col = ring.forward(problem.agreed, spec, BACKENDS[problem.backend], x, y)
+        pos, row, col = ring.forward(problem.agreed, spec, problem.backend, x, y)
         ctx.set_materialize_grads(False)
         ctx.problem, ctx.spec, ctx.needs = problem, spec, ctx.needs_input_grad
         ctx.save_for_backward(x, y, row, col)
@@ -118,11 +114,10 @@ class _Ring(torch.autograd.Function):
         x, y, row, col = ctx.saved_tensors
         if ctx.spec.cols:
             g_col = _or_zeros(g_col, len(y), row)
-        with without_autocast(x):
-            dx, dy, dscale, dcol_bias = ring.backward(
-                ctx.problem.agreed, ctx.spec, BACKENDS[ctx.problem.backend], x, y, (row, col),
-                Upstream(g_pos, g_row if ctx.spec.rows else None, g_col),
-            )  # fmt: skip
+        dx, dy, dscale, dcol_bias = ring.backward(
+            ctx.problem.agreed, ctx.spec, ctx.problem.backend, x, y, (row, col),
+            Upstream(g_pos, g_row if ctx.spec.rows else None, g_col),
+        )  # fmt: skip
         needs = ctx.needs
         return dx, dy, dscale if needs[2] else None, dcol_bias if needs[3] else None, None
 

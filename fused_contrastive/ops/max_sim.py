@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fused_contrastive.core import checks
 from fused_contrastive.core.memory import rows_to_keep
+from fused_contrastive.core.modes import is_plain
 from fused_contrastive.core.spec import BackendName, compute_dtype
 from fused_contrastive.core.tokens import (
     MaxSimForward,
@@ -28,9 +29,9 @@ from fused_contrastive.core.tokens import (
     valid_first,
 )
 from fused_contrastive.ops import dispatch
-from fused_contrastive.ops.autograd import is_plain, second_backward
 from fused_contrastive.ops.schema import library, without_autocast
 from fused_contrastive.ops.stats import autocast
+from fused_contrastive.ops.transforms import register_formula, second_backward
 
 REDUCTIONS = ("sum", "mean")
 DIRECTIONS = ("x", "y", "both")
@@ -125,10 +126,8 @@ class _Eager(torch.autograd.Function):
     backward = staticmethod(_backward)
 
 
-torch.library.register_autograd(
-    "fused_contrastive::max_sim_forward", _backward, setup_context=_setup_context, lib=library
-)
-torch.library.register_autograd("fused_contrastive::max_sim_backward", second_backward, lib=library)
+register_formula("max_sim_forward", _backward, _setup_context)
+register_formula("max_sim_backward", second_backward)
 
 
 class MaxSimScores(NamedTuple):
@@ -236,7 +235,7 @@ def _sums(
         row = bytes_of_row(x, y, both)
         kept = rows_to_keep(x.shape[0], lambda rows: ((rows, row), torch.uint8), budget, x.device)
     inputs = (x, y, x_mask, y_mask, both, kept, backend)
-    if not (is_plain(x) and is_plain(y)):
+    if not is_plain(x, y, x_mask, y_mask):
         x_sums, y_sums, _, _ = torch.ops.fused_contrastive.max_sim_forward(*inputs)
     elif differentiable:
         x_sums, y_sums, _, _ = _Eager.apply(*inputs)  # type: ignore[no-untyped-call]

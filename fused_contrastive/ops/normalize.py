@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fused_contrastive.core.modes import is_plain
 from fused_contrastive.core.spec import BackendName, compute_dtype
 from fused_contrastive.core.unit import unit_rows
 from fused_contrastive.ops import dispatch
-from fused_contrastive.ops.autograd import is_plain
 
 
 def normalized(*views: Tensor, backend: BackendName = "auto") -> Tensor:
@@ -17,7 +17,7 @@ def normalized(*views: Tensor, backend: BackendName = "auto") -> Tensor:
     The gradient that the result is given must be for it alone: the backward writes to it. Where something traces, it is
     the plain formula, for the compiler to fuse.
     """
-    if all(is_plain(x) for x in views) and views[0].dtype in (torch.float32, torch.float64):
+    if is_plain(*views) and views[0].dtype in (torch.float32, torch.float64):
         chosen = dispatch.resolve(backend, views[0].device, views[0].dtype)
         return dispatch.BACKENDS[chosen].normalize(*views)
     x = torch.cat(views) if len(views) > 1 else views[0]

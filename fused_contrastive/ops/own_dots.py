@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fused_contrastive.core.modes import is_plain
 from fused_contrastive.core.spec import compute_dtype
 from fused_contrastive.core.unit import LEAST_NORM, unit_rows
-from fused_contrastive.ops.autograd import is_plain
 from fused_contrastive.ops.schema import without_autocast
 
 ELEMENTS = 1 << 20  # of ``own`` that are in the compute dtype at one time
@@ -30,7 +30,7 @@ def own_dots(x: Tensor, own: Tensor, mask: Tensor | None = None, unit: bool = Fa
             and it passes no gradient on.
         unit: the columns are L2-normalised first.
     """
-    if is_plain(x) and is_plain(own):
+    if is_plain(x, own, mask):
         return _OwnDots.apply(x, own, mask, unit)  # type: ignore[no-any-return, no-untyped-call]
     return _formula(x, own, mask, unit)
 

@@ -16,9 +16,12 @@ from torch import Tensor
 
 from fused_contrastive.backends.contract import Backend
 from fused_contrastive.core import checks
+from fused_contrastive.core.modes import is_plain
 from fused_contrastive.core.order import ahead
 from fused_contrastive.core.spec import BackendName, autocast_enabled, compute_dtype
 from fused_contrastive.ops import dispatch
+from fused_contrastive.ops.schema import library
+from fused_contrastive.ops.transforms import register_constant
 
 # Rows and columns of a block, wider where there are fewer rows: 16 MB of float32, on a GPU 64 MB and a few times that
 # for the keys by which it sorts.
@@ -75,11 +78,18 @@ def rank(
         RuntimeError: the backend cannot run here.
     """
     checks.feature_pair("queries", queries, "candidates", candidates)
-    m, n = queries.shape[0], candidates.shape[0]
-    checks.count("k", k, n, "N, the number of candidates")
+    checks.count("k", k, candidates.shape[0], "N, the number of candidates")
     if scale is not None:
         scale = checks.scalar("scale", scale)
-    chosen = dispatch.BACKENDS[dispatch.resolve(backend, queries.device, queries.dtype)]
+        if not isinstance(scale, Tensor):
+            scale = queries.new_full((), scale, dtype=compute_dtype(queries.dtype))
+    chosen = dispatch.resolve(backend, queries.device, queries.dtype)
+    run = _rank if is_plain(queries, candidates, scale) else torch.ops.fused_contrastive.rank
+    return Ranking(*run(queries, candidates, k, scale, chosen))
+
+
+def _rank(queries: Tensor, candidates: Tensor, k: int, scale: Tensor | None, backend: str) -> tuple[Tensor, Tensor]:
+    chosen, m = dispatch.BACKENDS[backend], queries.shape[0]
     with plain(queries):
         walk = _Walk(queries, candidates)
         values = queries.new_empty((m, k), dtype=compute_dtype(queries.dtype))
@@ -91,7 +101,7 @@ def rank(
                 if scale is not None:
                     scores *= scale
                 chosen.merge_top_k(scores, columns.start, values[rows], indices[rows])
-    return Ranking(values, indices)
+    return values, indices
 
 
 def target_ranks(
@@ -133,8 +143,16 @@ def target_ranks(
     m, n = queries.shape[0], candidates.shape[0]
     if exclude_self and m != n:
         raise ValueError(f"exclude_self: got True for {m} queries and {n} candidates, expected as many of both")
-    answers = _answers(targets, queries, n, exclude_self)
-    chosen = dispatch.BACKENDS[dispatch.resolve(backend, queries.device, queries.dtype)]
+    targets = _checked_targets(targets, queries, n, exclude_self)
+    chosen = dispatch.resolve(backend, queries.device, queries.dtype)
+    plainly = is_plain(queries, candidates, targets)
+    run = _target_ranks if plainly else torch.ops.fused_contrastive.target_ranks
+    found: Tensor = run(queries, candidates, targets, exclude_self, chosen)
+    return found
+
+
+def _target_ranks(queries: Tensor, candidates: Tensor, targets: Tensor, exclude_self: bool, backend: str) -> Tensor:
+    chosen, answers = dispatch.BACKENDS[backend], _answers(targets, len(candidates), exclude_self)
     with plain(queries):
         walk = _Walk(queries, candidates)
         order = answers[:, 0].argsort(stable=True)
@@ -148,8 +166,29 @@ def target_ranks(
         return torch.empty_like(counts).index_copy_(0, order, counts)
 
 
-def _answers(targets: Tensor | None, queries: Tensor, n: int, exclude_self: bool) -> Tensor:
-    """(M, P) right answers, ascending, on the CPU; a row that has fewer names one of them several times."""
+library.define("rank(Tensor queries, Tensor candidates, SymInt k, Tensor? scale, str backend) -> (Tensor, Tensor)")
+library.define(
+    "target_ranks(Tensor queries, Tensor candidates, Tensor targets, bool exclude_self, str backend) -> Tensor"
+)
+library.impl("rank", _rank, "CompositeExplicitAutograd")
+library.impl("target_ranks", _target_ranks, "CompositeExplicitAutograd")
+register_constant("rank")
+register_constant("target_ranks")
+
+
+@torch.library.register_fake("fused_contrastive::rank", lib=library)
+def _fake_rank(queries, candidates, k, scale, backend):  # type: ignore[no-untyped-def]
+    shape = (queries.shape[0], k)
+    return queries.new_empty(shape, dtype=compute_dtype(queries.dtype)), queries.new_empty(shape, dtype=torch.int64)
+
+
+@torch.library.register_fake("fused_contrastive::target_ranks", lib=library)
+def _fake_target_ranks(queries, candidates, targets, exclude_self, backend):  # type: ignore[no-untyped-def]
+    return queries.new_empty(queries.shape[0], dtype=torch.int64)
+
+
+def _checked_targets(targets: Tensor | None, queries: Tensor, n: int, exclude_self: bool) -> Tensor:
+    """(M, P) int64, of which the values are still to be checked."""
     m = queries.shape[0]
 
     def shape() -> str:
@@ -159,11 +198,16 @@ def _answers(targets: Tensor | None, queries: Tensor, n: int, exclude_self: bool
         if m != n or exclude_self:
             came = "with exclude_self=True" if exclude_self else f"for {m} queries and {n} candidates"
             raise ValueError(f"targets: got None {came}, expected the candidates that belong to each query: {shape()}")
-        return torch.arange(m, device="cpu")[:, None]
-    answers = checks.integers("targets", targets, queries, shape)
-    if answers.dim() not in (1, 2) or answers.shape[0] != m or answers.numel() == 0:
-        raise ValueError(f"targets: got shape {tuple(answers.shape)}, expected {shape()}")
-    answers = answers.detach().reshape(m, -1).cpu()
+        return torch.arange(m, device=queries.device)[:, None]
+    targets = checks.integers("targets", targets, queries, shape)
+    if targets.dim() not in (1, 2) or targets.shape[0] != m or 0 in targets.shape:
+        raise ValueError(f"targets: got shape {tuple(targets.shape)}, expected {shape()}")
+    return targets if targets.dim() == 2 else targets[:, None]
+
+
+def _answers(targets: Tensor, n: int, exclude_self: bool) -> Tensor:
+    """(M, P) right answers, ascending, on the CPU; a row that has fewer names one of them several times."""
+    answers = targets.detach().cpu()
     if answers.min() < -1 or answers.max() >= n:
         raise ValueError(
             f"targets: got values from {answers.min()} to {answers.max()}, expected 0 to {n - 1} (N - 1), or -1 for "
@@ -171,7 +215,7 @@ def _answers(targets: Tensor | None, queries: Tensor, n: int, exclude_self: bool
         )
     right = answers >= 0
     if exclude_self:
-        right &= answers != torch.arange(m, device="cpu")[:, None]
+        right &= answers != torch.arange(len(answers), device="cpu")[:, None]
     if not (has_one := right.any(dim=1)).all():
         without = " but itself" if exclude_self else ""
         raise ValueError(

@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fused_contrastive.backends.contract import Backend
 from fused_contrastive.core.spec import (
     Forward,
     Gradients,
@@ -22,9 +21,10 @@ from fused_contrastive.core.spec import (
     statistics_dtype,
 )
 from fused_contrastive.distributed.agreement import Agreed
+from fused_contrastive.ops import schema
 
 
-def forward(agreed: Agreed, spec: StatsSpec, backend: Backend, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def forward(agreed: Agreed, spec: StatsSpec, backend: str, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """pos (m,), row (m,) and col (n,) of this process's rows and columns."""
     stats, m = statistics_dtype(x.device), len(x)
     sums = spec.reduction == "softplus"
@@ -36,7 +36,7 @@ def forward(agreed: Agreed, spec: StatsSpec, backend: Backend, x: Tensor, y: Ten
         waiting = None if step == agreed.world - 1 else _pass_on(agreed, block)
         here, part = _of_block(agreed, spec, step, block)
         if m:
-            found = backend.stats_forward(part, x, block[0])
+            found = schema.forward_within(part, x, block[0], backend)
             pos = torch.where(here, found.pos, pos)
             if spec.rows:
                 row = row + found.row if sums else torch.logaddexp(row, found.row)
@@ -50,7 +50,7 @@ def forward(agreed: Agreed, spec: StatsSpec, backend: Backend, x: Tensor, y: Ten
 
 
 def backward(
-    agreed: Agreed, spec: StatsSpec, backend: Backend, x: Tensor, y: Tensor, saved: tuple[Tensor, Tensor],
+    agreed: Agreed, spec: StatsSpec, backend: str, x: Tensor, y: Tensor, saved: tuple[Tensor, Tensor],
     upstream: Upstream,
 ) -> Gradients:  # fmt: skip
     """Gradients of this process's rows and columns; of scale, the part of its rows."""
@@ -70,9 +70,9 @@ def backward(
             # Rows whose positive is elsewhere have none of its gradient here.
             g_pos = None if upstream.pos is None else torch.where(here, upstream.pos, 0)
             columns = (block[-2], block[-1]) if spec.cols else (col, None)
-            found = backend.stats_backward(
-                part, x, block[0], saved=Forward(row, row, columns[0], x.new_empty(0)),
-                upstream=Upstream(g_pos, upstream.row, columns[1]), needs=Needs(True, True, True, True),
+            found = schema.backward_within(
+                part, x, block[0], Forward(row, row, columns[0], x.new_empty(0)),
+                Upstream(g_pos, upstream.row, columns[1]), Needs(True, True, True, True), backend,
             )  # fmt: skip
             assert found.x is not None
             assert found.y is not None

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fused_contrastive.core.modes import is_plain
 from fused_contrastive.core.spec import compute_dtype
-from fused_contrastive.ops.autograd import is_plain
 
 RowMap = Callable[[Tensor], Tensor]  # (N, C) -> (N, C), a new tensor: linear, and the same for every column
 

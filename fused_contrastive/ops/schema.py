@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from fused_contrastive.core import checks
+from fused_contrastive.core.modes import is_plain
 from fused_contrastive.core.spec import (
     Forward,
+    Gradients,
     Needs,
     StatsSpec,
     Upstream,
@@ -76,6 +78,26 @@ def stats_backward(
 
 library.impl("stats_forward", stats_forward, "CompositeExplicitAutograd")
 library.impl("stats_backward", stats_backward, "CompositeExplicitAutograd")
+
+
+def forward_within(spec: StatsSpec, x: Tensor, y: Tensor, backend: str) -> Forward:
+    """For a node of the graph with a backward of its own: the backend, or the operator where something intercepts."""
+    if is_plain(x, y):
+        with without_autocast(x):
+            return BACKENDS[backend].stats_forward(spec, x, y)
+    return Forward(*torch.ops.fused_contrastive.stats_forward(x, y, *spec, backend))
+
+
+def backward_within(
+    spec: StatsSpec, x: Tensor, y: Tensor, saved: Forward, upstream: Upstream, needs: Needs, backend: str
+) -> Gradients:
+    """Likewise."""
+    if is_plain(x, y):
+        with without_autocast(x):
+            return BACKENDS[backend].stats_backward(spec, x, y, saved=saved, upstream=upstream, needs=needs)
+    _, row, col, kept = saved
+    gradients = torch.ops.fused_contrastive.stats_backward(*upstream, row, col, kept, needs[:4], x, y, *spec, backend)
+    return Gradients(*(g if asked else None for g, asked in zip(gradients, needs[:4], strict=True)))
 
 
 @torch.library.register_fake("fused_contrastive::stats_forward", lib=library)

@@ -1,0 +1,74 @@
+"""Whether a call is plain eager: nothing traces, transforms or intercepts it, and its tensors have memory to read.
+
+A backend's kernels read and write memory, which none of these would see; they see the registered operator. The question
+is asked several times a call, so it costs less than 1 us.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
+
+# Bound here: each look-up costs as much as the question.
+_is_compiling = torch.compiler.is_compiling
+_transforms_active = torch._C._are_functorch_transforms_active  # torch.func and torch.vmap
+_dispatch_modes = torch._C._len_torch_dispatch_stack  # TorchDispatchMode: FakeTensorMode, make_fx, FlopCounterMode
+_function_mode_enabled = torch._C._is_torch_function_mode_enabled
+_jit_trace = torch._C._get_tracing_state  # torch.jit.is_tracing() takes ten times as long
+
+# And what else is asked about most: a set answers faster than isinstance.
+_PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter, type(None), bool, int, float, str))
+
+NO_FORWARD_MODE = (
+    "fused_contrastive: forward-mode differentiation (torch.func.jvp, jacfwd, hessian, torch.autograd.forward_ad) is "
+    "not supported, expected reverse mode: torch.func.grad, vjp or jacrev, or torch.autograd.grad"
+)
+
+
+def is_plain(*values: Any) -> bool:
+    """Whether eager mode is all there is, and the tensors among ``values`` are no subclass with its own dispatch.
+
+    Raises:
+        RuntimeError: ``torch.jit.trace`` records, or a tensor carries a tangent of ``torch.autograd.forward_ad``: the
+            one would record uninitialised memory, the other be lost.
+    """
+    if _is_compiling():
+        return False
+    if _jit_trace() is not None:
+        raise RuntimeError(
+            "fused_contrastive: torch.jit.trace (and torch.onnx.export with dynamo=False) cannot record this function, "
+            "expected torch.export.export or torch.compile"
+        )
+    if _transforms_active():
+        return False
+    if forward_ad._current_level >= 0:
+        _refuse_tangents(values)
+    if _dispatch_modes() or (_function_mode_enabled() and not _only_default_device()):
+        return False
+    for value in values:  # noqa: SIM110 - all() takes a generator, which costs more than the loop
+        if type(value) not in _PLAIN_TYPES and isinstance(value, Tensor):
+            return False
+    return True
+
+
+def _only_default_device() -> bool:
+    """``torch.set_default_device`` is a mode, too, of which only functions without a tensor take notice."""
+    return all(type(mode) is DeviceContext for mode in _get_current_function_mode_stack())
+
+
+def _refuse_tangents(values: tuple[Any, ...]) -> None:
+    if any(isinstance(t, Tensor) and forward_ad.unpack_dual(t).tangent is not None for t in values):
+        raise RuntimeError(NO_FORWARD_MODE)
+
+
+def refuse_transforms(what: str) -> None:
+    if _transforms_active():
+        raise RuntimeError(
+            f"{what}: got a call inside a transform of torch.func (grad, vjp, vmap), expected one outside: "
+            "differentiate it by torch.autograd.grad or backward()"
+        )

@@ -1,0 +1,103 @@
+"""What torch.utils.flop_counter counts for each operator: 2 for every multiply-add of its matrix products, and no more.
+
+Forward: the products x y^T once. Backward: those of them again that were not kept, and as many for each of dx and dy.
+"""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.util
+import sys
+from collections.abc import Callable
+from importlib.machinery import ModuleSpec
+from typing import Any
+
+import torch
+
+from fused_contrastive.core.spec import StatsSpec
+
+Shape = tuple[int, ...]
+
+
+def _pairs(rows: int, n: int, upper: bool) -> int:
+    """How many pairs the first rows of S have: with n columns each, or of a triangle those above the diagonal."""
+    return rows * (n - 1) - rows * (rows - 1) // 2 if upper else rows * n
+
+
+def _stats_forward(x: Shape, y: Shape, *problem: Any, **_: Any) -> int:
+    spec = StatsSpec(*problem[:-1])
+    return 2 * x[1] * _pairs(x[0], y[0], spec.upper)
+
+
+def _stats_backward(
+    g_pos: Any, g_row: Any, g_col: Any, row: Any, col: Any, kept: Any, needs: list[bool], x: Shape, y: Shape,
+    *problem: Any, **_: Any,
+) -> int:  # fmt: skip
+    spec = StatsSpec(*problem[:-1])
+    pairs = _pairs(x[0], y[0], spec.upper)
+    again = pairs - _pairs(spec.kept_rows, y[0], spec.upper)
+    return 2 * x[1] * (again + pairs * sum(needs[:2]))
+
+
+def _max_sim_forward(x: Shape, y: Shape, *_: Any, **__: Any) -> int:
+    return 2 * x[0] * x[1] * y[0] * y[1] * x[2]
+
+
+def _max_sim_backward(
+    g_x: Any, g_y: Any, argmax_x: Any, argmax_y: Any, needs: list[bool], x: Shape, y: Shape, x_mask: Any, y_mask: Any,
+    both: bool, kept: int, *_: Any, **__: Any,
+) -> int:  # fmt: skip
+    """The gradient of a token's maximum is one row of the other item, for each of the pair."""
+    (m, t, d), n, p = x, y[0], y[1]
+    maxima = m * n * ((t if g_x is not None else 0) + (p if both and g_y is not None else 0))
+    return 2 * d * ((m - kept) * n * t * p + maxima * sum(needs))
+
+
+def _rank(queries: Shape, candidates: Shape, *_: Any, **__: Any) -> int:
+    return 2 * queries[0] * candidates[0] * queries[1]
+
+
+FORMULAS: dict[str, Callable[..., int]] = {
+    "stats_forward": _stats_forward,
+    "stats_backward": _stats_backward,
+    "max_sim_forward": _max_sim_forward,
+    "max_sim_backward": _max_sim_backward,
+    "rank": _rank,
+    "target_ranks": _rank,
+}
+
+
+def _register() -> None:
+    from torch.utils.flop_counter import register_flop_formula
+
+    for name, formula in FORMULAS.items():
+        register_flop_formula(getattr(torch.ops.fused_contrastive, name))(formula)
+
+
+class _WhenImported(importlib.abc.MetaPathFinder):
+    """Registers the formulas when the counter's module is first imported: it may import Triton, which takes long."""
+
+    name = "torch.utils.flop_counter"
+
+    def find_spec(self, fullname: str, path: Any, target: Any = None) -> ModuleSpec | None:
+        if fullname != self.name:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def exec_module(module: Any) -> None:
+                execute(module)
+                _register()
+
+            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
+def register() -> None:
+    """Once, with the package."""
+    if _WhenImported.name in sys.modules:
+        _register()
+    else:
+        sys.meta_path.insert(0, _WhenImported())

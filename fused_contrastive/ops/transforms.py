@@ -1,0 +1,86 @@
+"""Gives an operator its formula, for autograd and for the transforms of torch.func alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_contrastive.core.modes import NO_FORWARD_MODE
+from fused_contrastive.ops.schema import library
+
+
+def register_formula(
+    name: str, backward: Callable[..., Any], setup_context: Callable[[Any, Any, Any], None] | None = None
+) -> None:
+    """``torch.library.register_autograd``, and the same as a function that torch.func.grad, vjp and vmap can transform.
+
+    What register_autograd makes of the formula is no such function. Hence the second one, at the key by which every
+    transform takes its first look at an operator. vmap calls the operator for each element of the batch in turn.
+    """
+    operator = getattr(torch.ops.fused_contrastive, name)
+
+    class Transformed(torch.autograd.Function):
+        @staticmethod
+        def forward(*inputs: Any) -> Any:
+            return operator(*inputs)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+            if setup_context is not None:
+                setup_context(ctx, inputs, output)
+
+        @staticmethod
+        def jvp(ctx: Any, *_: Any) -> None:
+            raise RuntimeError(NO_FORWARD_MODE)
+
+        @staticmethod
+        def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Any, Any]:
+            def element(i: int) -> Any:
+                pairs = zip(inputs, in_dims, strict=True)
+                return operator(*(each.select(dim, i) if isinstance(dim, int) else each for each, dim in pairs))
+
+            if not info.batch_size:
+                raise ValueError("vmap: got a batch of 0, expected at least 1")
+            elements = [element(i) for i in range(info.batch_size)]
+            if isinstance(elements[0], Tensor):
+                return torch.stack(elements), 0
+            stacked = tuple(map(torch.stack, zip(*elements, strict=True)))
+            return stacked, (0,) * len(stacked)
+
+    Transformed.backward = staticmethod(backward)  # type: ignore[method-assign]
+
+    def transformed(*inputs: Any) -> Any:
+        if _is_functionalized():
+            raise RuntimeError(
+                "fused_contrastive: torch.func.functionalize is not supported, expected make_fx or torch.export, which "
+                "do the same with what they trace"
+            )
+        return Transformed.apply(*inputs)  # type: ignore[no-untyped-call]
+
+    torch.library.register_autograd(f"fused_contrastive::{name}", backward, setup_context=setup_context, lib=library)
+    library.impl(name, transformed, "FuncTorchDynamicLayerFrontMode")
+
+
+def register_constant(name: str) -> None:
+    """Of an operator whose results have no gradient."""
+
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.inputs = len(inputs)
+        ctx.mark_non_differentiable(*((output,) if isinstance(output, Tensor) else output))
+
+    register_formula(name, lambda ctx, *_: (None,) * ctx.inputs, setup_context)
+
+
+def _is_functionalized() -> bool:
+    functorch = torch._C._functorch
+    return bool(functorch.peek_interpreter_stack().key() == functorch.TransformType.Functionalize)
+
+
+def second_backward(ctx: Any, *_: Tensor) -> None:
+    raise RuntimeError(
+        "fused_contrastive: double backward is not supported (the gradients' own gradient was asked, for example by "
+        "create_graph=True or a gradient penalty); use the eager formula for that term"
+    )

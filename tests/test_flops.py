@@ -69,8 +69,11 @@ def test_max_sim(budget: int, again: int, direction: str, backend: str) -> None:
 
 
 def test_rankings(backend: str) -> None:
-    x, y = torch.randn(M, D), torch.randn(N, D)
-    for run in (lambda: fc.rank(x, y, 3, backend=backend), lambda: fc.target_ranks(x, y, backend=backend)):
+    x, y, targets = torch.randn(M, D), torch.randn(N, D), torch.arange(M)
+    for run in (
+        lambda: fc.rank(x, y, 3, backend=backend),
+        lambda: fc.target_ranks(x, y, targets=targets, backend=backend),
+    ):
         with FlopCounterMode(display=False) as counter:
             run()
         assert counter.get_total_flops() == 2 * M * N * D

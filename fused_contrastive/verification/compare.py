@@ -154,7 +154,9 @@ def _hint(function: Callable[..., Any], args: tuple[Any, ...], options: dict[str
         for k, each in enumerate(value) if isinstance(value, (tuple, list)) else [(None, value)]:
             if isinstance(each, Tensor) and each.is_floating_point() and each.dim() > 1:
                 features[name if k is None else f"{name}[{k}]"] = each
-    scale = bound.arguments.get("logit_scale")
     if bound.arguments.get("normalize"):
         features = {}
-    return hints.hint(features, "logit_scale", 1.0 if scale is None else float(scale))
+    scale = bound.arguments.get("logit_scale")
+    if isinstance(scale, Tensor):
+        scale = scale.item()
+    return hints.hint(features, "logit_scale", 1.0 if scale is None else scale)

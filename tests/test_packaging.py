@@ -161,7 +161,7 @@ def test_sources_that_hide_an_installation(
 
 @pytest.mark.parametrize("missing", [["torch"], ["torch", "ninja", "pybind11", "numpy"]], ids=" ".join)
 def test_without_what_builds_it(missing: list[str], project: Path, failing_compiler: dict[str, str]) -> None:
-    """As pip runs it without build isolation: what is missing, and what to install, is all that pyproject.toml lists."""
+    """Without build isolation: what is missing, and a command that installs all that pyproject.toml lists."""
     hidden = f"import sys, runpy; sys.modules.update(dict.fromkeys({missing})); sys.argv = ['setup.py', 'dist_info']"
     made = run(["-c", f"{hidden}; runpy.run_path('setup.py')"], project, failing_compiler)
     assert made.returncode == 1

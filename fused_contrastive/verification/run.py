@@ -160,7 +160,9 @@ def check(cases: Iterable[tuple[Case, Inputs]], where: Target, report: Report) -
             expectation = budget.expected(case, inputs)
         for backend in backends:
             with _threads(case.size, backend):
-                report.add(case, backend, budget.deviations(case, backend, inputs, expectation))
+                results = budget.evaluate(budget.ours(case, backend), inputs)
+            with _threads(case.size):
+                report.add(case, backend, budget.deviations(case, backend, inputs, expectation, results))
 
 
 def check_family(cases: Iterable[family.FamilyCase], where: Target, report: Report) -> None:
@@ -170,7 +172,8 @@ def check_family(cases: Iterable[family.FamilyCase], where: Target, report: Repo
             expectation = family.expected(case, where.device)
         for backend in where.backends_for(case.dtype):
             with _threads(case.size, backend):
-                report.add(case, backend, family.deviations(case, backend, where.device, expectation=expectation))
+                results = family.ours(case, backend, where.device)
+            report.add(case, backend, family.deviations(case, backend, where.device, results, expectation))
 
 
 def verify_grid(which: str, seed: int, where: Target, console: Console, save: Path | None = None) -> bool:

@@ -8,6 +8,7 @@ variable FUSED_CONTRASTIVE_EXTENSION: 0 never builds it, 1 makes a missing compi
 and fails is always one.
 """
 
+import importlib.util
 import os
 import shlex
 import shutil
@@ -54,8 +55,20 @@ def wanted() -> bool:
     return False
 
 
+def require_build_packages() -> None:
+    """Without build isolation, nobody has installed what pyproject.toml's [build-system] lists."""
+    missing = [name for name in ("torch", "ninja", "pybind11", "numpy") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise SystemExit(
+            f"fused_contrastive's C++ extension is built with {', '.join(missing)}, which this environment lacks. "
+            'First: pip install "torch>=2.8" "setuptools>=77" wheel ninja pybind11 numpy; then repeat this command. '
+            f"{SWITCH}=0 installs the package without the extension."
+        )
+
+
 def extension() -> dict[str, object]:
     """The arguments of setup() that build it."""
+    require_build_packages()
     from torch.utils.cpp_extension import BuildExtension, CppExtension
 
     version = subprocess.run([*shlex.split(os.environ["CXX"]), "--version"], capture_output=True, text=True).stdout

@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import argparse
+import io
+import math
+import os
 import secrets
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from rich.console import Console
 
 from fused_contrastive import info
+from fused_contrastive.backends import cpp
 from fused_contrastive.bench import command as bench
 from fused_contrastive.core import checks
+from fused_contrastive.core.errors import InputError
 from fused_contrastive.distributed import plan, show_plan
 from fused_contrastive.evaluation import temperature
 from fused_contrastive.ops import dispatch
 from fused_contrastive.verification import run
+
+LARGEST = float(torch.finfo(torch.float32).max)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -26,17 +34,19 @@ def _parser() -> argparse.ArgumentParser:
     verify = commands.add_parser("verify", help="compare every available backend with the float64 oracle")
     verify.add_argument("--backend", nargs="+", choices=list(dispatch.BACKENDS), help="default: all that can run")
     verify.add_argument("--device", help='"cpu", "cuda", "cuda:1", ...; default: the GPU if there is one')
-    verify.add_argument("--grid", choices=run.GRIDS, default="quick", help="a random sample of cases, or all of them")
-    verify.add_argument("--seed", type=int, default=None, help="of the random inputs; default: new each run, printed")
+    verify.add_argument("--grid", choices=run.GRIDS, help="a random sample of cases (quick, the default), or all")
+    verify.add_argument("--seed", type=seed, help="of the random cases; default: new each run, printed")
     verify.add_argument("--features", nargs=2, type=Path, metavar=("A.npy", "B.npy"), help="your own (N, D) features")
-    verify.add_argument("--scale", type=float, default=100.0, help="the logit scale for --features (default 100)")
+    verify.add_argument("--scale", type=finite, help="the logit scale for --features, 1 / temperature (default 100)")
     verify.add_argument("--save", type=Path, metavar="DIR", help="write scripts that repeat breaches to this folder")
     bench.add_parsers(commands, positive)
     sweep = commands.add_parser(
         "temperature",
         help="how far each temperature concentrates the gradient on hard negatives: a table and a picture",
     )
-    sweep.add_argument("features", nargs=2, type=Path, metavar=("A.npy", "B.npy"), help="(N, D) features, row by row")
+    # Two arguments: argparse cannot print the help of one with two names for its values.
+    sweep.add_argument("x", type=Path, metavar="A.npy", help="(N, D) features")
+    sweep.add_argument("y", type=Path, metavar="B.npy", help="as many, row by row their partners")
     values = sweep.add_mutually_exclusive_group()
     values.add_argument("--temperatures", nargs="+", type=positive, metavar="T", help="default: 0.005 to 1")
     values.add_argument("--scales", nargs="+", type=positive, metavar="S", help="the same as logit scales, 1 / T")
@@ -64,9 +74,27 @@ def _parser() -> argparse.ArgumentParser:
 
 def count(text: str) -> int:
     """An integer of at least 1, or argparse's error that names the option."""
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"got {text}, expected an integer of at least 1")
+    if not text.isdecimal() or not 1 <= int(text) < 2**63:
+        raise argparse.ArgumentTypeError(f"got {text}, expected an integer of at least 1 (and below 2**63)")
     return int(text)
+
+
+def seed(text: str) -> int:
+    """What torch takes for one, or argparse's error that names the option."""
+    if not text.isdecimal() or int(text) >= 2**64:
+        raise argparse.ArgumentTypeError(f"got {text}, expected an integer from 0 to 2**64 - 1")
+    return int(text)
+
+
+def finite(text: str) -> float:
+    """A number that float32 holds, or argparse's error that names the option."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not abs(value) <= LARGEST:
+        raise argparse.ArgumentTypeError(f"got {text}, expected a number up to {LARGEST:.2g}, float32's largest")
+    return value
 
 
 def positive(text: str) -> float:
@@ -74,62 +102,68 @@ def positive(text: str) -> float:
     try:
         value = float(text)
         checks.positive("value", value)
+        checks.positive("its inverse", 1 / value)  # a temperature's scale
     except ValueError:
         raise argparse.ArgumentTypeError(f"got {text}, expected a finite number above 0") from None
     return value
 
 
-def _temperature(options: argparse.Namespace, console: Console) -> int:
-    chosen = options.temperatures or [1 / scale for scale in options.scales or ()] or temperature.TEMPERATURES
-    out = None if options.no_picture else options.out
-    try:
-        temperature.run(options.features[0], options.features[1], chosen, out, options.mark, console)
-    except ModuleNotFoundError as error:
-        why = f"the picture needs the package {error.name!r}: pip install matplotlib, or --no-picture for the table"
-        console.print(f"temperature: {why}", style="red", markup=False)
-        return 2
-    except (OSError, TypeError, ValueError) as error:
-        console.print(f"temperature: {error}", style="red", markup=False)
-        return 2
-    return 0
+def _verify(options: argparse.Namespace, console: Console) -> int:
+    if options.features is None and options.scale is not None:
+        raise InputError("--scale: got one without --features, expected both; random cases have their own scales")
+    if options.features is not None and (options.grid is not None or options.seed is not None):
+        raise InputError(
+            "--features: got files with --grid or --seed, which are of random cases, expected one of the two"
+        )
+    where = run.target(options.device, options.backend)
+    if options.save is not None:
+        above = next(path for path in (options.save, *options.save.absolute().parents) if os.path.exists(path))
+        if not above.is_dir() or not os.access(above, os.W_OK):
+            raise InputError(f"--save: got {options.save}, expected a folder that can be written")
+    if options.features is not None:
+        scale = 100.0 if options.scale is None else options.scale
+        held = run.verify_features(options.features[0], options.features[1], scale, where, console, options.save)
+    else:
+        drawn = secrets.randbits(32) if options.seed is None else options.seed
+        held = run.verify_grid(options.grid or "quick", drawn, where, console, options.save)
+    return 0 if held else 1
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    arguments = sys.argv[1:] if arguments is None else arguments
-    options = _parser().parse_args(arguments)
-    console = Console()
+def _run(options: argparse.Namespace, arguments: Sequence[str], console: Console) -> int:
+    if cpp.unavailable() is None:
+        try:
+            cpp.vector_level()  # reads FUSED_CONTRASTIVE_CPU_LEVEL
+        except ValueError as error:
+            raise InputError(str(error)) from error
     if options.command == "info":
         info.show(console)
         return 0
-    if options.command in ("bench", "compare"):
-        return bench.run(options, arguments, console)
+    if options.command == "verify":
+        return _verify(options, console)
+    if options.command == "temperature":
+        chosen = options.temperatures or [1 / scale for scale in options.scales or ()] or temperature.TEMPERATURES
+        out = None if options.no_picture else options.out
+        temperature.run(options.x, options.y, chosen, out, options.mark, console)
+        return 0
     if options.command == "plan":
         machine = plan.Machine(1e12 * options.tflops, 1e9 * options.gbytes, 1e9 * options.memory)
         return show_plan.run(
             options.batch, options.world, options.dim, options.bytes, machine, options.markdown, console
         )
-    if options.command == "temperature":
-        return _temperature(options, console)
+    return bench.run(options, arguments, console)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The exit status: 0, 1 for what the command found to be wrong, 2 for bad arguments and files."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options = _parser().parse_args(arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # tables have signs that not every encoding has
     try:
-        where = run.target(options.device, options.backend)
-    except (RuntimeError, ValueError) as error:
-        console.print(str(error), style="red", markup=False)
+        return _run(options, arguments, Console())
+    except InputError as error:
+        print(f"python -m fused_contrastive {options.command}: error: {error}", file=sys.stderr)
         return 2
-    if options.save is not None and options.save.exists() and not options.save.is_dir():
-        console.print(f"--save: got {options.save}, which is a file, expected a folder", style="red", markup=False)
-        return 2
-    if options.features:
-        try:
-            held = run.verify_features(
-                options.features[0], options.features[1], options.scale, where, console, options.save
-            )
-        except (OSError, TypeError, ValueError) as error:
-            console.print(f"--features: {error}", style="red", markup=False)
-            return 2
-    else:
-        seed = options.seed if options.seed is not None else secrets.randbits(32)
-        held = run.verify_grid(options.grid, seed, where, console, options.save)
-    return 0 if held else 1
 
 
 if __name__ == "__main__":

@@ -91,7 +91,7 @@ def test_filters_leave_what_was_asked() -> None:
 def test_a_suite_for_a_gpu_says_that_there_is_none(tmp_path: Path) -> None:
     result = cli("bench", "--suite", "gpu", cwd=tmp_path)
     assert result.returncode == 2
-    assert "--suite gpu: needs a GPU, and torch sees none here" in result.stdout
+    assert "--suite gpu: needs a GPU, and torch sees none here" in result.stderr
     assert list(tmp_path.iterdir()) == []
 
 
@@ -203,7 +203,7 @@ def test_bad_arguments_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[s
         ),
     ):
         assert main(arguments) == 2
-        assert said in " ".join(capsys.readouterr().out.split())
+        assert said in " ".join(capsys.readouterr().err.split())
 
 
 def test_without_git_there_is_no_commit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -163,7 +163,7 @@ def test_a_report_that_cannot_be_compared_is_refused(
     (tmp_path / "old.json").write_text(json.dumps(old))
     (tmp_path / "new.json").write_text(json.dumps(made_up(2)))
     assert main(["compare", str(tmp_path / "old.json"), str(tmp_path / "new.json")]) == 2
-    assert f"old.json: got {told}, expected" in " ".join(capsys.readouterr().out.split())
+    assert f"old.json: got {told}, expected" in " ".join(capsys.readouterr().err.split())
 
 
 def busy(made: dict[str, Any], factor: float) -> dict[str, Any]:
@@ -193,12 +193,12 @@ def test_a_side_may_be_a_folder(slower: float, tmp_path: Path, capsys: pytest.Ca
     assert "One report a side" not in text
     (tmp_path / "empty").mkdir()
     assert main(["compare", str(tmp_path / "old"), str(tmp_path / "empty")]) == 2
-    assert "empty: got a folder without reports" in " ".join(capsys.readouterr().out.split())
+    assert "empty: got a folder without reports" in " ".join(capsys.readouterr().err.split())
     other = {**made_up(5), "provenance": {"machine": "another"}}
     (tmp_path / "old" / "other.json").write_text(json.dumps(other))
     assert main(["compare", str(tmp_path / "old"), str(tmp_path / "new")]) == 2
     assert "old: got reports of 2 machines (another; made up), expected one" in " ".join(
-        capsys.readouterr().out.split()
+        capsys.readouterr().err.split()
     )
 
 
@@ -225,7 +225,7 @@ def test_compare_refuses_what_is_no_report(tmp_path: Path, capsys: pytest.Captur
     with pytest.raises(ValueError, match=r"d.json: got provenance \[\], expected a report"):
         compare.load(tmp_path / "d.json")
     assert main(["compare", str(tmp_path / "a.json"), str(tmp_path / "nowhere.json")]) == 2
-    assert "a.json: got no JSON" in " ".join(capsys.readouterr().out.split())
+    assert "a.json: got no JSON" in " ".join(capsys.readouterr().err.split())
     empty = {"command": "", "provenance": {}, "rows": []}
     assert compared(tmp_path, empty, empty)[0] == 2
 

@@ -16,6 +16,9 @@ from fused_contrastive import clip_loss, diagnose, recall_at_k
 from fused_contrastive.evaluation import negatives
 from fused_contrastive.evaluation.temperature import sweep
 
+# test_hints.py has these: most of the scales and some of the features here are not what a training has.
+pytestmark = pytest.mark.filterwarnings("ignore:.*expected 1")
+
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tarfile
 from importlib import metadata
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import pytest
@@ -130,6 +132,44 @@ def test_works_without_a_compiler(project: Path, tmp_path: Path, no_compiler: di
         assert part in cpp, shown.stdout
     assert any('"auto" on the CPU' in line and "reference" in line for line in lines), shown.stdout
     assert any("backend reference" in line and "usable" in line for line in lines), shown.stdout
+
+
+@pytest.mark.parametrize("built", [True, False])
+def test_sources_that_hide_an_installation(
+    built: bool, project: Path, tmp_path: Path, no_compiler: dict[str, str]
+) -> None:
+    """In a clone Python imports the sources: what is installed is named, if it has the extension."""
+    package = tmp_path / "site" / "fused_contrastive"
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    if built:
+        (package / f"_C{EXTENSION_SUFFIXES[0]}").touch()
+    paths = [str(package.parent), *(path for path in sys.path if path.endswith("-packages"))]
+    environment = {**no_compiler, "PYTHONPATH": os.pathsep.join(paths), "COLUMNS": "1000"}
+    for command, status in (("info", 0), ("verify --backend cpp", 2)):
+        ended = run(["-S", "-m", "fused_contrastive", *command.split()], project, environment)
+        assert ended.returncode == status, ended.stderr
+        said = ended.stdout + ended.stderr
+        if built:
+            assert f"the sources in {project / 'fused_contrastive'}, without a compiled extension, hide" in said
+            assert f"the installed package, which has one: {package}. Start Python in another folder" in said
+            assert "`pip install --no-build-isolation -e .`" in said
+        else:
+            assert f"has not been built in the sources, {project / 'fused_contrastive'}" in said
+            assert "pip install --force-reinstall" in said
+
+
+@pytest.mark.parametrize("missing", [["torch"], ["torch", "ninja", "pybind11", "numpy"]], ids=" ".join)
+def test_without_what_builds_it(missing: list[str], project: Path, failing_compiler: dict[str, str]) -> None:
+    """Without build isolation: what is missing, and a command that installs all that pyproject.toml lists."""
+    hidden = f"import sys, runpy; sys.modules.update(dict.fromkeys({missing})); sys.argv = ['setup.py', 'dist_info']"
+    made = run(["-c", f"{hidden}; runpy.run_path('setup.py')"], project, failing_compiler)
+    assert made.returncode == 1
+    assert f"is built with {', '.join(missing)}, which this environment lacks" in made.stderr
+    assert "Traceback" not in made.stderr
+    (listed,) = re.findall(r"^requires = \[(.*)\]$", (project / "pyproject.toml").read_text(), re.MULTILINE)
+    (command,) = re.findall("pip install (.*); then", made.stderr)
+    assert sorted(command.replace('"', "").split()) == sorted(listed.replace('"', "").split(", "))
 
 
 @pytest.mark.parametrize(

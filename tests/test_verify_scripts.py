@@ -130,4 +130,4 @@ def test_save_to_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     path = tmp_path / "file"
     path.touch()
     assert main(["verify", "--device", "cpu", "--backend", "cpp", "--save", str(path)]) == 2
-    assert "expected a folder" in capsys.readouterr().out.replace("\n", "")
+    assert "expected a folder" in capsys.readouterr().err.replace("\n", "")

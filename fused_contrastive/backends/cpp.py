@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from collections.abc import Sequence
+from importlib.machinery import PathFinder
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -15,17 +18,31 @@ from fused_contrastive.core.tokens import MaxSimForward, MaxSimUpstream, TokenSp
 # Forced and uncached, since pip takes what is installed, or a wheel it has built before, to be good enough.
 REMEDY = (
     "To build it: install g++ or clang++, then, in the environment that holds torch, "
-    '`pip install "setuptools>=77" wheel ninja pybind11 numpy` and `FUSED_CONTRASTIVE_EXTENSION=1 pip install '
-    "--force-reinstall --no-deps --no-cache-dir --no-build-isolation fused_contrastive` (in a clone: `.` for the name)"
+    '`pip install "setuptools>=77" wheel ninja pybind11 numpy` and '
+    "`FUSED_CONTRASTIVE_EXTENSION=1 pip install --force-reinstall --no-deps --no-cache-dir --no-build-isolation "
+    "fused_contrastive` (in a clone: `-e .` for the name)"
 )
 
 
 def _explain(error: ImportError) -> str:
+    package = Path(__file__).parents[1]
     if importlib.util.find_spec("fused_contrastive._C") is None:
-        what = (
-            "its compiled extension is not in this installation, which was made without a C++ compiler or with "
-            "FUSED_CONTRASTIVE_EXTENSION=0"
-        )
+        # Python looks into the current folder first: in a clone it finds the sources, whatever is installed.
+        others = [str(Path(entry, package.name)) for entry in sys.path if Path(entry).resolve() != package.parent]
+        installed = PathFinder.find_spec("fused_contrastive._C", others)
+        if installed is not None and installed.origin is not None:
+            return (
+                f"the sources in {package}, without a compiled extension, hide the installed package, which has one: "
+                f"{Path(installed.origin).parent}. Start Python in another folder, or install the sources in place: "
+                "`pip install --no-build-isolation -e .` in their folder"
+            )
+        if (package.parent / "setup.py").is_file():
+            what = f"its compiled extension has not been built in the sources, {package}"
+        else:
+            what = (
+                "its compiled extension is not in this installation, which was made without a C++ compiler or with "
+                "FUSED_CONTRASTIVE_EXTENSION=0"
+            )
     else:
         what = (
             f"its compiled extension could not be loaded ({error}); an extension works with the minor version of torch "

@@ -18,6 +18,7 @@ from fused_contrastive.bench.provenance import line, provenance
 from fused_contrastive.bench.run import broken_ours, candidates, run_suite
 from fused_contrastive.bench.suites import SUITES, Suite
 from fused_contrastive.bench.workloads import DTYPES, WORKLOADS, Problem
+from fused_contrastive.core.errors import InputError
 
 
 def add_parsers(commands: Any, positive: Any) -> None:
@@ -51,26 +52,23 @@ def add_parsers(commands: Any, positive: Any) -> None:
 def run(options: argparse.Namespace, arguments: Sequence[str], console: Console) -> int:
     """``arguments``: what ``options`` were parsed from, for the report to name the command."""
     if options.command == "compare":
-        try:
-            return compare.compare(options.old, options.new, options.tolerance, console)
-        except (OSError, ValueError) as error:
-            return _refused(f"compare: {error}", console)
+        return compare.compare(options.old, options.new, options.tolerance, console)
     if options.show:
+        shown = compare.load(options.show)
         try:
-            return finish(compare.load(options.show), options.show.parent, options.show.stem, console)
-        except (OSError, ValueError) as error:
-            return _refused(f"--show: {error}", console)
+            return finish(shown, options.show.parent, options.show.stem, console)
+        except OSError as error:
+            raise InputError(f"--show: {error}, expected a folder to write to") from error
     filters = {name: asked for name in FILTERS if (asked := getattr(options, name)) is not None}
-    try:
-        suite = chosen(options.suite, filters)
-    except ValueError as error:
-        return _refused(str(error), console)
+    suite = chosen(options.suite, filters)
     if "cuda" in {problem.device for problem in _problems(suite)} and not torch.cuda.is_available():
-        return _refused(f"--suite {options.suite}: needs a GPU, and torch sees none here", console)
+        raise InputError(f"--suite {options.suite}: needs a GPU, and torch sees none here")
+    if options.name is not None and options.name != Path(options.name).name:
+        raise InputError(f"--name: got {options.name!r}, expected a file's name without its folder, which is --out")
     try:
         options.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        return _refused(f"--out: got {options.out}, expected a folder ({error.strerror})", console)
+        raise InputError(f"--out: got {options.out}, expected a folder ({error.strerror})") from error
     made: dict[str, Any] = {
         "command": shlex.join(["python", "-m", "fused_contrastive", *arguments]),
         "provenance": provenance(),
@@ -114,11 +112,6 @@ def finish(made: dict[str, Any], folder: Path, name: str, console: Console) -> i
     return 0
 
 
-def _refused(why: str, console: Console) -> int:
-    console.print(why, style="red", markup=False)
-    return 2
-
-
 def _problems(suite: Suite) -> list[Problem]:
     return [*(problem for problem, _ in suite.timed), *suite.memory]
 
@@ -137,14 +130,14 @@ def _listed(values: Iterable[object]) -> str:
 
 
 def chosen(name: str, filters: dict[str, list[Any]]) -> Suite:
-    """What the filters leave of a suite; ValueError names the one that leaves nothing, and what there was for it."""
+    """What the filters leave of a suite; InputError names the one that leaves nothing, and what there was for it."""
     suite, where = SUITES[name](), f"--suite {name}"
     for flag, asked in filters.items():
         values = {problem: FILTERS[flag](problem, suite) for problem in _problems(suite)}
         left = [problem for problem, its in values.items() if not set(asked).isdisjoint(its)]
         if not left:
             has = dict.fromkeys(chain(*values.values()))
-            raise ValueError(f"--{flag}: got {_listed(asked)}, expected some of {_listed(has)}: {where}")
+            raise InputError(f"--{flag}: got {_listed(asked)}, expected some of {_listed(has)}: {where}")
         timed = [(problem, seconds) for problem, seconds in suite.timed if problem in left]
         suite = suite._replace(timed=timed, memory=[problem for problem in suite.memory if problem in left])
         if flag == "implementations":

@@ -20,6 +20,7 @@ from fused_contrastive.bench.implementations import EAGER
 from fused_contrastive.bench.provenance import line
 from fused_contrastive.bench.timing import quantile
 from fused_contrastive.bench.workloads import Problem, problem_of
+from fused_contrastive.core.errors import InputError
 
 TOLERANCE = 0.15  # half of the slowdown that is to be found, 1.3: noise and slowdown are then told apart alike
 CHECKED_BY = "ours, backend=reference"  # told of, no failure: much of its time is page faults, as malloc keeps memory
@@ -31,7 +32,9 @@ Reports = Sequence[Report]
 Row = dict[str, Any]
 Key = tuple[Problem, str]  # and the implementation's name
 Interval = tuple[float, float]  # of the middle 90% of resampled rounds
-FIELDS = ("loss", "dtype", "d", "n", "device", "implementation", "ours", "status")
+FIELDS = {
+    "loss": str, "dtype": str, "d": int, "n": int, "device": str, "implementation": str, "ours": bool, "status": str,
+}  # fmt: skip
 
 
 class Change(NamedTuple):
@@ -63,19 +66,29 @@ class Change(NamedTuple):
 
 
 def load(path: Path) -> Report:
-    """A report, or ValueError that says what the file is instead."""
+    """A report, or InputError that says what the file is instead."""
     try:
         report = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: got no JSON ({error}), expected a report of `bench`") from None
+    except OSError as error:
+        raise InputError(f"{path}: got no readable file ({error.strerror}), expected a report of `bench`") from error
+    except (RecursionError, ValueError) as error:  # of bytes that are no text, too
+        raise InputError(f"{path}: got no JSON ({error}), expected a report of `bench`") from error
     if not isinstance(report, dict) or not isinstance(report.get("rows"), list):
-        raise ValueError(f"{path}: got JSON without rows, expected a report of `bench`")
+        raise InputError(f"{path}: got JSON without rows, expected a report of `bench`")
     if not isinstance(report.get("provenance", {}), dict):
-        raise ValueError(f"{path}: got provenance {report['provenance']!r}, expected a report of `bench`")
+        raise InputError(f"{path}: got provenance {report['provenance']!r}, expected a report of `bench`")
     for place, fields in ((report, ("command", "provenance")), *((row, FIELDS) for row in report["rows"])):
         if not isinstance(place, dict) or (missing := [name for name in fields if name not in place]):
             what = repr(missing[0]) if isinstance(place, dict) else f"row, but {place!r}"
-            raise ValueError(f"{path}: got no {what}, expected a report of this version's `bench`")
+            raise InputError(f"{path}: got no {what}, expected a report of this version's `bench`")
+    for row in report["rows"]:
+        wrong = [name for name, kind in FIELDS.items() if not isinstance(row[name], kind)]
+        if "both" in row and not (isinstance(row["both"], dict) and isinstance(row["both"].get("median"), float)):
+            wrong.append("both")
+        if not isinstance(row.get("extra_bytes", 0), int):
+            wrong.append("extra_bytes")
+        if wrong:
+            raise InputError(f"{path}: got {wrong[0]} {row[wrong[0]]!r}, expected a report of this version's `bench`")
     return report
 
 
@@ -85,15 +98,15 @@ def side(path: Path) -> list[tuple[Path, Report]]:
     if path.is_dir():
         paths = sorted(p for p in path.glob("*.json") if p.is_file() and not p.name.endswith(".partial.json"))
     if not paths:
-        raise ValueError(f"{path}: got a folder without reports, expected some of `bench`")
+        raise InputError(f"{path}: got a folder without reports, expected some of `bench`")
     found = [(p, load(p)) for p in paths]
     for p, report in found:
         for row in (row for row in report["rows"] if "rounds" in row):
             if wrong := _damage(row):
-                raise ValueError(f"{p}: got {wrong}, expected a report of this version's `bench`")
+                raise InputError(f"{p}: got {wrong}, expected a report of this version's `bench`")
     machines = sorted({str(report["provenance"].get("machine")) for _, report in found})
     if len(machines) > 1:
-        raise ValueError(f"{path}: got reports of {len(machines)} machines ({'; '.join(machines)}), expected one")
+        raise InputError(f"{path}: got reports of {len(machines)} machines ({'; '.join(machines)}), expected one")
     return found
 
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fused_contrastive.core import checks
+from fused_contrastive.core import checks, hints
 from fused_contrastive.core.spec import compute_dtype, statistics_dtype
 from fused_contrastive.evaluation.negatives import Negatives, chunks
 from fused_contrastive.ops.ranking import plain
@@ -87,6 +87,10 @@ def diagnose(x: Tensor, y: Tensor, scale: float | Tensor, *, k: int = 10) -> Dia
         Diagnosis; sums are taken in float64. NaN among the features gives NaN. Its fields are Python numbers: on a GPU
         the host waits for them, and for a scale that is a tensor.
 
+    Warns:
+        Once a process, of features that are not normalised, and of a scale below 1 with features that are: a logarithm
+        or a temperature.
+
     Raises:
         TypeError, ValueError: naming the argument, what came and what was expected.
     """
@@ -99,6 +103,7 @@ def diagnose(x: Tensor, y: Tensor, scale: float | Tensor, *, k: int = 10) -> Dia
     factor = scale.item() if isinstance(scale, Tensor) else scale
     checks.positive("scale", factor)
     checks.at_least_1("k", k)
+    hints.warn_once(hints.hint({"x": x, "y": y}, "scale", factor), stacklevel=2)
     with plain(x):
         x, y = x.to(compute_dtype(x.dtype)), y.to(compute_dtype(x.dtype))
         unit_x, unit_y = F.normalize(x, dim=1), F.normalize(y, dim=1)

@@ -10,14 +10,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 from fused_contrastive.core import checks
-from fused_contrastive.core.files import load_features
+from fused_contrastive.core.errors import InputError
+from fused_contrastive.core.files import load_pairs
 from fused_contrastive.core.spec import compute_dtype
 from fused_contrastive.evaluation.negatives import Negatives, chunks
 from fused_contrastive.ops.ranking import plain
@@ -81,20 +81,18 @@ def run(
 ) -> None:
     """The table for two .npy files of (N, D) pairs, and the picture if ``out`` is given.
 
-    Raises: OSError, TypeError, ValueError for files that will not do; ModuleNotFoundError without matplotlib.
+    Raises: InputError for files, temperatures and pictures that will not do, and where the picture lacks matplotlib.
     """
     if out is not None:
         if not out.absolute().parent.is_dir():
-            raise ValueError(f"--out: got {out}, expected a file in a folder that exists")
-        # Before the work, as it may be missing.
-        from fused_contrastive.evaluation import picture
-    x, y = load_features(x_path), load_features(y_path)
-    names = str(x_path), str(y_path)
-    checks.feature_pair(names[0], x, names[1], y)
-    checks.same_rows(names[0], x, names[1], y)
-    for name, features in zip(names, (x, y), strict=True):
-        if not torch.isfinite(features).all():
-            raise ValueError(f"{name}: got NaN or infinite values, expected finite features")
+            raise InputError(f"--out: got {out}, expected a file in a folder that exists")
+        try:  # before the work
+            from fused_contrastive.evaluation import picture
+        except ModuleNotFoundError as error:
+            raise InputError(
+                f"the picture needs the package {error.name!r}: pip install matplotlib, or --no-picture for the table"
+            ) from error
+    x, y = load_pairs(x_path, y_path)
     rows = sweep(x, y, [*temperatures, *([] if mark is None else [mark])])
     console.print(table(rows, len(x)))
     console.print(
@@ -102,5 +100,8 @@ def run(
         style="dim",
     )
     if out is not None:
-        picture.draw(out, rows, len(x), mark)
-        console.print(f"picture: {out}")
+        try:
+            picture.draw(out, rows, len(x), mark)
+        except (OSError, ValueError) as error:  # a folder, no permission, a format that matplotlib does not have
+            raise InputError(f"--out: got {out} ({error}), expected a picture file that can be written") from error
+        console.print(f"picture: {out}", markup=False, soft_wrap=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fused_contrastive.core import hints, observing
 from fused_contrastive.ops import dispatch
 from fused_contrastive.testing.budget import Deviation, difference
 
@@ -120,7 +122,41 @@ def verify(loss_fn: Callable[..., Any], *inputs: Any, **options: Any) -> Verific
     Returns:
         What was found, a ``Verification``.
 
+    Warns:
+        Once a process, of features that a loss multiplies as they are and that are not normalised, and of a logit scale
+        below 1 with features that are: a logarithm or a temperature.
+
     Raises:
         ValueError: loss_fn calls none of this package's losses, returns no tensor, or is given none.
     """
-    return compare(loss_fn, inputs, options)
+    found: list[hints.Hint | None] = []
+
+    def listen(function: Callable[..., Any], args: tuple[Any, ...], given: dict[str, Any]) -> Any:
+        result = function(*args, **given)
+        if not torch.compiler.is_compiling():
+            found.append(_hint(function, args, given))
+        return result
+
+    observing.add(listen)
+    try:
+        return compare(loss_fn, inputs, options)
+    finally:
+        observing.remove(listen)
+        hints.warn_once(next(filter(None, found), None), stacklevel=2)
+
+
+def _hint(function: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]) -> hints.Hint | None:
+    """On the arguments of one of this package's losses."""
+    bound = inspect.signature(function).bind(*args, **options)
+    bound.apply_defaults()
+    features = {}
+    for name, value in bound.arguments.items():
+        for k, each in enumerate(value) if isinstance(value, (tuple, list)) else [(None, value)]:
+            if isinstance(each, Tensor) and each.is_floating_point() and each.dim() > 1:
+                features[name if k is None else f"{name}[{k}]"] = each
+    if bound.arguments.get("normalize"):
+        features = {}
+    scale = bound.arguments.get("logit_scale")
+    if isinstance(scale, Tensor):
+        scale = scale.item()
+    return hints.hint(features, "logit_scale", 1.0 if scale is None else scale)

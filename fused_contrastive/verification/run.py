@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import cast
@@ -12,7 +13,9 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from fused_contrastive.core.files import load_features
+from fused_contrastive.core import hints
+from fused_contrastive.core.errors import InputError
+from fused_contrastive.core.files import load_pairs
 from fused_contrastive.core.spec import BackendName
 from fused_contrastive.ops import dispatch
 from fused_contrastive.testing import budget, family
@@ -23,6 +26,7 @@ GRIDS = ("quick", "full")
 QUICK_CASES = 400
 FAMILY_CASES = {"quick": 210, "full": 2100}
 SCRIPTS = 3  # of breaches, that are shown
+SMALL = 2**26  # multiplications: below it, one thread computes what is plain torch
 
 
 @dataclass
@@ -98,21 +102,54 @@ class Target:
         supporting = [name for name in self.backends if dispatch.BACKENDS[name].supports(self.device.type, dtype)]
         return cast(list[BackendName], supporting)
 
+    def _left_out(self, name: str) -> str:
+        """Why a backend is not tested."""
+        if (why := dispatch.BACKENDS[name].unavailable()) is not None:
+            return why
+        supported = dispatch.BACKENDS[name].supports(self.device.type, torch.float32)
+        return "not asked for" if supported else f"it does not take tensors on {self.device.type}"
+
     def __str__(self) -> str:
-        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else str(self.device)
-        return f"on {name}, backends: {', '.join(self.backends)}"
+        device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else str(self.device)
+        left_out = [f"{name} ({self._left_out(name)})" for name in dispatch.BACKENDS if name not in self.backends]
+        return f"on {device}: testing {', '.join(self.backends)}; " + (
+            f"not testing {'; '.join(left_out)}" if left_out else "no other backend"
+        )
 
 
 def target(device: str | None, backends: Sequence[str] | None) -> Target:
     """A GPU unless there is none or another device is named; all backends that can run there unless some are named.
 
-    Raises: RuntimeError, ValueError if a backend that was named cannot run there.
+    Raises: InputError if the device cannot compute here, or a backend that was named cannot run there.
     """
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    for name in backends or ():
-        dispatch.resolve(name, where, torch.float32)
+    named = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        where = torch.device(named)
+        torch.ones(1, dtype=torch.float64, device=where).item()  # the oracle's dtype
+    except (AssertionError, RuntimeError, TypeError) as error:
+        why = str(error).splitlines()[0]
+        raise InputError(f"--device: got {named}, expected one that computes in float64 here ({why})") from error
+    try:
+        for name in backends or ():
+            dispatch.resolve(name, where, torch.float32)
+    except (RuntimeError, ValueError) as error:
+        raise InputError(f"--backend: {error}") from error
     usable = [name for name, backend in dispatch.available().items() if backend.supports(where.type, torch.float32)]
     return Target(where, tuple(backends or usable))
+
+
+@contextmanager
+def _threads(size: int, backend: str = "reference") -> Iterator[None]:
+    """One thread for plain torch on a small problem: on a busy machine, a second one is waited for in a loop.
+
+    The other backends' kernels are what is verified, and run on as many threads as they will.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1 if backend == "reference" and size < SMALL else before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def check(cases: Iterable[tuple[Case, Inputs]], where: Target, report: Report) -> None:
@@ -122,16 +159,24 @@ def check(cases: Iterable[tuple[Case, Inputs]], where: Target, report: Report) -
         if not backends:
             continue
         inputs = inputs.on(where.device)
-        expectation = budget.expected(case, inputs)
+        with _threads(case.size):
+            expectation = budget.expected(case, inputs)
         for backend in backends:
-            report.add(case, backend, budget.deviations(case, backend, inputs, expectation))
+            with _threads(case.size, backend):
+                results = budget.evaluate(budget.ours(case, backend), inputs)
+            with _threads(case.size):
+                report.add(case, backend, budget.deviations(case, backend, inputs, expectation, results))
 
 
 def check_family(cases: Iterable[family.FamilyCase], where: Target, report: Report) -> None:
     """The same for the losses on top of the primitives."""
     for case in cases:
+        with _threads(case.size):
+            expectation = family.expected(case, where.device)
         for backend in where.backends_for(case.dtype):
-            report.add(case, backend, family.deviations(case, backend, where.device))
+            with _threads(case.size, backend):
+                results = family.ours(case, backend, where.device)
+            report.add(case, backend, family.deviations(case, backend, where.device, results, expectation))
 
 
 def verify_grid(which: str, seed: int, where: Target, console: Console, save: Path | None = None) -> bool:
@@ -141,7 +186,8 @@ def verify_grid(which: str, seed: int, where: Target, console: Console, save: Pa
     """
     cases = list(sample(QUICK_CASES, seed)) if which == "quick" else list(grid(DTYPES, SIZES, DIMS, SCALES, seed))
     losses = list(family.sample(FAMILY_CASES[which], seed))
-    console.print(f"{len(cases)} cases of the primitive and CLIP, {len(losses)} of other losses, seed {seed}, {where}")
+    console.print(str(where), markup=False, highlight=False, soft_wrap=True)
+    console.print(f"{len(cases)} cases of the primitive and CLIP, {len(losses)} of other losses, seed {seed}")
     report = Report()
     shown = track(cases, description="verify", console=console, transient=True)
     check(((case, case.inputs()) for case in shown), where, report)
@@ -152,8 +198,16 @@ def verify_grid(which: str, seed: int, where: Target, console: Console, save: Pa
 def verify_features(
     x_path: Path, y_path: Path, scale: float, where: Target, console: Console, save: Path | None = None
 ) -> bool:
-    """The same for the CLIP loss on a user's own features, (N, D) arrays of one shape."""
-    x, y = load_features(x_path), load_features(y_path)
+    """The same for the CLIP loss on a user's own features, (N, D) arrays of one shape.
+
+    Raises: InputError for files that will not do, and where no backend takes their dtype.
+    """
+    x, y = load_pairs(x_path, y_path)
+    if not where.backends_for(x.dtype):
+        raise InputError(f"--features: got {x.dtype}, expected a dtype that {', '.join(where.backends)} takes")
+    console.print(str(where), markup=False, highlight=False, soft_wrap=True)
+    if (hint := hints.hint({str(x_path): x, str(y_path): y}, "--scale", scale)) is not None:
+        console.print(f"hint: {hint.text}", style="yellow", markup=False, soft_wrap=True)
     cases = [Case(x.dtype, len(x), len(y), x.shape[1], scale, option, seed=0) for option in CLIP_OPTIONS]
     report = Report()
     check(((case, replace(case.inputs(), x=x, y=y)) for case in cases), where, report)

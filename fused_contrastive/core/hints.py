@@ -1,0 +1,50 @@
+"""What a loss takes without complaint and its caller can hardly have meant: told once, never an error."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+NEAR = 0.02  # to 1; rows normalised in bfloat16 have norms within 0.4% of it
+
+
+class Hint(NamedTuple):
+    kind: str
+    text: str
+
+
+def hint(features: Mapping[str, Tensor], scale_name: str = "scale", scale: float = 1.0) -> Hint | None:
+    """On (..., D) features that a loss multiplies as they are, or if they are of norm 1, on its logit scale.
+
+    Rows of zeros, which pad ragged batches, count for nothing.
+    """
+    for name, rows in features.items():
+        norms = torch.linalg.vector_norm(rows.detach(), dim=-1, dtype=torch.promote_types(rows.dtype, torch.float32))
+        norms = norms[norms > 0]
+        if ((norms - 1).abs() > NEAR).any():
+            return Hint(
+                "norms",
+                f"{name}: got rows of norm {norms.min():.3g} to {norms.max():.3g}, expected 1, as CLIP's cosines need: "
+                "torch.nn.functional.normalize(features, dim=-1). Right as it is if the products are meant.",
+            )
+    if scale < 1:
+        return Hint(
+            "scale",
+            f"{scale_name}: got {scale:.4g} with features of norm 1, expected 1 / temperature, CLIP's is 14 to 100: "
+            "of a logarithm take exp, of a temperature t take 1 / t. Right as it is if logits so near 0 are meant.",
+        )
+    return None
+
+
+_told: set[str] = set()
+
+
+def warn_once(found: Hint | None, stacklevel: int) -> None:
+    """Each kind once a process, in the name of the caller so many levels above this."""
+    if found is not None and found.kind not in _told:
+        _told.add(found.kind)
+        warnings.warn(found.text, stacklevel=stacklevel + 1)

@@ -1,0 +1,260 @@
+"""Every command's --help, and the arguments and files that it refuses: on stderr, with status 2, and no traceback."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fused_contrastive.__main__ import main
+
+COMMANDS = ("info", "verify", "bench", "compare", "temperature", "plan")
+
+
+def refusal(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """What is said on stderr, where argparse says it or a command does; nothing is said on stdout."""
+    try:
+        status = main(arguments)
+    except SystemExit as error:
+        status = error.code
+    shown = capsys.readouterr()
+    assert status == 2, shown
+    assert not shown.out
+    assert "error: " in shown.err
+    return shown.err
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([command, "--help"])
+    assert ended.value.code == 0
+    shown = capsys.readouterr().out
+    assert f"usage: python -m fused_contrastive {command}" in shown
+    assert {"temperature": "A.npy B.npy", "verify": "--features A.npy B.npy"}.get(command, "") in shown
+
+
+PLAN = ["plan", "--dim", "8", "--world", "2", "--batch"]
+ARGUMENTS = [
+    ([], "the following arguments are required: command"),
+    (["train"], "argument command: invalid choice: 'train'"),
+    (["info", "extra"], "unrecognized arguments: extra"),
+    (["verify", "--backend"], "argument --backend: expected at least one argument"),
+    (["verify", "--backend", "cuda"], "argument --backend: invalid choice: 'cuda'"),
+    (["verify", "--backend", "cpp", "--device", "meta"], "--device: got meta, expected one that computes in float64"),
+    (["verify", "--device", "cuda:99"], "--device: got cuda:99, expected one that computes in float64"),
+    (["verify", "--device", "abacus"], "--device: got abacus, expected one that computes in float64"),
+    (["verify", "--seed", "-1"], "argument --seed: got -1, expected an integer from 0"),
+    (["verify", "--seed", "1e3"], "argument --seed: got 1e3, expected an integer from 0"),
+    (["verify", "--seed", str(2**64)], "expected an integer from 0 to 2**64 - 1"),
+    (["verify", "--features", "a.npy"], "argument --features: expected 2 arguments"),
+    (
+        ["verify", "--features", "a.npy", "b.npy", "--scale", "inf"],
+        "--scale: got inf, expected a number up to",
+    ),
+    (["verify", "--features", "a.npy", "b.npy", "--scale", "1e39"], "got 1e39, expected a number up to 3.4e+38"),
+    (["verify", "--features", "a.npy", "b.npy", "--grid", "quick"], "--features: got files with --grid or --seed"),
+    (["verify", "--scale", "10"], "--scale: got one without --features"),
+    (["temperature"], "the following arguments are required: A.npy, B.npy"),
+    (["temperature", "a.npy"], "the following arguments are required: B.npy"),
+    (
+        ["temperature", "a.npy", "b.npy", "--scales", "1e-320"],
+        "--scales: got 1e-320, expected a finite number",
+    ),
+    (["temperature", "a.npy", "b.npy", "--scales", "1", "--temperatures", "1"], "not allowed with argument --scales"),
+    (["plan"], "the following arguments are required: --batch, --dim, --world"),
+    ([*PLAN, "0"], "argument --batch: got 0, expected an integer of at least 1"),
+    ([*PLAN, "²"], "argument --batch: got ², expected an integer of at least 1"),
+    ([*PLAN, "1" + 400 * "0"], "expected an integer of at least 1 (and below 2**63)"),
+    ([*PLAN, "8", "--bytes", "3"], "argument --bytes: invalid choice: 3"),
+    (["bench", "--suite", "all"], "argument --suite: invalid choice: 'all'"),
+    (["bench", "--n", "many"], "argument --n: invalid int value: 'many'"),
+    (["bench", "--name", "a/b"], "--name: got 'a/b', expected a file's name"),
+    (["bench", "--show", "nowhere.json"], "nowhere.json: got no readable file (No such file or directory)"),
+    (["compare", "nowhere.json"], "the following arguments are required: NEW"),
+    (["compare", "nowhere.json", "nowhere.json"], "nowhere.json: got no readable file (No such file or directory)"),
+    (["compare", "a", "b", "--tolerance", "0"], "argument --tolerance: got 0, expected a finite number above 0"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "said"), ARGUMENTS, ids=[" ".join(arguments)[:60] for arguments, _ in ARGUMENTS])
+def test_arguments(
+    arguments: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert said in refusal(arguments, capsys)
+    assert list(tmp_path.iterdir()) == []
+
+
+def header(shape: str, dtype: str = "<f4") -> bytes:
+    """A .npy file's start, whatever follows."""
+    text = f"{{'descr': '{dtype}', 'fortran_order': False, 'shape': {shape}, }}\n".encode()
+    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text
+
+
+A = np.random.default_rng(0).normal(size=(20, 8)).astype(np.float32)
+ARRAYS = {
+    "rows.npy": (A[:7], "got 7 rows, expected 20"),
+    "more_rows.npy": (np.vstack((A, A)), "got 40 rows, expected 20"),
+    "narrow.npy": (A[:, :3], "got D = 3, expected 8"),
+    "double.npy": (A.astype(np.float64), "got dtype torch.float64, expected torch.float32"),
+    "long_double.npy": (A.astype(np.longdouble), "of shape (20, 8), expected float16, float32 or float64 numbers"),
+    "integers.npy": (A.astype(np.int64), "got int64 of shape (20, 8), expected float16, float32 or float64 numbers"),
+    "complex.npy": (A.astype(np.complex64), "got complex64 of shape (20, 8)"),
+    "fields.npy": (np.zeros((20, 8), [("x", "f4")]), "of shape (20, 8), expected"),
+    "objects.npy": (A.astype(object), "got no array (Object arrays cannot be loaded"),
+    "vector.npy": (A[0], "got float32 of shape (8,), expected"),
+    "images.npy": (A[None], "got float32 of shape (1, 20, 8), expected"),
+    "no_rows.npy": (A[:0], "got an empty batch of shape (0, 8)"),
+    "no_columns.npy": (A[:, :0], "got an empty batch of shape (20, 0)"),
+    "nan.npy": (
+        np.where(np.arange(20)[:, None] == 3, np.nan, A),
+        "got NaN or infinite values in 1 of 20 rows",
+    ),
+    "inf.npy": (np.where(A > 0, np.inf, A), "got NaN or infinite values in 20 of 20 rows, the first of them row 0"),
+}
+BYTES = {
+    "empty.npy": (b"", "got no array"),
+    "text.npy": (b"1.0, 2.0\n", "got no array"),
+    "cut_short.npy": (header("(20, 8)") + bytes(40), "got no array"),
+    "bad_header.npy": (header("(20"), "got no array"),
+    "negative.npy": (header("(-20, 8)"), "got no array"),
+    "huge.npy": (header("(1000000000000, 512)"), "got an array that memory does not hold"),
+    "wider_than_int64.npy": (header("(10000000000000, 10000000000000)"), "got "),
+    "zip.npy": (b"PK\x03\x04" + bytes(50), "got no array (File is not a zip file)"),
+}
+
+
+def file_named(name: str, folder: Path) -> tuple[Path, str]:
+    """A file that will not do beside A, and what is said."""
+    path, said = folder / name, ""
+    if name in ARRAYS:
+        array, said = ARRAYS[name]
+        np.save(path, array.astype(np.float32) if name in ("nan.npy", "inf.npy") else array)
+    elif name in BYTES:
+        data, said = BYTES[name]
+        path.write_bytes(data)
+    elif name == "archive.npz":
+        np.savez(path, A)
+    elif name == "tensor.pt":
+        torch.save(torch.from_numpy(A), path)
+    elif name == "folder.npy":
+        path.mkdir()
+    return path, said or {
+        "folder.npy": "got no readable file (Is a directory)", "missing.npy": "got no readable file (No such file"
+    }.get(name, "got an archive (.npz, or torch.save's)")  # fmt: skip
+
+
+NAMES = (*ARRAYS, *BYTES, "archive.npz", "tensor.pt", "folder.npy", "missing.npy")
+
+
+@pytest.mark.parametrize("command", [["verify", "--features"], ["temperature", "--no-picture"]], ids=lambda c: c[0])
+@pytest.mark.parametrize("name", NAMES)
+def test_feature_files(name: str, command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In either place; what is named is the file."""
+    np.save(tmp_path / "a.npy", A)
+    path, said = file_named(name, tmp_path)
+    error = refusal([*command, str(tmp_path / "a.npy"), str(path)], capsys)
+    assert said in error
+    assert str(path) in error
+    assert str(tmp_path) in refusal([*command, str(path), str(tmp_path / "a.npy")], capsys)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read all files")
+def test_a_file_without_permission(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    np.save(tmp_path / "a.npy", A)
+    (tmp_path / "a.npy").chmod(0)
+    assert "Permission denied" in refusal(["verify", "--features", *[str(tmp_path / "a.npy")] * 2], capsys)
+
+
+def test_one_row_has_no_negatives(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    np.save(tmp_path / "a.npy", A[:1])
+    assert "got 1 row, expected at least 2" in refusal(["verify", "--features", *[str(tmp_path / "a.npy")] * 2], capsys)
+
+
+def test_features_of_a_dtype_that_the_backend_does_not_take(
+    triton_kernels: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    np.save(tmp_path / "a.npy", A.astype(np.float64))
+    error = refusal(["verify", "--backend", "triton", "--features", *[str(tmp_path / "a.npy")] * 2], capsys)
+    assert "--features: got torch.float64, expected a dtype that triton takes" in error
+
+
+@pytest.mark.parametrize("dtype", [">f4", "<f2"])
+def test_features_of_either_byte_order_and_precision(
+    dtype: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    np.save(tmp_path / "a.npy", (A / np.linalg.norm(A, axis=1, keepdims=True)).astype(dtype))
+    assert main(["verify", "--backend", "reference", "--features", *[str(tmp_path / "a.npy")] * 2]) == 0
+    assert "error budget held: 0 breaches in 24" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["verify --save", "bench --out"])
+@pytest.mark.parametrize("place", ["file", "file/below/it"])
+def test_a_folder_that_cannot_be_written(
+    command: str, place: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Refused before the work."""
+    (tmp_path / "file").touch()
+    error = refusal([*command.split(), str(tmp_path / place)], capsys)
+    assert f"{command.split()[-1]}: got {tmp_path / place}, expected a folder" in error
+
+
+def test_a_picture_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """No folder is found before the work; no format and no file, when matplotlib says so."""
+    pytest.importorskip("matplotlib", reason="the picture needs matplotlib")
+    np.save(tmp_path / "a.npy", A)
+    (tmp_path / "folder.png").mkdir()
+    for name in ("nowhere/sweep.png", "sweep.doc", "folder.png"):
+        assert main(["temperature", *[str(tmp_path / "a.npy")] * 2, "--out", str(tmp_path / name)]) == 2
+        assert f"--out: got {tmp_path / name}" in capsys.readouterr().err
+
+
+def cli(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "fused_contrastive", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, env={**os.environ, **environment})
+
+
+def test_a_vector_level_that_there_is_not() -> None:
+    pytest.importorskip("fused_contrastive._C", reason="backend cpp cannot run here")
+    result = cli("info", FUSED_CONTRASTIVE_CPU_LEVEL="sse")
+    assert result.returncode == 2
+    assert "error: FUSED_CONTRASTIVE_CPU_LEVEL: got 'sse', expected baseline" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_an_encoding_without_the_signs_of_tables() -> None:
+    result = cli("plan", "--batch", "8", "--dim", "8", "--world", "2", PYTHONIOENCODING="ascii")
+    assert result.returncode == 0, result.stderr
+    assert "gather" in result.stdout
+
+
+ROW = '{"loss": "clip", "dtype": "fp32", "d": 8, "n": 8, "device": "cpu", "implementation": "ours", "ours": true, '
+FILES = {
+    "nested": (b"[" * 100_000, "got no JSON (maximum recursion depth"),
+    "bytes": (b"\xff\xfe", "got no JSON ("),
+    "number": (b"3", "got JSON without rows"),
+    "status": ((ROW + '"status": 3}').encode(), "got status 3, expected a report"),
+    "both": (
+        (ROW + '"status": "ok", "both": {"median": "x"}}').encode(),
+        "got both {'median': 'x'}, expected",
+    ),
+    "bytes more": ((ROW + '"status": "ok", "extra_bytes": "x"}').encode(), "got extra_bytes 'x', expected a report"),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_reports(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data, said = FILES[name]
+    path = tmp_path / "report.json"
+    row = data.startswith(ROW[:8].encode())
+    path.write_bytes(b'{"command": "", "provenance": {}, "rows": [' + data + b"]}" if row else data)
+    for arguments in (["compare", str(path), str(path)], ["bench", "--show", str(path)]):
+        error = refusal(arguments, capsys)
+        assert said in error
+        assert str(path) in error

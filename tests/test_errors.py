@@ -134,7 +134,7 @@ MAX_SIM = {
     "mask of floats": (
         dict(x_mask=MASK.long() * 2),
         ValueError,
-        "x_mask: got values from 0 to 2, expected",
+        "x_mask: got values from 2 to 2, expected",
     ),
     "mask shape": (dict(y_mask=MASK), ValueError, "y_mask: got shape (4, 3), expected a bool tensor of shape (5, 6)"),
     "mask device": (dict(x_mask=MASK.to("meta")), ValueError, "x_mask: got device meta, expected cpu"),

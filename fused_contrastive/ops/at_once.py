@@ -88,7 +88,8 @@ def _run(ctx: Any, x: Tensor, y: Tensor, *tensors: Any) -> tuple[Tensor, tuple[T
     spec = StatsSpec(*tensors, *fields)
     if spec.targets is not None:
         checks.target_range(spec.targets, y.shape[0])
-    needs = Needs(*(ctx.needs_input_grad[i] for i in (0, 1, 2, 4)))
+    asked = ctx.needs_input_grad  # made anew each time
+    needs = Needs(asked[0], asked[1], asked[2], asked[4])
     with without_autocast(x):
         return dispatch.BACKENDS[backend].stats_at_once(spec, x, y, weight, *how, needs)  # type: ignore[attr-defined, no-any-return]
 

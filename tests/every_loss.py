@@ -22,7 +22,7 @@ def _tokens(x: Tensor) -> Tensor:
 LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "clip": fc.clip_loss,
     "info_nce": lambda x, y, s: fc.info_nce_loss(x, y, logit_scale=s, negatives=y.flip(0), label_smoothing=0.1),
-    "nt_xent": lambda x, y, s: fc.nt_xent_loss(x, y, 1 / s),
+    "nt_xent": lambda x, y, s: fc.nt_xent_loss(x, y, 1 / s, normalize=True),
     "supcon": lambda x, y, s: fc.supcon_loss(x + y, _labels(x, 100), 1 / s, normalize=True),
     "supcon in": lambda x, y, s: fc.supcon_loss(torch.stack((x, y), dim=1), _labels(x), 1 / s, variant="in"),
     "siglip": lambda x, y, s: fc.siglip_loss(x, y, s, -s),

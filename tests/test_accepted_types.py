@@ -51,7 +51,7 @@ BY_SCALE: dict[str, Loss] = {
     "clip": lambda s, **o: fc.clip_loss(features(N), features(N), **s, **o),
     "ClipLoss": lambda s, **o: fc.ClipLoss(**o)(features(N), features(N), **s),
     "info_nce": lambda s, **o: fc.info_nce_loss(features(N), features(N), **s, **o),
-    "nt_xent": lambda s, **o: fc.nt_xent_loss(features(N), features(N), **s, **o),
+    "nt_xent": lambda s, **o: fc.nt_xent_loss(features(N), features(N), normalize=True, **s, **o),
     "supcon": lambda s, **o: fc.supcon_loss(features(N), torch.arange(N) % 3, **s, **o),
     "siglip": lambda s, **o: fc.siglip_loss(features(N), features(N), logit_bias=-5.0, **s, **o),
     "SigLipLoss": lambda s, **o: fc.SigLipLoss(**o)(features(N), features(N), logit_bias=-5.0, **s),

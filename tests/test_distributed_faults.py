@@ -40,7 +40,7 @@ def scenarios(rank: int) -> dict[str, Callable[[], Tensor]]:
         "dtype": clip(dtype=torch.float64 if odd else torch.float32),
         "an option": clip(decoupled=odd, reduction="sum" if odd else "mean"),
         "exchange": clip(group=fc.GlobalBatch(exchange="ring" if odd else "gather")),
-        "which loss": (lambda: fc.nt_xent_loss(features(), features(), group=group)) if odd else clip(),
+        "which loss": (lambda: fc.nt_xent_loss(features(), features(), normalize=True, group=group)) if odd else clip(),
         "requires_grad": (lambda: fc.clip_loss(features().detach(), features(), 10.0, group=group)) if odd else clip(),
         "bad input": (lambda: fc.clip_loss(features(4), features(5), 10.0, group=group)) if odd else clip(),
         "targets": lambda: fc.info_nce_loss(

@@ -159,7 +159,7 @@ def test_numpy_s_scalars_are_numbers(number: Any) -> None:
     """None of them makes the arithmetic on it narrower: 1 / 3 would be off by 2e-4 in float16."""
     losses: list[Callable[[Any], torch.Tensor]] = [
         lambda s: clip_loss(X, X, s),
-        lambda s: nt_xent_loss(X, X + 1, s),
+        lambda s: nt_xent_loss(X, X + 1, s, normalize=True),
         lambda s: siglip_loss(X, X, s, s),
         lambda s: supcon_loss(X, LONG // 2, s),
         lambda s: contrastive_stats(X, Y, s).row,

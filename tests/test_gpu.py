@@ -74,7 +74,7 @@ def test_does_not_wait_for_the_gpu(dtype: torch.dtype, memory: object) -> None:
         for loss in (
             siglip_loss(x, y, scale, -scale / 2, memory_budget=memory),
             info_nce_loss(x, y, logit_scale=scale, targets=targets, memory_budget=memory),
-            nt_xent_loss(x, y, 1 / scale, memory_budget=memory),
+            nt_xent_loss(x, y, 1 / scale, normalize=True, memory_budget=memory),
         ):
             torch.autograd.grad(loss, inputs)
 

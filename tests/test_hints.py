@@ -14,12 +14,12 @@ from torch import Tensor
 
 import fused_contrastive as fc
 from fused_contrastive.__main__ import main
-from fused_contrastive.core import hints
+from fused_contrastive.core import warn
 
 
 @pytest.fixture(autouse=True)
 def nothing_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hints, "_told", set())
+    monkeypatch.setattr(warn, "_told", set())
 
 
 def unit(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -58,7 +58,7 @@ MASK = torch.tensor([True, True, False]).expand(4, 3)
 QUIET = {
     "clip": lambda: fc.verify(fc.clip_loss, X, Y, 14.0),
     "module": lambda: fc.verify(fc.SigLipLoss(), X, Y, 10.0, -10.0),
-    "normalises": lambda: fc.verify(fc.nt_xent_loss, 3 * X, Y),
+    "normalises": lambda: fc.verify(fc.nt_xent_loss, 3 * X, Y, normalize=True),
     "asked to": lambda: fc.verify(fc.info_nce_loss, 3 * X, Y, logit_scale=20.0, normalize=True),
     "a temperature below 1": lambda: fc.verify(fc.supcon_loss, X, LABELS, temperature=0.1),
     "padding": lambda: fc.verify(fc.filip_loss, unit(4, 5, 8), PADDED, 20.0, text_mask=MASK),
@@ -118,3 +118,9 @@ def test_the_command_prints_a_hint(
     shown = capsys.readouterr().out
     assert shown.count("hint: ") == (said is not None)
     assert (said or "") in shown
+
+
+def test_the_default_that_will_change_is_told_once() -> None:
+    (warning,) = told(lambda: (fc.nt_xent_loss(X, 3 * Y), fc.NTXentLoss()(X, Y)))
+    assert warning.startswith("nt_xent_loss: normalize is not given; it is True now, and will be False")
+    assert torch.equal(fc.nt_xent_loss(X, 3 * Y), fc.nt_xent_loss(X, 3 * Y, normalize=True))

@@ -87,7 +87,7 @@ def test_single_sample(backend: str) -> None:
     x, y = torch.randn(1, 6, requires_grad=True), torch.randn(1, 6, requires_grad=True)
     for loss in (
         fc.info_nce_loss(x, y, backend=backend),
-        fc.nt_xent_loss(x, y, backend=backend),
+        fc.nt_xent_loss(x, y, normalize=True, backend=backend),
         fc.supcon_loss(x, torch.tensor([3]), backend=backend) + 0 * y.sum(),
     ):
         assert loss.item() == 0
@@ -121,7 +121,7 @@ def test_perfectly_aligned_and_opposed(backend: str) -> None:
         for others, loss in (
             (11.0, fc.info_nce_loss(x, y, logit_scale=1000.0, backend=backend)),
             (11.0, fc.info_nce_loss(x, y, logit_scale=1000.0, symmetric=True, backend=backend)),
-            (22.0, fc.nt_xent_loss(x, y, 0.001, backend=backend)),
+            (22.0, fc.nt_xent_loss(x, y, 0.001, normalize=True, backend=backend)),
             (22.0, fc.supcon_loss(torch.cat((x, y)), labels.repeat(2), 0.001, backend=backend)),
         ):
             expected = 0.0 if sign > 0 else 1000.0 + math.log(others)
@@ -132,7 +132,7 @@ def test_all_duplicates(backend: str) -> None:
     """Equal logits everywhere: log of how many there are."""
     x = F.normalize(torch.ones(7, 3), dim=1)
     torch.testing.assert_close(fc.info_nce_loss(x, x, backend=backend), torch.tensor(7.0).log())
-    torch.testing.assert_close(fc.nt_xent_loss(x, x, backend=backend), torch.tensor(13.0).log())
+    torch.testing.assert_close(fc.nt_xent_loss(x, x, normalize=True, backend=backend), torch.tensor(13.0).log())
     torch.testing.assert_close(
         fc.supcon_loss(x, torch.zeros(7, dtype=torch.long), backend=backend), torch.tensor(6.0).log()
     )
@@ -161,7 +161,7 @@ def test_own_negatives_are_float32_under_autocast(backend: str) -> None:
 def test_zero_rows_are_normalised_to_zero(backend: str) -> None:
     x, y = torch.randn(4, 8).half(), torch.randn(4, 8).half()
     x[2] = 0
-    assert fc.nt_xent_loss(x, y, backend=backend).isfinite()
+    assert fc.nt_xent_loss(x, y, normalize=True, backend=backend).isfinite()
     assert fc.info_nce_loss(x, y, normalize=True, backend=backend).isfinite()
     assert fc.supcon_loss(x, torch.tensor([0, 0, 1, 1]), normalize=True, backend=backend).isfinite()
 
@@ -196,7 +196,7 @@ MODULES = [
         fc.InfoNCELoss(temperature=0.2, symmetric=True),
         lambda x, y: fc.info_nce_loss(x, y, temperature=0.2, symmetric=True),
     ),
-    (fc.NTXentLoss(0.2, decoupled=True), lambda x, y: fc.nt_xent_loss(x, y, 0.2, decoupled=True)),
+    (fc.NTXentLoss(0.2, normalize=True), lambda x, y: fc.nt_xent_loss(x, y, 0.2, normalize=True)),
     (lambda x, y: fc.SupConLoss(0.2)(x, halves(x)), lambda x, y: fc.supcon_loss(x, halves(x), 0.2)),
     (lambda x, y: fc.SigLipLoss()(x, y, 3.0, -1.0), lambda x, y: fc.siglip_loss(x, y, 3.0, -1.0)),
     (
@@ -217,7 +217,7 @@ def test_modules_are_the_functions(module, function) -> None:  # type: ignore[no
 
 LOSSES = {
     "info_nce": lambda x, y, s, **o: fc.info_nce_loss(x, y, logit_scale=s, label_smoothing=0.1, **o),
-    "nt_xent": lambda x, y, s, **o: fc.nt_xent_loss(x, y, 1 / s, **o),
+    "nt_xent": lambda x, y, s, **o: fc.nt_xent_loss(x, y, 1 / s, normalize=True, **o),
     "supcon": lambda x, y, s, **o: fc.supcon_loss(torch.stack((x, y), 1), torch.arange(len(x)) // 2, 1 / s, **o),
     "supcon in": lambda x, y, s, **o: fc.supcon_loss(
         torch.stack((x, y), 1), torch.arange(len(x)) // 2, 1 / s, variant="in", **o

@@ -40,7 +40,7 @@ CALLS: dict[str, tuple[str, Callable[[Tensor], object]]] = {
         "temperature",
         lambda s: fc.info_nce_loss(features(4, 3), features(4, 3), temperature=s),
     ),
-    "nt_xent": ("temperature", lambda s: fc.nt_xent_loss(features(4, 3), features(4, 3), s)),
+    "nt_xent": ("temperature", lambda s: fc.nt_xent_loss(features(4, 3), features(4, 3), s, normalize=True)),
     "supcon": ("temperature", lambda s: fc.supcon_loss(features(4, 3), features(4, dtype=torch.int64), s)),
     "siglip": ("logit_scale", lambda s: fc.siglip_loss(features(4, 3), features(4, 3), s, 0.0)),
     "siglip's bias": ("logit_bias", lambda s: fc.siglip_loss(features(4, 3), features(4, 3), 1.0, s)),

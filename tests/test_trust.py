@@ -174,10 +174,10 @@ x, y = (torch.randn(60_000, 256, requires_grad=True) for _ in range(2))
 """
 LONG_CALLS = {
     "clip": "fc.clip_loss(x, y, 0.1)",
-    "nt_xent": "fc.nt_xent_loss(x, y)",
+    "nt_xent": "fc.nt_xent_loss(x, y, normalize=True)",
     "siglip": "fc.siglip_loss(x, y, 0.1)",
     "clip backward": "fc.clip_loss(x, y, 0.1, memory_budget=0).backward()",
-    "nt_xent backward": "fc.nt_xent_loss(x[:40_000], y[:40_000], memory_budget=0).backward()",
+    "nt_xent backward": "fc.nt_xent_loss(x[:40_000], y[:40_000], normalize=True, memory_budget=0).backward()",
     "siglip backward": "fc.siglip_loss(x, y, 0.1, memory_budget=0).backward()",
     "rank": "fc.rank(x, y, 10)",
     "target_ranks": "fc.target_ranks(x, y)",

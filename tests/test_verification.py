@@ -35,7 +35,10 @@ def broken(monkeypatch: pytest.MonkeyPatch) -> None:
 LOSSES = {
     "clip": lambda x, y, s: fc.clip_loss(x, y, s),
     "module": lambda x, y, s: fc.SigLipLoss()(x, y, s, -1.0),
-    "two losses": lambda x, y, s: {"a": fc.nt_xent_loss(x, y), "b": fc.info_nce_loss(x, y, logit_scale=s)},
+    "two losses": lambda x, y, s: {
+        "a": fc.nt_xent_loss(x, y, normalize=True),
+        "b": fc.info_nce_loss(x, y, logit_scale=s),
+    },
     "late interaction": lambda x, y, s: s * fc.max_sim(x[None], y[None]),
 }
 

@@ -131,7 +131,7 @@ def info_nce_eager(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _nt_xent_ours(x: Tensor, y: Tensor, **options: Any) -> Tensor:
-    return fc.nt_xent_loss(x, y, TEMPERATURE, **options)
+    return fc.nt_xent_loss(x, y, TEMPERATURE, normalize=True, **options)
 
 
 def nt_xent_eager(x: Tensor, y: Tensor) -> Tensor:

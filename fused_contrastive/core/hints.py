@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from fused_contrastive.core import warn
 
 NEAR = 0.02  # to 1; rows normalised in bfloat16 have norms within 0.4% of it
 
@@ -40,11 +41,7 @@ def hint(features: Mapping[str, Tensor], scale_name: str = "scale", scale: float
     return None
 
 
-_told: set[str] = set()
-
-
-def warn_once(found: Hint | None, stacklevel: int) -> None:
-    """Each kind once a process, in the name of the caller so many levels above this."""
-    if found is not None and found.kind not in _told:
-        _told.add(found.kind)
-        warnings.warn(found.text, stacklevel=stacklevel + 1)
+def warn_once(found: Hint | None) -> None:
+    """Each kind once a process."""
+    if found is not None:
+        warn.once(found.kind, found.text)

@@ -103,7 +103,7 @@ def diagnose(x: Tensor, y: Tensor, scale: float | Tensor, *, k: int = 10) -> Dia
     factor = scale.item() if isinstance(scale, Tensor) else scale
     checks.positive("scale", factor)
     checks.at_least_1("k", k)
-    hints.warn_once(hints.hint({"x": x, "y": y}, "scale", factor), stacklevel=2)
+    hints.warn_once(hints.hint({"x": x, "y": y}, "scale", factor))
     with plain(x):
         x, y = x.to(compute_dtype(x.dtype)), y.to(compute_dtype(x.dtype))
         unit_x, unit_y = F.normalize(x, dim=1), F.normalize(y, dim=1)

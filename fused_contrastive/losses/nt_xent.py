@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from fused_contrastive.core import checks
+from fused_contrastive.core import checks, warn
 from fused_contrastive.core.observing import observed
 from fused_contrastive.core.reduction import REDUCTIONS, Reduction
 from fused_contrastive.core.spec import BackendName, compute_dtype
@@ -31,7 +31,7 @@ def nt_xent_loss(
     views: Sequence[Tensor] = (),
     decoupled: bool = False,
     reduction: Reduction = "mean",
-    normalize: bool = True,
+    normalize: bool | None = None,
     memory_budget: int | Literal["auto"] = "auto",
     backend: BackendName = "auto",
     group: Group = None,
@@ -53,7 +53,9 @@ def nt_xent_loss(
         views: further views, each like z1.
         decoupled: the DCL form.
         reduction: "mean", "sum" or "none" ((V * N,), view by view), over the V * N features.
-        normalize: L2-normalise first, as SimCLR does.
+        normalize: L2-normalise first, as SimCLR does. Every other loss that has it takes features as they are by
+            default, and so will this one: until the next release it is True where it is not given, with a
+            FutureWarning.
         memory_budget, backend, group: see ``contrastive_stats``. Over a group, the loss is that of the whole batch; all
             views of a sample are in one process.
 
@@ -71,7 +73,7 @@ def nt_xent_loss(
         checks.feature_pair("z1", everything[0], name, view, group is not None)
         checks.same_rows("z1", everything[0], name, view)
     checks.boolean("decoupled", decoupled)
-    checks.boolean("normalize", normalize)
+    normalize = _normalize(normalize)
     checks.one_of("reduction", reduction, REDUCTIONS)
     scale = terms.scale_of(temperature, logit_scale, 0.5, everything[0])
 
@@ -103,6 +105,19 @@ def _other_view(rows: int) -> RowMap:
     return lambda part: part.roll(-rows, dims=0)
 
 
+def _normalize(given: bool | None) -> bool:
+    if given is None:
+        warn.once(
+            "nt_xent normalize",
+            "nt_xent_loss: normalize is not given; it is True now, and will be False in the next release, as in the "
+            "other losses: pass normalize=True, or False for features that are of norm 1 already.",
+            FutureWarning,
+        )
+        return True
+    checks.boolean("normalize", given)
+    return given
+
+
 class NTXentLoss(nn.Module):
     """``nt_xent_loss`` as a module. It holds no parameters; options as there.
 
@@ -116,14 +131,15 @@ class NTXentLoss(nn.Module):
         *,
         decoupled: bool = False,
         reduction: Reduction = "mean",
-        normalize: bool = True,
+        normalize: bool | None = None,
         memory_budget: int | Literal["auto"] = "auto",
         backend: BackendName = "auto",
         group: Group = None,
     ) -> None:
         super().__init__()
         terms.scale_of(temperature, None, 0.5)
-        terms.check_module(reduction, memory_budget, backend, decoupled=decoupled, normalize=normalize)
+        normalize = _normalize(normalize)
+        terms.check_module(reduction, memory_budget, backend, decoupled=decoupled)
         self.temperature = temperature
         self.decoupled = decoupled
         self.reduction: Reduction = reduction

@@ -5,18 +5,14 @@
 
 from __future__ import annotations
 
-import os
-import sys
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 
 from fused_contrastive.backends import cpp, reference, triton
 from fused_contrastive.backends.contract import Backend
-from fused_contrastive.core import checks, compiler
+from fused_contrastive.core import checks, warn
 
 BACKENDS: dict[str, Backend] = {"reference": reference, "cpp": cpp, "triton": triton}
 _AUTO = {"cpu": "cpp", "cuda": "triton"}  # device types not listed, and dtypes not supported: reference
@@ -49,28 +45,6 @@ def using(backend: str) -> Iterator[Forced]:
         _forced.remove(forced)
 
 
-_warned = False
-# Callers in these folders are not who should be told: a module's call comes from torch.
-_OURS = tuple(f"{folder}{os.sep}" for folder in (Path(__file__).parent.parent, Path(torch.__file__).parent))
-
-
-@compiler.constant
-def _warn_once(missing: str) -> None:
-    """Once a process, in the name of the line that called this package; under torch.compile, while it traces."""
-    global _warned
-    if _warned:
-        return
-    level, frame = 2, sys._getframe(1)
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(_OURS):
-        level, frame = level + 1, frame.f_back
-    warnings.warn(
-        "fused_contrastive: CPU tensors take the reference backend, which is as exact but slower, because "
-        f"backend 'cpp' cannot run here: {missing}. backend='reference' chooses it without this warning.",
-        stacklevel=level,
-    )
-    _warned = True
-
-
 def resolve(name: str, device: torch.device, dtype: torch.dtype) -> str:
     """The backend that ``name`` ("auto" included) means for features of ``dtype`` on ``device``."""
     checks.one_of("backend", name, ("auto", *BACKENDS))
@@ -83,7 +57,11 @@ def resolve(name: str, device: torch.device, dtype: torch.dtype) -> str:
         if not BACKENDS[chosen].supports(device.type, dtype):
             chosen = "reference"
         elif chosen == "cpp" and (missing := cpp.unavailable()) is not None:
-            _warn_once(missing)
+            warn.once(
+                "no extension",
+                "fused_contrastive: CPU tensors take the reference backend, which is as exact but slower, because "
+                f"backend 'cpp' cannot run here: {missing}. backend='reference' chooses it without this warning.",
+            )
             chosen = "reference"
     if (reason := BACKENDS[chosen].unavailable()) is not None:
         raise RuntimeError(f"backend {chosen!r} cannot run here: {reason}. backend='reference' needs torch alone.")

@@ -142,7 +142,7 @@ def verify(loss_fn: Callable[..., Any], *inputs: Any, **options: Any) -> Verific
         return compare(loss_fn, inputs, options)
     finally:
         observing.remove(listen)
-        hints.warn_once(next(filter(None, found), None), stacklevel=2)
+        hints.warn_once(next(filter(None, found), None))
 
 
 def _hint(function: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]) -> hints.Hint | None:
@@ -154,7 +154,7 @@ def _hint(function: Callable[..., Any], args: tuple[Any, ...], options: dict[str
         for k, each in enumerate(value) if isinstance(value, (tuple, list)) else [(None, value)]:
             if isinstance(each, Tensor) and each.is_floating_point() and each.dim() > 1:
                 features[name if k is None else f"{name}[{k}]"] = each
-    if bound.arguments.get("normalize"):
+    if bound.arguments.get("normalize", False) is not False:
         features = {}
     scale = bound.arguments.get("logit_scale")
     if isinstance(scale, Tensor):

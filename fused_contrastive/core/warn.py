@@ -1,0 +1,28 @@
+"""Warnings that are given once a process, in the name of the line that called this package."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+
+from fused_contrastive.core import compiler
+
+_told: set[str] = set()
+# Callers in these folders are not who should be told: a module's call comes from torch.
+_OURS = tuple(f"{folder}{os.sep}" for folder in (Path(__file__).parent.parent, Path(torch.__file__).parent))
+
+
+@compiler.constant
+def once(kind: str, text: str, category: type[Warning] = UserWarning) -> None:
+    """Each kind once; under torch.compile, while it traces."""
+    if kind in _told:
+        return
+    level, frame = 2, sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_OURS):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(text, category, stacklevel=level)
+    _told.add(kind)

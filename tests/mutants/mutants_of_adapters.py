@@ -73,16 +73,16 @@ MUTANTS = [
     ),
     Mutant(
         "score of no token", "a document without a token scores less badly than in the library",
-        f"{ADAPTERS}/sentence_transformers.py",
+        f"{ADAPTERS}/sentence_transformers_multi_vector.py",
         "NO_TOKEN_SCORE = -1e9",
         "NO_TOKEN_SCORE = -1e8",
         (f"{TESTS}/test_sentence_transformers.py",), "token or multi_vector",
     ),
     Mutant(
         "cached multi-vector loss", "is the library's own",
-        f"{ADAPTERS}/sentence_transformers.py",
-        "    _MaxSimLoss, multi_vector.CachedMultiVectorMultipleNegativesRankingLoss\n",
-        "    multi_vector.CachedMultiVectorMultipleNegativesRankingLoss\n",
+        f"{ADAPTERS}/sentence_transformers_multi_vector.py",
+        "    _MaxSimLoss, losses.CachedMultiVectorMultipleNegativesRankingLoss\n",
+        "    losses.CachedMultiVectorMultipleNegativesRankingLoss\n",
         (f"{TESTS}/test_sentence_transformers.py",), "token or multi_vector",
     ),
     Mutant(

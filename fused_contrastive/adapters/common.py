@@ -10,6 +10,9 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor
 from torch.torch_version import TorchVersion  # compares as packaging does, which not every library brings
 
+from fused_contrastive.core import checks
+from fused_contrastive.ops.stats import autocast
+
 
 @contextmanager
 def importing(distribution: str, tested: str, least: str | None = None) -> Iterator[None]:
@@ -84,3 +87,12 @@ class Fused:
 def scalar(value: float | Tensor) -> float | Tensor:
     """A number, or a tensor of one element such as FSDP2's of shape (1,) -> a number, or a 0-d tensor."""
     return value.reshape(()) if isinstance(value, Tensor) else value
+
+
+def check_pair(x_name: str, x: object, y_name: str, y: object) -> None:
+    """Two sets of features (rows, D) that can be multiplied, as autocast will have them, by the caller's names."""
+    checks.features(x_name, x)
+    checks.features(y_name, y)
+    assert isinstance(x, Tensor)
+    assert isinstance(y, Tensor)
+    checks.feature_pair(x_name, autocast(x[:1]), y_name, autocast(y[:1]))

@@ -1,19 +1,27 @@
-"""pytorch-metric-learning's NTXentLoss, SupConLoss and CrossBatchMemory (2.9)."""
+"""pytorch-metric-learning's NTXentLoss, SupConLoss and CrossBatchMemory (tested with 2.9.0)."""
 
 from __future__ import annotations
 
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-from pytorch_metric_learning import distances, losses
 from torch import Tensor
 
-from fused_contrastive.adapters.common import Fused, scalar
+from fused_contrastive.adapters.common import Fused, check_pair, importing, not_covered, scalar
 from fused_contrastive.adapters.patching import Patch
 from fused_contrastive.core.spec import compute_dtype
 from fused_contrastive.losses.terms import class_sums, pair_logit, rows_at
 from fused_contrastive.ops.cross_entropy import cross_entropy
 from fused_contrastive.ops.stats import autocast, contrastive_stats, log_add, self_stats
+
+with importing("pytorch-metric-learning", tested="2.9.0"):
+    from pytorch_metric_learning import distances, losses
+
+_CHOSEN_PAIRS = (
+    "chosen pairs, which are no function of labels and not covered, expected None: every pair counts here. They come "
+    "from a miner, or from DistributedLossWrapper(efficient=True), which lists the pairs of its own rows: take "
+    "efficient=False. For CrossBatchMemory take that of this module; for a miner, pytorch_metric_learning's own loss"
+)
 
 
 class _LabelLoss(Fused):
@@ -32,11 +40,7 @@ class _LabelLoss(Fused):
         if isinstance(indices_tuple, OwnSlots):
             own = indices_tuple.slots
         elif indices_tuple is not None:
-            raise NotImplementedError(
-                "indices_tuple: got one, which is not covered, as chosen pairs are no function of labels. Leave the "
-                "miner out (every pair counts here), use CrossBatchMemory of this module in place of the library's, or "
-                "use the library's own loss"
-            )
+            raise NotImplementedError(f"indices_tuple: got {_CHOSEN_PAIRS}")
         if labels is None:
             raise ValueError("labels: got None, expected a tensor of shape (M,)")
         x, y = self._features(embeddings, ref_emb)
@@ -53,9 +57,13 @@ class _LabelLoss(Fused):
                 "DotProductSimilarity: use pytorch_metric_learning's own class"
             )
         if self.distance.power != 1:
-            raise NotImplementedError(f"distance: got power = {self.distance.power}, which is not covered, expected 1")
+            raise NotImplementedError(
+                f"distance: got power = {self.distance.power}, which is not covered, expected 1: use "
+                "pytorch_metric_learning's own class"
+            )
         self.distance.reset_stats()
         self.distance.check_shapes(embeddings, ref_emb)
+        check_pair("embeddings", embeddings, "ref_emb", ref_emb)
         x = self.distance.maybe_normalize(embeddings)
         y = x if ref_emb is embeddings else self.distance.maybe_normalize(ref_emb)
         self.distance.set_default_stats(embeddings, ref_emb, x, y)
@@ -144,7 +152,10 @@ class CrossBatchMemory(losses.CrossBatchMemory):
     def __init__(self, loss: Any, *args: Any, **options: Any) -> None:
         super().__init__(loss, *args, **options)
         if isinstance(loss, _LabelLoss) and self.miner is not None:
-            raise NotImplementedError("miner: got one, which is not covered, expected None: every pair counts here")
+            raise NotImplementedError(
+                f"miner: got {type(self.miner).__name__}, which is not covered, expected None: every pair counts here. "
+                "To choose pairs, take pytorch_metric_learning's own loss"
+            )
 
     def create_indices_tuple(
         self, embeddings: Any, labels: Any, E_mem: Any, L_mem: Any, input_indices_tuple: Any,  # noqa: N803
@@ -156,7 +167,7 @@ class CrossBatchMemory(losses.CrossBatchMemory):
                 embeddings, labels, E_mem, L_mem, input_indices_tuple, do_remove_self_comparisons
             )
         if input_indices_tuple is not None:
-            raise NotImplementedError("indices_tuple: got one, which is not covered, expected None")
+            raise NotImplementedError(f"indices_tuple: got {_CHOSEN_PAIRS}")
         return OwnSlots(self.curr_batch_idx if do_remove_self_comparisons else None)
 
 
@@ -228,6 +239,8 @@ def _loss_info(values: Tensor, x: Tensor, indices: Any, kind: str) -> dict[str, 
 
 
 ORIGINALS = {getattr(losses, cls.__name__): cls for cls in (NTXentLoss, SupConLoss, CrossBatchMemory)}
+
+__getattr__ = not_covered(__name__, losses)
 
 
 def patch_pytorch_metric_learning() -> Patch:

@@ -10,9 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fused_contrastive.adapters.common import Fused, importing, not_covered, scalar
+from fused_contrastive.adapters.common import Fused, check_pair, importing, not_covered, scalar
 from fused_contrastive.adapters.patching import Patch
-from fused_contrastive.core import checks
 from fused_contrastive.core.spec import compute_dtype
 from fused_contrastive.distributed.batch import GlobalBatch
 from fused_contrastive.losses.terms import pair_logit
@@ -94,7 +93,7 @@ class _Batch:
         _check_similarity(loss)  # it can be assigned
         prepare = partial(normalized, backend=loss.backend) if loss.similarity_fct is util.cos_sim else _same
         for k, column in enumerate(embeddings):
-            checks.feature_pair("embeddings[0]", embeddings[0], f"embeddings[{k}]", column)
+            check_pair("embeddings[0]", embeddings[0], f"embeddings[{k}]", column)
         self.queries, *self.docs = (prepare(autocast(e)) for e in embeddings)  # (B, D) each
         self.documents = torch.cat(self.docs) if len(self.docs) > 1 else self.docs[0]  # column by column
         count, gathers = len(self.queries), loss.gather_across_devices

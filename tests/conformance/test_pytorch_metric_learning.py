@@ -140,7 +140,7 @@ def test_an_overridden_hook_is_refused() -> None:
 def test_what_is_not_covered() -> None:
     x, labels = features(8, 4), torch.arange(8) % 2
     loss = ours.NTXentLoss()
-    with pytest.raises(NotImplementedError, match="indices_tuple: got one"):
+    with pytest.raises(NotImplementedError, match=r"indices_tuple: got chosen .* miner, or from Dist.*efficient=False"):
         loss(x, labels, miners.MultiSimilarityMiner()(x, labels))
     with pytest.raises(NotImplementedError, match="distance: got LpDistance"):
         ours.SupConLoss(distance=distances.LpDistance())(x, labels)
@@ -149,8 +149,21 @@ def test_what_is_not_covered() -> None:
     assert torch.equal(
         *(m.CrossBatchMemory(losses.NTXentLoss(), 4)(x, labels) for m in (losses, ours))
     )  # the library's
-    with pytest.raises(NotImplementedError, match="miner: got one"):
+    with pytest.raises(NotImplementedError, match="miner: got MultiSimilarityMiner"):
         ours.CrossBatchMemory(loss, 4, miner=miners.MultiSimilarityMiner())
+    with pytest.raises(NotImplementedError, match="TripletMarginLoss: a class of pytorch_metric_learning"):
+        ours.TripletMarginLoss  # noqa: B018
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_does_not_fit_is_named_as_it_was_passed(name: str) -> None:
+    x, labels = features(8, 4), torch.arange(8) % 2
+    for reference, message in (
+        (features(8, 6), "ref_emb: got D = 6, expected 4, the D of embeddings"),
+        (x.double(), "ref_emb: got dtype torch.float64, expected torch.float32, the dtype of embeddings"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=message):
+            getattr(ours, name)()(x, labels, ref_emb=reference, ref_labels=labels)
 
 
 def test_patch() -> None:

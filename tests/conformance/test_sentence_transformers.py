@@ -122,6 +122,17 @@ def test_what_is_not_covered() -> None:
         ours.Tensors  # noqa: B018
 
 
+def test_what_does_not_fit_is_named_as_it_was_passed() -> None:
+    loss, x = ours.MultipleNegativesRankingLoss(Model()), features(4, 8)
+    for column, message in (
+        (features(4, 6), r"embeddings\[2\]: got D = 6, expected 8, the D of embeddings\[0\]"),
+        (x.double(), r"embeddings\[2\]: got dtype torch.float64, expected torch.float32"),
+        (x[0], r"embeddings\[2\]: got shape \(8,\), expected 2 dimensions"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=message):
+            loss.compute_loss_from_embeddings([x, x, column], None)
+
+
 def test_patch() -> None:
     with ours.patch_sentence_transformers():
         assert losses.MultipleNegativesRankingLoss is ours.MultipleNegativesRankingLoss

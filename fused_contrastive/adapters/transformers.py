@@ -202,7 +202,7 @@ def _output_class(model_class: Any) -> Any:
 def _positions_kept(output_class: Any) -> Any:
     """The class with None, not the next value, in the positions of logits that are not there."""
 
-    class Output(output_class):  # type: ignore[misc]
+    class Output(output_class):
         def to_tuple(self) -> tuple[Any, ...]:
             loss, *rest = super().to_tuple()
             return (loss, *rest) if self.logits_per_image is not None else (loss, None, None, *rest)

@@ -76,14 +76,14 @@ MUTANTS = [
         f"{ADAPTERS}/sentence_transformers_multi_vector.py",
         "NO_TOKEN_SCORE = -1e9",
         "NO_TOKEN_SCORE = -1e8",
-        (f"{TESTS}/test_sentence_transformers.py",), "token or multi_vector",
+        (f"{TESTS}/test_sentence_transformers_multi_vector.py",), "token or multi_vector",
     ),
     Mutant(
         "cached multi-vector loss", "is the library's own",
         f"{ADAPTERS}/sentence_transformers_multi_vector.py",
         "    _MaxSimLoss, losses.CachedMultiVectorMultipleNegativesRankingLoss\n",
         "    losses.CachedMultiVectorMultipleNegativesRankingLoss\n",
-        (f"{TESTS}/test_sentence_transformers.py",), "token or multi_vector",
+        (f"{TESTS}/test_sentence_transformers_multi_vector.py",), "token or multi_vector",
     ),
     Mutant(
         "weight of the image's own loss", "x-clip's image loss gets the text loss's weight",
@@ -105,5 +105,26 @@ MUTANTS = [
         "sums = sums - wide[own]",
         "sums = sums - 0 * wide[own]",
         (f"{TESTS}/test_pytorch_metric_learning.py",),
+    ),
+    Mutant(
+        "own feature among NTXent's pairs", "of pytorch-metric-learning, where they are summed as they are made",
+        f"{ADAPTERS}/pytorch_metric_learning.py",
+        "own = None if self.own is None else self.own[chosen]",
+        "own = None",
+        (f"{TESTS}/test_pytorch_metric_learning.py",), "labels",
+    ),
+    Mutant(
+        "texts' gradient of the teacher's term", "open_clip's distillation moves the images alone",
+        f"{ADAPTERS}/open_clip.py",
+        "(wide_y - wide_y.detach()) * for_y",
+        "(wide_y - wide_y).detach() * for_y",
+        (f"{TESTS}/test_open_clip.py",), "distill",
+    ),
+    Mutant(
+        "positions of outputs", "transformers' text embeddings move to where the logits were",
+        f"{ADAPTERS}/transformers.py",
+        "else (loss, None, None, *rest)",
+        "else (loss, *rest)",
+        (f"{TESTS}/test_transformers.py",), "positions",
     ),
 ]  # fmt: skip

@@ -81,8 +81,8 @@ MUTANTS = [
     Mutant(
         "cached multi-vector loss", "is the library's own",
         f"{ADAPTERS}/sentence_transformers_multi_vector.py",
-        "    _MaxSimLoss, losses.CachedMultiVectorMultipleNegativesRankingLoss\n",
-        "    losses.CachedMultiVectorMultipleNegativesRankingLoss\n",
+        "(_MaxSimLoss, losses.CachedMultiVectorMultipleNegativesRankingLoss)",
+        "(losses.CachedMultiVectorMultipleNegativesRankingLoss)",
         (f"{TESTS}/test_sentence_transformers_multi_vector.py",), "token or multi_vector",
     ),
     Mutant(

@@ -39,10 +39,12 @@ test: $(BIN)/.fused_contrastive-test ## run the tests
 sanitize: $(BIN)/.fused_contrastive-test ## run the C++ backend's tests under AddressSanitizer and UBSan
 	$(BIN)/python tests/sanitize.py
 
-# An environment of its own, with this package installed and not linked: its extension is built for another torch.
-CONFORMANCE := .venv-conformance/bin
+# An environment of its own, with this package installed and not linked: its extension is built for another torch. Other
+# versions of the libraries than those pinned, in another one, by requirements:
+# make conformance OTHER="sentence-transformers==5.3.0 transformers==4.57.6"
+CONFORMANCE := .venv-conformance$(if $(OTHER),-other)/bin
 $(CONFORMANCE)/.libraries: pyproject.toml
-	$(PYTHON) -m venv .venv-conformance
+	$(PYTHON) -m venv $(CONFORMANCE:/bin=)
 	$(CONFORMANCE)/python -m pip install $(PIP) $(CONFORMANCE_TORCH)
 	$(CONFORMANCE)/python -m pip install $(PIP) "setuptools>=77" wheel ninja pybind11 numpy
 	$(CONFORMANCE)/python -m pip install $(PIP) --no-build-isolation ".[conformance]"
@@ -50,6 +52,7 @@ $(CONFORMANCE)/.libraries: pyproject.toml
 
 conformance: $(CONFORMANCE)/.libraries ## compare the adapters with the libraries themselves (several GB of them)
 	$(CONFORMANCE)/python -m pip install $(PIP) --no-build-isolation --no-deps --force-reinstall .
+	$(if $(OTHER),$(CONFORMANCE)/python -m pip install $(PIP) $(OTHER))
 	$(CONFORMANCE)/pytest tests/conformance
 
 mutants: $(BIN)/.fused_contrastive-test $(CONFORMANCE)/.libraries ## break the sources on purpose and show that the tests notice

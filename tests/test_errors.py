@@ -101,6 +101,24 @@ def test_clip_loss(name: str) -> None:
         clip_loss(**{"image_features": X, "text_features": X, "logit_scale": 1.0, **changes})
 
 
+SUPCON = {
+    "rank": (dict(features=torch.randn(2, 3, 4, 5)), "features: got shape (2, 3, 4, 5), expected (N, D) or (N, V, D)"),
+    "vector": (dict(features=torch.randn(4)), "features: got shape (4,), expected (N, D) or (N, V, D)"),
+    "no view": (
+        dict(features=torch.randn(4, 0, 3)),
+        "features: got shape (4, 0, 3), expected (N, D) or (N, V, D) with",
+    ),
+    "no sample": (dict(features=torch.randn(0, 3)), "features: got an empty batch of shape (0, 3)"),
+}
+
+
+@pytest.mark.parametrize("name", SUPCON)
+def test_supcon_loss(name: str) -> None:
+    changes, message = SUPCON[name]
+    with pytest.raises(ValueError, match=re.escape(message)):
+        supcon_loss(**{"features": X, "labels": LONG, **changes})
+
+
 def test_clip_module_checks_when_made() -> None:
     with pytest.raises(ValueError, match="reduction"):
         ClipLoss(reduction="avg")

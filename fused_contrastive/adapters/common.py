@@ -2,11 +2,63 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor
+from torch.torch_version import TorchVersion  # compares as packaging does, which not every library brings
 
+from fused_contrastive.core import checks
 from fused_contrastive.core.spec import BackendName
+from fused_contrastive.ops.stats import autocast
+
+
+@contextmanager
+def importing(distribution: str, tested: str, least: str | None = None) -> Iterator[None]:
+    """Around the imports of a library: what fails there names the version found and the versions tested.
+
+    Args:
+        distribution: its name for pip.
+        tested: the versions that the conformance tests were run with.
+        least: the first version that has what the adapter calls.
+
+    Raises:
+        ImportError: an older version than ``least``, or one that lacks a name that is imported.
+    """
+    try:
+        found = version(distribution)
+    except PackageNotFoundError:
+        found = None  # not installed, or run from its sources
+    expected = f"expected {f'{least} or later' if least else tested} (tested with {tested}): pip install {distribution}"
+    if found and least and TorchVersion(found) < least:
+        raise ImportError(f"{distribution}: got version {found}, {expected}")
+    try:
+        yield
+    except ImportError as error:
+        got = f"got version {found}" if found else "is not installed"
+        raise type(error)(f"{distribution}: {got}, {expected}. {error}", name=error.name, path=error.path) from error
+
+
+def not_covered(adapter: str, library: Any, reasons: Mapping[str, str] | None = None) -> Callable[[str], Any]:
+    """An adapter module's ``__getattr__``: importing another class of the library raises NotImplementedError.
+
+    Args:
+        adapter: the ``__name__`` of the adapter's module.
+        library: the library's module of losses.
+        reasons: by the class's name, why, and what to do.
+    """
+    package = library.__name__.partition(".")[0]
+
+    def get(name: str) -> Any:
+        theirs = getattr(library, name, None)
+        if not isinstance(theirs, type) or theirs.__module__.partition(".")[0] != package:
+            raise AttributeError(f"module {adapter!r} has no attribute {name!r}")
+        reason = (reasons or {}).get(name, f"use {library.__name__}.{name}")
+        raise NotImplementedError(f"{name}: a class of {package} that is not covered: {reason}")
+
+    return get
 
 
 class Fused:
@@ -36,3 +88,12 @@ class Fused:
 def scalar(value: float | Tensor) -> float | Tensor:
     """A number, or a tensor of one element such as FSDP2's of shape (1,) -> a number, or a 0-d tensor."""
     return value.reshape(()) if isinstance(value, Tensor) else value
+
+
+def check_pair(x_name: str, x: object, y_name: str, y: object) -> None:
+    """Two sets of features (rows, D) that can be multiplied, as autocast will have them, by the caller's names."""
+    checks.features(x_name, x)
+    checks.features(y_name, y)
+    assert isinstance(x, Tensor)
+    assert isinstance(y, Tensor)
+    checks.feature_pair(x_name, autocast(x[:1]), y_name, autocast(y[:1]))

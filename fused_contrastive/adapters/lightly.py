@@ -1,4 +1,4 @@
-"""lightly's contrastive losses (lightly 1.6)."""
+"""lightly's contrastive losses (tested with 1.6.0)."""
 
 from __future__ import annotations
 
@@ -6,18 +6,22 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from lightly.loss import dcl_loss, ntx_ent_loss
-from lightly.utils import dist
 from torch import Tensor
 
-from fused_contrastive.adapters.common import Fused
+from fused_contrastive.adapters.common import Fused, check_pair, importing, not_covered
 from fused_contrastive.adapters.patching import Patch
+from fused_contrastive.core import checks
 from fused_contrastive.core.spec import compute_dtype
 from fused_contrastive.distributed.batch import GlobalBatch
 from fused_contrastive.losses.terms import pair_logit
 from fused_contrastive.ops.cross_entropy import cross_entropy
 from fused_contrastive.ops.normalize import normalized
 from fused_contrastive.ops.stats import autocast, contrastive_stats, self_stats
+
+with importing("lightly", tested="1.6.0"):
+    from lightly import loss as library
+    from lightly.loss import dcl_loss, ntx_ent_loss
+    from lightly.utils import dist
 
 
 class NTXentLoss(Fused, ntx_ent_loss.NTXentLoss):
@@ -29,6 +33,7 @@ class NTXentLoss(Fused, ntx_ent_loss.NTXentLoss):
 
     def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
         """(N, D), (N, D) -> scalar."""
+        _check_views(out0, out1)
         out0, out1 = normalized(out0, backend=self.backend), normalized(out1, backend=self.backend)
         out1, bank = self.memory_bank.forward(
             out1, update=out0.requires_grad
@@ -65,6 +70,7 @@ class DCLLoss(Fused, dcl_loss.DCLLoss):
 
     def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
         """(N, D), (N, D) -> scalar."""
+        _check_views(out0, out1)
         if self.weight_fn:  # which may do with them, and with their gradients, whatever it likes
             out0, out1 = F.normalize(out0, dim=1), F.normalize(out1, dim=1)
         else:
@@ -81,6 +87,11 @@ class DCLWLoss(dcl_loss.DCLWLoss, DCLLoss):
     """lightly's DCLWLoss: DCLLoss weighted by negative von Mises-Fisher weights of the positives."""
 
 
+def _check_views(out0: Tensor, out1: Tensor) -> None:
+    check_pair("out0", out0, "out1", out1)
+    checks.same_rows("out0", out0, "out1", out1)
+
+
 def _both_views(
     out0: Tensor, out1: Tensor, scale: float, gathers: bool, options: dict[str, Any]
 ) -> tuple[Tensor, Tensor]:
@@ -93,6 +104,7 @@ def _both_views(
 
 
 ORIGINALS = {ntx_ent_loss.NTXentLoss: NTXentLoss, dcl_loss.DCLLoss: DCLLoss, dcl_loss.DCLWLoss: DCLWLoss}
+__getattr__ = not_covered(__name__, library)
 
 
 def patch_lightly() -> Patch:

@@ -1,4 +1,4 @@
-"""open_clip's losses (open_clip_torch 3.3)."""
+"""open_clip's losses (tested with open_clip_torch 3.3.0)."""
 
 from __future__ import annotations
 
@@ -6,12 +6,10 @@ from functools import wraps
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
-from open_clip import loss as library
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from fused_contrastive.adapters.common import Fused, scalar
+from fused_contrastive.adapters.common import Fused, check_pair, importing, not_covered, scalar
 from fused_contrastive.adapters.patching import Patch
 from fused_contrastive.core import checks
 from fused_contrastive.core.spec import compute_dtype
@@ -19,11 +17,13 @@ from fused_contrastive.distributed.batch import GlobalBatch
 from fused_contrastive.losses.clip import clip_loss
 from fused_contrastive.losses.info_nce import info_nce_loss
 from fused_contrastive.losses.siglip import siglip_loss
-from fused_contrastive.losses.terms import pair_logit
 from fused_contrastive.ops.cross_entropy import cross_entropy
 from fused_contrastive.ops.stats import autocast, contrastive_stats, log_add
 
-TEACHER_LOGITS = 1 << 24  # of the teacher's logits, this many at a time where torch has no streaming attention kernel
+with importing("open_clip_torch", tested="3.3.0"):
+    from open_clip import loss as library
+
+TEACHER_LOGITS = 1 << 20  # of the teacher's logits, this many at a time
 
 
 class ClipLoss(Fused, library.ClipLoss):
@@ -118,10 +118,10 @@ class DistillClipLoss(ClipLoss):
 
     With logits S of the student and P the teacher's softmax, a row of the distillation term is ::
 
-        -sum_j P[i, j] log softmax(S)[i, j] = logsumexp(S[i]) - scale * x_i . (P y)_i
+        -sum_j P[i, j] log softmax(S)[i, j] = logsumexp(S[i]) - sum_j P[i, j] S[i, j]
 
-    whose first part is our row statistic and whose second is attention, with the teacher's features as queries and keys
-    and the student's as values: torch's ``scaled_dot_product_attention``. Neither matrix of logits is stored.
+    whose first part is our row statistic. The second, linear in the student's features, goes through the teacher's
+    logits some rows at a time, for both directions at once. Neither matrix of logits is stored.
     """
 
     bypassed: ClassVar[tuple[str, ...]] = ("get_logits", "get_ground_truth", "dist_loss")
@@ -137,28 +137,40 @@ class DistillClipLoss(ClipLoss):
         output_dict: bool = False,
     ) -> tuple[Tensor, Tensor] | dict[str, Tensor]:
         """(N, D) features and scale of the student, then of the teacher -> contrastive and distillation loss."""
+        check_pair("image_features", image_features, "text_features", text_features)
+        check_pair("dist_image_features", dist_image_features, "dist_text_features", dist_text_features)
+        for name, features in (
+            ("text_features", text_features),
+            ("dist_image_features", dist_image_features),
+            ("dist_text_features", dist_text_features),
+        ):
+            checks.same_rows("image_features", image_features, name, features)
+        scale = checks.scalar_beside("logit_scale", scalar(logit_scale), image_features)
+        teacher_scale = checks.scalar_beside("dist_logit_scale", scalar(dist_logit_scale), image_features)
         student = autocast(image_features), autocast(text_features)
         teacher = autocast(dist_image_features), autocast(dist_text_features)
         columns, teacher_columns = self._gathered(*student), self._gathered(*teacher)
         own = self._own_rows(image_features)
-        rows, teacher_rows = (columns, teacher_columns) if own is None else (student, teacher)
-        scale, teacher_scale = scalar(logit_scale), scalar(dist_logit_scale)
+        options: dict[str, Any] = {"targets": own, **self._options()}
+        if own is None:  # one matrix, whose columns are the texts' rows
+            options["directions"] = ["row", "col"]
+            blocks = [(columns[0], columns[1], teacher_columns[0], teacher_columns[1])]
+        else:
+            options["directions"] = ["row"]
+            blocks = [(student[a], columns[b], teacher[a], teacher_columns[b]) for a, b in ((0, 1), (1, 0))]
         dtype = compute_dtype(student[0].dtype)
         contrastive, distill = [], []
-        for a, b in ((0, 1), (1, 0)):  # images against texts, texts against images
-            x, y = rows[a], columns[b]
-            pos, row, _ = contrastive_stats(
-                x, y, scale, targets=own, directions=["row"], memory_budget=self.memory_budget, backend=self.backend
-            )
-            assert row is not None
-            contrastive.append(cross_entropy(pos, row, dtype=dtype, backend=self.backend))
-            expected = pair_logit(
-                scale, x, _attention(teacher_scale * teacher_rows[a].to(dtype), teacher_columns[b], y)
-            )
-            distill.append((log_add(pos, row) - expected).mean().to(dtype))
-        contrastive_loss, distill_loss = sum(contrastive) / 2, sum(distill) / 2
-        assert isinstance(contrastive_loss, Tensor)
-        assert isinstance(distill_loss, Tensor)
+        for x, y, teacher_x, teacher_y in blocks:
+            pos, *rest = contrastive_stats(x, y, scale, **options)
+            denominators = [each for each in rest if each is not None]
+            contrastive.append(cross_entropy(pos, *denominators, dtype=dtype, backend=self.backend))
+            teacher_pos, *rest = contrastive_stats(teacher_x, teacher_y, teacher_scale, **options)
+            teacher_row, teacher_col = (each if each is None else log_add(teacher_pos, each) for each in rest)
+            assert teacher_row is not None
+            expected = scale * _expected(x, y, teacher_scale, teacher_x, teacher_y, teacher_row, teacher_col)
+            normalisers = torch.stack([log_add(pos, each) for each in denominators])
+            distill.append((normalisers.mean() - expected / normalisers.numel()).to(dtype))
+        contrastive_loss, distill_loss = torch.stack(contrastive).mean(), torch.stack(distill).mean()
         if output_dict:
             return {"contrastive_loss": contrastive_loss, "distill_loss": distill_loss}
         return contrastive_loss, distill_loss
@@ -191,24 +203,45 @@ class SigLipLoss(Fused, library.SigLipLoss):
         return {"contrastive_loss": loss} if output_dict else loss
 
 
-def _attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """(M, D), (N, D), (N, D') -> softmax(query key^T) value, a chunk of queries at a time.
+def _expected(
+    x: Tensor, y: Tensor, scale: float | Tensor, teacher_x: Tensor, teacher_y: Tensor, row: Tensor, col: Tensor | None
+) -> Tensor:
+    """The sum of ``P * (x @ y.T)``: P are the teacher's softmaxes over each row and, with ``col``, over each column.
 
-    Chunks are recomputed in the backward, so that nothing M x N is kept where torch's kernel for this device, dtype
-    and D does not stream.
+    (M, D), (N, D), the teacher's scale and features, and its normalisers (M,) and (N,) -> scalar in their dtype. It is
+    linear in x and in y: where the teacher gets no gradient, P y and P^T x are its gradients, and made with it.
     """
-    rows = max(1, TEACHER_LOGITS // len(key))
-    dtype = compute_dtype(value.dtype)
-    key, value = key.to(dtype)[None], value.to(dtype)[None]
+    dtype = compute_dtype(x.dtype)
+    a, b = scale * teacher_x.to(dtype), teacher_y.to(dtype)
+    wide_x, wide_y = x.to(dtype), y.to(dtype)
+    step = max(1, TEACHER_LOGITS // len(y))
+    chunks = [slice(k, k + step) for k in range(0, len(x), step)]
+    short_row, short_col = row.to(dtype), None if col is None else col.to(dtype)
 
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(q, k, v, scale=1.0)[0]
+    def weights(a: Tensor, b: Tensor, row: Tensor, col: Tensor | None) -> Tensor:
+        logits = a @ b.T
+        by_row = (logits - row[:, None]).exp()
+        return by_row if col is None else by_row + (logits - col).exp()
 
-    chunks = [checkpoint(attend, q[None], key, value, use_reentrant=False) for q in query.to(dtype).split(rows)]
-    return torch.cat(chunks)
+    if torch.is_grad_enabled() and (a.requires_grad or b.requires_grad):
+
+        def of_chunk(x: Tensor, *teacher: Any) -> Tensor:
+            return (x * (weights(*teacher) @ wide_y)).sum(dim=1)
+
+        sums = [checkpoint(of_chunk, wide_x[k], a[k], b, short_row[k], short_col, use_reentrant=False) for k in chunks]
+        return torch.cat(sums).to(row.dtype).sum()
+    with torch.no_grad():
+        for_x, for_y = torch.empty_like(wide_x), torch.zeros_like(wide_y)
+        for k in chunks:
+            p = weights(a[k], b, short_row[k], short_col)
+            torch.mm(p, wide_y, out=for_x[k])
+            for_y.addmm_(p.T, wide_x[k])
+    through_y = (wide_y - wide_y.detach()) * for_y  # 0, with the gradient
+    return (wide_x * for_x).sum(dim=1).to(row.dtype).sum() + through_y.sum()
 
 
 ORIGINALS = {getattr(library, cls.__name__): cls for cls in (ClipLoss, CoCaLoss, DistillClipLoss, SigLipLoss)}
+__getattr__ = not_covered(__name__, library)
 
 
 def patch_open_clip() -> Patch:

@@ -65,11 +65,15 @@ class Patch(AbstractContextManager["Patch"]):
 
 
 def _classes_of(package: str) -> list[tuple[Any, str, type]]:
-    """(module, name, class) of every loaded module of the package."""
-    return [
-        (module, name, value)
+    """(module, name, class) of every loaded module of the package, once for a module that has several names."""
+    modules = {
+        id(module): module
         for module_name, module in list(sys.modules.items())
         if module is not None and module_name.partition(".")[0] == package
+    }
+    return [
+        (module, name, value)
+        for module in modules.values()
         for name, value in list(vars(module).items())
         if isinstance(value, type)
     ]

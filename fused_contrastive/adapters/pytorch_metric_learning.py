@@ -1,19 +1,32 @@
-"""pytorch-metric-learning's NTXentLoss, SupConLoss and CrossBatchMemory (2.9)."""
+"""pytorch-metric-learning's NTXentLoss, SupConLoss and CrossBatchMemory (tested with 2.9.0)."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-from pytorch_metric_learning import distances, losses
+import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-from fused_contrastive.adapters.common import Fused, scalar
+from fused_contrastive.adapters.common import Fused, check_pair, importing, not_covered, scalar
 from fused_contrastive.adapters.patching import Patch
 from fused_contrastive.core.spec import compute_dtype
 from fused_contrastive.losses.terms import class_sums, pair_logit, rows_at
 from fused_contrastive.ops.cross_entropy import cross_entropy
 from fused_contrastive.ops.stats import autocast, contrastive_stats, log_add, self_stats
+
+with importing("pytorch-metric-learning", tested="2.9.0"):
+    from pytorch_metric_learning import distances, losses, reducers
+
+PAIRS = 1 << 20  # of positive pairs, this many at a time
+
+_CHOSEN_PAIRS = (
+    "chosen pairs, which are no function of labels and not covered, expected None: every pair counts here. They come "
+    "from a miner, or from DistributedLossWrapper(efficient=True), which lists the pairs of its own rows: take "
+    "efficient=False. For CrossBatchMemory take that of this module; for a miner, pytorch_metric_learning's own loss"
+)
 
 
 class _LabelLoss(Fused):
@@ -32,11 +45,7 @@ class _LabelLoss(Fused):
         if isinstance(indices_tuple, OwnSlots):
             own = indices_tuple.slots
         elif indices_tuple is not None:
-            raise NotImplementedError(
-                "indices_tuple: got one, which is not covered, as chosen pairs are no function of labels. Leave the "
-                "miner out (every pair counts here), use CrossBatchMemory of this module in place of the library's, or "
-                "use the library's own loss"
-            )
+            raise NotImplementedError(f"indices_tuple: got {_CHOSEN_PAIRS}")
         if labels is None:
             raise ValueError("labels: got None, expected a tensor of shape (M,)")
         x, y = self._features(embeddings, ref_emb)
@@ -53,9 +62,13 @@ class _LabelLoss(Fused):
                 "DotProductSimilarity: use pytorch_metric_learning's own class"
             )
         if self.distance.power != 1:
-            raise NotImplementedError(f"distance: got power = {self.distance.power}, which is not covered, expected 1")
+            raise NotImplementedError(
+                f"distance: got power = {self.distance.power}, which is not covered, expected 1: use "
+                "pytorch_metric_learning's own class"
+            )
         self.distance.reset_stats()
         self.distance.check_shapes(embeddings, ref_emb)
+        check_pair("embeddings", embeddings, "ref_emb", ref_emb)
         x = self.distance.maybe_normalize(embeddings)
         y = x if ref_emb is embeddings else self.distance.maybe_normalize(ref_emb)
         self.distance.set_default_stats(embeddings, ref_emb, x, y)
@@ -70,6 +83,7 @@ class NTXentLoss(_LabelLoss, losses.NTXentLoss):
     """pytorch-metric-learning's NTXentLoss without the N x N matrix: one term for each positive pair.
 
     Each pair of the same label against the anchor's features of other labels, which the kernel tells by the labels.
+    With the library's MeanReducer, its default, the terms are summed as they are made; any other reducer gets the list.
     Constructor, call, reducers, regularisers and ``ref_emb`` as there; it works in SelfSupervisedLoss, and in the
     CrossBatchMemory of this module.
 
@@ -90,6 +104,9 @@ class NTXentLoss(_LabelLoss, losses.NTXentLoss):
             )  # fmt: skip
             assert stats.row is not None
             row = stats.row
+        if type(self.reducer) is reducers.MeanReducer and not self.reducer.collect_stats:
+            mean = problem.softplus_sum(scale, row) / problem.positives.sum()
+            return _loss_info(mean, x, None, "already_reduced")
         anchors, partners, logits = problem.positive_pairs(scale)
         pos = logits.to(row.dtype)
         per_pair = cross_entropy(pos, rows_at(row, anchors), dtype=pos.dtype, reduction="none", backend=self.backend)
@@ -144,7 +161,10 @@ class CrossBatchMemory(losses.CrossBatchMemory):
     def __init__(self, loss: Any, *args: Any, **options: Any) -> None:
         super().__init__(loss, *args, **options)
         if isinstance(loss, _LabelLoss) and self.miner is not None:
-            raise NotImplementedError("miner: got one, which is not covered, expected None: every pair counts here")
+            raise NotImplementedError(
+                f"miner: got {type(self.miner).__name__}, which is not covered, expected None: every pair counts here. "
+                "To choose pairs, take pytorch_metric_learning's own loss"
+            )
 
     def create_indices_tuple(
         self, embeddings: Any, labels: Any, E_mem: Any, L_mem: Any, input_indices_tuple: Any,  # noqa: N803
@@ -156,7 +176,7 @@ class CrossBatchMemory(losses.CrossBatchMemory):
                 embeddings, labels, E_mem, L_mem, input_indices_tuple, do_remove_self_comparisons
             )
         if input_indices_tuple is not None:
-            raise NotImplementedError("indices_tuple: got one, which is not covered, expected None")
+            raise NotImplementedError(f"indices_tuple: got {_CHOSEN_PAIRS}")
         return OwnSlots(self.curr_batch_idx if do_remove_self_comparisons else None)
 
 
@@ -184,37 +204,70 @@ class _Labelled(NamedTuple):
     def negatives(self) -> Tensor:
         return len(self.y) - self.counts[self.codes]
 
-    def positive_pairs(self, scale: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(P,) rows, their positives and the pairs' logits, row by row, as ``torch.where`` of the mask has them.
+    def blocks(self) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """Rows (G, m), references (G, n) and their features, of G labels at a time that have as many of both.
 
-        The pairs of one label are a block of S: one product for all labels that have the same numbers of rows and of
-        references, so that no pair's features are gathered for itself.
+        The pairs of one label are a block of S. Features are sorted by label once, so that no pair's are gathered.
         """
-        order, ref_order = self.codes.argsort(stable=True), self.ref_codes.argsort(stable=True)
         counts, own_counts = self.counts, torch.zeros_like(self.counts)
         own_counts.index_add_(0, self.codes, torch.ones_like(self.codes))
-        starts, own_starts = counts.cumsum(0) - counts, own_counts.cumsum(0) - own_counts
-        each = counts[self.codes]
-        first = each.cumsum(0) - each  # of each row's pairs
-        logits, places = [], []
-        for m, n in torch.unique(torch.stack((own_counts, counts), dim=1), dim=0).tolist():
-            if not m or not n:
-                continue
-            labels = ((own_counts == m) & (counts == n)).nonzero()  # (G, 1)
-            rows = order[own_starts[labels] + torch.arange(m, device=order.device)]  # (G, m)
-            references = ref_order[starts[labels] + torch.arange(n, device=order.device)]  # (G, n)
-            dtype = compute_dtype(self.x.dtype)
-            blocks = self.x[rows].to(dtype) @ self.y[references].to(dtype).transpose(1, 2)  # (G, m, n)
-            logits.append((scale * blocks).flatten())
-            places.append((first[rows][..., None] + torch.arange(n, device=order.device)).flatten())
-        of_pairs = torch.cat(logits)[torch.cat(places).argsort()]
-        rows = torch.arange(len(self.x), device=each.device).repeat_interleave(each)
-        within = torch.arange(len(rows), device=each.device) - first[rows]
-        partners = ref_order[starts[self.codes[rows]] + within]
+        sizes = torch.stack((own_counts, counts), dim=1)
+        kinds, kind_of, labels = torch.unique(sizes, dim=0, return_inverse=True, return_counts=True)
+        place = kind_of.argsort(stable=True).argsort()  # of each label
+        order, ref_order = (place[codes].argsort(stable=True) for codes in (self.codes, self.ref_codes))
+        m, n, groups = (t.tolist() for t in (*kinds.unbind(1), labels))
+        dtype = compute_dtype(self.x.dtype)
+        per_row, per_ref = ([g * each for g, each in zip(groups, size, strict=True)] for size in (m, n))
+        parts = zip(
+            order.split(per_row), ref_order.split(per_ref), self.x.to(dtype)[order].split(per_row),
+            self.y.to(dtype)[ref_order].split(per_ref), groups, strict=True,
+        )  # fmt: skip
+        for rows, references, x, y, g in parts:
+            if len(rows) and len(references):
+                yield rows.view(g, -1), references.view(g, -1), x.unflatten(0, (g, -1)), y.unflatten(0, (g, -1))
+
+    def softplus_sum(self, scale: float | Tensor, row: Tensor) -> Tensor:
+        """The sum of softplus(row - logit) over all positive pairs, some of them at a time.
+
+        They are recomputed in the backward: no more than ``PAIRS`` are held, and 4 products of each made.
+        """
+        total = row.new_zeros(())
+        for rows, references, x, y in self.blocks():
+            g, m, n = *rows.shape, references.shape[1]
+            of_labels, of_rows = max(1, PAIRS // (m * n)), max(1, PAIRS // n)
+            for labels in (slice(k, k + of_labels) for k in range(0, g, of_labels)):
+                for some in (slice(k, k + of_rows) for k in range(0, m, of_rows)):
+                    chosen = rows[labels, some]
+                    own = None if self.own is None else self.own[chosen]
+                    denominators = rows_at(row, chosen.flatten()).view_as(chosen)
+                    total = total + checkpoint(
+                        _softplus_sum, x[labels, some], y[labels], scale, denominators, own, references[labels],
+                        use_reentrant=False,
+                    )  # fmt: skip
+        return total
+
+    def positive_pairs(self, scale: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(P,) rows, their positives and the pairs' logits, row by row, as ``torch.where`` of the mask has them."""
+        logits, pairs = [], []
+        for rows, references, x, y in self.blocks():
+            logits.append((scale * (x @ y.mT)).flatten())
+            pairs.append((rows[:, :, None] * len(self.y) + references[:, None]).flatten())  # in the order of the mask
+        places, order = torch.cat(pairs).sort()
+        rows, partners, of_pairs = places // len(self.y), places % len(self.y), torch.cat(logits)[order]
         if self.own is None:
             return rows, partners, of_pairs
         others = partners != self.own[rows]
         return rows[others], partners[others], of_pairs[others]
+
+
+def _softplus_sum(
+    x: Tensor, y: Tensor, scale: float | Tensor, row: Tensor, own: Tensor | None, references: Tensor
+) -> Tensor:
+    """(G, m, D), (G, n, D), scalar, (G, m) and, to be left out, own (G, m) among references (G, n) -> scalar."""
+    margins = row.to(x.dtype)[..., None] - scale * (x @ y.mT)
+    if own is not None:
+        margins = margins.masked_fill(own[..., None] == references[:, None], -torch.inf)
+    return F.softplus(margins, threshold=50).sum(dim=-1).to(row.dtype).sum()
 
 
 def _codes(labels: Tensor, ref_labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -228,6 +281,8 @@ def _loss_info(values: Tensor, x: Tensor, indices: Any, kind: str) -> dict[str, 
 
 
 ORIGINALS = {getattr(losses, cls.__name__): cls for cls in (NTXentLoss, SupConLoss, CrossBatchMemory)}
+
+__getattr__ = not_covered(__name__, losses)
 
 
 def patch_pytorch_metric_learning() -> Patch:

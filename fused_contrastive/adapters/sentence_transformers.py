@@ -1,28 +1,37 @@
-"""sentence-transformers' ranking losses with in-batch negatives (6.2)."""
+"""sentence-transformers' ranking losses with in-batch negatives (tested with 5.3.0 and 6.2.0)."""
 
 from __future__ import annotations
 
+import importlib.util
 from functools import partial, wraps
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from sentence_transformers import util
-from sentence_transformers.multi_vector_encoder import losses as multi_vector
-from sentence_transformers.multi_vector_encoder.scoring import colbert_scores, mean_colbert_scores
-from sentence_transformers.sentence_transformer import losses
+import torch.distributed as dist
 from torch import Tensor
 
-from fused_contrastive.adapters.common import Fused, scalar
+from fused_contrastive.adapters.common import Fused, check_pair, importing, not_covered, scalar
 from fused_contrastive.adapters.patching import Patch
 from fused_contrastive.core.spec import compute_dtype
 from fused_contrastive.distributed.batch import GlobalBatch
 from fused_contrastive.losses.terms import pair_logit
 from fused_contrastive.ops.cross_entropy import cross_entropy
-from fused_contrastive.ops.max_sim import max_sim
 from fused_contrastive.ops.normalize import normalized
 from fused_contrastive.ops.stats import autocast, contrastive_stats, log_add, self_stats
 
-NO_TOKEN_SCORE = -1e9  # what sentence-transformers gives a document without a real token
+with importing("sentence-transformers", tested="5.3.0 and 6.2.0", least="5.3"):
+    from sentence_transformers import util
+
+    if importlib.util.find_spec("sentence_transformers.sentence_transformer"):
+        from sentence_transformers.sentence_transformer import losses
+    else:  # before 5.4, from where on this is a deprecated name
+        from sentence_transformers import losses
+
+
+_OPTIONS = (
+    "scale", "similarity_fct", "gather_across_devices", "directions", "partition_mode", "hardness_mode",
+    "hardness_strength",
+)  # fmt: skip
 
 
 class MultipleNegativesRankingLoss(Fused, losses.MultipleNegativesRankingLoss):
@@ -83,18 +92,23 @@ class _Batch:
     def __init__(self, embeddings: list[Tensor], loss: MultipleNegativesRankingLoss) -> None:
         _check_similarity(loss)  # it can be assigned
         prepare = partial(normalized, backend=loss.backend) if loss.similarity_fct is util.cos_sim else _same
+        for k, column in enumerate(embeddings):
+            check_pair("embeddings[0]", embeddings[0], f"embeddings[{k}]", column)
         self.queries, *self.docs = (prepare(autocast(e)) for e in embeddings)  # (B, D) each
         self.documents = torch.cat(self.docs) if len(self.docs) > 1 else self.docs[0]  # column by column
         count, gathers = len(self.queries), loss.gather_across_devices
-        first = util.get_rank() * count if gathers else 0  # the library takes as many queries in every process
+        several = gathers and dist.is_available() and dist.is_initialized()
+        rank = dist.get_rank() if several else 0
+        first = rank * count  # the library takes as many queries in every process
         self.query = torch.arange(first, first + count, device=self.queries.device)
-        before = util.get_rank() * len(self.documents) if gathers else 0
+        before = rank * len(self.documents)
         self.positives = torch.arange(before, before + count, device=self.queries.device)  # columns, rank by rank
         self.scale = scalar(loss.scale)
         self.strength = loss.hardness_strength if loss.hardness_mode else 0.0
         self.mode = loss.hardness_mode if self.strength else None
         self.both = "doc_to_query" in loss.directions
-        group = GlobalBatch(exchange="gather", gradients="sum") if gathers and util.get_world_size() > 1 else None
+        several = several and dist.get_world_size() > 1
+        group = GlobalBatch(exchange="gather", gradients="sum") if several else None
         self.options: dict[str, Any] = {
             "memory_budget": loss.memory_budget, "backend": loss.backend, "group": group,
         }  # fmt: skip
@@ -178,13 +192,14 @@ class CachedMultipleNegativesRankingLoss(Fused, losses.CachedMultipleNegativesRa
     @wraps(losses.CachedMultipleNegativesRankingLoss.__init__)  # type: ignore[misc]
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self.loss = MultipleNegativesRankingLoss(self.model, **_options_of(self))
+        self.loss = MultipleNegativesRankingLoss(self.model, **{name: getattr(self, name) for name in _OPTIONS})
 
     def calculate_loss(
         self, reps: list[list[Tensor]], labels: Tensor | None = None, *, with_backward: bool = False
     ) -> Tensor:
         """The library's hook: each column's embeddings, mini-batch by mini-batch."""
-        self.loss.backend, self.loss.memory_budget = self.backend, self.memory_budget
+        for name in ("backend", "memory_budget", *_OPTIONS):  # which can be assigned; from 6 on to self.loss itself
+            setattr(self.loss, name, getattr(self, name))
         loss: Tensor = self.loss.compute_loss_from_embeddings([torch.cat(column) for column in reps], labels)
         if with_backward:
             loss.backward()
@@ -198,104 +213,30 @@ class CachedMultipleNegativesSymmetricRankingLoss(
     """sentence-transformers' CachedMultipleNegativesSymmetricRankingLoss."""
 
 
-def _options_of(loss: Any) -> dict[str, Any]:
-    names = (
-        "scale", "similarity_fct", "gather_across_devices", "directions", "partition_mode", "hardness_mode",
-        "hardness_strength",
-    )  # fmt: skip
-    return {name: getattr(loss, name) for name in names}
+_GUIDE = (
+    "a guide model masks pairs by comparing its own similarities, which no vector of ids can express: use "
+    "sentence_transformers' own class, or where false negatives can be named, fused_contrastive.info_nce_loss with "
+    "row_ids and col_ids"
+)
+_MULTI_VECTOR = (
+    "MultiVectorMultipleNegativesRankingLoss", "CachedMultiVectorMultipleNegativesRankingLoss", "fused_colbert_scores",
+)  # fmt: skip
+_not_covered = not_covered(__name__, losses, {"GISTEmbedLoss": _GUIDE, "CachedGISTEmbedLoss": _GUIDE})
 
 
-def fused_colbert_scores(
-    queries_embeddings: Tensor,
-    documents_embeddings: Tensor,
-    queries_mask: Tensor | None = None,
-    documents_mask: Tensor | None = None,
-    chunk_elements: int | None = None,
-    length_normalize: bool = False,
-    memory_budget: int | Literal["auto"] = "auto",
-    backend: str = "auto",
-) -> Tensor:
-    """sentence-transformers' ``colbert_scores`` by ``max_sim``: no tensor of token similarities, whatever the batch.
-
-    (Q, T, D) queries and (Q', N, P, D) documents -> (Q, Q' * N) float32 scores, query-major. ``chunk_elements`` is not
-    needed here.
-    """
-    items, per_item = documents_embeddings.shape[:2]
-    mask = None if documents_mask is None else documents_mask.bool().flatten(0, 1)
-    scores = max_sim(
-        queries_embeddings, documents_embeddings.flatten(0, 1),
-        None if queries_mask is None else queries_mask.bool(), mask,
-        reduction="mean" if length_normalize else "sum", memory_budget=memory_budget, backend=backend,
-    )  # fmt: skip
-    if mask is not None:
-        least = scores.new_full((len(scores), 1), NO_TOKEN_SCORE)
-        if length_normalize:  # the library divides it as well
-            every = queries_embeddings.shape[1]
-            least = least / (every if queries_mask is None else queries_mask.sum(dim=1, keepdim=True).clamp_min(1))
-        scores = torch.where(mask.any(dim=1), scores, least)
-    return scores.reshape(-1, items * per_item)
-
-
-class _MaxSimLoss(Fused):
-    """What both multi-vector losses share. Mixed in before the library's class."""
-
-    def __init__(self, model: Any, *, similarity_fct: Any = None, **options: Any) -> None:
-        library: Any = similarity_fct or colbert_scores
-        given: dict[str, Any] = {}
-        if isinstance(library, partial) and not library.args:
-            library, given = library.func, dict(library.keywords)
-        if library not in (colbert_scores, mean_colbert_scores):
-            raise NotImplementedError(
-                f"similarity_fct: got {similarity_fct!r}, which is not covered, expected colbert_scores or "
-                "mean_colbert_scores: use sentence_transformers' own class"
-            )
-        given.setdefault("length_normalize", library is mean_colbert_scores)
-        super().__init__(model, similarity_fct=partial(self._scores, **given), **options)  # type: ignore[call-arg]
-        self._scorer_name = util.similarity_fct_name(similarity_fct or colbert_scores)
-
-    def _scores(self, queries: Tensor, documents: Tensor, **options: Any) -> Tensor:
-        return fused_colbert_scores(queries, documents, **options, **self._options())
-
-    def get_config_dict(self) -> dict[str, Any]:
-        """For model cards: by the name of the library's scorer."""
-        return {**super().get_config_dict(), "similarity_fct": self._scorer_name}  # type: ignore[misc]
-
-
-class MultiVectorMultipleNegativesRankingLoss(_MaxSimLoss, multi_vector.MultiVectorMultipleNegativesRankingLoss):
-    """sentence-transformers' MultiVectorMultipleNegativesRankingLoss, its scores by ``max_sim``."""
-
-
-class CachedMultiVectorMultipleNegativesRankingLoss(
-    _MaxSimLoss, multi_vector.CachedMultiVectorMultipleNegativesRankingLoss
-):
-    """sentence-transformers' CachedMultiVectorMultipleNegativesRankingLoss, its scores by ``max_sim``."""
-
-
-class GISTEmbedLoss(losses.GISTEmbedLoss):
-    """Not covered: a guide model masks pairs by comparing its own similarities, which no vector of ids can express.
-
-    Raises:
-        NotImplementedError: always.
-    """
-
-    def __init__(self, *args: Any, **options: Any) -> None:
-        raise NotImplementedError(
-            "guide: a guide model's masking of pairs is not covered: use sentence_transformers' GISTEmbedLoss, or "
-            "where false negatives can be named, fused_contrastive.info_nce_loss with row_ids and col_ids"
-        )
+def __getattr__(name: str) -> Any:
+    """What only newer versions of the library have is imported when it is asked for."""
+    if name in _MULTI_VECTOR:
+        return getattr(importlib.import_module(f"{__name__}_multi_vector"), name)
+    return _not_covered(name)
 
 
 ORIGINALS = {
-    getattr(module, cls.__name__): cls
-    for module, classes in (
-        (losses, (
-            MultipleNegativesRankingLoss, MultipleNegativesSymmetricRankingLoss, CachedMultipleNegativesRankingLoss,
-            CachedMultipleNegativesSymmetricRankingLoss,
-        )),
-        (multi_vector, (MultiVectorMultipleNegativesRankingLoss, CachedMultiVectorMultipleNegativesRankingLoss)),
+    getattr(losses, cls.__name__): cls
+    for cls in (
+        MultipleNegativesRankingLoss, MultipleNegativesSymmetricRankingLoss, CachedMultipleNegativesRankingLoss,
+        CachedMultipleNegativesSymmetricRankingLoss,
     )
-    for cls in classes
 }  # fmt: skip
 
 
@@ -304,6 +245,9 @@ def patch_sentence_transformers() -> Patch:
 
     Call it before the losses are created. Returns a ``Patch``, which ``undo()`` or leaving a ``with`` block takes back.
     """
+    originals = ORIGINALS
+    if importlib.util.find_spec("sentence_transformers.multi_vector_encoder"):
+        originals = originals | importlib.import_module(f"{__name__}_multi_vector").ORIGINALS
     patch = Patch()
-    patch.replace_everywhere("sentence_transformers", ORIGINALS)
+    patch.replace_everywhere("sentence_transformers", originals)
     return patch

@@ -1,4 +1,4 @@
-"""lucidrains' x-clip (x-clip 0.14)."""
+"""lucidrains' x-clip (tested with 0.14.4)."""
 
 from __future__ import annotations
 
@@ -8,10 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from x_clip.x_clip import CLIP
 
+from fused_contrastive.adapters.common import importing
 from fused_contrastive.adapters.patching import Patch
+from fused_contrastive.core import checks
 from fused_contrastive.losses.x_clip import x_clip_loss
+
+with importing("x-clip", tested="0.14.4"):
+    from x_clip.x_clip import CLIP
 
 
 def patch_x_clip() -> Patch:
@@ -38,6 +42,7 @@ def patch_x_clip() -> Patch:
                 "x_clip.CLIP: got a process group of several processes, which is not covered: call "
                 "fused_contrastive.x_clip_loss with group= on the latents of return_latents=True"
             )
+        checks.same_rows("text", call["text"], "image", call["image"])
         call["return_latents"] = True  # after the self-supervised losses, which are kept on their way
         with _Kept(self) as kept:
             latents = original(*bound.args, **bound.kwargs)

@@ -257,16 +257,16 @@ def counts(name: str, value: object) -> None:
         at_least_1(f"{name}[{i}]", each)
 
 
-def prompts(name: str, value: object) -> None:
-    """A (C, D) or (C, P, D) floating tensor, not empty."""
+def features_or_several(name: str, value: object, rows: str, several: str, empty: bool = False) -> None:
+    """A (rows, D) or (rows, several, D) floating tensor, not empty, or with ``empty`` perhaps without rows."""
+    expected = f"({rows}, D) or ({rows}, {several}, D)"
+    if isinstance(value, Tensor) and value.dim() not in (2, 3):
+        raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected {expected}")
     if isinstance(value, Tensor) and value.dim() == 3:
-        if 0 in value.shape:
-            raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected (C, P, D) with none of them 0")
-        features(name, value[:, 0])
-    elif isinstance(value, Tensor) and value.dim() != 2:
-        raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected (C, D) or (C, P, D)")
-    else:
-        features(name, value)
+        if 0 in value.shape[1 if empty else 0 :]:
+            raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected {expected} with none of them 0")
+        value = value[:, 0]
+    features(name, value, empty)
 
 
 def non_negative(name: str, value: object) -> None:

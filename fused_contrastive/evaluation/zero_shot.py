@@ -45,7 +45,7 @@ def zero_shot(
         RuntimeError: the backend cannot run here.
     """
     checks.features("image_features", image_features)
-    checks.prompts("class_text_features", class_text_features)
+    checks.features_or_several("class_text_features", class_text_features, "C", "P")
     per_class = class_text_features if class_text_features.dim() == 2 else class_text_features[:, 0]
     checks.feature_pair("image_features", image_features, "class_text_features", per_class)
     if probabilities and scale is None:

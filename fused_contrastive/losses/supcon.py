@@ -69,12 +69,8 @@ def supcon_loss(
         TypeError, ValueError: naming the argument, what came and what was expected.
     """
     features = autocast(features)
-    if isinstance(features, Tensor) and features.dim() == 3:
-        count = features.shape[1]
-        checks.features("features", features[:, 0] if count else features.flatten(0, 1), group is not None)
-    else:
-        count = 1
-        checks.features("features", features, group is not None)
+    checks.features_or_several("features", features, "N", "V", group is not None)
+    count = features.shape[1] if features.dim() == 3 else 1
     labels = checks.vector("labels", labels, features.shape[0], features, of="one per sample", integer=True)
     checks.one_of("variant", variant, VARIANTS)
     checks.one_of("no_positive", no_positive, NO_POSITIVE)

@@ -8,6 +8,7 @@ import inspect
 import json
 import os
 import random
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -30,10 +31,12 @@ def pytest_load_initial_conftests() -> None:
     mode, name = _settings()["mode"], _settings()["adapter"]
     if mode == "theirs":
         return
-    adapter = importlib.import_module(f"fused_contrastive.adapters.{name}")
+    package = f"fused_contrastive.adapters.{name}"
+    adapter = importlib.import_module(package)
     getattr(adapter, f"patch_{name}")()
-    for owner, attribute, method in list(_counted_methods(adapter, mode == "covered")):
-        setattr(owner, attribute, method)
+    for module in [module for name, module in sys.modules.items() if name.startswith(package)]:
+        for owner, attribute, method in list(_counted_methods(module, mode == "covered")):
+            setattr(owner, attribute, method)
 
 
 def pytest_runtest_logstart(nodeid: str) -> None:

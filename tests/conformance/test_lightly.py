@@ -100,3 +100,18 @@ def test_patch(name: str) -> None:
     with ours.patch_lightly():
         assert getattr(library, name) is getattr(ours, name)
     assert getattr(library, name) is original is not getattr(ours, name)
+
+
+@pytest.mark.parametrize("name", ["NTXentLoss", "DCLLoss"])
+def test_what_does_not_fit_is_named_as_it_was_passed(name: str) -> None:
+    loss, x = getattr(ours, name)(), features(4, 8)
+    for out1, message in (
+        (features(3, 8), "out1: got 3 rows, expected 4, as many as out0"),
+        (features(4, 6), "out1: got D = 6, expected 8, the D of out0"),
+        (x.double(), "out1: got dtype torch.float64, expected torch.float32, the dtype of out0"),
+        (features(1, 4, 8), r"out1: got shape \(1, 4, 8\), expected 2 dimensions"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=message):
+            loss(x, out1)
+    with pytest.raises(NotImplementedError, match=r"BarlowTwinsLoss: a class of lightly .*: use lightly\.loss\.Barlow"):
+        ours.BarlowTwinsLoss  # noqa: B018

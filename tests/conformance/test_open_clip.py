@@ -72,8 +72,11 @@ def test_coca_loss(weights: tuple[float, float], output_dict: bool, backend: str
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rows", [1, 3, 1 << 24], ids="{}_rows".format)
-def test_distill_clip_loss(rows: int, dtype: torch.dtype, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Gradients of the teacher's features too; its attention in chunks of so many rows."""
+@pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "trained"])
+def test_distill_clip_loss(
+    frozen: bool, rows: int, dtype: torch.dtype, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A teacher without and with gradients; its logits in chunks of so many rows."""
     n = 20
     monkeypatch.setattr(ours, "TEACHER_LOGITS", rows * n)
     theirs, adapted = pair(library.DistillClipLoss, ours.DistillClipLoss, backend)
@@ -81,8 +84,18 @@ def test_distill_clip_loss(rows: int, dtype: torch.dtype, backend: str, monkeypa
     leaves = {name: features(n, 24 if "dist" in name else 16, dtype=dtype) for name in names}
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     leaves |= {"logit_scale": torch.tensor(SCALE, dtype=wide), "dist_logit_scale": torch.tensor(10.0, dtype=wide)}
+    teacher = {name: leaves.pop(name) for name in list(leaves) if name.startswith("dist") and frozen}
+
+    def term(loss: torch.nn.Module, which: int):  # type: ignore[no-untyped-def]
+        def run(**leaves: Tensor) -> Tensor:
+            wide = leaves["image_features"].dtype == torch.float64
+            return loss(**leaves, **{name: t.double() if wide else t for name, t in teacher.items()})[which]
+
+        return run
+
     for which in (0, 1):
-        assert_same(lambda **a: theirs(**a)[which], lambda **a: adapted(**a)[which], leaves, SCALE)  # noqa: B023
+        assert_same(term(theirs, which), term(adapted, which), leaves, SCALE)
+    leaves |= teacher
     assert theirs(**leaves, output_dict=True).keys() == adapted(**leaves, output_dict=True).keys()
 
 
@@ -128,6 +141,22 @@ def test_an_overridden_hook_is_refused() -> None:
 
         class Mine(ours.ClipLoss):
             def get_logits(self, *args: object) -> None: ...
+
+
+def test_what_does_not_fit_is_named_as_it_was_passed() -> None:
+    x, loss = features(4, 8), ours.DistillClipLoss()
+    for changes, message in (
+        ({"text_features": features(3, 8)}, "text_features: got 3 rows, expected 4, as many as image_features"),
+        ({"dist_image_features": features(3, 8)}, "dist_image_features: got 3 rows, expected 4"),
+        ({"dist_text_features": features(4, 6)}, "dist_text_features: got D = 6, expected 8, the D of dist_image_feat"),
+        ({"dist_text_features": x.double()}, "dist_text_features: got dtype torch.float64, expected torch.float32"),
+        ({"dist_logit_scale": "9"}, "dist_logit_scale: got str"),
+    ):
+        names = ("image_features", "text_features", "dist_image_features", "dist_text_features")
+        with pytest.raises((TypeError, ValueError), match=message):
+            loss(**(dict.fromkeys(names, x) | {"logit_scale": 9.0, "dist_logit_scale": 9.0} | changes))
+    with pytest.raises(NotImplementedError, match="NeighbourExchange: a class of open_clip that is not covered"):
+        ours.NeighbourExchange  # noqa: B018
 
 
 def test_horovod_is_refused() -> None:

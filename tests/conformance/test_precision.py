@@ -13,9 +13,7 @@ from torch import Tensor
 lightly = pytest.importorskip("lightly.loss", reason="lightly is not installed: make conformance")
 open_clip = pytest.importorskip("open_clip.loss", reason="open_clip is not installed: make conformance")
 metric = pytest.importorskip("pytorch_metric_learning.losses", reason="not installed: make conformance")
-sentences = pytest.importorskip(
-    "sentence_transformers.sentence_transformer.losses", reason="not installed: make conformance"
-)
+sentences = pytest.importorskip("sentence_transformers.losses", reason="not installed: make conformance")
 
 from fused_contrastive.adapters import lightly as our_lightly  # noqa: E402
 from fused_contrastive.adapters import open_clip as our_open_clip  # noqa: E402

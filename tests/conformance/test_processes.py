@@ -27,7 +27,7 @@ def cases(rank: int) -> dict[str, tuple[Loss, Loss]]:
     """Theirs and ours, each called with two (N, D) tensors and a scale."""
     import lightly.loss
     from open_clip import loss as open_clip
-    from sentence_transformers.sentence_transformer import losses as st
+    from sentence_transformers import losses as st
 
     from fused_contrastive.adapters import lightly as our_lightly
     from fused_contrastive.adapters import open_clip as our_open_clip

@@ -40,6 +40,38 @@ def test_labels(name: str, labels: str, dtype: torch.dtype, backend: str) -> Non
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("pairs", [1, 7, 60])
+@pytest.mark.parametrize("labels", LABELS)
+def test_pairs_some_at_a_time(labels: str, pairs: int, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Values, gradients, the temperature's too, whatever part of a label's pairs is made at once."""
+    monkeypatch.setattr(ours, "PAIRS", pairs)
+    theirs, adapted = pair("NTXentLoss", backend)
+
+    def call(loss: torch.nn.Module, **reference: torch.Tensor):  # type: ignore[no-untyped-def]
+        def run(x: torch.Tensor, temperature: torch.Tensor, y: torch.Tensor | None = None) -> torch.Tensor:
+            loss.temperature = temperature
+            return loss(x, LABELS[labels], ref_emb=y, **reference)
+
+        return run
+
+    leaves = {"x": features(24, 8, dtype=torch.float64), "temperature": torch.tensor([0.2], dtype=torch.float64)}
+    assert_same(call(theirs), call(adapted), leaves, 5.0)
+    leaves["y"] = features(30, 8, dtype=torch.float64)
+    reference = {"ref_labels": LABELS[labels].repeat(2)[:30]}
+    assert_same(call(theirs, **reference), call(adapted, **reference), leaves, 5.0)
+
+
+def test_what_is_kept_does_not_grow_with_the_pairs(backend: str) -> None:
+    """300 rows of 2 labels: 44,700 positive pairs, of which nothing is kept for the backward."""
+    kept = []
+    loss = ours.NTXentLoss()
+    loss.backend, loss.memory_budget = backend, 0
+    x = features(300, 4).requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+        loss(x, torch.arange(300) % 2).backward()
+    assert 0 < max(kept) <= 300 * 8
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", NAMES)
 def test_references(name: str, dtype: torch.dtype, backend: str) -> None:
@@ -140,7 +172,7 @@ def test_an_overridden_hook_is_refused() -> None:
 def test_what_is_not_covered() -> None:
     x, labels = features(8, 4), torch.arange(8) % 2
     loss = ours.NTXentLoss()
-    with pytest.raises(NotImplementedError, match="indices_tuple: got one"):
+    with pytest.raises(NotImplementedError, match=r"indices_tuple: got chosen .* miner, or from Dist.*efficient=False"):
         loss(x, labels, miners.MultiSimilarityMiner()(x, labels))
     with pytest.raises(NotImplementedError, match="distance: got LpDistance"):
         ours.SupConLoss(distance=distances.LpDistance())(x, labels)
@@ -149,8 +181,21 @@ def test_what_is_not_covered() -> None:
     assert torch.equal(
         *(m.CrossBatchMemory(losses.NTXentLoss(), 4)(x, labels) for m in (losses, ours))
     )  # the library's
-    with pytest.raises(NotImplementedError, match="miner: got one"):
+    with pytest.raises(NotImplementedError, match="miner: got MultiSimilarityMiner"):
         ours.CrossBatchMemory(loss, 4, miner=miners.MultiSimilarityMiner())
+    with pytest.raises(NotImplementedError, match="TripletMarginLoss: a class of pytorch_metric_learning"):
+        ours.TripletMarginLoss  # noqa: B018
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_does_not_fit_is_named_as_it_was_passed(name: str) -> None:
+    x, labels = features(8, 4), torch.arange(8) % 2
+    for reference, message in (
+        (features(8, 6), "ref_emb: got D = 6, expected 4, the D of embeddings"),
+        (x.double(), "ref_emb: got dtype torch.float64, expected torch.float32, the dtype of embeddings"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=message):
+            getattr(ours, name)()(x, labels, ref_emb=reference, ref_labels=labels)
 
 
 def test_patch() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from functools import partial
 
 import pytest
 import torch
@@ -11,10 +10,7 @@ from against import assert_same, features
 
 pytest.importorskip("sentence_transformers", reason="sentence_transformers is not installed: make conformance")
 
-from sentence_transformers import util
-from sentence_transformers.multi_vector_encoder import losses as multi_vector
-from sentence_transformers.multi_vector_encoder import scoring
-from sentence_transformers.sentence_transformer import losses
+from sentence_transformers import losses, util
 
 from fused_contrastive.adapters import sentence_transformers as ours
 
@@ -101,114 +97,40 @@ def test_cached_options_reach_the_loss() -> None:
         Model(), scale=7.0, hardness_mode="all_negatives", hardness_strength=2
     )
     loss.scale = 8.0
+    loss.calculate_loss([[features(4, 8)], [features(4, 8)]])
     assert isinstance(loss.loss, ours.MultipleNegativesRankingLoss)
     assert loss.loss.scale == 8.0
     assert loss.loss.hardness_strength == 2
     assert loss.get_config_dict()["scale"] == 8.0
 
 
-class Tokens(torch.nn.Module):
-    """A MultiVectorEncoder's part in the loss: token embeddings and their mask."""
-
-    def forward(self, batch: dict[str, torch.Tensor], task: str | None = None) -> dict[str, torch.Tensor]:
-        return {"token_embeddings": batch["token_embeddings"], "attention_mask": batch["attention_mask"]}
-
-
-SCORES = {
-    "default": None,
-    "colbert": scoring.colbert_scores,
-    "mean": scoring.mean_colbert_scores,
-    "partial": partial(scoring.colbert_scores, chunk_elements=1000, length_normalize=True),
-}
-
-
-@pytest.mark.parametrize("score", SCORES)
-@pytest.mark.parametrize("documents", [1, 2])
-def test_multi_vector(documents: int, score: str, backend: str) -> None:
-    masks = [torch.rand(6, 5 + k) < 0.8 for k in range(1 + documents)]
-    for mask in masks:
-        mask[:, 0] = True
-    found = []
-    leaves = {f"tokens{k}": features(6, 5 + k, 16) for k in range(1 + documents)}
-
-    def call(loss: torch.nn.Module):  # type: ignore[no-untyped-def]
-        return lambda **leaves: loss([
-            {"token_embeddings": t, "attention_mask": m, "input_ids": m.long()}
-            for t, m in zip(leaves.values(), masks, strict=True)
-        ])  # fmt: skip
-
-    for module in (multi_vector, ours):
-        loss = module.MultiVectorMultipleNegativesRankingLoss(Tokens(), scale=2.0, similarity_fct=SCORES[score])
-        loss.backend = backend
-        found.append(call(loss))
-    assert_same(*found, leaves, 20.0)
-
-
-@pytest.mark.parametrize("length_normalize", [False, True])
-@pytest.mark.parametrize("masked", [False, True])
-def test_a_document_without_tokens_scores_as_in_the_library(masked: bool, length_normalize: bool) -> None:
-    queries, documents = features(3, 4, 8), features(2, 2, 5, 8)
-    mask = torch.ones(2, 2, 5, dtype=torch.bool)
-    mask[1, 0] = False
-    lengths = torch.tensor([[2], [4], [0]])
-    options = {
-        "queries_mask": torch.arange(4) < lengths if masked else None,
-        "documents_mask": mask,
-        "length_normalize": length_normalize,
-    }
-    theirs = scoring.colbert_scores(queries, documents, **options)
-    assert theirs.min() <= -1e8
-    torch.testing.assert_close(ours.fused_colbert_scores(queries, documents, **options), theirs)
-
-
-class Projected(torch.nn.Linear):
-    """Tokens whose embeddings have a gradient to give: GradCache embeds them twice."""
-
-    def forward(self, batch: dict[str, torch.Tensor], task: str | None = None) -> dict[str, torch.Tensor]:
-        return {
-            "token_embeddings": super().forward(batch["token_embeddings"]),
-            "attention_mask": batch["attention_mask"],
-        }
-
-
-@pytest.mark.parametrize("score", SCORES)
-@pytest.mark.parametrize("documents", [1, 2])
-def test_cached_multi_vector(documents: int, score: str, backend: str) -> None:
-    """Mini-batches of embeddings and of scores that do not divide the batch."""
-    model, found = Projected(12, 8), []
-    masks = [torch.rand(7, 5 + k) < 0.8 for k in range(1 + documents)]
-    for mask in masks:
-        mask[:, 0] = True
-    inputs = [
-        {"token_embeddings": features(7, 5 + k, 12), "attention_mask": mask, "input_ids": mask.long()}
-        for k, mask in enumerate(masks)
-    ]
-    for module in (multi_vector, ours):
-        loss = module.CachedMultiVectorMultipleNegativesRankingLoss(
-            model, scale=2.0, similarity_fct=SCORES[score], mini_batch_size=3, score_mini_batch_size=2
-        )
-        loss.backend = backend
-        model.zero_grad()
-        value = loss([dict(i) for i in inputs])
-        value.backward()
-        with torch.no_grad():
-            torch.testing.assert_close(loss([dict(i) for i in inputs]), value)
-        found.append((value.detach(), model.weight.grad.clone()))
-    torch.testing.assert_close(found[1][0], found[0][0], rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(found[1][1], found[0][1], rtol=1e-3, atol=1e-5)
-
-
 def test_what_is_not_covered() -> None:
     with pytest.raises(NotImplementedError, match="similarity_fct: got"):
         ours.MultipleNegativesRankingLoss(Model(), similarity_fct=util.euclidean_sim)
-    with pytest.raises(NotImplementedError, match="similarity_fct: got"):
-        ours.MultiVectorMultipleNegativesRankingLoss(Tokens(), similarity_fct=scoring.XTRScores())
     loss = ours.MultipleNegativesRankingLoss(Model())
     loss.similarity_fct = util.euclidean_sim
     with pytest.raises(NotImplementedError, match="similarity_fct: got"):
         loss.compute_loss_from_embeddings([features(3, 4), features(3, 4)], None)
-    with pytest.raises(NotImplementedError, match="guide: a guide model's masking"):
-        ours.GISTEmbedLoss(Model(), Model())
+    for name, reason in {
+        "GISTEmbedLoss": "a guide model masks pairs",
+        "CachedGISTEmbedLoss": "a guide model masks pairs",
+        "MegaBatchMarginLoss": "use sentence_transformers",
+    }.items():
+        with pytest.raises(NotImplementedError, match=f"{name}: a class of sentence_transformers .* covered: {reason}"):
+            getattr(ours, name)
+    with pytest.raises(AttributeError, match="has no attribute 'Tensors'"):
+        ours.Tensors  # noqa: B018
+
+
+def test_what_does_not_fit_is_named_as_it_was_passed() -> None:
+    loss, x = ours.MultipleNegativesRankingLoss(Model()), features(4, 8)
+    for column, message in (
+        (features(4, 6), r"embeddings\[2\]: got D = 6, expected 8, the D of embeddings\[0\]"),
+        (x.double(), r"embeddings\[2\]: got dtype torch.float64, expected torch.float32"),
+        (x[0], r"embeddings\[2\]: got shape \(8,\), expected 2 dimensions"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=message):
+            loss.compute_loss_from_embeddings([x, x, column], None)
 
 
 def test_patch() -> None:

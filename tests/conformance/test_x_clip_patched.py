@@ -123,3 +123,9 @@ def test_forms_of_the_call(positional: bool) -> None:
     with patch_x_clip():
         torch.testing.assert_close(call(), before, rtol=1e-9, atol=1e-10)
     torch.testing.assert_close(call(), before)
+
+
+def test_what_does_not_pair_up_is_named_as_it_was_passed() -> None:
+    text, image = torch.randint(1, 59, (7, 6)), torch.randn(3, 3, 16, 16, dtype=torch.float64)
+    with patch_x_clip(), pytest.raises(ValueError, match="image: got 3 rows, expected 7, as many as text"):
+        clip_of()(text, image, return_loss=True)

@@ -108,9 +108,9 @@ struct Normalize : torch::autograd::Function<Normalize> {
   // The same for create_graph=True, as operations that autograd records.
   static at::Tensor recorded(const at::Tensor& x, const at::Tensor& g) {
     const at::Tensor norm = at::linalg_vector_norm(x, 2, at::IntArrayRef{-1}, /*keepdim=*/true);
-    const at::Tensor least = norm.clamp_min(kLeastNorm).masked_fill(norm == 0, INFINITY), z = x / least;
-    const at::Tensor dot = (z * g).sum(-1, /*keepdim=*/true) * (norm >= kLeastNorm);
-    return (g - z * dot) / least;
+    const at::Tensor least = norm.clamp_min(kLeastNorm), z = x / least;
+    const at::Tensor dot = (z * g).sum(-1, /*keepdim=*/true);
+    return ((g - z * dot) / least).masked_fill(norm < kLeastNorm, 0);
   }
 };
 

@@ -10,10 +10,9 @@ namespace fc {
 
 constexpr double kLeastNorm = 1e-12;  // F.normalize's: what a shorter row is divided by
 
-// 0 for a row of zeros, which has no direction: it stays zeros and gets a gradient of zeros, and not 1e12 times z's.
 template <class T>
 T inverse_of(T norm) {
-  return norm == T(0) ? T(0) : T(1) / std::max(norm, T(kLeastNorm));
+  return T(1) / std::max(norm, T(kLeastNorm));
 }
 
 // z (d,) gets x; returns x's length.
@@ -23,12 +22,16 @@ T copy_and_norm(const T* x, T* z, int64_t d) {
   return static_cast<T>(std::sqrt(kernels<T>().finish_row(z, x, nullptr, T(0), T(1), d)));
 }
 
-// The gradient of z = x / |x| becomes that of x: (g - z (z . g)) / |x|, g / 1e-12 where |x| is below 1e-12, 0 where it is 0.
+// The gradient of z = x / |x| becomes that of x: (g - z (z . g)) / |x|. Where |x| is below 1e-12 it
+// is 0, and not 1e12 times g: so short a row has no direction to turn.
 template <class T>
 void project_row(T* grad, const T* z, T norm, int64_t d) {
+  if (norm < T(kLeastNorm)) {
+    std::fill_n(grad, d, T(0));
+    return;
+  }
   const auto dot = static_cast<T>(kernels<T>().finish_row(grad, z, nullptr, T(0), T(1), d));
-  const bool constant = norm < T(kLeastNorm);  // the divisor
-  kernels<T>().finish_row(grad, z, constant ? nullptr : z, -dot, inverse_of(norm), d);
+  kernels<T>().finish_row(grad, z, z, -dot, inverse_of(norm), d);
 }
 
 }  // namespace fc

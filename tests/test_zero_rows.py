@@ -80,5 +80,4 @@ def test_short_rows_are_divided_by_the_least_norm(dtype: torch.dtype) -> None:
     z = unit_rows(x)
     torch.testing.assert_close(z, torch.tensor([[0.6, 0.8], [0.03, 0.04], [0, 0]], dtype=dtype))
     z.sum().backward()
-    assert (x.grad[1] == 1e12).all()
-    assert (x.grad[2] == 0).all()
+    assert (x.grad[1:] == 0).all()

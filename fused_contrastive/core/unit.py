@@ -9,10 +9,10 @@ LEAST_NORM = 1e-12  # as in F.normalize
 
 
 def unit_rows(x: Tensor) -> Tensor:
-    """``F.normalize(x, dim=-1)``, but the gradient of a row of zeros is zeros and not 1e12 times that of the result.
+    """``F.normalize(x, dim=-1)``, but rows shorter than 1e-12 get a gradient of zeros, not 1e12 times the result's.
 
-    Such a row has no direction: it stays zeros, as there. Shorter rows than 1e-12 are divided by 1e-12, as there.
+    They are divided by 1e-12, as there: a row of zeros, which has no direction, stays zeros.
     """
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    unit: Tensor = x / norm.clamp_min(LEAST_NORM).masked_fill(norm == 0, torch.inf)
+    unit: Tensor = torch.where(norm < LEAST_NORM, x.detach(), x) / norm.clamp_min(LEAST_NORM)
     return unit

@@ -63,13 +63,13 @@ def info_nce_loss(
         key: (N, D), same dtype and device.
         temperature: divides the similarities, a positive number or 0-d tensor; default 0.07.
         logit_scale: multiplies them, instead of the temperature. Whichever is a tensor gets a gradient.
-        targets: (M,) int64, the key of each query's positive. Default: t(i) = i, which needs M <= N.
+        targets: (M,) integers, the key of each query's positive. Default: t(i) = i, which needs M <= N.
         negatives: (K, D) more columns for every query, such as hard negatives or a queue; or (M, K, D), K for each.
-        negatives_mask: (M, K) bool (or numbers 0 and 1), False for a filler among negatives (M, K, D), where queries
-            have fewer than K: it does not count and may hold anything.
+        negatives_mask: (M, K) bool (or numbers 0 and 1), False where negatives (M, K, D) hold a filler, for queries
+            with fewer than K. It does not count, and may be anything.
         col_bias: (N,), or (N + K,) with shared negatives; added to each column's logits: minus log of the sampling
             probability corrects a sampled softmax (logQ), -inf marks an empty slot of a queue.
-        row_ids, col_ids: (M,) and one per column, int64; pairs with equal ids are excluded (false negatives).
+        row_ids, col_ids: (M,) and one per column, integers; pairs with equal ids are excluded (false negatives).
         symmetric: the mean with the loss of keys against queries. Needs M = N and no targets; negatives are columns of
             the queries' direction alone.
         decoupled: the DCL form.

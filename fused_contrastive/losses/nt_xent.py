@@ -53,9 +53,8 @@ def nt_xent_loss(
         views: further views, each like z1.
         decoupled: the DCL form.
         reduction: "mean", "sum" or "none" ((V * N,), view by view), over the V * N features.
-        normalize: L2-normalise first, as SimCLR does. Every other loss that has it takes features as they are by
-            default, and so will this one: until the next release it is True where it is not given, with a
-            FutureWarning.
+        normalize: L2-normalise first, as SimCLR does. Until the next release True where it is not given, after a
+            FutureWarning; then False, as in the other losses.
         memory_budget, backend, group: see ``contrastive_stats``. Over a group, the loss is that of the whole batch; all
             views of a sample are in one process.
 

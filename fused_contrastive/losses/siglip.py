@@ -46,9 +46,9 @@ def siglip_loss(
         image_features: (N, D) float32, float64, bfloat16 or float16; normalise them first.
         text_features: (N, D), same dtype and device.
         logit_scale: multiplies the similarities (already exponentiated); a number or a 0-d tensor, with a gradient.
-        temperature: divides them, instead: 1 / logit_scale.
         logit_bias: added to all logits, a number or a 0-d tensor, with a gradient; the paper starts at -10.
-        row_ids, col_ids: (N,) int64; pairs with equal ids are positives too.
+        temperature: divides the similarities, instead: 1 / logit_scale.
+        row_ids, col_ids: (N,) integers; pairs with equal ids are positives too.
         reduction: "mean" over the N images, as in the paper, "sum" or "none" ((N,)).
         memory_budget, backend, group: see ``contrastive_stats``. One direction is all there is: a step costs 3 products
             (on a GPU with nothing kept: 4). Over a group, the loss is that of the whole batch.

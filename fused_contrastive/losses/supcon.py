@@ -51,7 +51,7 @@ def supcon_loss(
 
     Args:
         features: (N, D), or (N, V, D) with V views of each sample; float32, float64, bfloat16 or float16.
-        labels: (N,) int64.
+        labels: (N,) integers.
         temperature: divides the similarities, a positive number or a 0-d tensor, which gets a gradient; default 0.1.
         logit_scale: multiplies them, instead: 1 / temperature.
         variant: "out" or "in".
@@ -158,7 +158,7 @@ class SupConLoss(nn.Module):
         self.group = group
 
     def forward(self, features: Tensor, labels: Tensor, *, logit_scale: float | Tensor | None = None) -> Tensor:
-        """(N, D) or (N, V, D), (N,) -> loss; a ``logit_scale`` given here replaces the temperature."""
+        """(N, D) or (N, V, D), (N,) -> loss; a ``logit_scale`` replaces the temperature. See ``supcon_loss``."""
         return supcon_loss(
             features, labels, self.temperature if logit_scale is None else None, logit_scale=logit_scale,
             variant=self.variant, no_positive=self.no_positive,

@@ -70,10 +70,11 @@ class _OwnDots(torch.autograd.Function):
             found = iter(torch.autograd.grad(_formula(x, own, mask, norms is not None), leaves, g, create_graph=True))
             return next(found) if needs_x else None, next(found) if needs_own else None, None, None
         along = g if mask is None else g.masked_fill(~mask, 0)  # d dot / d own_ik is along x_i,
-        back = None  # less its part along a unit own_ik
+        along_own, back = along, None  # less its part along a unit own_ik
         if norms is not None:
-            along = along / norms.clamp_min(LEAST_NORM).masked_fill(norms == 0, torch.inf)
-            back = (along * dots / norms).masked_fill(norms < LEAST_NORM, 0).unsqueeze(2)
+            along, short = along / norms.clamp_min(LEAST_NORM), norms < LEAST_NORM
+            along_own = along.masked_fill(short, 0)
+            back = (along * dots / norms).masked_fill(short, 0).unsqueeze(2)
         dx = torch.empty_like(x) if needs_x else None
         d_own = torch.empty_like(own) if needs_own else None
         with without_autocast(x):
@@ -82,7 +83,7 @@ class _OwnDots(torch.autograd.Function):
                 if dx is not None:
                     dx[rows] = torch.bmm(along[rows].unsqueeze(1), part).squeeze(1)
                 if d_own is not None:
-                    part_gradient = along[rows].unsqueeze(2) * x[rows].to(g.dtype).unsqueeze(1)
+                    part_gradient = along_own[rows].unsqueeze(2) * x[rows].to(g.dtype).unsqueeze(1)
                     d_own[rows] = part_gradient if back is None else part_gradient.addcmul_(back[rows], part, value=-1)
         return dx, d_own, None, None
 

@@ -62,9 +62,9 @@ def contrastive_stats(
         scale: multiplies the products (an inverse temperature); a number or a 0-d tensor, which gets a gradient. Of
             every function here, a tensor scale, temperature or bias that is on the CPU while the features are on a GPU
             is copied there at every call, for which the host waits; while a CUDA graph is captured, it raises.
-        targets: (M,) int64, the column of each row's positive. Default: t(i) = i, which needs M <= N.
+        targets: (M,) integers, the column of each row's positive. Default: t(i) = i, which needs M <= N.
         col_bias: (N,) added to each column's logits, with a gradient; -inf marks a column as empty.
-        row_ids, col_ids: (M,) and (N,) int64; pairs with equal ids (false negatives, duplicates) are excluded.
+        row_ids, col_ids: (M,) and (N,) integers; pairs with equal ids (false negatives, duplicates) are excluded.
         exclude_self: exclude S[i, i], for x is y.
         directions: which of "row" and "col" to compute.
         memory_budget: bytes to keep for the backward: 0 recomputes all products (4 matrix products for forward and
@@ -172,7 +172,7 @@ def self_stats(
     Args:
         x: (N, D) float32, float64, bfloat16 or float16. Not normalised here.
         scale: multiplies the products; a number or a 0-d tensor, which gets a gradient.
-        ids: (N,) int64, which pairs are excluded (or kept). Default: only self-pairs are excluded.
+        ids: (N,) integers, which pairs are excluded (or kept). Default: only self-pairs are excluded.
         equal_ids: "exclude" or "only".
         memory_budget, backend, group: see ``contrastive_stats``; enough to keep N * N products saves half a product.
             Over a group the whole block of a process's rows is computed.

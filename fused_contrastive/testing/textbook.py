@@ -13,6 +13,12 @@ from torch import Tensor
 from fused_contrastive.testing.oracle import Logits, _reduce, logsumexp
 
 
+def _unit(x: Tensor) -> Tensor:
+    """Rows of norm 1; those shorter than 1e-12 are divided by that and have no gradient."""
+    norm = x.norm(dim=-1, keepdim=True)
+    return torch.where(norm < 1e-12, x.detach(), x) / norm.clamp_min(1e-12)
+
+
 def _softmax_loss(logits: Tensor, targets: Tensor, excluded: Tensor, decoupled: bool, smoothing: float) -> Tensor:
     """(M,) -log softmax at the targets; ``excluded`` (M, N) never counts."""
     i = torch.arange(len(logits), device=logits.device)
@@ -51,8 +57,8 @@ def info_nce(
     normalize: bool = False,
 ) -> Tensor:
     if normalize:
-        query, key = F.normalize(query, dim=-1), F.normalize(key, dim=-1)
-        negatives = None if negatives is None else F.normalize(negatives, dim=-1)
+        query, key = _unit(query), _unit(key)
+        negatives = None if negatives is None else _unit(negatives)
     m, n = len(query), len(key)
     t = torch.arange(m, device=query.device) if targets is None else targets
     shared = negatives is not None and negatives.dim() == 2
@@ -83,7 +89,7 @@ def nt_xent(
     reduction: str = "mean",
     normalize: bool = True,
 ) -> Tensor:
-    z = torch.cat([F.normalize(v, dim=1) if normalize else v for v in views])
+    z = torch.cat([_unit(v) if normalize else v for v in views])
     s = logits(z, z, 1 / temperature)
     sample = torch.arange(len(views[0]), device=z.device).repeat(len(views))
     own = torch.eye(len(z), dtype=torch.bool, device=z.device)
@@ -108,7 +114,7 @@ def supcon(
     if features.dim() == 3:
         labels = labels.repeat_interleave(features.shape[1])
         features = features.flatten(0, 1)
-    z = F.normalize(features, dim=1) if normalize else features
+    z = _unit(features) if normalize else features
     s = logits(z, z, 1 / temperature)
     own = torch.eye(len(z), dtype=torch.bool, device=z.device)
     positives = (labels[:, None] == labels) & ~own

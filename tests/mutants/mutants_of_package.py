@@ -156,7 +156,7 @@ MUTANTS = [
         f"{PACKAGE}/evaluation/retrieval.py",
         "(ranks < k)",
         "(ranks <= k)",
-        ("tests/test_rank.py::test_recall_and_median",), "cpp",
+        ("tests/test_retrieval.py::test_recall_and_median",), "cpp",
     ),
     Mutant(
         "zero-shot's prompts", "the mean of a class's prompts is not normalised",

@@ -15,6 +15,7 @@ from fused_contrastive.ops import flops
 from fused_contrastive.ops.max_sim import MaxSimScores, max_sim
 from fused_contrastive.ops.ranking import Ranking, rank, target_ranks
 from fused_contrastive.ops.stats import ContrastiveStats, SigmoidStats, contrastive_stats, self_stats, sigmoid_stats
+from fused_contrastive.testing.budget import Deviation
 from fused_contrastive.verification.compare import Verification, verify
 from fused_contrastive.verification.watch import verify_against_reference
 
@@ -25,6 +26,7 @@ __version__ = "0.1.0"
 __all__ = [
     "ClipLoss",
     "ContrastiveStats",
+    "Deviation",
     "Diagnosis",
     "FilipLoss",
     "GlobalBatch",

@@ -187,8 +187,7 @@ class Call:
         raise ValueError(f"group: the processes of {name} disagree on {text}; expected the same in all")
 
 
-# What a ``group`` argument may be. A Call is for nested calls.
-Group = dist.ProcessGroup | GlobalBatch | Call | None
+Group = dist.ProcessGroup | GlobalBatch | None  # a loss that calls another one passes its Call on, too
 
 
 def agree(

@@ -33,11 +33,18 @@ LEAVES = ("x", "y", "scale", "col_bias")
 
 @dataclass(frozen=True)
 class Deviation:
-    """One value or gradient of one case against the oracle."""
+    """One value or gradient against the formula in float64.
+
+    Attributes:
+        quantity: its name, "loss" or "dx" for example.
+        error: the largest error of ours.
+        eager_error: that of the same formula in plain PyTorch and the dtype of ours.
+        allowed: what the error budget allows ours.
+    """
 
     quantity: str
-    error: float  # max |ours - fp64|
-    eager_error: float  # max |eager - fp64|
+    error: float
+    eager_error: float
     allowed: float
 
     @property

@@ -16,7 +16,8 @@ from fused_contrastive.testing.oracle import Logits, _reduce, logsumexp
 def _unit(x: Tensor) -> Tensor:
     """Rows of norm 1; those shorter than 1e-12 are divided by that and have no gradient."""
     norm = x.norm(dim=-1, keepdim=True)
-    return torch.where(norm < 1e-12, x.detach(), x) / norm.clamp_min(1e-12)
+    unit: Tensor = torch.where(norm < 1e-12, x.detach(), x) / norm.clamp_min(1e-12)
+    return unit
 
 
 def _softmax_loss(logits: Tensor, targets: Tensor, excluded: Tensor, decoupled: bool, smoothing: float) -> Tensor:

@@ -49,10 +49,10 @@ STATS = {
     "scale vector": (
         dict(scale=torch.ones(2)),
         ValueError,
-        "scale: got shape (2,), expected a number or a tensor of one element",
+        "scale: got shape (2,), expected a number or a tensor of shape () or (1,)",
     ),
     "scale integer": (dict(scale=torch.tensor(2)), TypeError, "scale: got dtype torch.int64"),
-    "scale string": (dict(scale="2"), TypeError, "scale: got str, expected a number or a 0-d tensor"),
+    "scale string": (dict(scale="2"), TypeError, "scale: got str, expected a number or a tensor of shape () or (1,)"),
     "direction": (dict(directions=["rows"]), ValueError, "directions: got 'rows', expected one of 'row', 'col'"),
     "directions a string": (dict(directions="row"), TypeError, "directions: got 'row', expected a sequence"),
     "no direction": (dict(directions=[]), ValueError, "directions: got none"),

@@ -285,14 +285,15 @@ def test_small_weights_of_float16_features_do_not_vanish(backend: str) -> None:
 
 
 @pytest.mark.parametrize("logit", [30.0, 200.0])  # 200: float32 cannot hold both
+@pytest.mark.parametrize("kept", [True, False])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_kept_weights_far_below_their_neighbours(logit: float, dtype: torch.dtype, backend: str) -> None:
-    """All logits of one row are far below those of the other: exponentials of both are kept relative to one maximum."""
+def test_weights_far_below_their_neighbours(dtype: torch.dtype, kept: bool, logit: float, backend: str) -> None:
+    """All logits of one row are far below those of the other, and the exponentials of both relative to one maximum."""
     m, n = 2, 50
     x, y = torch.tensor([[1.0], [0.0]], dtype=dtype), torch.ones(n, 1, dtype=dtype)
     bias = torch.zeros(n, requires_grad=True)
     stats = contrastive_stats(
-        x, y, logit, col_bias=bias, directions=["row"], memory_budget=10**9, backend=backend
+        x, y, logit, col_bias=bias, directions=["row"], memory_budget=10**9 if kept else 0, backend=backend
     )  # fmt: skip
     (found,) = torch.autograd.grad(stats.row.sum(), bias)
     expected = torch.where(torch.arange(n) < m, m - 1, m) / (n - 1)

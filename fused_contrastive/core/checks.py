@@ -41,7 +41,7 @@ def _floating(name: str, value: object, dims: int, shape: str, sizes: str, empty
     if value.layout != torch.strided:
         raise TypeError(f"{name}: got layout {value.layout}, expected a dense tensor")
     if value.dim() != dims:
-        hint = "; of tokens, take their mean, or filip_loss or max_sim" if (value.dim(), dims) == (3, 2) else ""
+        hint = "; for tokens, use their mean, filip_loss or max_sim" if (value.dim(), dims) == (3, 2) else ""
         raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected {dims} dimensions {shape}{hint}")
     if 0 in value.shape[1 if empty else 0 :]:
         raise ValueError(f"{name}: got an empty batch of shape {tuple(value.shape)}, expected {sizes}")
@@ -69,14 +69,16 @@ def scalar(name: str, value: object) -> float | Tensor:
     if isinstance(value, Tensor):
         local(name, value)
         if value.dim() > 0 and value.shape != (1,):
-            raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected a number or a tensor of one element")
+            raise ValueError(
+                f"{name}: got shape {tuple(value.shape)}, expected a number or a tensor of shape () or (1,)"
+            )
         if not value.is_floating_point():
             raise TypeError(f"{name}: got dtype {value.dtype}, expected a floating dtype")
         return value if value.dim() == 0 else value.squeeze(0)
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return value
     if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name}: got {type(value).__name__}, expected a number or a 0-d tensor")
+        raise TypeError(f"{name}: got {type(value).__name__}, expected a number or a tensor of shape () or (1,)")
     return float(value)  # a float16's quotients would be rounded to float16
 
 
@@ -204,7 +206,7 @@ def mask(name: str, value: object, shape: Sequence[int], of_name: str, of: Tenso
     """A bool tensor, or one of numbers that are 0 or 1, as tokenizers give it -> in bool."""
 
     def expected() -> str:
-        return f"a bool tensor of shape {tuple(shape)}, True for what is real of {of_name}, or one of 0 and 1"
+        return f"a bool tensor of shape {tuple(shape)}, or one of 0 and 1, True where {of_name} has no filler"
 
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: got {type(value).__name__}, expected {expected()}")

@@ -30,13 +30,13 @@ def hint(features: Mapping[str, Tensor], scale_name: str = "scale", scale: float
             return Hint(
                 "norms",
                 f"{name}: got rows of norm {norms.min():.3g} to {norms.max():.3g}, expected 1, as CLIP's cosines need: "
-                "torch.nn.functional.normalize(features, dim=-1). Right as it is if the products are meant.",
+                "torch.nn.functional.normalize(features, dim=-1). It is right if the products are meant.",
             )
     if scale < 1:
         return Hint(
             "scale",
-            f"{scale_name}: got {scale:.4g} with features of norm 1, expected 1 / temperature, CLIP's is 14 to 100: "
-            "of a logarithm take exp, of a temperature t take 1 / t. Right as it is if logits so near 0 are meant.",
+            f"{scale_name}: got {scale:.4g} with features of norm 1, expected 1 / temperature, in CLIP 14 to 100: "
+            "exponentiate a logarithm, pass a temperature t as 1 / t. It is right if logits so near 0 are meant.",
         )
     return None
 

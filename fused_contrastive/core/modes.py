@@ -1,7 +1,7 @@
 """Whether a call is plain eager: nothing traces, transforms or intercepts it, and its tensors have memory to read.
 
 A backend's kernels read and write memory, which none of these would see; they see the registered operator. The question
-is asked several times a call, so it costs less than 1 us.
+is asked several times a call, so it has to be cheap.
 """
 
 from __future__ import annotations

@@ -55,7 +55,8 @@ def filip_loss(
         text_tokens: (N, T, D), same dtype and device; item i is the caption of image i.
         logit_scale: multiplies the scores; a number or a 0-d tensor, which gets a gradient.
         temperature: divides them, instead: 1 / logit_scale.
-        image_mask, text_mask: (N, P) and (N, T) bool, True for a real token, by default all; items without any score 0.
+        image_mask, text_mask: (N, P) and (N, T) bool (or numbers 0 and 1), True for a real token, by default all; items
+            without any score 0.
         decoupled: the positive stays out of both denominators (Yeh et al. 2022).
         compat: "x_clip" for what x-clip 0.14 computes: its image-to-text scores are not transposed, so both softmaxes
             run over images.

@@ -78,7 +78,7 @@ def info_nce_loss(
             that an empty slot makes the loss inf. Not together with ids.
         weight: (M,) weights of the queries; the mean is over their sum, as in ``F.cross_entropy``.
         reduction: "mean", "sum" or "none" ((M,)).
-        normalize: L2-normalise query, key and negatives first.
+        normalize: L2-normalise query, key and negatives first; rows shorter than 1e-12 get a gradient of zeros.
         memory_budget, backend, group: see ``contrastive_stats``. Over a group, the loss is that of the whole batch: the
             columns of process 0, its keys and then its shared negatives, those of process 1, and so on. ``targets``
             count the keys of all processes, without the negatives. Of a queue that every process holds, give each a
@@ -182,7 +182,7 @@ def info_nce_loss(
 def _unit_features(
     query: Tensor, key: Tensor, negatives: Tensor | None, backend: BackendName
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Those of a query's own negatives are made where they are used."""
+    """L2-normalised, but for negatives (M, K, D), which ``own_dots`` normalises."""
     unit = functools.partial(normalized, backend=backend)
     return unit(query), unit(key), negatives if negatives is None or negatives.dim() == 3 else unit(negatives)
 

@@ -53,13 +53,16 @@ def nt_xent_loss(
         views: further views, each like z1.
         decoupled: the DCL form.
         reduction: "mean", "sum" or "none" ((V * N,), view by view), over the V * N features.
-        normalize: L2-normalise first, as SimCLR does. Until the next release True where it is not given, after a
-            FutureWarning; then False, as in the other losses.
+        normalize: L2-normalise first, as SimCLR does; rows shorter than 1e-12 get a gradient of zeros. Default: True,
+            with a FutureWarning; from the next release on False, as in the other losses.
         memory_budget, backend, group: see ``contrastive_stats``. Over a group, the loss is that of the whole batch; all
             views of a sample are in one process.
 
     Returns:
         A scalar, or (V * N,) with ``reduction="none"``; float32 (float64 for float64 features).
+
+    Warns:
+        FutureWarning, once a process, where ``normalize`` is not given.
 
     Raises:
         TypeError, ValueError: naming the argument, what came and what was expected.

@@ -58,7 +58,7 @@ def supcon_loss(
         no_positive: what becomes of features whose label nobody shares: "skip" leaves them out of the mean, "zero"
             counts them with loss 0, "nan" with NaN (as 0 / 0 in the formula).
         reduction: "mean", "sum" or "none" ((N * V,), sample by sample; 0 for skipped features).
-        normalize: L2-normalise first.
+        normalize: L2-normalise first; rows shorter than 1e-12 get a gradient of zeros.
         memory_budget, backend, group: see ``contrastive_stats``. Over a group, the loss is that of the whole batch.
 
     Returns:

@@ -61,7 +61,7 @@ def x_clip_loss(
         image_latents: likewise, with its own number of views and tokens.
         logit_scale: x-clip's ``temperature.exp()``; a number or a 0-d tensor, which gets a gradient.
         temperature: divides the similarities, instead: 1 / logit_scale. It is not x-clip's parameter of that name.
-        text_mask: (N, T) or (V, N, T) bool, for tokens alone.
+        text_mask: (N, T) or (V, N, T) bool (or numbers 0 and 1), for tokens alone.
         text_latents_extra, image_latents_extra: like the others, from the second pair of projections, CLOOB's, for
             image to text (``extra_latent_projection``). Both or neither.
         use_all_token_embeds: FILIP's token-level similarity, as x-clip has it (``filip_loss(compat="x_clip")``).

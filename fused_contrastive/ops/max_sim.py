@@ -184,8 +184,8 @@ def max_sim(
         x_tokens: (M, T, D), M items of T tokens (ColBERT's queries), float32, float64, bfloat16 or float16. Not
             normalised here.
         y_tokens: (N, P, D) items to score them against (ColBERT's documents), same dtype and device.
-        x_mask, y_mask: (M, T) and (N, P) bool, True for a real token; the others count for nothing, whatever they
-            hold. Default: all are real.
+        x_mask, y_mask: (M, T) and (N, P) bool (or numbers 0 and 1), True for a real token; the others count for
+            nothing, whatever they hold. Default: all are real.
         reduction: "sum" or "mean", over the real tokens of x (direction "y": of y).
         direction: "x", "y" or "both", which takes the products once.
         memory_budget: bytes to keep for the backward, which needs only the index of each maximum: 1 byte for each of

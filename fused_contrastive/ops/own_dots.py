@@ -1,6 +1,6 @@
 """Dot products of rows with columns of their own, some rows at a time: hard negatives that belong to one query each.
 
-Written as ``(x[:, None] * own).sum(dim=2)`` they hold the product, in the compute dtype, until the backward.
+``(x[:, None] * own).sum(dim=2)`` would hold the product, (M, K, D) in the compute dtype, until the backward.
 """
 
 from __future__ import annotations

@@ -152,11 +152,13 @@ def _hint(function: Callable[..., Any], args: tuple[Any, ...], options: dict[str
     features = {}
     for name, value in bound.arguments.items():
         for k, each in enumerate(value) if isinstance(value, (tuple, list)) else [(None, value)]:
-            if isinstance(each, Tensor) and each.is_floating_point() and each.dim() > 1:
+            many = isinstance(each, Tensor) and each.is_floating_point() and each.dim() > 1
+            if many and not name.endswith("mask"):
                 features[name if k is None else f"{name}[{k}]"] = each
     if bound.arguments.get("normalize", False) is not False:
         features = {}
-    scale = bound.arguments.get("logit_scale")
-    if isinstance(scale, Tensor):
-        scale = scale.item()
+    given = {name: bound.arguments.get(name) for name in ("logit_scale", "temperature")}
+    scale, temperature = (t.item() if isinstance(t, Tensor) else t for t in given.values())
+    if temperature:
+        return hints.hint(features, "1 / temperature", 1 / temperature)
     return hints.hint(features, "logit_scale", 1.0 if scale is None else scale)

@@ -140,7 +140,7 @@ def target(device: str | None, backends: Sequence[str] | None) -> Target:
 
 @contextmanager
 def _threads(size: int, backend: str = "reference") -> Iterator[None]:
-    """One thread for plain torch on a small problem: on a busy machine, a second one is waited for in a loop.
+    """One thread for plain torch on a small problem: on a busy machine, threads spin while they wait for each other.
 
     The other backends' kernels are what is verified, and run on as many threads as they will.
     """

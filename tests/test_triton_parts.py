@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ast
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -71,3 +74,16 @@ def test_the_mean_is_taken_in_float64(m: int) -> None:
         found.append([loss.detach(), *torch.autograd.grad(loss, (pos, row))])
     for ours, exact in zip(*found, strict=True):
         torch.testing.assert_close(ours, exact, rtol=1e-13, atol=1e-15)
+
+
+def test_no_kernel_calls_itself() -> None:
+    """Triton 3.4 does not end compiling one that does."""
+    folder = Path(__file__).parents[1] / "fused_contrastive/backends/triton"
+    functions = 0
+    for file in folder.glob("*.py"):
+        for function in ast.walk(ast.parse(file.read_text())):
+            if isinstance(function, ast.FunctionDef) and "triton.jit" in map(ast.unparse, function.decorator_list):
+                called = [ast.unparse(node.func) for node in ast.walk(function) if isinstance(node, ast.Call)]
+                assert function.name not in called, f"{file.name}: {function.name}"
+                functions += 1
+    assert functions > 20

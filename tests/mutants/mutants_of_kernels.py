@@ -175,8 +175,8 @@ MUTANTS = [
     Mutant(
         "sigmoids of one half", "columns are done in groups, and the second group's sigmoids are the first one's",
         f"{KERNELS}/sigmoid.py",
-        "tl.join(slope_a, slope_b)",
-        "tl.join(slope_a, slope_a)",
+        "tl.join(a, b)",
+        "tl.join(a, a)",
         ("tests/test_triton_at_once.py::test_siglip",),
     ),
     Mutant(

@@ -38,28 +38,59 @@ def _log_1p_exp_of_minus_abs(s, MODE: tl.constexpr):
 
 
 @triton.jit
+def _part(s, TOP: tl.constexpr, SLOPES: tl.constexpr, dtype: tl.constexpr, MODE: tl.constexpr):
+    """Of logits: the rows' sums of softplus, and sigmoids times TOP in ``dtype`` (or, without SLOPES, anything)."""
+    log = _log_1p_exp_of_minus_abs(s, MODE)
+    total = tl.sum(tl.maximum(s, 0.0) + log, axis=1)
+    slope = s
+    if SLOPES:
+        slope = (_slope(s, log, MODE) * TOP).to(dtype)
+    return total, slope
+
+
+@triton.jit
+def _halves(s):
+    return tl.split(tl.permute(tl.reshape(s, (s.shape[0], 2, s.shape[1] // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def _joined(a, b, SLOPES: tl.constexpr):
+    whole = a
+    if SLOPES:
+        whole = tl.reshape(tl.permute(tl.join(a, b), (0, 2, 1)), (a.shape[0], 2 * a.shape[1]))
+    return whole
+
+
+@triton.jit
+def _part_by_part(
+    s, TOP: tl.constexpr, SLOPES: tl.constexpr, dtype: tl.constexpr, MODE: tl.constexpr, SPLIT: tl.constexpr
+):
+    """The same of half of the columns and then of the others, if SPLIT."""
+    if SPLIT:
+        a, b = _halves(s)
+        total_a, slope_a = _part(a, TOP, SLOPES, dtype, MODE)
+        total_b, slope_b = _part(b, TOP, SLOPES, dtype, MODE)
+        total, slope = total_a + total_b, _joined(slope_a, slope_b, SLOPES)
+    else:
+        total, slope = _part(s, TOP, SLOPES, dtype, MODE)
+    return total, slope
+
+
+@triton.jit
 def _sums_and_slopes(
     s, TOP: tl.constexpr, SLOPES: tl.constexpr, dtype: tl.constexpr, MODE: tl.constexpr, SPLIT: tl.constexpr
 ):
-    """Of logits: the rows' sums of softplus, and sigmoids times TOP in ``dtype`` (or, without SLOPES, anything).
+    """The same in 2^SPLIT groups of columns, one after the other, which takes fewer registers; SPLIT is 0, 1 or 2.
 
-    Columns are done in 2^SPLIT groups, one after the other, which takes fewer registers.
+    It does not call itself: Triton 3.4 cannot compile that.
     """
-    if SPLIT:
-        HALF: tl.constexpr = s.shape[1] // 2
-        a, b = tl.split(tl.permute(tl.reshape(s, (s.shape[0], 2, HALF)), (0, 2, 1)))
-        total_a, slope_a = _sums_and_slopes(a, TOP, SLOPES, dtype, MODE, SPLIT - 1)
-        total_b, slope_b = _sums_and_slopes(b, TOP, SLOPES, dtype, MODE, SPLIT - 1)
-        total = total_a + total_b
-        slope = slope_a
-        if SLOPES:
-            slope = tl.reshape(tl.permute(tl.join(slope_a, slope_b), (0, 2, 1)), s.shape)
+    if SPLIT == 2:
+        a, b = _halves(s)
+        total_a, slope_a = _part_by_part(a, TOP, SLOPES, dtype, MODE, 1)
+        total_b, slope_b = _part_by_part(b, TOP, SLOPES, dtype, MODE, 1)
+        total, slope = total_a + total_b, _joined(slope_a, slope_b, SLOPES)
     else:
-        log = _log_1p_exp_of_minus_abs(s, MODE)
-        total = tl.sum(tl.maximum(s, 0.0) + log, axis=1)
-        slope = s
-        if SLOPES:
-            slope = (_slope(s, log, MODE) * TOP).to(dtype)
+        total, slope = _part_by_part(s, TOP, SLOPES, dtype, MODE, SPLIT)
     return total, slope
 
 

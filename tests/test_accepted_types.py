@@ -128,7 +128,7 @@ def test_a_mask_of_0_and_1(name: str, dtype: torch.dtype, backend: str, seed: in
 @pytest.mark.parametrize("name", BY_MASK)
 @pytest.mark.parametrize("values", [(0.0, -torch.inf), (0.5, 1.0), (0, 2)])
 def test_a_mask_that_means_something_else(name: str, values: tuple[float, float]) -> None:
-    low, high = sorted(values)
+    low, high = (f"{value:g}" for value in sorted(values))
     mask = torch.tensor(values).repeat(N, 2)
     with pytest.raises(ValueError, match=rf"mask: got values from {low} to {high}, expected a bool tensor"):
         BY_MASK[name](mask, "reference")
@@ -143,6 +143,28 @@ def dtensor() -> Iterator[Callable[[Tensor], Tensor]]:
     mesh = dist.init_device_mesh("cpu", (1,))
     yield lambda t: distribute_tensor(t, mesh, [Replicate()])
     dist.destroy_process_group()
+
+
+def test_masks_of_numbers_in_a_batch_of_calls(backend: str) -> None:
+    x, y, masks = features(N, 4), features(N, 3), torch.randint(2, (3, N, 4))
+    run = lambda mask: fc.filip_loss(x, y, 9.0, image_mask=mask, backend=backend)  # noqa: E731
+    found = torch.vmap(run)(masks)
+    torch.testing.assert_close(found, torch.stack([run(mask) for mask in masks]))
+    with pytest.raises(RuntimeError, match="image_mask: expected values 0 and 1"):
+        torch.vmap(run)(masks + 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", BY_SCALE)
+def test_a_temperature_is_divided_by_in_full_precision(name: str, dtype: torch.dtype, seed: int) -> None:
+    found = []
+    for kind in (dtype, torch.float64):
+        torch.manual_seed(seed)
+        temperature = torch.tensor(0.05, dtype=dtype).to(kind).requires_grad_()
+        loss = BY_SCALE[name]({"temperature": temperature})
+        found.append((loss.double(), torch.autograd.grad(loss, temperature)[0].double()))
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found[0][1], found[1][1], rtol=2 * torch.finfo(dtype).eps, atol=1e-4)
 
 
 X, TOKENS = torch.randn(4, 3), torch.randn(4, 2, 3)

@@ -55,7 +55,14 @@ X, Y = unit(12, 8), unit(12, 8)
 LABELS = torch.arange(12) % 3
 PADDED = torch.cat((unit(4, 2, 8), torch.zeros(4, 1, 8)), dim=1)
 MASK = torch.tensor([True, True, False]).expand(4, 3)
+PADDED_WITH_SEVENS = torch.where(MASK.repeat(3, 1)[..., None], PADDED.repeat(3, 1, 1), 7.0)
 QUIET = {
+    "fillers among negatives": lambda: fc.verify(
+        fc.info_nce_loss, X, Y, negatives=PADDED_WITH_SEVENS, negatives_mask=MASK.repeat(3, 1), logit_scale=14.0
+    ),
+    "a mask of numbers": lambda: fc.verify(
+        fc.filip_loss, PADDED_WITH_SEVENS, X[:, None], 14.0, image_mask=MASK.repeat(3, 1).float()
+    ),
     "clip": lambda: fc.verify(fc.clip_loss, X, Y, 14.0),
     "module": lambda: fc.verify(fc.SigLipLoss(), X, Y, 10.0, -10.0),
     "normalises": lambda: fc.verify(fc.nt_xent_loss, 3 * X, Y, normalize=True),

@@ -278,3 +278,19 @@ def test_plain() -> None:
     with torch._subclasses.FakeTensorMode():
         asked.append(is_plain(torch.randn(2)))
     assert asked == [False] * 4
+
+
+def test_a_target_that_is_a_negative_is_refused_everywhere() -> None:
+    """Where the values are not known at once, by the operator."""
+    query, key, negatives, targets = torch.randn(4, 8), torch.randn(4, 8), torch.randn(3, 8), torch.tensor([0, 1, 2, 5])
+
+    def loss(query: Tensor) -> Tensor:
+        return fc.info_nce_loss(query, key, negatives=negatives, targets=targets)
+
+    for run in (loss, torch.func.grad(loss), torch.compile(loss, backend="aot_eager")):
+        with pytest.raises((ValueError, RuntimeError), match="targets: got values from 0 to"):
+            run(query)
+
+
+def test_target_ranks_of_tensors_without_values() -> None:
+    assert fc.target_ranks(torch.empty(4, 3, device="meta"), torch.empty(4, 3, device="meta")).shape == (4,)

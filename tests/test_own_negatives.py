@@ -114,6 +114,27 @@ print(step(4096))
         assert float(result.stdout) < 64 + 40  # the gradient, and what the keys take
 
 
+def test_negatives_made_of_the_queries(backend: str) -> None:
+    """As in-batch hard negatives are: with a graph of the gradient, the gradient is the same."""
+    a, key = features(M, D), torch.randn(M, D)
+    index = torch.randint(M, (M, K))
+
+    def loss() -> Tensor:
+        query = F.normalize(a, dim=1)
+        return fc.info_nce_loss(query, key, negatives=query[index], temperature=0.5, backend=backend)
+
+    (expected,) = torch.autograd.grad(loss(), a)
+    (found,) = torch.autograd.grad(loss(), a, create_graph=True)
+    torch.testing.assert_close(found.detach(), expected)
+
+
+def test_fillers_have_no_gradient_whatever_the_query_is() -> None:
+    x, (_, own, mask) = features(M, D), ragged()
+    x.data[3] = torch.inf
+    own_dots.own_dots(x, own, mask).nansum().backward()
+    assert (own.grad[~mask] == 0).all()
+
+
 X, OWN = torch.randn(4, 3), torch.randn(4, 2, 3)
 BAD = {
     "shared": (dict(negatives=X, negatives_mask=torch.ones(4, 2)), ValueError, "negatives_mask: got a tensor without"),

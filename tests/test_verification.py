@@ -15,6 +15,7 @@ from torch import Tensor
 import fused_contrastive as fc
 from fused_contrastive.backends import cpp
 from fused_contrastive.core.spec import Gradients
+from fused_contrastive.ops import dispatch
 
 
 def features(n: int = 30, d: int = 8, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -132,3 +133,17 @@ def test_what_draws_random_numbers_draws_the_same_each_time() -> None:
     assert torch.equal(torch.get_rng_state(), state)
     assert found.held
     assert all(deviation.eager_error < 1e-3 for deviation in found.deviations), found
+
+
+def test_what_is_right_and_not_finite() -> None:
+    """NaN where NaN is right holds; beside it, and beside infinity, an error is still one."""
+    x, y = torch.randn(4, 8), torch.randn(4, 8)
+    y[0] = torch.nan
+    assert fc.verify(lambda x, y: fc.siglip_loss(x, y, 1.0, reduction="none"), y, x).held
+
+    def off(x: Tensor, y: Tensor) -> Tensor:
+        losses = fc.clip_loss(x, y, 1.0, decoupled=True, reduction="none")
+        wrong = 0.0 if dispatch._forced else 0.01
+        return torch.cat((losses + wrong, fc.clip_loss(x[:1], y[:1], 1.0, decoupled=True)[None]))  # the last is -inf
+
+    assert not fc.verify(off, x, torch.randn(4, 8)).held

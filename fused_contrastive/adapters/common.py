@@ -38,7 +38,8 @@ def importing(distribution: str, tested: str, least: str | None = None) -> Itera
         yield
     except ImportError as error:
         got = f"got version {found}" if found else "is not installed"
-        raise type(error)(f"{distribution}: {got}, {expected}. {error}", name=error.name, path=error.path) from error
+        kind = ModuleNotFoundError if isinstance(error, ModuleNotFoundError) else ImportError
+        raise kind(f"{distribution}: {got}, {expected}. {error}", name=error.name, path=error.path) from error
 
 
 def not_covered(adapter: str, library: Any, reasons: Mapping[str, str] | None = None) -> Callable[[str], Any]:

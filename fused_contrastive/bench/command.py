@@ -63,7 +63,7 @@ def run(options: argparse.Namespace, arguments: Sequence[str], console: Console)
     suite = chosen(options.suite, filters)
     if "cuda" in {problem.device for problem in _problems(suite)} and not torch.cuda.is_available():
         raise InputError(f"--suite {options.suite}: needs a GPU, and torch sees none here")
-    if options.name is not None and options.name != Path(options.name).name:
+    if options.name is not None and (options.name != Path(options.name).name or options.name in ("", ".", "..")):
         raise InputError(f"--name: got {options.name!r}, expected a file's name without its folder, which is --out")
     try:
         options.out.mkdir(parents=True, exist_ok=True)

@@ -8,7 +8,7 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-from fused_contrastive.core.modes import is_plain
+from fused_contrastive.core.modes import is_plain, unwrapped
 
 FEATURE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 DIRECTIONS = ("row", "col")
@@ -220,11 +220,13 @@ def mask(name: str, value: object, shape: Sequence[int], of_name: str, of: Tenso
     if value.dtype == torch.bool:
         return value
     # A mask to be added to logits, of 0 and -inf, means the opposite.
-    valid = ((value == 0) | (value == 1)).all()
+    valid = (value == 0) | (value == 1)
     if value.device.type != "cpu" or not is_plain(value):
-        torch._assert_async(valid, f"{name}: expected values 0 and 1")
-    elif not valid:
-        raise ValueError(f"{name}: got values from {value.min()} to {value.max()}, expected {expected()}")
+        valid = valid if torch.compiler.is_compiling() else unwrapped(valid)
+        torch._assert_async(valid.all(), f"{name}: expected values 0 and 1")
+    elif not valid.all():
+        low, high = value.double().aminmax()
+        raise ValueError(f"{name}: got values from {low:g} to {high:g}, expected {expected()}")
     return value != 0
 
 

@@ -27,7 +27,8 @@ def load_features(path: Path) -> Tensor:
     except MemoryError as error:  # a damaged header, or a file that is too large
         raise InputError(f"{path}: got an array that memory does not hold ({error}), {EXPECTED}") from error
     except Exception as error:  # of damaged files, whatever NumPy's parsers raise: EOFError, TokenError, BadZipFile
-        raise InputError(f"{path}: got no array ({error}), {EXPECTED}") from error
+        why = str(error).partition(". If you trust")[0]  # NumPy names an option that there is none of here
+        raise InputError(f"{path}: got no array ({why}), {EXPECTED}") from error
     if not isinstance(array, np.ndarray):
         array.close()
         raise InputError(f"{path}: got an archive (.npz, or torch.save's), {EXPECTED}")

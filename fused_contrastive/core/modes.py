@@ -66,6 +66,14 @@ def _refuse_tangents(values: tuple[Any, ...]) -> None:
         raise RuntimeError(NO_FORWARD_MODE)
 
 
+def unwrapped(t: Tensor) -> Tensor:
+    """The tensor below all transforms of torch.func, with the elements of all their batches."""
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(t):
+        t = functorch.get_unwrapped(t)
+    return t
+
+
 def refuse_transforms(what: str) -> None:
     if _transforms_active():
         raise RuntimeError(

@@ -86,6 +86,9 @@ def run(
     if out is not None:
         if not out.absolute().parent.is_dir():
             raise InputError(f"--out: got {out}, expected a file in a folder that exists")
+        if out.is_dir():
+            raise InputError(f"--out: got {out}, a folder, expected a picture file")
+        out = out if out.suffix else out.with_suffix(".png")
         try:  # before the work
             from fused_contrastive.evaluation import picture
         except ModuleNotFoundError as error:

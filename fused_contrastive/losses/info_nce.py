@@ -107,6 +107,9 @@ def info_nce_loss(
         targets = checks.vector("targets", targets, query.shape[0], query, of="one key per query", integer=True)
         if group is None and is_plain(targets):
             checks.target_range(targets, key.shape[0])
+        elif group is None and isinstance(negatives, Tensor) and negatives.dim() == 2:
+            # The operator's check, which sees the values, is to refuse a shared negative, too.
+            targets = targets.masked_fill(targets >= key.shape[0], key.shape[0] + negatives.shape[0])
     if label_smoothing and row_ids is not None:
         raise ValueError("label_smoothing: got it together with row_ids, expected 0: excluded pairs cannot be targets")
     if weight is not None:

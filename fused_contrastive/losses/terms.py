@@ -78,7 +78,11 @@ def scale_of(
     if temperature is not None and logit_scale is not None:
         raise ValueError("temperature, logit_scale: got both, expected one of them")
     if logit_scale is not None:
-        return _beside("logit_scale", checks.scalar("logit_scale", logit_scale), x)
+        return (
+            checks.scalar("logit_scale", logit_scale)
+            if x is None
+            else checks.scalar_beside("logit_scale", logit_scale, x)
+        )
     temperature = default if temperature is None else temperature
     if temperature is None:
         raise TypeError("logit_scale, temperature: got neither, expected one of them")
@@ -86,11 +90,9 @@ def scale_of(
     known = not isinstance(temperature, Tensor) or (is_plain(temperature) and temperature.device.type == "cpu")
     if known and not temperature > 0:
         raise ValueError(f"temperature: got {float(temperature)}, expected a positive number")
-    return 1 / _beside("temperature", temperature, x)
-
-
-def _beside(name: str, value: float | Tensor, x: Tensor | None) -> float | Tensor:
-    return value if x is None or not isinstance(value, Tensor) else checks.beside(name, value, x)
+    if isinstance(temperature, Tensor) and x is not None:  # a float16's quotient would be rounded to float16
+        temperature = checks.beside("temperature", temperature, x).to(compute_dtype(x.dtype))
+    return 1 / temperature
 
 
 def reduce_weighted(

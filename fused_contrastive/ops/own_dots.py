@@ -66,6 +66,7 @@ class _OwnDots(torch.autograd.Function):
         x, own, mask, norms, dots = ctx.saved_tensors
         needs_x, needs_own = ctx.needs_input_grad[:2]
         if torch.is_grad_enabled():  # create_graph=True
+            x, own = x.view_as(x), own.view_as(own)  # without it, x's gradient would include that of an own made of x
             leaves = [t for t, needed in ((x, needs_x), (own, needs_own)) if needed]
             found = iter(torch.autograd.grad(_formula(x, own, mask, norms is not None), leaves, g, create_graph=True))
             return next(found) if needs_x else None, next(found) if needs_own else None, None, None
@@ -84,7 +85,11 @@ class _OwnDots(torch.autograd.Function):
                     dx[rows] = torch.bmm(along[rows].unsqueeze(1), part).squeeze(1)
                 if d_own is not None:
                     part_gradient = along_own[rows].unsqueeze(2) * x[rows].to(g.dtype).unsqueeze(1)
-                    d_own[rows] = part_gradient if back is None else part_gradient.addcmul_(back[rows], part, value=-1)
+                    if back is not None:
+                        part_gradient.addcmul_(back[rows], part, value=-1)
+                    if mask is not None:  # x may be infinite
+                        part_gradient.masked_fill_(~mask[rows].unsqueeze(2), 0)
+                    d_own[rows] = part_gradient
         return dx, d_own, None, None
 
 

@@ -145,7 +145,7 @@ def target_ranks(
         raise ValueError(f"exclude_self: got True for {m} queries and {n} candidates, expected as many of both")
     targets = _checked_targets(targets, queries, n, exclude_self)
     chosen = dispatch.resolve(backend, queries.device, queries.dtype)
-    plainly = is_plain(queries, candidates, targets)
+    plainly = is_plain(queries, candidates, targets) and not queries.is_meta
     run = _target_ranks if plainly else torch.ops.fused_contrastive.target_ranks
     found: Tensor = run(queries, candidates, targets, exclude_self, chosen)
     return found

@@ -70,13 +70,19 @@ def compare(function: Callable[..., Any], args: tuple[Any, ...], options: dict[s
     eps = torch.finfo(dtype).eps
     deviations = []
     for name, value in ours.items():
-        theirs = difference(plain[name], exact[name])
-        largest = exact[name].abs().max().item() if exact[name].numel() else 0.0
-        error = difference(value, exact[name]) if value.numel() else 0.0
-        if exact[name].isnan().any() and torch.equal(value.isnan(), exact[name].isnan()):
-            error = theirs = 0.0  # NaN where NaN is right
+        right = exact[name]
+        theirs, error = (_difference(found, right) for found in (plain[name], value))
+        largest = right[right.isfinite()].abs().max().item() if right.isfinite().any() else 0.0
         deviations.append(Deviation(name, error, theirs, 2 * theirs + ROUNDINGS * eps * largest))
     return Verification(tuple(deviations))
+
+
+def _difference(found: Tensor, right: Tensor) -> float:
+    """The largest; none where NaN is right."""
+    if not right.numel():
+        return 0.0
+    agree = found.isnan() & right.isnan()
+    return difference(found.masked_fill(agree, 0), right.masked_fill(agree, 0))
 
 
 def _evaluate(
@@ -155,6 +161,11 @@ def _hint(function: Callable[..., Any], args: tuple[Any, ...], options: dict[str
             many = isinstance(each, Tensor) and each.is_floating_point() and each.dim() > 1
             if many and not name.endswith("mask"):
                 features[name if k is None else f"{name}[{k}]"] = each
+    for mask in ("negatives_mask", "image_mask", "text_mask"):  # what they leave out may be anything
+        kind = mask.removesuffix("_mask")
+        for name in (kind, f"{kind}_tokens", f"{kind}_latents", f"{kind}_latents_extra"):
+            if name in features and (there := bound.arguments.get(mask)) is not None:
+                features[name] = features[name][there.bool()]
     if bound.arguments.get("normalize", False) is not False:
         features = {}
     given = {name: bound.arguments.get(name) for name in ("logit_scale", "temperature")}

@@ -237,9 +237,12 @@ def _show_scripts(
         console.print(f"\n# ---- repeats breach {number}", markup=False, highlight=False)
         console.print(text, markup=False, highlight=False, soft_wrap=True)
         if save is not None:
-            save.mkdir(parents=True, exist_ok=True)
             path = save / f"breach_{number}.py"
-            path.write_text(text)
+            try:
+                save.mkdir(parents=True, exist_ok=True)
+                path.write_text(text)
+            except OSError as error:
+                raise InputError(f"--save: got {save} ({error.strerror}), expected a folder to write to") from error
             console.print(f"# saved as {path}", markup=False, highlight=False, soft_wrap=True)
     if len(report.failed) > len(shown):
         console.print(f"{len(report.failed) - len(shown)} more cases breach the budget, whose scripts are not shown")

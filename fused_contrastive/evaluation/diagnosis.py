@@ -88,8 +88,8 @@ def diagnose(x: Tensor, y: Tensor, scale: float | Tensor, *, k: int = 10) -> Dia
         the host waits for them, and for a scale that is a tensor.
 
     Warns:
-        Once a process, of features that are not normalised, and of a scale below 1 with features that are: a logarithm
-        or a temperature.
+        UserWarning: once a process, of features that are not normalised, and of a scale below 1 with features that
+            are: a logarithm or a temperature.
 
     Raises:
         TypeError, ValueError: naming the argument, what came and what was expected.

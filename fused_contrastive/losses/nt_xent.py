@@ -62,7 +62,7 @@ def nt_xent_loss(
         A scalar, or (V * N,) with ``reduction="none"``; float32 (float64 for float64 features).
 
     Warns:
-        FutureWarning, once a process, where ``normalize`` is not given.
+        FutureWarning: once a process, where ``normalize`` is not given.
 
     Raises:
         TypeError, ValueError: naming the argument, what came and what was expected.

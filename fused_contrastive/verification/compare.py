@@ -129,8 +129,8 @@ def verify(loss_fn: Callable[..., Any], *inputs: Any, **options: Any) -> Verific
         What was found, a ``Verification``.
 
     Warns:
-        Once a process, of features that a loss multiplies as they are and that are not normalised, and of a logit scale
-        below 1 with features that are: a logarithm or a temperature.
+        UserWarning: once a process, of features that a loss multiplies as they are and that are not normalised, and
+            of a logit scale below 1 with features that are: a logarithm or a temperature.
 
     Raises:
         ValueError: loss_fn calls none of this package's losses, returns no tensor, or is given none.

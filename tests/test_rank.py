@@ -253,7 +253,7 @@ BAD = {
     "no prompts": (
         lambda: zero_shot(X, torch.randn(2, 0, 3)),
         ValueError,
-        "class_text_features: got shape (2, 0, 3), expected (C, P, D) with none of them 0",
+        "class_text_features: got shape (2, 0, 3), expected (C, D) or (C, P, D) with none of them 0",
     ),
     "classes a list": (lambda: zero_shot(X, [1.0]), TypeError, "class_text_features: got list"),
     "k of classes": (lambda: zero_shot(X, Y, k=6), ValueError, "k: got 6, expected an integer from 1 to 5"),

@@ -145,8 +145,8 @@ class DistillClipLoss(ClipLoss):
             ("dist_text_features", dist_text_features),
         ):
             checks.same_rows("image_features", image_features, name, features)
-        scale = checks.scalar_beside("logit_scale", scalar(logit_scale), image_features)
-        teacher_scale = checks.scalar_beside("dist_logit_scale", scalar(dist_logit_scale), image_features)
+        scale = checks.scalar_beside("logit_scale", logit_scale, image_features)
+        teacher_scale = checks.scalar_beside("dist_logit_scale", dist_logit_scale, image_features)
         student = autocast(image_features), autocast(text_features)
         teacher = autocast(dist_image_features), autocast(dist_text_features)
         columns, teacher_columns = self._gathered(*student), self._gathered(*teacher)

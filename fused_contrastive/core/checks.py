@@ -107,13 +107,13 @@ def beside(name: str, value: Tensor, x: Tensor) -> Tensor:
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
-def integers(name: str, value: object, x: Tensor, expected: Callable[[], str]) -> Tensor:
-    """A tensor of any integer dtype on the device of x -> in int64."""
+def integers(name: str, value: object, expected: Callable[[], str]) -> Tensor:
+    """A tensor of any integer dtype -> in int64."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: got {type(value).__name__}, expected {expected()}")
     if value.dtype not in INTEGERS:
         raise TypeError(f"{name}: got dtype {value.dtype}, expected {expected()}")
-    same_device(name, value, "x", x)
+    local(name, value)
     return value.to(torch.int64)
 
 
@@ -124,7 +124,7 @@ def vector(name: str, value: object, length: int, x: Tensor, *, of: str, integer
         return f"{'an integer' if integer else 'a floating'} tensor of shape ({length},), {of}"
 
     if integer:
-        value = integers(name, value, x, expected)
+        value = integers(name, value, expected)
     elif not isinstance(value, Tensor):
         raise TypeError(f"{name}: got {type(value).__name__}, expected {expected()}")
     elif not value.is_floating_point():

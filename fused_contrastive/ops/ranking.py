@@ -199,7 +199,8 @@ def _checked_targets(targets: Tensor | None, queries: Tensor, n: int, exclude_se
             came = "with exclude_self=True" if exclude_self else f"for {m} queries and {n} candidates"
             raise ValueError(f"targets: got None {came}, expected the candidates that belong to each query: {shape()}")
         return torch.arange(m, device=queries.device)[:, None]
-    targets = checks.integers("targets", targets, queries, shape)
+    targets = checks.integers("targets", targets, shape)
+    checks.same_device("targets", targets, "queries", queries)
     if targets.dim() not in (1, 2) or targets.shape[0] != m or 0 in targets.shape:
         raise ValueError(f"targets: got shape {tuple(targets.shape)}, expected {shape()}")
     return targets if targets.dim() == 2 else targets[:, None]

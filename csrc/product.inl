@@ -2,11 +2,11 @@
 //
 // A micro-tile of C, kMicroRows x 2 vectors, stays in registers while k runs: per step two loads of a panel of B, and
 // one element of A for each row, broadcast. Sums run over kDepth steps at a time and are then added to C: a panel's
-// part of that length stays in L1, and the rounding error of a long sum grows with the number of parts. Where C has one
-// column the vendor's dot products sum in many lanes: C narrower than a panel, whose time is another's, sums less at a
-// time.
+// part of that length stays in L1, and the rounding error of a long sum grows with the length and number of the parts.
+// The vendor's products of a few rows or columns sum in many lanes; where C has so few, whose time is that of reading
+// B, less is summed at a time, so that our error is no larger.
 
-constexpr int64_t kDepth = 256, kNarrowDepth = 16;
+constexpr int64_t kDepth = 256, kFlatDepth = 64, kNarrowDepth = 16;
 
 template <class E>
 using Sum = typename Accumulator<E>::Type;
@@ -96,7 +96,7 @@ static void multiply_panel(const Product<E>& p, int64_t k, int64_t steps, int64_
 
 template <class E>
 static void multiply(const Product<E>& p) {
-  const int64_t depth = p.n < kPanel<E> ? kNarrowDepth : kDepth;
+  const int64_t depth = p.n < kPanel<E> ? kNarrowDepth : p.m <= 2 * kMicroRows ? kFlatDepth : kDepth;
   for (int64_t k = 0; k < p.k; k += depth)
     for (int64_t column = 0; column < p.n; column += kPanel<E>)
       multiply_panel(p, k, smaller(depth, p.k - k), column, p.add || k > 0);

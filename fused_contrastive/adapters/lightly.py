@@ -54,9 +54,8 @@ class NTXentLoss(Fused, ntx_ent_loss.NTXentLoss):
         )
         stats = contrastive_stats(
             query, torch.cat((key, bank)), 1 / self.temperature, row_ids=torch.zeros_like(col_ids[:n]),
-            col_ids=col_ids, directions=["row"], **self._options(),
+            col_ids=col_ids, directions=("row",), **self._options(),
         )  # fmt: skip
-        assert stats.row is not None
         return stats.pos, stats.row
 
 

@@ -99,10 +99,9 @@ class NTXentLoss(_LabelLoss, losses.NTXentLoss):
         else:  # the target, one of the positives, is excluded by its id anyhow; where there is none the row is not read
             one_of = torch.zeros_like(problem.counts).index_put((ref_codes,), torch.arange(len(y), device=y.device))
             stats = contrastive_stats(
-                x, y, scale, targets=one_of[codes], row_ids=codes, col_ids=ref_codes, directions=["row"],
+                x, y, scale, targets=one_of[codes], row_ids=codes, col_ids=ref_codes, directions=("row",),
                 **self._options(),
             )  # fmt: skip
-            assert stats.row is not None
             row = stats.row
         if type(self.reducer) is reducers.MeanReducer and not self.reducer.collect_stats:
             mean = problem.softplus_sum(scale, row) / problem.positives.sum()
@@ -130,8 +129,7 @@ class SupConLoss(_LabelLoss, losses.SupConLoss):
             row = self_stats(x, scale, **self._options())
         else:
             targets = torch.zeros_like(codes) if own is None else own
-            stats = contrastive_stats(x, y, scale, targets=targets, directions=["row"], **self._options())
-            assert stats.row is not None
+            stats = contrastive_stats(x, y, scale, targets=targets, directions=("row",), **self._options())
             row = log_add(stats.pos, stats.row) if own is None else stats.row
         wide = y.to(compute_dtype(y.dtype))
         sums = rows_at(class_sums(wide, ref_codes, len(problem.counts)), codes)

@@ -118,7 +118,7 @@ class _Batch:
         x, y = self.queries, self.documents
         if self.mode is None or (self.mode == "hard_negatives" and len(self.docs) == 1):
             pos, row, col = contrastive_stats(
-                x, y, self.scale, targets=self.positives, directions=["row", "col"] if self.both else ["row"],
+                x, y, self.scale, targets=self.positives, directions=("row", "col") if self.both else ("row",),
                 **self.options,
             )  # fmt: skip
             assert row is not None
@@ -146,12 +146,11 @@ class _Batch:
             share = self.scale / scale
             share = share.detach() if isinstance(share, Tensor) else share
             x, y = (_scale_gradient(t, share) for t in (x, y))
-        stats = contrastive_stats(
+        row: Tensor = contrastive_stats(
             x, y, scale, targets=self.positives, row_ids=self.query, col_ids=self.query.repeat(len(self.docs)),
-            directions=["row"], **self.options,
-        )  # fmt: skip
-        assert stats.row is not None
-        return stats.row
+            directions=("row",), **self.options,
+        ).row  # fmt: skip
+        return row
 
     def query_to_query(self) -> Tensor:
         return self_stats(self.queries, self.scale, **self.options)
@@ -159,9 +158,8 @@ class _Batch:
     def doc_to_query(self, known: Tensor | None) -> Tensor:
         if known is not None:
             return known
-        stats = contrastive_stats(self.docs[0], self.queries, self.scale, directions=["row"], **self.options)
-        assert stats.row is not None
-        return stats.row
+        row: Tensor = contrastive_stats(self.docs[0], self.queries, self.scale, directions=("row",), **self.options).row
+        return row
 
     def doc_to_doc(self) -> Tensor:
         if len(self.docs) == 1:

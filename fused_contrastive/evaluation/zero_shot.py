@@ -64,9 +64,8 @@ def zero_shot(
             return best
         # The normaliser over all classes, without the (M, C) logits: that of the others, and the best one.
         others = contrastive_stats(
-            images, classes, scale, targets=best.indices[:, 0], directions=["row"], backend=backend
+            images, classes, scale, targets=best.indices[:, 0], directions=("row",), backend=backend
         )
-        assert others.row is not None
         # The best one's score as it was ranked: others.pos may be rounded otherwise, and a share be above 1.
         normaliser = torch.logaddexp(best.scores[:, 0].to(others.row.dtype), others.row)
         return Ranking((best.scores - normaliser[:, None]).exp().to(dtype), best.indices)

@@ -71,8 +71,6 @@ def clip_loss(
     pos, row, col = contrastive_stats(
         image_features, text_features, logit_scale, memory_budget=memory_budget, backend=backend, group=group
     )
-    assert row is not None
-    assert col is not None
     dtype = compute_dtype(image_features.dtype)
     plain = not label_smoothing and agreed is None
     losses = cross_entropy(

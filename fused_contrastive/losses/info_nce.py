@@ -152,10 +152,9 @@ def info_nce_loss(
         )
         assert agreed is not None
         targets = agreed.columns_of(targets, query.device)
-    directions: list[Literal["row", "col"]] = ["row", "col"] if symmetric else ["row"]
     pos, row, col = contrastive_stats(
         query, columns, scale, targets=targets, col_bias=col_bias, row_ids=row_ids, col_ids=col_ids,
-        directions=directions, memory_budget=memory_budget, backend=backend, group=group,
+        directions=("row", "col") if symmetric else ("row",), memory_budget=memory_budget, backend=backend, group=group,
     )  # fmt: skip
     assert row is not None
     dtype = compute_dtype(query.dtype)

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Generic, Literal, overload
 
 import torch
 from torch import Tensor
+from typing_extensions import NamedTuple, TypeVar
 
 from fused_contrastive.core import checks, memory
 from fused_contrastive.core.spec import BackendName, StatsSpec, autocast_enabled, compute_dtype
 from fused_contrastive.distributed.agreement import Call, Group, agree, collective
 from fused_contrastive.ops import autograd, dispatch, global_stats
 
+Row = TypeVar("Row", bound=Tensor | None, default=Tensor | None)
+Col = TypeVar("Col", bound=Tensor | None, default=Tensor | None)
 
-class ContrastiveStats(NamedTuple):
+
+class ContrastiveStats(NamedTuple, Generic[Row, Col]):
     """Statistics of the similarity matrix; None for a direction that was not asked.
 
     Attributes:
@@ -24,8 +28,45 @@ class ContrastiveStats(NamedTuple):
     """
 
     pos: Tensor
-    row: Tensor | None
-    col: Tensor | None
+    row: Row
+    col: Col
+
+
+# The directions that a type checker can read off the call are not Optional in the result: of a tuple, or by default.
+@overload
+def contrastive_stats(
+    x: Tensor, y: Tensor, scale: float | Tensor = 1.0, *, targets: Tensor | None = None, col_bias: Tensor | None = None,
+    row_ids: Tensor | None = None, col_ids: Tensor | None = None, exclude_self: bool = False,
+    directions: tuple[Literal["row"], Literal["col"]] = ("row", "col"),
+    memory_budget: int | Literal["auto"] = "auto", backend: BackendName = "auto", group: Group = None,
+) -> ContrastiveStats[Tensor, Tensor]: ...  # fmt: skip
+
+
+@overload
+def contrastive_stats(
+    x: Tensor, y: Tensor, scale: float | Tensor = 1.0, *, targets: Tensor | None = None, col_bias: Tensor | None = None,
+    row_ids: Tensor | None = None, col_ids: Tensor | None = None, exclude_self: bool = False,
+    directions: tuple[Literal["row"]],
+    memory_budget: int | Literal["auto"] = "auto", backend: BackendName = "auto", group: Group = None,
+) -> ContrastiveStats[Tensor, None]: ...  # fmt: skip
+
+
+@overload
+def contrastive_stats(
+    x: Tensor, y: Tensor, scale: float | Tensor = 1.0, *, targets: Tensor | None = None, col_bias: Tensor | None = None,
+    row_ids: Tensor | None = None, col_ids: Tensor | None = None, exclude_self: bool = False,
+    directions: tuple[Literal["col"]],
+    memory_budget: int | Literal["auto"] = "auto", backend: BackendName = "auto", group: Group = None,
+) -> ContrastiveStats[None, Tensor]: ...  # fmt: skip
+
+
+@overload
+def contrastive_stats(
+    x: Tensor, y: Tensor, scale: float | Tensor = 1.0, *, targets: Tensor | None = None, col_bias: Tensor | None = None,
+    row_ids: Tensor | None = None, col_ids: Tensor | None = None, exclude_self: bool = False,
+    directions: Sequence[Literal["row", "col"]],
+    memory_budget: int | Literal["auto"] = "auto", backend: BackendName = "auto", group: Group = None,
+) -> ContrastiveStats: ...  # fmt: skip
 
 
 @collective
@@ -43,7 +84,7 @@ def contrastive_stats(
     memory_budget: int | Literal["auto"] = "auto",
     backend: BackendName = "auto",
     group: Group = None,
-) -> ContrastiveStats:
+) -> ContrastiveStats[Any, Any]:
     """Positives and masked denominators of a similarity matrix that is never stored, in one fused pass.
 
     With logits ``S[i, j] = scale * x[i] . y[j] + col_bias[j]`` and the positive of row i in column t(i)::

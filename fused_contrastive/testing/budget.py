@@ -8,8 +8,10 @@ exact by luck, so eager's error is the largest over the equal ways to write the 
 
 The largest term of a feature gradient is scale * weight (1/N for a mean) * max |feature|, times the rows per column
 where they are more than one; that of the scale's gradient is the positives' part, M * weight * max |x||y|, which the
-negatives' part cancels. For float64 the oracle is no more exact than what it measures: its own rounding is allowed as
-well, eps * max |logit| in every weight of a gradient and sqrt(N) eps in a sum over N.
+negatives' part cancels. A logit is held in the precision it is computed in, float32 for half-precision features, and
+its rounding is a relative error of the weight that is its exponential: eps * max |logit| of the largest term is allowed
+in a gradient. Without it eager's luck decides where one weight dominates (2 rows at scale 1000). For float64 the oracle
+is no more exact than what it measures: 8 eps * max |logit| is allowed, and sqrt(N) eps in a sum over N.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fused_contrastive.core.spec import BackendName
+from fused_contrastive.core.spec import BackendName, compute_dtype
 from fused_contrastive.losses.clip import clip_loss
 from fused_contrastive.ops.stats import contrastive_stats
 from fused_contrastive.testing import oracle
@@ -126,9 +128,16 @@ def largest_terms(inputs: Inputs, results: Outputs) -> dict[str, float]:
         "dscale": weight * m * x * y * max(1.0, n / m),
         "dcol_bias": weight * max(1.0, m / n),
     }
-    if inputs.x.dtype == torch.float64:
-        terms = {name: term * max(1.0, logit, max(m, n) ** 0.5) for name, term in terms.items()}
-    return {name: terms.get(name, logit) for name in results}
+    rounded = with_rounded_weights(inputs.x.dtype, logit, max(m, n))
+    return {name: terms[name] * rounded if name in terms else logit for name in results}
+
+
+def with_rounded_weights(dtype: torch.dtype, logit: float, count: int) -> float:
+    """What a gradient's largest term is multiplied by, for the rounding of the logits in its weights."""
+    if dtype == torch.float64:
+        return max(1.0, logit, math.sqrt(count))
+    held, given = torch.finfo(compute_dtype(dtype)).eps, torch.finfo(dtype).eps
+    return 1.0 + logit * held / (8 * given)
 
 
 def difference(a: Tensor, b: Tensor) -> float:

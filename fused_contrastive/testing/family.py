@@ -15,7 +15,7 @@ from torch import Tensor
 
 import fused_contrastive as fc
 from fused_contrastive.testing import oracle, textbook
-from fused_contrastive.testing.budget import Deviation, Expected, difference
+from fused_contrastive.testing.budget import Deviation, Expected, difference, with_rounded_weights
 from fused_contrastive.testing.cases import DTYPES
 
 Leaves = dict[str, Tensor]
@@ -339,9 +339,8 @@ def _largest_terms(case: FamilyCase, truth: dict[str, Tensor]) -> dict[str, floa
         "dlogit_bias": weight * n,
         "dtemperature": weight * n * scale**2,
     }
-    if case.dtype == torch.float64:
-        terms = {name: term * max(1.0, logit, n**0.5) for name, term in terms.items()}
-    return terms
+    rounded = with_rounded_weights(case.dtype, logit, n)
+    return {name: term * rounded if name != "loss" else term for name, term in terms.items()}
 
 
 def sample(count: int, seed: int) -> Iterator[FamilyCase]:

@@ -7,14 +7,17 @@
 #include <algorithm>
 #include <cmath>
 
+#include "input.h"
+
 namespace fc {
 namespace {
 
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-at::Tensor vector_of(const at::Tensor& t) {
-  return t.to(at::kDouble).resolve_neg().contiguous();
+at::Tensor vector_of(const char* name, const at::Tensor& t, int64_t size) {
+  check_sizes(name, t, {size});
+  return readable(name, t, at::kDouble);
 }
 
 struct CrossEntropy : torch::autograd::Function<CrossEntropy> {
@@ -28,11 +31,11 @@ struct CrossEntropy : torch::autograd::Function<CrossEntropy> {
     ctx->saved_data["averaged"] = averaged;
     ctx->saved_data["decoupled"] = decoupled;
 
-    const at::Tensor positive = vector_of(pos), loss = at::zeros({m}, positive.options());
+    const at::Tensor positive = vector_of("pos", pos, m), loss = at::zeros({m}, positive.options());
     const double* p = positive.const_data_ptr<double>();
     double* out = loss.mutable_data_ptr<double>();
     for (const at::Tensor& t : normalisers) {
-      const at::Tensor normaliser = vector_of(t);
+      const at::Tensor normaliser = vector_of("normaliser", t, m);
       const double* n = normaliser.const_data_ptr<double>();
       for (int64_t i = 0; i < m; ++i) out[i] += decoupled ? n[i] - p[i] : softplus(n[i] - p[i]);
     }
@@ -44,15 +47,16 @@ struct CrossEntropy : torch::autograd::Function<CrossEntropy> {
     const bool decoupled = ctx->saved_data["decoupled"].toBool();
     const auto averaged = static_cast<double>(ctx->saved_data["averaged"].toInt());
     if (at::GradMode::is_enabled()) return recorded(saved, decoupled, upstream[0] / averaged);
-    const at::Tensor positive = vector_of(saved[0]), g = vector_of(upstream[0]);
-    const at::Tensor g_pos = at::zeros_like(positive);
-    const int64_t m = positive.numel(), step = g.dim() ? 1 : 0;  // a scalar's gradient is every row's
+    const int64_t m = saved[0].numel(), step = upstream[0].dim() ? 1 : 0;  // a scalar's gradient is every row's
+    const at::Tensor positive = vector_of("pos", saved[0], m), g_pos = at::zeros_like(positive);
+    const at::Tensor g = readable("gradient", upstream[0], at::kDouble);
+    TORCH_CHECK_VALUE(g.numel() == (step ? m : 1), "gradient: got shape ", g.sizes());
     const double *p = positive.const_data_ptr<double>(), *g_loss = g.const_data_ptr<double>();
     double* out_pos = g_pos.mutable_data_ptr<double>();
 
     variable_list grads{g_pos};
     for (size_t k = 1; k < saved.size(); ++k) {
-      const at::Tensor normaliser = vector_of(saved[k]), g_normaliser = at::empty_like(normaliser);
+      const at::Tensor normaliser = vector_of("normaliser", saved[k], m), g_normaliser = at::empty_like(normaliser);
       const double* n = normaliser.const_data_ptr<double>();
       double* out = g_normaliser.mutable_data_ptr<double>();
       for (int64_t i = 0; i < m; ++i) {

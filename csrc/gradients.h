@@ -210,8 +210,14 @@ class FeatureGradients {
   using T = typename Accumulator<E>::Type;
 
   // `joint`: y is x, and dx is to hold what y gains too. There are no gradients of positives, and dy is not asked.
-  FeatureGradients(const Prepared<E>& p, std::array<bool, 4> needs, bool joint = false)
-      : p_(p), needs_(needs), joint_(joint), g_(p.options()), scratch_(p.options()), bias_(needs[3], p.y.rows) {
+  FeatureGradients(const Prepared<E>& p, const Walk& walk, std::array<bool, 4> needs, bool joint = false)
+      : p_(p),
+        walk_(walk),
+        needs_(needs),
+        joint_(joint),
+        g_(p.options()),
+        scratch_(walk, p.options()),
+        bias_(needs[3], p.y.rows) {
     // dscale = sum_i x_i . (G y)_i, or the same sum over columns when dx is not needed.
     scale_by_rows_ = needs[0] || (needs[2] && !needs[1]);
     if (scale_by_rows_) dx_ = at::zeros({p.x.rows, p.x.d}, p.options());
@@ -242,11 +248,11 @@ class FeatureGradients {
   // `logits_gradient(place, tile, stride)` writes G's tile there, or is also given its products there. `room`: memory
   // for G of this section, with that many elements from row to row, which is written to if it serves.
   template <class F>
-  void add(const Walk& walk, const Section& s, const F& logits_gradient, T* room = nullptr, int64_t room_stride = 0) {
+  void add(const Section& s, const F& logits_gradient, T* room = nullptr, int64_t room_stride = 0) {
     if (dy_.defined()) x_.set(p_.x, s.rows.begin, s.rows.end);
     g_.start(s, room, room_stride);
-    bias_.start(walk.stories(s), s.cols.size());
-    walk.for_each_tile(
+    bias_.start(walk_.stories(s), s.cols.size());
+    walk_.for_each_tile(
         s,
         [&](const Place& at, int64_t story, int64_t) {
           const int64_t r = at.row - s.rows.begin, c = at.col - s.cols.begin, stride = g_.tile_stride();
@@ -256,7 +262,7 @@ class FeatureGradients {
           g_.store(tile, r, c, at.rows, at.cols);
         },
         [](const Place&, int64_t, int64_t) {});
-    add_products<E>(walk, s, g_, y_, x_, dx_.defined() ? dx_.mutable_data_ptr<T>() : nullptr,
+    add_products<E>(walk_, s, g_, y_, x_, dx_.defined() ? dx_.mutable_data_ptr<T>() : nullptr,
                     dy_.defined() ? dy_.mutable_data_ptr<T>() : nullptr, dy_cols_.begin, p_.x.d);
     bias_.merge(s.cols.begin);
   }
@@ -324,7 +330,6 @@ class FeatureGradients {
     std::vector<T> room;
     for (int64_t i = 0; i < p_.x.rows; ++i) {
       const int64_t target = p_.rule.target(i);
-      TORCH_CHECK_INDEX(target >= 0 && target < p_.y.rows, "targets: no column of row ", i);
       if (target < dy_cols_.begin || target >= dy_cols_.end) continue;
       const T* x = wide_row(p_.x, i, room);
       kernels<T>().finish_row(dy_.mutable_data_ptr<T>() + (target - dy_cols_.begin) * d, x, x, g[i], T(1), d);
@@ -334,6 +339,7 @@ class FeatureGradients {
   at::Tensor scalar(double value) const { return at::scalar_tensor(value, at::kDouble).to(p_.options()); }
 
   const Prepared<E>& p_;
+  const Walk& walk_;
   std::array<bool, 4> needs_;
   bool joint_, scale_by_rows_;
   at::Tensor dx_, dy_, rounded_dy_;

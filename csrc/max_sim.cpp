@@ -35,11 +35,13 @@ struct Side {
   int64_t items, length;       // length: T or P, real or not
   at::Tensor places;           // (real,) where each token stands among all; undefined if all are real
 
-  Side(const at::Tensor& x, const OptionalTensor& lengths, at::ScalarType dtype) : items(x.size(0)), length(x.size(1)) {
-    const at::Tensor all = x.resolve_neg().reshape({items * length, x.size(2)});
+  Side(const char* name, const at::Tensor& x, const OptionalTensor& lengths, at::ScalarType dtype)
+      : items(x.size(0)), length(x.size(1)) {
+    const at::Tensor all = readable(name, x, x.scalar_type()).view({items * length, x.size(2)});
     start.push_back(0);
     if (lengths) {
-      const at::Tensor count = lengths->contiguous();
+      check_sizes("lengths", *lengths, {items});
+      const at::Tensor count = indices("lengths", *lengths, length + 1);
       places = at::arange(length).lt(count.unsqueeze(1)).flatten().nonzero().squeeze(1);
       tokens = all.index_select(0, places).to(dtype);
       for (int64_t i = 0; i < items; ++i) start.push_back(start[i] + count.const_data_ptr<int64_t>()[i]);
@@ -114,6 +116,14 @@ struct Argmax {
   }
   void get(int64_t m, int64_t n, int32_t* index, int64_t count) const {
     visit(m, n, 0, [&](auto* at) { std::copy(at, at + count, index); });
+  }
+  // Likewise of some that were kept: raises where one names no token of the `others` that there are now.
+  void get(int64_t m, int64_t n, int32_t* index, int64_t count, int64_t others) const {
+    get(m, n, index, count);
+    int32_t bad = 0;
+    for (int64_t i = 0; i < count; ++i) bad |= (index[i] < 0) | (index[i] >= others);
+    TORCH_CHECK_INDEX(!bad, "max_sim: an argmax of the forward names a token that the backward's masks leave out, ",
+                      "expected the same masks for both: was a mask's memory written to?");
   }
 
  private:
@@ -242,7 +252,7 @@ template <class T>
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> forward(const TokenProblem& p, int64_t kept_rows,
                                                                    const Interrupt& interrupt) {
   constexpr auto dtype = c10::CppTypeToScalarType<T>::value;
-  const Side x(p.x, p.x_lengths, dtype), y(p.y, p.y_lengths, dtype);
+  const Side x("x", p.x, p.x_lengths, dtype), y("y", p.y, p.y_lengths, dtype);
   const int64_t m = x.items, n = y.items;
   const at::Tensor x_sums = at::empty({m, n}, dtype), y_sums = at::empty({p.both ? m : 0, p.both ? n : 0}, dtype);
   const Output<T> out_x{x_sums.mutable_data_ptr<T>(), n, {argmax_room(kept_rows, n, x, y)}};
@@ -259,8 +269,17 @@ struct Direction {
   at::Tensor grad;
   Argmax argmax;
 
-  explicit Direction(const OptionalTensor& g) {
-    if (g) grad = g->to(c10::CppTypeToScalarType<T>::value).resolve_neg().contiguous();
+  // `kept`: the argmaxima of the first rows, for tokens of `own` with those of `other`.
+  Direction(const char* name, const OptionalTensor& g, const at::Tensor& kept, int64_t m, int64_t n, const Side& own,
+            const Side& other) {
+    if (!g) return;
+    check_sizes(name, *g, {m, n});
+    grad = readable(name, *g, c10::CppTypeToScalarType<T>::value);
+    TORCH_CHECK_VALUE(kept.dim() == 3 && kept.size(0) <= m, "argmaxima: got shape ", kept.sizes());
+    if (kept.size(0) == 0) return;
+    check_sizes("argmaxima", kept, {kept.size(0), n, own.length});
+    check_dtype("argmaxima", kept, index_dtype(other.length));
+    argmax = {readable("argmaxima", kept, kept.scalar_type())};
   }
   bool asked() const { return grad.defined(); }
   T g(int64_t m, int64_t n) const { return grad.const_data_ptr<T>()[m * grad.size(1) + n]; }
@@ -273,11 +292,11 @@ void add_pair(int64_t m, int64_t n, T* out, int64_t own, const T* in, int64_t ot
               const Direction<T>& by_own, const Direction<T>& by_other, int32_t* index) {
   if (!own || !other) return;
   if (by_own.asked()) {
-    by_own.argmax.get(m, n, index, own);
+    by_own.argmax.get(m, n, index, own, other);
     max_sim_kernels<T>().gather(out, in, index, own, d, by_own.g(m, n));
   }
   if (by_other.asked()) {
-    by_other.argmax.get(m, n, index, other);
+    by_other.argmax.get(m, n, index, other, own);
     max_sim_kernels<T>().scatter(out, in, index, other, d, by_other.g(m, n));
   }
 }
@@ -287,7 +306,7 @@ void add_pair(int64_t m, int64_t n, T* out, int64_t own, const T* in, int64_t ot
 template <class F>
 void for_each_group(int64_t items, int64_t elements, const F& f) {
   const int64_t for_cache = std::max<int64_t>(1, kGradientElements / elements);
-  const int64_t size = std::min(for_cache, ceil_div(items, 2 * at::get_num_threads()));
+  const int64_t size = std::clamp<int64_t>(ceil_div(items, 2 * at::get_num_threads()), 1, for_cache);
   at::parallel_for(0, ceil_div(items, size), 1, [&](int64_t begin, int64_t end) {
     for (int64_t group = begin; group < end; ++group) f(group * size, std::min(items, (group + 1) * size));
   });
@@ -321,17 +340,19 @@ std::array<at::Tensor, 2> backward(const TokenProblem& p, const at::Tensor& argm
                                    const OptionalTensor& g_x, const OptionalTensor& g_y, std::array<bool, 2> needs,
                                    const Interrupt& interrupt) {
   constexpr auto dtype = c10::CppTypeToScalarType<T>::value;
-  const Side x(p.x, p.x_lengths, dtype), y(p.y, p.y_lengths, dtype);
-  const int64_t m = x.items, n = y.items, kept = argmax_x.size(0), longest = std::max(x.length, y.length);
+  const Side x("x", p.x, p.x_lengths, dtype), y("y", p.y, p.y_lengths, dtype);
+  const int64_t m = x.items, n = y.items, longest = std::max(x.length, y.length);
   const at::Tensor dx = needs[0] ? at::zeros_like(x.tokens) : at::Tensor();
   const at::Tensor dy = needs[1] ? at::zeros_like(y.tokens) : at::Tensor();
-  Direction<T> of_x(g_x), of_y(g_y);
+  Direction<T> of_x("g_x", g_x, argmax_x, m, n, x, y), of_y("g_y", g_y, argmax_y, m, n, y, x);
+  const int64_t kept_x = of_x.asked() ? argmax_x.size(0) : m, kept_y = of_y.asked() ? argmax_y.size(0) : m;
+  const int64_t kept = std::min(kept_x, kept_y);
 
-  const int64_t by_work = std::max<int64_t>(16, kWork / (n * longest * x.dim()));
-  const int64_t by_room = std::max(ceil_div(kBlockTokens, x.length), kArgmaxBytes / (n * longest * 4));
+  const int64_t by_work = std::max<int64_t>(16, kWork / std::max<int64_t>(1, n * longest * x.dim()));
+  const int64_t by_room =
+      std::max(ceil_div(kBlockTokens, x.length), kArgmaxBytes / std::max<int64_t>(1, n * longest * 4));
   for (int64_t first = 0, last; first < m; first = last) {
     last = first < kept ? std::min(kept, first + by_work) : std::min(m, first + std::min(by_work, by_room));
-    of_x.argmax = {argmax_x}, of_y.argmax = {argmax_y};
     if (first >= kept) {
       if (of_x.asked()) of_x.argmax = {argmax_room(last - first, n, x, y), first};
       if (of_y.asked()) of_y.argmax = {argmax_room(last - first, n, y, x), first};
@@ -348,11 +369,22 @@ std::array<at::Tensor, 2> backward(const TokenProblem& p, const at::Tensor& argm
   return grads;
 }
 
+void check(const TokenProblem& p) {
+  for (const auto& [name, t] : {std::pair("x", &p.x), std::pair("y", &p.y)}) {
+    TORCH_CHECK_VALUE(t->dim() == 3 && t->size(2) == p.x.size(2) && t->size(1) && t->size(2), name, ": got shape ",
+                      t->sizes(), ", expected (items, tokens, D) with at least one token, the same D >= 1 for both");
+    TORCH_CHECK_TYPE(at::isFloatingType(t->scalar_type()), name, ": got dtype ", t->scalar_type());
+  }
+  check_dtype("y", p.y, p.x.scalar_type());
+}
+
 }  // namespace
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> max_sim_forward(const TokenProblem& problem,
                                                                            int64_t kept_rows,
                                                                            const Interrupt& interrupt) {
+  check(problem);
+  TORCH_CHECK_VALUE(kept_rows >= 0 && kept_rows <= problem.x.size(0), "kept_rows: got ", kept_rows);
   return problem.x.scalar_type() == at::kDouble ? forward<double>(problem, kept_rows, interrupt)
                                                 : forward<float>(problem, kept_rows, interrupt);
 }
@@ -361,6 +393,7 @@ std::array<at::Tensor, 2> max_sim_backward(const TokenProblem& problem, const at
                                            const at::Tensor& argmax_y, const OptionalTensor& g_x,
                                            const OptionalTensor& g_y, std::array<bool, 2> needs,
                                            const Interrupt& interrupt) {
+  check(problem);
   return problem.x.scalar_type() == at::kDouble
              ? backward<double>(problem, argmax_x, argmax_y, g_x, g_y, needs, interrupt)
              : backward<float>(problem, argmax_x, argmax_y, g_x, g_y, needs, interrupt);

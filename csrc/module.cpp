@@ -3,11 +3,8 @@
 #include <torch/csrc/utils/pybind.h>
 
 #include <ATen/ATen.h>
-#include <ATen/Parallel.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
-
-#include <pthread.h>
 
 #include <chrono>
 #include <map>
@@ -37,20 +34,6 @@ fc::Interrupt python_interrupt() {
   };
 }
 
-// OpenMP's threads do not survive a fork, and a child that waits for them hangs; torch's own operators do. Whether the
-// parent had used them, here or in torch, cannot be asked: a child goes on with one, as DataLoader makes its workers
-// do, unless it asks for several itself after that.
-thread_local bool forked = false;
-
-void threads_after_fork() {
-  if (!std::exchange(forked, false) || at::get_num_threads() == 1) return;
-  const char* message =
-      "fused_contrastive: this process was forked from one that may have used several threads, which it cannot use; it "
-      "goes on with one, torch.set_num_threads(1). Say so in the child, or start it by 'spawn'";
-  if (PyErr_WarnEx(PyExc_RuntimeWarning, message, 2) != 0) throw py::error_already_set();
-  at::set_num_threads(1);
-}
-
 // A StatsSpec (core/spec.py) and its features.
 fc::Problem problem(at::Tensor x, at::Tensor y, at::Tensor scale, fc::OptionalTensor targets,
                     fc::OptionalTensor col_bias, fc::OptionalTensor row_ids, fc::OptionalTensor col_ids,
@@ -75,7 +58,6 @@ fc::Problem problem(at::Tensor x, at::Tensor y, at::Tensor scale, fc::OptionalTe
 }
 
 auto forward(const fc::Problem& problem) {
-  threads_after_fork();
   const auto interrupt = python_interrupt();
   py::gil_scoped_release release;
   const at::NoGradGuard no_grad;
@@ -84,7 +66,6 @@ auto forward(const fc::Problem& problem) {
 
 auto backward(const fc::Problem& problem, at::Tensor row, at::Tensor col, at::Tensor kept, fc::OptionalTensor g_pos,
               fc::OptionalTensor g_row, fc::OptionalTensor g_col, std::array<bool, 4> needs, bool joint) {
-  threads_after_fork();
   const auto interrupt = python_interrupt();
   py::gil_scoped_release release;
   const at::NoGradGuard no_grad;
@@ -93,7 +74,6 @@ auto backward(const fc::Problem& problem, at::Tensor row, at::Tensor col, at::Te
 
 auto at_once(const fc::Problem& problem, double weight, double margin, bool decoupled, bool normalize,
              std::array<bool, 4> needs) {
-  threads_after_fork();
   const auto interrupt = python_interrupt();
   py::gil_scoped_release release;
   const at::NoGradGuard no_grad;
@@ -103,13 +83,11 @@ auto at_once(const fc::Problem& problem, double weight, double margin, bool deco
 
 at::Tensor cross_entropy(const at::Tensor& pos, const std::vector<at::Tensor>& normalisers, bool decoupled,
                          const std::string& reduction, at::ScalarType dtype) {
-  threads_after_fork();
   py::gil_scoped_release release;
   return fc::cross_entropy(pos, normalisers, decoupled, reduction, dtype);
 }
 
 at::Tensor normalize(const std::vector<at::Tensor>& views) {
-  threads_after_fork();
   py::gil_scoped_release release;
   return fc::normalize(views);
 }
@@ -118,7 +96,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> max_sim_forward(at::T
                                                                            fc::OptionalTensor x_lengths,
                                                                            fc::OptionalTensor y_lengths, bool both,
                                                                            int64_t kept_rows) {
-  threads_after_fork();
   const auto interrupt = python_interrupt();
   py::gil_scoped_release release;
   const at::NoGradGuard no_grad;
@@ -128,7 +105,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> max_sim_forward(at::T
 std::array<at::Tensor, 2> max_sim_backward(at::Tensor x, at::Tensor y, fc::OptionalTensor x_lengths,
                                            fc::OptionalTensor y_lengths, at::Tensor argmax_x, at::Tensor argmax_y,
                                            fc::OptionalTensor g_x, fc::OptionalTensor g_y, std::array<bool, 2> needs) {
-  threads_after_fork();
   const auto interrupt = python_interrupt();
   py::gil_scoped_release release;
   const at::NoGradGuard no_grad;
@@ -137,14 +113,12 @@ std::array<at::Tensor, 2> max_sim_backward(at::Tensor x, at::Tensor y, fc::Optio
 }
 
 void merge_top_k(const at::Tensor& scores, int64_t first_column, const at::Tensor& values, const at::Tensor& indices) {
-  threads_after_fork();
   py::gil_scoped_release release;
   fc::merge_top_k(scores, first_column, values, indices);
 }
 
 void count_ahead(const at::Tensor& scores, int64_t first_column, const at::Tensor& target_scores,
                  const at::Tensor& targets, const at::Tensor& counts) {
-  threads_after_fork();
   py::gil_scoped_release release;
   fc::count_ahead(scores, first_column, target_scores, targets, counts);
 }
@@ -153,7 +127,6 @@ void count_ahead(const at::Tensor& scores, int64_t first_column, const at::Tenso
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "C++ CPU backend of fused_contrastive";
-  pthread_atfork(nullptr, nullptr, [] { forked = true; });
   py::class_<fc::Problem>(m, "Problem").def(py::init(&problem));
   m.def("stats_forward", &forward);
   m.def("stats_backward", &backward);

@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "input.h"
 #include "unit_rows.h"
 
 namespace fc {
@@ -61,13 +62,18 @@ struct Normalize : torch::autograd::Function<Normalize> {
   static at::Tensor forward(AutogradContext* ctx, at::TensorList views) {
     std::vector<int64_t> shape = views[0].sizes().vec();
     shape[0] = 0;
-    for (const at::Tensor& x : views) shape[0] += x.size(0);
+    for (const at::Tensor& x : views) {
+      TORCH_CHECK_VALUE(x.dim() && x.sizes().slice(1) == views[0].sizes().slice(1), "views: got shape ", x.sizes(),
+                        ", expected that of the first, ", views[0].sizes(), ", but for the number of rows");
+      check_dtype("views", x, views[0].scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
+      shape[0] += x.size(0);
+    }
     const at::Tensor z = at::empty(shape, views[0].options()), norms = at::empty({row_count(z)}, z.options());
     with_dtype(z, [&](auto zero) {
       using T = decltype(zero);
       T *out = z.mutable_data_ptr<T>(), *norm = norms.mutable_data_ptr<T>();
       for (const at::Tensor& x : views) {
-        fc::forward<T>(x.resolve_neg().contiguous(), out, norm);
+        fc::forward<T>(readable("views", x, x.scalar_type()), out, norm);
         out += x.numel();
         norm += row_count(x);
       }
@@ -80,7 +86,11 @@ struct Normalize : torch::autograd::Function<Normalize> {
 
   static variable_list backward(AutogradContext* ctx, const variable_list& upstream) {
     variable_list views = ctx->get_saved_variables(), grads;
-    const at::Tensor norms = views.back(), z = views[views.size() - 2];
+    const at::ScalarType dtype = views[0].scalar_type();
+    const at::Tensor z = readable("normalised", views[views.size() - 2], dtype);
+    const at::Tensor norms = readable("norms", views.back(), dtype);
+    check_sizes("gradient", upstream[0], z.sizes());
+    check_sizes("norms", norms, {row_count(z)});
     views.resize(views.size() - 2);
     if (at::GradMode::is_enabled()) {
       int64_t first = 0;
@@ -90,7 +100,7 @@ struct Normalize : torch::autograd::Function<Normalize> {
       }
       return grads;
     }
-    const at::Tensor dx = upstream[0].resolve_neg().contiguous();  // z's gradient, and then x's
+    const at::Tensor dx = readable("gradient", upstream[0], dtype);  // z's gradient, and then x's
     with_dtype(z, [&](auto zero) {
       using T = decltype(zero);
       fc::backward<T>(z.const_data_ptr<T>(), norms.const_data_ptr<T>(), dx);

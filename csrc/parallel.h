@@ -8,12 +8,12 @@
 
 namespace fc {
 
-// Calls f(0) to f(tasks - 1), each once. Each thread begins with a share of its own, the same in every call of as many
-// tasks on as many threads, so that what it wrote it finds in its own cache; then it helps the others: tasks differ in
-// length, and so do cores in speed.
+// Calls f(0) to f(tasks - 1), each once, on at most `threads` threads. Each thread begins with a share of its own, the
+// same in every call of as many tasks on as many threads, so that what it wrote it finds in its own cache; then it
+// helps the others: tasks differ in length, and so do cores in speed.
 template <class F>
-void for_each_task(int64_t tasks, const F& f) {
-  const int64_t workers = std::min<int64_t>(tasks, at::get_num_threads());
+void for_each_task(int64_t tasks, const F& f, int64_t threads = at::get_num_threads()) {
+  const int64_t workers = std::min<int64_t>({tasks, threads, at::get_num_threads()});
   if (workers <= 1) {
     for (int64_t task = 0; task < tasks; ++task) f(task);
     return;

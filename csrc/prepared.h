@@ -9,22 +9,13 @@
 #include <utility>
 #include <vector>
 
+#include "input.h"
 #include "product.h"
 #include "stats.h"
 #include "tile.h"
 #include "unit_rows.h"
 
 namespace fc {
-
-// resolve_neg: a lazily negated tensor, such as z.conj().imag, holds the opposite of its values.
-inline at::Tensor contiguous_as(const at::Tensor& t, at::ScalarType dtype) {
-  return t.to(dtype).resolve_neg().contiguous();
-}
-
-template <class T>
-const T* data(const OptionalTensor& t) {
-  return t ? t->const_data_ptr<T>() : nullptr;
-}
 
 // Rows [begin, end) of t; t itself where that is all of it, which spares small problems a view.
 inline at::Tensor rows_of(const at::Tensor& t, int64_t begin, int64_t end) {
@@ -50,9 +41,9 @@ struct Features {
   const Element* elements;
   int64_t rows, d;  // d in elements
 
-  explicit Features(const at::Tensor& t, bool unit = false) : rows(t.size(0)), d(t.size(1)) {
+  Features(const char* name, const at::Tensor& t, bool unit) : rows(t.size(0)), d(t.size(1)) {
     constexpr auto dtype = c10::CppTypeToScalarType<T>::value;
-    tensor = contiguous_as(t, kPairs ? at::kBFloat16 : dtype);
+    tensor = readable(name, t, kPairs ? at::kBFloat16 : dtype);
     elements = static_cast<const Element*>(tensor.const_data_ptr());
     if constexpr (!kPairs)
       if (unit) {
@@ -110,10 +101,37 @@ struct Features {
   }
 };
 
-// Calls f(E{}) for the E that the features' products are made of. bfloat16 features are multiplied as they are where
-// the CPU can (an odd D would leave half a pair), and otherwise in float32, as float16 ones are.
+// Raises a TypeError or ValueError unless sizes and dtypes fit together, so that no kernel reads past a tensor's end.
+inline void check(const Problem& p) {
+  for (const auto& [name, t] : {std::pair("x", &p.x), std::pair("y", &p.y)}) {
+    TORCH_CHECK_VALUE(t->dim() == 2 && t->size(1) == p.x.size(1), name, ": got shape ", t->sizes(), ", expected ",
+                      "(rows, D), the same D for both");
+    TORCH_CHECK_TYPE(at::isFloatingType(t->scalar_type()), name, ": got dtype ", t->scalar_type());
+  }
+  check_dtype("y", p.y, p.x.scalar_type());
+  const int64_t m = p.x.size(0), n = p.y.size(0);
+  TORCH_CHECK_VALUE(p.scale.numel() == 1, "scale: got shape ", p.scale.sizes(), ", expected one element");
+  TORCH_CHECK_VALUE(p.softplus ? p.rows && !p.cols : p.rows || p.cols,
+                    "rows, cols: expected a direction, for softplus ", "rows alone");
+  TORCH_CHECK_VALUE(!p.upper || m == n, "upper: got M = ", m, " and N = ", n, ", expected as many");
+  TORCH_CHECK_VALUE(p.targets || m <= n, "targets: got None for M = ", m, " rows and N = ", n, " columns");
+  TORCH_CHECK_VALUE(p.kept_rows >= 0 && p.kept_rows <= m, "kept_rows: got ", p.kept_rows, ", expected 0 to ", m);
+  TORCH_CHECK_VALUE(p.row_ids.has_value() == p.col_ids.has_value(), "row_ids, col_ids: expected both or neither");
+  if (p.targets) check_sizes("targets", *p.targets, {m});
+  if (p.col_bias) check_sizes("col_bias", *p.col_bias, {n});
+  for (const auto& [name, t, size] : {std::tuple("row_ids", &p.row_ids, m), std::tuple("col_ids", &p.col_ids, n)}) {
+    if (!*t) continue;
+    check_sizes(name, **t, {size});
+    check_dtype(name, **t, at::kLong);
+  }
+}
+
+// Calls f(E{}) for the E that the features' products are made of, of a problem that is checked. bfloat16 features are
+// multiplied as they are where the CPU can (an odd D would leave half a pair), and otherwise in float32, as float16
+// ones are.
 template <class F>
 auto with_elements(const Problem& problem, const F& f) {
+  check(problem);
   const at::ScalarType dtype = problem.x.scalar_type();
   if (dtype == at::kDouble) return f(double{});
   const bool pairs = dtype == at::kBFloat16 && problem.y.scalar_type() == dtype && problem.x.size(1) % 2 == 0 &&
@@ -128,11 +146,11 @@ struct Prepared {
   OptionalTensor targets, col_bias, row_codes, col_codes;  // ids as dense codes that fit a 32-bit lane
   LogitRule<T> rule{};
 
-  explicit Prepared(const Problem& p, bool unit = false) : x(p.x, unit), y(p.y, unit) {
-    if (p.targets) targets = p.targets->contiguous();
-    if (p.col_bias) col_bias = contiguous_as(*p.col_bias, c10::CppTypeToScalarType<T>::value);
-    if (p.row_ids) encode_ids(*p.row_ids, *p.col_ids);
-    rule = {p.scale.item<T>(),
+  explicit Prepared(const Problem& p, bool unit = false) : x("x", p.x, unit), y("y", p.y, unit) {
+    if (p.targets) targets = indices("targets", *p.targets, y.rows);
+    col_bias = readable("col_bias", p.col_bias, scalar_type());
+    if (p.row_ids) encode_ids(readable("row_ids", *p.row_ids, at::kLong), readable("col_ids", *p.col_ids, at::kLong));
+    rule = {readable("scale", p.scale, scalar_type()).template item<T>(),
             data<T>(col_bias),
             data<int64_t>(targets),
             data<int32_t>(row_codes),
@@ -150,8 +168,8 @@ struct Prepared {
   // A column's code is the rank of its id among the columns' ids; a row's is that of the equal column id, or -1.
   void encode_ids(const at::Tensor& row_ids, const at::Tensor& col_ids) {
     const at::Tensor sorted = std::get<0>(at::sort(col_ids));
-    col_codes = at::searchsorted(sorted, col_ids.contiguous(), /*out_int32=*/true);
-    const at::Tensor rank = at::searchsorted(sorted, row_ids.contiguous()).clamp_max(col_ids.size(0) - 1);
+    col_codes = at::searchsorted(sorted, col_ids, /*out_int32=*/true);
+    const at::Tensor rank = at::searchsorted(sorted, row_ids).clamp_max(col_ids.size(0) - 1);
     const at::Tensor found = sorted.index_select(0, rank) == row_ids;
     row_codes = at::where(found, rank, at::scalar_tensor(-1, rank.options())).to(at::kInt);
   }

@@ -4,14 +4,12 @@
 
 #include <array>
 #include <functional>
-#include <optional>
 #include <tuple>
 
+#include "input.h"
 #include "tile.h"
 
 namespace fc {
-
-using OptionalTensor = std::optional<at::Tensor>;
 
 // What the logits are made of and which are excluded; the C++ view of core/spec.py. All tensors are on the CPU.
 struct Problem {

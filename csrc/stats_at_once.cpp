@@ -43,6 +43,7 @@ LossAndGradients loss_and_gradients(const Problem& problem, double weight, doubl
   using T = typename Accumulator<E>::Type;
   const Prepared<E> p(problem, normalize);
   const int64_t m = p.x.rows, n = p.y.rows, stride = round_up(n, 32) + 16;
+  TORCH_CHECK_VALUE(m > 0 && n > 0, "x, y: got ", m, " and ", n, " rows, expected at least one");
   const at::Tensor pos = at::empty({m}, p.options());
   const at::Tensor losses = at::empty({m}, at::kDouble), g_pos = at::empty({m}, p.options());
   const at::Tensor g_row = at::empty({m}, p.options());
@@ -52,7 +53,7 @@ LossAndGradients loss_and_gradients(const Problem& problem, double weight, doubl
   T *s = held.mutable_data_ptr<T>(), *pos_data = pos.mutable_data_ptr<T>();
 
   const Walk walk(m, n, kGroupCols<E>, 0, false);
-  FeatureGradients<E> gradients(p, needs);
+  FeatureGradients<E> gradients(p, walk, needs);
   // Of several groups each is packed again for every block of rows, and the products with y and y.T share memory.
   Panels<E> whole;
   Panels<E>& y_transposed = walk.groups().size() > 1 ? gradients.panels() : whole;
@@ -94,7 +95,7 @@ LossAndGradients loss_and_gradients(const Problem& problem, double weight, doubl
         kernels<T>().backward(p.rule, {at, products(at), stride, tile, tile_stride, norm.high.data(), norm.low.data(),
                                        g_row.const_data_ptr<T>(), nullptr, nullptr, nullptr});
       };
-      gradients.add(walk, {rows, group, true}, logits_gradient, s + group.begin, stride);  // where the products were
+      gradients.add({rows, group, true}, logits_gradient, s + group.begin, stride);  // where the products were
       interrupt();
     }
   }

@@ -24,25 +24,37 @@ std::array<at::Tensor, 4> backward(const Problem& problem, const at::Tensor& row
   constexpr auto dtype = Prepared<E>::scalar_type();
   const Prepared<E> p(problem);
   const int64_t n = p.y.rows;
-  OptionalTensor pos_grad, row_grad, col_grad;
-  if (g_pos) pos_grad = contiguous_as(*g_pos, dtype);
-  if (g_row) row_grad = contiguous_as(*g_row, dtype);
-  if (g_col) col_grad = contiguous_as(*g_col, dtype);
-  const Normaliser<T> row_norm(g_row && !problem.softplus ? row : at::empty({0}, at::kDouble));
-  const Normaliser<T> col_norm(g_col ? col : at::empty({0}, at::kDouble));
+  const auto gradient = [](const char* name, const OptionalTensor& g, int64_t size) {
+    if (g) check_sizes(name, *g, {size});
+    return readable(name, g, dtype);
+  };
+  const OptionalTensor pos_grad = gradient("g_pos", g_pos, p.x.rows), row_grad = gradient("g_row", g_row, p.x.rows);
+  const OptionalTensor col_grad = gradient("g_col", g_col, n);
+  const auto normaliser = [](const char* name, const at::Tensor& value, int64_t size) {
+    if (size) check_sizes(name, value, {size});
+    return Normaliser<T>(size ? readable(name, value, at::kDouble) : at::empty({0}, at::kDouble));
+  };
+  const Normaliser<T> row_norm = normaliser("row", row, g_row && !problem.softplus ? p.x.rows : 0);
+  const Normaliser<T> col_norm = normaliser("col", col, g_col ? n : 0);
+  at::Tensor products;
+  if (problem.kept_rows) {
+    check_sizes("kept", kept, {problem.kept_rows, n});
+    check_dtype("kept", kept, dtype);
+    products = readable("kept", kept, dtype);
+  }
 
   const Walk walk(p.x.rows, n, kGroupCols<E>, problem.kept_rows, problem.upper);
-  FeatureGradients<E> gradients(p, needs, joint);
+  FeatureGradients<E> gradients(p, walk, needs, joint);
   at::Tensor room;
   const Rows<E> x = p.x.read_rows(0, p.x.rows, room);
   Panels<E> y_transposed;
-  const T* kept_data = problem.kept_rows ? kept.const_data_ptr<T>() : nullptr;
+  const T* kept_data = problem.kept_rows ? products.const_data_ptr<T>() : nullptr;
   if (g_row || g_col) gradients.round_groups(pos_grad, problem.y.scalar_type());
   for (const Range& group : g_row || g_col ? walk.groups() : std::vector<Range>()) {
     if (problem.kept_rows < p.x.rows) y_transposed.set_transposed(p.y, group.begin, group.end);
     gradients.start_group(group);
     for (const Section& s : walk.sections(group)) {
-      gradients.add(walk, s, [&](const Place& at, T* tile, int64_t stride) {
+      gradients.add(s, [&](const Place& at, T* tile, int64_t stride) {
         if (!s.kept) multiply_tile(x, y_transposed, at, at.col - group.begin, tile, stride);
         kernels<T>().backward(
             p.rule, {at, s.kept ? kept_data + kept_offset(at, n) : tile, s.kept ? at.cols : stride, tile, stride,

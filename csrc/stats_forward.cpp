@@ -23,7 +23,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> forward(const Problem
   at::Tensor kept = reused_matrix(problem.kept_rows, n, p.options());
   Totals<T> row(problem.rows, m, !problem.softplus), col(problem.cols, n, true);
   const Walk walk(m, n, kGroupCols<E>, problem.kept_rows, problem.upper);
-  const TileScratch<T> scratch(p.options());
+  const TileScratch<T> scratch(walk, p.options());
   T *pos_data = pos.mutable_data_ptr<T>(), *kept_data = kept.mutable_data_ptr<T>();
 
   at::Tensor room;

@@ -50,17 +50,19 @@ struct Section {
 class Walk {
  public:
   Walk(int64_t m, int64_t n, int64_t group_cols, int64_t kept_rows, bool upper)
-      : m_(m), n_(n), group_cols_(group_cols), kept_rows_(kept_rows), upper_(upper) {
+      : m_(m), n_(n), group_cols_(group_cols), kept_rows_(kept_rows), upper_(upper), threads_(at::get_num_threads()) {
     // Smaller tiles where S is small, so that all threads find work, and where those on the diagonal are half for
     // nothing. Whole chunks, and parts of a section.
     for (tile_rows_ = kLeastTileRows; tile_rows_ < std::min(kTileRows, m / (upper ? 8 : 4));) tile_rows_ *= 2;
     tile_cols_ = upper ? tile_rows_ : kTileCols;
   }
 
+  // On how many threads at most `for_each_tile` calls: what a signal handler sets meanwhile is for the next walk.
+  int64_t threads() const { return threads_; }
   std::vector<Range> groups() const { return pieces(0, n_, group_cols_); }
   // Kept rows first, so that no section is half kept. Of the upper triangle, those below the diagonal are left out.
   std::vector<Section> sections(const Range& cols) const {
-    const int64_t height = kSectionRows * ceil_div(at::get_num_threads(), kSectionThreads);
+    const int64_t height = kSectionRows * ceil_div(threads_, kSectionThreads);
     std::vector<Section> all;
     for (const bool kept : {true, false})
       for (const Range& rows : pieces(kept ? 0 : kept_rows_, kept ? kept_rows_ : m_, height))
@@ -75,7 +77,7 @@ class Walk {
   template <class F, class G>
   void for_each_tile(const Section& s, const F& sweep, const G& skip) const {
     const int64_t strips = this->strips(s);
-    for_each_task(strips * stories(s), [&](int64_t task) {
+    const auto visit = [&](int64_t task) {
       const int64_t story = task / strips, strip = task % strips;
       const Range rows = part(s.rows, story, tile_rows_), cols = part(s.cols, strip, tile_cols_);
       const Place at{rows.begin, cols.begin, rows.size(), cols.size()};
@@ -83,7 +85,8 @@ class Walk {
         skip(at, story, strip);
       else
         sweep(at, story, strip);
-    });
+    };
+    for_each_task(strips * stories(s), visit, threads_);
   }
 
   // The columns of a section with tiles that are not skipped, for rows that begin at `row`; the rows, for columns that
@@ -110,7 +113,7 @@ class Walk {
 
   int64_t m_, n_, group_cols_, kept_rows_;
   bool upper_;
-  int64_t tile_rows_, tile_cols_;
+  int64_t tile_rows_, tile_cols_, threads_;
 };
 
 // Where a tile's products are in the (rows, N) that are kept, as rows of `at.cols`: each tile by itself, as rows of S
@@ -127,12 +130,12 @@ void multiply_tile(const Rows<E>& x, const Panels<E>& y, const Place& at, int64_
   y.multiply({at.rows, at.cols, d, x.row(at.row), d, 1, nullptr, 0, tile, stride, false}, 0, first);
 }
 
-// Scratch for one tile in each thread.
+// Scratch for one tile in each thread of a walk.
 template <class T>
 class TileScratch {
  public:
-  explicit TileScratch(const at::TensorOptions& options)
-      : memory_(at::empty({at::get_num_threads() * kTileRows * kTileCols}, options)) {}
+  TileScratch(const Walk& walk, const at::TensorOptions& options)
+      : memory_(at::empty({walk.threads() * kTileRows * kTileCols}, options)) {}
   T* get() const { return memory_.template mutable_data_ptr<T>() + at::get_thread_num() * kTileRows * kTileCols; }
 
  private:

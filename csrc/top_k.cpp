@@ -11,6 +11,8 @@
 #include <cmath>
 #include <vector>
 
+#include "input.h"
+
 namespace fc {
 namespace {
 
@@ -95,7 +97,7 @@ void merge_blocks(const at::Tensor& scores, int64_t first_column, const at::Tens
   const T* s = scores.const_data_ptr<T>();
   T* v = values.mutable_data_ptr<T>();
   int64_t* c = indices.mutable_data_ptr<int64_t>();
-  at::parallel_for(0, m, std::max<int64_t>(1, kGrain / n), [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, m, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, n)), [&](int64_t begin, int64_t end) {
     Best<T> best(k);
     for (int64_t i = begin; i < end; ++i) best.scan(s + i * n, n, first_column, v + i * k, c + i * k, filled);
   });
@@ -122,25 +124,35 @@ void count_block(const at::Tensor& scores, int64_t first_column, const at::Tenso
   const T *s = scores.const_data_ptr<T>(), *own = target_scores.const_data_ptr<T>();
   const int64_t* t = targets.const_data_ptr<int64_t>();
   int64_t* out = counts.mutable_data_ptr<int64_t>();
-  at::parallel_for(0, m, std::max<int64_t>(1, kGrain / n), [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, m, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, n)), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) out[i] += ahead_in_row(s + i * n, n, own[i], t[i] - first_column);
   });
 }
 
+// `of_scores` and `of_columns` have one shape, with a row, or an element, for each row of scores.
 void check(const at::Tensor& scores, const at::Tensor& of_scores, std::initializer_list<at::Tensor> of_columns) {
   const at::ScalarType dtype = scores.scalar_type();
   TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kDouble, "scores: got dtype ", dtype,
                    ", expected float32 or 64");
   TORCH_CHECK_TYPE(of_scores.scalar_type() == dtype, "values: got dtype ", of_scores.scalar_type());
   TORCH_CHECK_VALUE(scores.is_contiguous() && of_scores.is_contiguous(), "scores, values: expected contiguous tensors");
-  for (const at::Tensor& t : of_columns)
+  TORCH_CHECK_VALUE(scores.dim() == 2 && of_scores.dim() && of_scores.size(0) == scores.size(0),
+                    "scores, values: got shapes ", scores.sizes(), " and ", of_scores.sizes());
+  check_memory("scores", scores);
+  check_memory("values", of_scores);
+  for (const at::Tensor& t : of_columns) {
     TORCH_CHECK_TYPE(t.scalar_type() == at::kLong && t.is_contiguous(), "columns: expected contiguous int64 tensors");
+    check_sizes("columns", t, of_scores.sizes());
+    check_memory("columns", t);
+  }
 }
 
 }  // namespace
 
 void merge_top_k(const at::Tensor& scores, int64_t first_column, const at::Tensor& values, const at::Tensor& indices) {
   check(scores, values, {indices});
+  TORCH_CHECK_VALUE(values.dim() == 2 && values.size(1) > 0 && first_column >= 0, "values: got shape ", values.sizes(),
+                    " for columns from ", first_column);
   return scores.scalar_type() == at::kDouble ? merge_blocks<double>(scores, first_column, values, indices)
                                              : merge_blocks<float>(scores, first_column, values, indices);
 }
@@ -148,6 +160,7 @@ void merge_top_k(const at::Tensor& scores, int64_t first_column, const at::Tenso
 void count_ahead(const at::Tensor& scores, int64_t first_column, const at::Tensor& target_scores,
                  const at::Tensor& targets, const at::Tensor& counts) {
   check(scores, target_scores, {targets, counts});
+  TORCH_CHECK_VALUE(target_scores.dim() == 1, "target_scores: got shape ", target_scores.sizes());
   return scores.scalar_type() == at::kDouble ? count_block<double>(scores, first_column, target_scores, targets, counts)
                                              : count_block<float>(scores, first_column, target_scores, targets, counts);
 }

@@ -80,9 +80,8 @@ struct Normaliser {
   explicit Normaliser(int64_t size) : high(size), low(size) {}
   explicit Normaliser(const at::Tensor& value) : Normaliser(value.numel()) { set(0, value); }
   void set(int64_t first, const at::Tensor& value) {
-    const at::Tensor values = value.contiguous();
-    const double* v = values.const_data_ptr<double>();
-    for (int64_t i = 0; i < values.numel(); ++i) {
+    const double* v = value.const_data_ptr<double>();  // contiguous
+    for (int64_t i = 0; i < value.numel(); ++i) {
       const double finite = v[i] == -std::numeric_limits<double>::infinity() ? 0 : v[i];
       high[first + i] = static_cast<T>(finite);
       low[first + i] = static_cast<T>(finite - high[first + i]);

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fused_contrastive.core import forks
 from fused_contrastive.core.reduction import Reduction
 from fused_contrastive.core.spec import Forward, Gradients, Needs, StatsSpec, Upstream, compute_dtype
 from fused_contrastive.core.tokens import MaxSimForward, MaxSimUpstream, TokenSpec
@@ -85,12 +86,14 @@ def is_parallel() -> bool:
 
 
 def stats_forward(spec: StatsSpec, x: Tensor, y: Tensor) -> Forward:
+    forks.guard()
     return Forward(*_C.stats_forward(_C.Problem(x, y, *spec)))
 
 
 def stats_backward(
     spec: StatsSpec, x: Tensor, y: Tensor, saved: Forward, upstream: Upstream, needs: Needs
 ) -> Gradients:
+    forks.guard()
     problem, (*of, joint) = _C.Problem(x, y, *spec), needs
     return Gradients(*_C.stats_backward(problem, saved.row, saved.col, saved.kept, *upstream, of, joint))
 
@@ -98,6 +101,7 @@ def stats_backward(
 def stats_at_once(
     spec: StatsSpec, x: Tensor, y: Tensor, weight: float, margin: float, decoupled: bool, normalize: bool, needs: Needs
 ) -> tuple[Tensor, Gradients]:
+    forks.guard()
     loss, gradients = _C.stats_at_once(_C.Problem(x, y, *spec), weight, margin, decoupled, normalize, needs[:4])
     return loss, Gradients(*gradients)
 
@@ -105,28 +109,34 @@ def stats_at_once(
 def cross_entropy(
     pos: Tensor, normalisers: Sequence[Tensor], decoupled: bool, reduction: Reduction, dtype: torch.dtype
 ) -> Tensor:
+    forks.guard()
     return _C.cross_entropy(pos, normalisers, decoupled, reduction, dtype)
 
 
 def normalize(*views: Tensor) -> Tensor:
+    forks.guard()
     return _C.normalize(views)
 
 
 def max_sim_forward(spec: TokenSpec, x: Tensor, y: Tensor) -> MaxSimForward:
+    forks.guard()
     return MaxSimForward(*_C.max_sim_forward(x, y, spec.x_lengths, spec.y_lengths, spec.both, spec.kept_rows))
 
 
 def max_sim_backward(
     spec: TokenSpec, x: Tensor, y: Tensor, saved: MaxSimForward, upstream: MaxSimUpstream, needs: tuple[bool, bool]
 ) -> tuple[Tensor | None, Tensor | None]:
+    forks.guard()
     return _C.max_sim_backward(
         x, y, spec.x_lengths, spec.y_lengths, saved.argmax_x, saved.argmax_y, upstream.x, upstream.y, needs
     )
 
 
 def merge_top_k(scores: Tensor, first_column: int, values: Tensor, indices: Tensor) -> None:
+    forks.guard()
     _C.merge_top_k(scores, first_column, values, indices)
 
 
 def count_ahead(scores: Tensor, first_column: int, target_scores: Tensor, targets: Tensor, counts: Tensor) -> None:
+    forks.guard()
     _C.count_ahead(scores, first_column, target_scores, targets, counts)

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fused_contrastive.core import forks
 from fused_contrastive.core.memory import total_memory
 from fused_contrastive.core.modes import refuse_transforms
 from fused_contrastive.core.reduction import Reduction
@@ -210,10 +211,14 @@ def _place(group: dist.ProcessGroup | None) -> tuple[int, int]:
 
 
 def collective(function: Callable[P, R]) -> Callable[P, R]:
-    """Makes ``group`` of a loss a ``Call``, and lets no process wait for one whose input was refused."""
+    """Makes ``group`` of a loss a ``Call``, and lets no process wait for one whose input was refused.
+
+    Every loss and primitive begins here, so the guard against threads lost in a fork does, too.
+    """
 
     @functools.wraps(function)
     def wrapper(*args: P.args, **options: P.kwargs) -> R:
+        forks.guard()
         group = options.get("group")
         if group is None or isinstance(group, Call):
             return function(*args, **options)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fused_contrastive.core import checks, hints
+from fused_contrastive.core.forks import guarded
 from fused_contrastive.core.spec import compute_dtype, statistics_dtype
 from fused_contrastive.evaluation.negatives import Negatives, chunks
 from fused_contrastive.ops.ranking import plain
@@ -55,6 +56,7 @@ class Diagnosis:
         return (self.hardest_share_x_to_y + self.hardest_share_y_to_x) / 2
 
 
+@guarded
 def diagnose(x: Tensor, y: Tensor, scale: float | Tensor, *, k: int = 10) -> Diagnosis:
     """Describes paired features (row i of x belongs to row i of y) and what the contrastive loss does with them.
 

@@ -10,10 +10,12 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from fused_contrastive.core import checks
+from fused_contrastive.core.forks import guarded
 from fused_contrastive.core.spec import BackendName
 from fused_contrastive.ops.ranking import target_ranks
 
 
+@guarded
 def recall_at_k(
     queries: Tensor,
     candidates: Tensor,
@@ -51,6 +53,7 @@ def recall_at_k(
     return {k: (ranks < k).double().mean().item() for k in ks}
 
 
+@guarded
 def median_rank(
     queries: Tensor,
     candidates: Tensor,

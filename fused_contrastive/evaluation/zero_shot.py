@@ -7,11 +7,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fused_contrastive.core import checks
+from fused_contrastive.core.forks import guarded
 from fused_contrastive.core.spec import BackendName, compute_dtype
 from fused_contrastive.ops.ranking import Ranking, plain, rank
 from fused_contrastive.ops.stats import contrastive_stats
 
 
+@guarded
 def zero_shot(
     image_features: Tensor,
     class_text_features: Tensor,

@@ -63,8 +63,14 @@ def resolve(name: str, device: torch.device, dtype: torch.dtype) -> str:
                 f"backend 'cpp' cannot run here: {missing}. backend='reference' chooses it without this warning.",
             )
             chosen = "reference"
+    check(chosen, device, dtype)
+    return chosen
+
+
+def check(chosen: str, device: torch.device, dtype: torch.dtype) -> None:
+    """Raises where a backend, by its own name, cannot run here or does not take such features."""
+    checks.one_of("backend", chosen, tuple(BACKENDS))
     if (reason := BACKENDS[chosen].unavailable()) is not None:
         raise RuntimeError(f"backend {chosen!r} cannot run here: {reason}. backend='reference' needs torch alone.")
     if not BACKENDS[chosen].supports(device.type, dtype):
         raise ValueError(f"backend: got {chosen!r} for {dtype} features on {device}, which it does not support")
-    return chosen

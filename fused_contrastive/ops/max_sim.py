@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fused_contrastive.core import checks
+from fused_contrastive.core.forks import guarded
 from fused_contrastive.core.memory import rows_to_keep
 from fused_contrastive.core.modes import is_plain
 from fused_contrastive.core.spec import BackendName, compute_dtype
@@ -28,7 +29,7 @@ from fused_contrastive.core.tokens import (
     put_back,
     valid_first,
 )
-from fused_contrastive.ops import dispatch
+from fused_contrastive.ops import dispatch, operands
 from fused_contrastive.ops.schema import library, without_autocast
 from fused_contrastive.ops.stats import autocast
 from fused_contrastive.ops.transforms import register_formula, second_backward
@@ -79,8 +80,23 @@ def _backward_of_sums(
     )
 
 
-library.impl("max_sim_forward", _forward, "CompositeExplicitAutograd")
-library.impl("max_sim_backward", _backward_of_sums, "CompositeExplicitAutograd")
+def _forward_operator(*arguments: Any) -> MaxSimForward:
+    """For callers by torch.ops, whose operands nothing has checked."""
+    x, y, x_mask, y_mask, _, kept_rows, backend = arguments
+    operands.tokens(x, y, (x_mask, y_mask), kept_rows, backend)
+    return _forward(*arguments)
+
+
+def _backward_operator(*arguments: Any) -> tuple[Tensor, Tensor]:
+    g_x, g_y, argmax_x, argmax_y, needs, x, y, x_mask, y_mask, both, kept_rows, backend = arguments
+    operands.tokens(x, y, (x_mask, y_mask), kept_rows, backend)
+    saved = MaxSimForward(g_x, g_y, argmax_x, argmax_y)
+    operands.tokens_saved(x, y, both, kept_rows, saved, MaxSimUpstream(g_x, g_y), needs)
+    return _backward_of_sums(*arguments)
+
+
+library.impl("max_sim_forward", _forward_operator, "CompositeExplicitAutograd")
+library.impl("max_sim_backward", _backward_operator, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("fused_contrastive::max_sim_forward", lib=library)
@@ -158,6 +174,7 @@ def max_sim(
 ) -> MaxSimScores: ...  # fmt: skip
 
 
+@guarded
 def max_sim(
     x_tokens: Tensor,
     y_tokens: Tensor,

@@ -9,17 +9,18 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fused_contrastive.backends.contract import Backend
 from fused_contrastive.core import checks
+from fused_contrastive.core.forks import guarded
 from fused_contrastive.core.modes import is_plain
 from fused_contrastive.core.order import ahead
 from fused_contrastive.core.spec import BackendName, autocast_enabled, compute_dtype
-from fused_contrastive.ops import dispatch
+from fused_contrastive.ops import dispatch, operands
 from fused_contrastive.ops.schema import library
 from fused_contrastive.ops.transforms import register_constant
 
@@ -43,6 +44,7 @@ class Ranking(NamedTuple):
     indices: Tensor
 
 
+@guarded
 def rank(
     queries: Tensor,
     candidates: Tensor,
@@ -104,6 +106,7 @@ def _rank(queries: Tensor, candidates: Tensor, k: int, scale: Tensor | None, bac
     return values, indices
 
 
+@guarded
 def target_ranks(
     queries: Tensor,
     candidates: Tensor,
@@ -140,10 +143,8 @@ def target_ranks(
     """
     checks.feature_pair("queries", queries, "candidates", candidates)
     checks.boolean("exclude_self", exclude_self)
-    m, n = queries.shape[0], candidates.shape[0]
-    if exclude_self and m != n:
-        raise ValueError(f"exclude_self: got True for {m} queries and {n} candidates, expected as many of both")
-    targets = _checked_targets(targets, queries, n, exclude_self)
+    _check_self(exclude_self, len(queries), len(candidates))
+    targets = _checked_targets(targets, queries, len(candidates), exclude_self)
     chosen = dispatch.resolve(backend, queries.device, queries.dtype)
     plainly = is_plain(queries, candidates, targets) and not queries.is_meta
     run = _target_ranks if plainly else torch.ops.fused_contrastive.target_ranks
@@ -170,8 +171,31 @@ library.define("rank(Tensor queries, Tensor candidates, SymInt k, Tensor? scale,
 library.define(
     "target_ranks(Tensor queries, Tensor candidates, Tensor targets, bool exclude_self, str backend) -> Tensor"
 )
-library.impl("rank", _rank, "CompositeExplicitAutograd")
-library.impl("target_ranks", _target_ranks, "CompositeExplicitAutograd")
+
+
+def _rank_operator(queries: Tensor, candidates: Tensor, k: int, *rest: Any) -> tuple[Tensor, Tensor]:
+    """For callers by torch.ops, whose operands nothing has checked."""
+    scale, backend = rest
+    operands.ranking(queries, candidates, backend)
+    checks.count("k", k, candidates.shape[0], "N, the number of candidates")
+    if scale is not None:
+        checks.scalar("scale", scale)
+    return _rank(queries, candidates, k, scale, backend)
+
+
+def _target_ranks_operator(
+    queries: Tensor, candidates: Tensor, targets: Tensor, exclude_self: bool, backend: str
+) -> Tensor:
+    operands.ranking(queries, candidates, backend)
+    _check_self(exclude_self, len(queries), len(candidates))
+    if targets.dim() != 2:
+        raise ValueError(f"targets: got shape {tuple(targets.shape)}, expected two dimensions, (M, P)")
+    targets = _checked_targets(targets, queries, len(candidates), exclude_self)
+    return _target_ranks(queries, candidates, targets, exclude_self, backend)
+
+
+library.impl("rank", _rank_operator, "CompositeExplicitAutograd")
+library.impl("target_ranks", _target_ranks_operator, "CompositeExplicitAutograd")
 register_constant("rank")
 register_constant("target_ranks")
 
@@ -185,6 +209,11 @@ def _fake_rank(queries, candidates, k, scale, backend):  # type: ignore[no-untyp
 @torch.library.register_fake("fused_contrastive::target_ranks", lib=library)
 def _fake_target_ranks(queries, candidates, targets, exclude_self, backend):  # type: ignore[no-untyped-def]
     return queries.new_empty(queries.shape[0], dtype=torch.int64)
+
+
+def _check_self(exclude_self: bool, m: int, n: int) -> None:
+    if exclude_self and m != n:
+        raise ValueError(f"exclude_self: got True for {m} queries and {n} candidates, expected as many of both")
 
 
 def _checked_targets(targets: Tensor | None, queries: Tensor, n: int, exclude_self: bool) -> Tensor:
@@ -208,7 +237,7 @@ def _checked_targets(targets: Tensor | None, queries: Tensor, n: int, exclude_se
 
 def _answers(targets: Tensor, n: int, exclude_self: bool) -> Tensor:
     """(M, P) right answers, ascending, on the CPU; a row that has fewer names one of them several times."""
-    answers = targets.detach().cpu()
+    answers = targets.detach().to("cpu", copy=True)  # what is checked is what is used
     if answers.min() < -1 or answers.max() >= n:
         raise ValueError(
             f"targets: got values from {answers.min()} to {answers.max()}, expected 0 to {n - 1} (N - 1), or -1 for "

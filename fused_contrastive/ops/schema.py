@@ -19,6 +19,7 @@ from fused_contrastive.core.spec import (
     autocast_enabled,
     statistics_dtype,
 )
+from fused_contrastive.ops import operands
 from fused_contrastive.ops.dispatch import BACKENDS
 
 library = torch.library.Library("fused_contrastive", "DEF")
@@ -76,8 +77,23 @@ def stats_backward(
     return dx, dy, dscale, dcol_bias
 
 
-library.impl("stats_forward", stats_forward, "CompositeExplicitAutograd")
-library.impl("stats_backward", stats_backward, "CompositeExplicitAutograd")
+def _forward_operator(x: Tensor, y: Tensor, *problem: Any) -> Forward:
+    """For callers by torch.ops, whose operands nothing has checked."""
+    *fields, backend = problem
+    operands.stats(x, y, StatsSpec(*fields), backend)
+    return stats_forward(x, y, *problem)
+
+
+def _backward_operator(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    g_pos, g_row, g_col, row, col, kept, needs, x, y, *fields, backend = arguments
+    spec, upstream = StatsSpec(*fields), Upstream(g_pos, g_row, g_col)
+    operands.stats(x, y, spec, backend)
+    operands.stats_saved(x, y, spec, Forward(row, row, col, kept), upstream, needs)
+    return stats_backward(*arguments)
+
+
+library.impl("stats_forward", _forward_operator, "CompositeExplicitAutograd")
+library.impl("stats_backward", _backward_operator, "CompositeExplicitAutograd")
 
 
 def forward_within(spec: StatsSpec, x: Tensor, y: Tensor, backend: str) -> Forward:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fused_contrastive.core import hints, observing
+from fused_contrastive.core.forks import guarded
 from fused_contrastive.ops import dispatch
 from fused_contrastive.testing.budget import Deviation, difference
 
@@ -119,6 +120,7 @@ def _evaluate(
     return results, found[0]
 
 
+@guarded
 def verify(loss_fn: Callable[..., Any], *inputs: Any, **options: Any) -> Verification:
     """Holds a loss of your own making to the reference, on tensors of your own.
 

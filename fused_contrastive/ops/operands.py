@@ -1,0 +1,103 @@
+"""Checks of what the registered operators are called with: ``torch.ops`` is public, and kernels trust sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import get_args
+
+import torch
+from torch import Tensor
+
+from fused_contrastive.core import checks
+from fused_contrastive.core.spec import EqualIds, Forward, Reduction, StatsSpec, Upstream
+from fused_contrastive.core.tokens import MaxSimForward, MaxSimUpstream
+from fused_contrastive.ops import dispatch
+
+
+def stats(x: Tensor, y: Tensor, spec: StatsSpec, backend: str) -> None:
+    """Raises TypeError or ValueError, naming the operand, unless the problem is one that a backend can take."""
+    checks.feature_pair("x", x, "y", y, empty=True)
+    dispatch.check(backend, x.device, x.dtype)
+    m, n = x.shape[0], y.shape[0]
+    _vector("scale", spec.scale, (), x)
+    if spec.targets is None and m > n:
+        raise ValueError(f"targets: got None for M = {m} rows and N = {n} columns, expected targets because M > N")
+    _vector("targets", spec.targets, (m,), x, torch.int64)
+    _vector("row_ids", spec.row_ids, (m,), x, torch.int64)
+    _vector("col_ids", spec.col_ids, (n,), x, torch.int64)
+    _vector("col_bias", spec.col_bias, (n,), x)
+    if (spec.row_ids is None) != (spec.col_ids is None):
+        raise ValueError("row_ids, col_ids: got only one of them, expected both or neither")
+    checks.one_of("equal_ids", spec.equal_ids, get_args(EqualIds))
+    checks.one_of("reduction", spec.reduction, get_args(Reduction))
+    if not (spec.rows or spec.cols):
+        raise ValueError("rows, cols: got neither direction, expected at least one")
+    if spec.reduction == "softplus" and spec.cols:
+        raise ValueError("rows, cols: got reduction='softplus', expected rows alone")
+    if spec.upper and m != n:
+        raise ValueError(f"upper: got True for M = {m} and N = {n}, expected as many rows as columns")
+    _kept_rows(spec.kept_rows, m)
+
+
+def stats_saved(
+    x: Tensor, y: Tensor, spec: StatsSpec, saved: Forward, upstream: Upstream, needs: Sequence[bool]
+) -> None:
+    """Likewise, unless this is what the forward of that problem returned, and gradients of it."""
+    m, n = x.shape[0], y.shape[0]
+    _vector("row", saved.row, (m if spec.rows else 0,), x)
+    _vector("col", saved.col, (n if spec.cols else 0,), x)
+    for name, gradient, size in (("g_pos", upstream.pos, m), ("g_row", upstream.row, m), ("g_col", upstream.col, n)):
+        _vector(name, gradient, (size,), x)
+    checks.same_device("kept", saved.kept, "x", x)
+    if spec.targets is not None:
+        checks.target_range(spec.targets, n)
+    _needs(needs, 4)
+
+
+def tokens(x: Tensor, y: Tensor, masks: Sequence[Tensor | None], kept_rows: int, backend: str) -> None:
+    """Likewise, of max_sim: ``masks`` are those of x and y."""
+    checks.token_pair("x", x, "y", y, empty=True)
+    dispatch.check(backend, x.device, x.dtype)
+    for name, mask, of in (("x_mask", masks[0], x), ("y_mask", masks[1], y)):
+        _vector(name, mask, tuple(of.shape[:2]), x, torch.bool)
+    _kept_rows(kept_rows, x.shape[0])
+
+
+def tokens_saved(
+    x: Tensor, y: Tensor, both: bool, kept_rows: int, saved: MaxSimForward, upstream: MaxSimUpstream,
+    needs: Sequence[bool],
+) -> None:  # fmt: skip
+    """Likewise."""
+    (m, t, _), (n, p, _) = x.shape, y.shape
+    _vector("g_x", upstream.x, (m, n), x)
+    _vector("g_y", upstream.y, (m, n), x)
+    _vector("argmax_x", saved.argmax_x, (kept_rows, n, t), x, saved.argmax_x.dtype)
+    _vector("argmax_y", saved.argmax_y, (kept_rows, n, p) if both else (0, 0, 0), x, saved.argmax_y.dtype)
+    _needs(needs, 2)
+
+
+def ranking(queries: Tensor, candidates: Tensor, backend: str) -> None:
+    """Likewise, of rank and target_ranks, but for what their public functions check in the same words."""
+    checks.feature_pair("queries", queries, "candidates", candidates)
+    dispatch.check(backend, queries.device, queries.dtype)
+
+
+def _vector(name: str, t: Tensor | None, shape: tuple[int, ...], x: Tensor, dtype: torch.dtype | None = None) -> None:
+    """``dtype`` None: a floating one."""
+    if t is None:
+        return
+    if tuple(t.shape) != shape:
+        raise ValueError(f"{name}: got shape {tuple(t.shape)}, expected {shape}")
+    if t.dtype != dtype if dtype is not None else not t.is_floating_point():
+        raise TypeError(f"{name}: got dtype {t.dtype}, expected {dtype or 'a floating dtype'}")
+    checks.same_device(name, t, "x", x)
+
+
+def _kept_rows(kept_rows: int, rows: int) -> None:
+    if not 0 <= kept_rows <= rows:
+        raise ValueError(f"kept_rows: got {kept_rows}, expected 0 to {rows}, the rows of x")
+
+
+def _needs(needs: Sequence[bool], count: int) -> None:
+    if len(needs) != count:
+        raise ValueError(f"needs: got {len(needs)} values, expected {count}")

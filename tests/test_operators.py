@@ -1,0 +1,158 @@
+"""The registered operators are public through torch.ops: operands that do not fit together are refused by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+N, D = 6, 8
+OPS = torch.ops.fused_contrastive
+
+
+def features(*shape: int) -> Tensor:
+    return torch.randn(*shape)
+
+
+def ints(size: int) -> Tensor:
+    return torch.arange(size)
+
+
+STATS: dict[str, Any] = dict(
+    x=features(N, D), y=features(N, D), scale=torch.tensor(1.0), targets=None, col_bias=None, row_ids=None,
+    col_ids=None, exclude_self=False, rows=True, cols=True, upper=False, equal_ids="exclude", reduction="logsumexp",
+    kept_rows=0,
+)  # fmt: skip
+SAVED: dict[str, Any] = dict(
+    g_pos=torch.ones(N), g_row=torch.ones(N), g_col=torch.ones(N), row=torch.ones(N).double(),
+    col=torch.ones(N).double(), kept=features(0, N), needs=[True] * 4,
+)  # fmt: skip
+TOKENS: dict[str, Any] = dict(
+    x=features(3, 4, D), y=features(2, 5, D), x_mask=None, y_mask=None, both=True, kept_rows=0
+)
+SAVED_TOKENS: dict[str, Any] = dict(
+    g_x=torch.ones(3, 2), g_y=torch.ones(3, 2), argmax_x=torch.zeros(0, 2, 4, dtype=torch.uint8),
+    argmax_y=torch.zeros(0, 2, 5, dtype=torch.uint8), needs=[True, True],
+)  # fmt: skip
+
+# What is wrong, by the operand that the message names.
+BAD_STATS: list[tuple[str, dict[str, Any]]] = [
+    ("x", dict(x=features(D))),
+    ("x", dict(x=ints(N * D).view(N, D))),
+    ("y", dict(y=features(N, 3000))),
+    ("y", dict(y=features(N, 1))),
+    ("y", dict(y=features(N))),
+    ("y", dict(y=features(N, D).double())),
+    ("scale", dict(scale=torch.ones(3))),
+    ("scale", dict(scale=torch.tensor(1))),
+    ("targets", dict(x=features(5000, D))),
+    ("targets", dict(targets=ints(1))),
+    ("targets", dict(targets=ints(N).int())),
+    ("targets", dict(targets=ints(N) + 10**12)),
+    ("col_bias", dict(col_bias=torch.zeros(1))),
+    ("row_ids", dict(row_ids=ints(1), col_ids=ints(N))),
+    ("col_ids", dict(row_ids=ints(N), col_ids=ints(1))),
+    ("col_ids", dict(row_ids=ints(N), col_ids=ints(N).float())),
+    ("row_ids, col_ids", dict(row_ids=ints(N))),
+    ("rows, cols", dict(rows=False, cols=False)),
+    ("rows, cols", dict(reduction="softplus")),
+    ("rows, cols", dict(reduction="softplus", rows=False)),
+    ("upper", dict(upper=True, y=features(3000, D))),
+    ("equal_ids", dict(equal_ids="nope")),
+    ("reduction", dict(reduction="nope")),
+    ("kept_rows", dict(kept_rows=100_000)),
+    ("kept_rows", dict(kept_rows=-5)),
+    ("backend", dict(backend="nope")),
+    ("backend", dict(backend="auto")),
+]
+BAD_SAVED: list[tuple[str, dict[str, Any]]] = [
+    ("row", dict(row=torch.ones(1).double())),
+    ("col", dict(col=torch.ones(0).double())),
+    ("g_pos", dict(g_pos=torch.ones(1))),
+    ("g_row", dict(g_row=torch.ones(()))),
+    ("g_col", dict(g_col=torch.ones(N, 1))),
+    ("targets", dict(targets=ints(N) - 10**12)),
+    ("needs", dict(needs=[True])),
+]
+BAD_TOKENS: list[tuple[str, dict[str, Any]]] = [
+    ("x", dict(x=features(3, D))),
+    ("x", dict(x=features(3, 0, D))),
+    ("y", dict(y=features(2, 5, D + 1))),
+    ("y", dict(y=features(2, 5, D).bfloat16())),
+    ("x_mask", dict(x_mask=torch.ones(1, 1, dtype=torch.bool))),
+    ("y_mask", dict(y_mask=torch.ones(2, 5))),
+    ("kept_rows", dict(kept_rows=4)),
+    ("backend", dict(backend="nope")),
+]
+BAD_SAVED_TOKENS: list[tuple[str, dict[str, Any]]] = [
+    ("g_x", dict(g_x=torch.ones(1, 1))),
+    ("g_y", dict(g_y=torch.ones(2, 3))),
+    ("argmax_x", dict(argmax_x=torch.zeros(3, 2, 4, dtype=torch.uint8))),
+    ("argmax_x", dict(kept_rows=3)),
+    ("needs", dict(needs=[True])),
+]
+
+
+def refused(operator: Any, good: dict[str, Any], name: str, bad: dict[str, Any], backend: str) -> None:
+    operator(*{**good, "backend": backend}.values())
+    with pytest.raises((TypeError, ValueError), match=f"^{name}: "):
+        operator(*{**good, "backend": backend, **bad}.values())
+
+
+on_cpu = pytest.mark.parametrize("backend", ["reference", "cpp"], indirect=True)
+
+
+@pytest.mark.parametrize(("name", "bad"), BAD_STATS)
+@on_cpu
+def test_stats_forward(name: str, bad: dict[str, Any], backend: str) -> None:
+    refused(OPS.stats_forward, STATS, name, bad, backend)
+
+
+@pytest.mark.parametrize(("name", "bad"), BAD_STATS + BAD_SAVED)
+@on_cpu
+def test_stats_backward(name: str, bad: dict[str, Any], backend: str) -> None:
+    refused(OPS.stats_backward, {**SAVED, **STATS}, name, bad, backend)
+
+
+@pytest.mark.parametrize(("name", "bad"), BAD_TOKENS)
+@on_cpu
+def test_max_sim_forward(name: str, bad: dict[str, Any], backend: str) -> None:
+    refused(OPS.max_sim_forward, TOKENS, name, bad, backend)
+
+
+@pytest.mark.parametrize(("name", "bad"), BAD_TOKENS[:-2] + BAD_SAVED_TOKENS)
+@on_cpu
+def test_max_sim_backward(name: str, bad: dict[str, Any], backend: str) -> None:
+    refused(OPS.max_sim_backward, {**SAVED_TOKENS, **TOKENS}, name, bad, backend)
+
+
+def test_what_only_the_kernels_read_is_checked_there() -> None:
+    """The products and argmaxima that a forward kept are the backend's own: their form is its to check."""
+    stats = {**SAVED, **STATS, "kept_rows": N, "backend": "cpp"}
+    for kept in (features(0, N), features(N, 1), features(N, N).double()):
+        with pytest.raises((TypeError, ValueError), match=r"^kept: "):
+            OPS.stats_backward(*{**stats, "kept": kept}.values())
+    tokens = {**SAVED_TOKENS, **TOKENS, "kept_rows": 3, "backend": "cpp"}
+    tokens["argmax_y"] = torch.zeros(3, 2, 5, dtype=torch.uint8)
+    with pytest.raises(TypeError, match=r"^argmaxima: "):
+        OPS.max_sim_backward(*{**tokens, "argmax_x": torch.zeros(3, 2, 4, dtype=torch.int64)}.values())
+    with pytest.raises(IndexError, match="argmax"):
+        OPS.max_sim_backward(*{**tokens, "argmax_x": torch.full((3, 2, 4), 200, dtype=torch.uint8)}.values())
+
+
+@pytest.mark.parametrize("arguments", [
+    ("rank", features(N, D), features(N, D + 1), 2, None),
+    ("rank", features(N, D), features(N, D), 0, None),
+    ("rank", features(N, D), features(N, D), N + 1, None),
+    ("target_ranks", features(N, D), features(N, D), ints(N), False),
+    ("target_ranks", features(N, D), features(N, D), ints(1)[:, None], False),
+    ("target_ranks", features(N, D), features(N, D), ints(N)[:, None] + 10**12, False),
+    ("target_ranks", features(N, D), features(2, D), ints(N)[:, None] % 2, True),
+])  # fmt: skip
+@on_cpu
+def test_rankings(arguments: tuple[Any, ...], backend: str) -> None:
+    name, *operands = arguments
+    with pytest.raises((TypeError, ValueError), match=r"^(queries|candidates|k|targets|exclude_self): "):
+        getattr(OPS, name)(*operands, backend)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import subprocess
 import sys
@@ -14,13 +15,15 @@ import torch
 from every_loss import LOSSES, problem, same, step
 from interrupting import seconds_to_end
 
+import fused_contrastive as fc
+
 POSIX = pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals and forks")
 
 
-def run(code: str) -> str:
+def run(code: str, *arguments: str) -> str:
     """What a process of its own prints, whose every_loss is the one beside this file."""
     result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=300, cwd=Path(__file__).parent
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=300, cwd=Path(__file__).parent
     )
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
@@ -126,6 +129,106 @@ if os.fork() == 0:
 os.wait()
 """
     assert run(code).strip() == "1"
+
+
+# The first parallel operator of these is torch's own, or ours: neither may come before the guard.
+FORK_EACH = """
+import os, sys, time, warnings
+import torch
+import fused_contrastive as fc
+from test_trust import PUBLIC
+torch.set_num_threads(2)
+n = 3000
+x, y, labels = torch.randn(n, 64), torch.randn(n, 64), torch.arange(n) % 50
+half, mask = x.half(), labels.view(-1, 4) > 3  # here: torch's own operators hang in a child
+calls = {name: eval(call) for name, call in PUBLIC.items()}
+for call in calls.values():
+    call()
+sys.stdout.flush()
+warnings.simplefilter("ignore")
+if sys.argv[1:]:
+    warnings.simplefilter("error", RuntimeWarning)
+children = {}
+for name, call in calls.items():
+    if (pid := os.fork()) == 0:
+        try:
+            call()
+        except RuntimeWarning:  # an error that is caught: the next call goes on with one thread all the same
+            call()
+        os._exit(0 if torch.get_num_threads() == 1 else 3)
+    children[pid] = name
+end = time.time() + 30
+while children and time.time() < end:
+    pid, status = os.waitpid(-1, os.WNOHANG)
+    if pid:
+        name = children.pop(pid)
+        if status:
+            print(name, status)
+    time.sleep(0.01)
+for pid, name in children.items():
+    print(name, "hangs")
+    os.kill(pid, 9)
+print("ended")
+"""
+PUBLIC = {
+    "clip_loss": "lambda: fc.clip_loss(x, y, 0.1)",
+    "contrastive_stats": "lambda: fc.contrastive_stats(half, half)",
+    "diagnose": "lambda: fc.diagnose(x, y, 0.1)",
+    "filip_loss": "lambda: fc.filip_loss(x.view(-1, 4, 64), y.view(-1, 4, 64), 1.0, image_mask=mask)",
+    "info_nce_loss": "lambda: fc.info_nce_loss(x, y, negatives=y)",
+    "max_sim": "lambda: fc.max_sim(x.view(-1, 4, 64), y.view(-1, 4, 64), mask)",
+    "median_rank": "lambda: fc.median_rank(x, y)",
+    "nt_xent_loss": "lambda: fc.nt_xent_loss(x, y, normalize=False)",
+    "rank": "lambda: fc.rank(x, y, 5)",
+    "recall_at_k": "lambda: fc.recall_at_k(x, y)",
+    "self_stats": "lambda: fc.self_stats(x, 0.1)",
+    "siglip_loss": "lambda: fc.siglip_loss(x, y, 0.1)",
+    "sigmoid_stats": "lambda: fc.sigmoid_stats(x, y, 0.1)",
+    "supcon_loss": "lambda: fc.supcon_loss(x, labels)",
+    "target_ranks": "lambda: fc.target_ranks(x, y)",
+    "verify": "lambda: fc.verify(fc.clip_loss, x[:500], y[:500], 0.1)",
+    "x_clip_loss": "lambda: fc.x_clip_loss(x, y, 0.1)",
+    "zero_shot": "lambda: fc.zero_shot(x, y[:50])",
+}
+
+
+def test_every_public_function_is_tried_after_a_fork() -> None:
+    functions = {name for name in fc.__all__ if inspect.isfunction(getattr(fc, name))}
+    assert functions == set(PUBLIC)
+
+
+@POSIX
+@pytest.mark.parametrize("as_errors", [False, True], ids=["warnings ignored", "warnings as errors"])
+def test_no_public_function_hangs_in_a_forked_child(as_errors: bool) -> None:
+    assert run(FORK_EACH, *(["errors"] if as_errors else [])).split() == ["ended"]
+
+
+@POSIX
+def test_a_signal_handler_that_sets_the_number_of_threads() -> None:
+    """It runs between blocks of a call, whose scratch has room for the threads that it began with."""
+    code = """
+import signal, torch
+import fused_contrastive as fc
+torch.manual_seed(0)
+x, y = (torch.randn(6000, 64, requires_grad=True) for _ in range(2))
+calls = {
+    "clip": lambda: fc.clip_loss(x, y, 0.1, memory_budget=0),
+    "siglip": lambda: fc.siglip_loss(x, y, 0.1, -1.0),
+    "max_sim": lambda: fc.max_sim(x.view(-1, 8, 64), y.view(-1, 8, 64)).mean(),
+    "rank": lambda: fc.rank(x, y, 5).scores.sum() + 0 * x.sum(),
+}
+signal.signal(signal.SIGALRM, lambda *_: torch.set_num_threads(8))
+for name, call in calls.items():
+    found = []
+    for delay in (0, 0.06):
+        torch.set_num_threads(1)
+        signal.setitimer(signal.ITIMER_REAL, delay)
+        loss = call()
+        found.append((loss.detach(), *torch.autograd.grad(loss, (x, y), allow_unused=True)))
+    equal = all(torch.allclose(a, b, rtol=1e-4, atol=1e-7) for a, b in zip(*found) if a is not b)
+    print(name, equal, torch.get_num_threads(), end="; ")
+"""
+    assert run(code).strip() == "clip True 8; siglip True 8; max_sim True 8; rank True 8;"
 
 
 MEMORY = """

@@ -117,6 +117,7 @@ class verify_against_reference(AbstractContextManager["verify_against_reference"
         script.write_text(
             f"import torch\nimport fused_contrastive\n\n"
             f"args, options = torch.load({str(tensors.resolve())!r}, weights_only=False)\n"
-            f"print(fused_contrastive.verify(fused_contrastive.{function.__name__}, *args, **options))\n"
+            f"print(fused_contrastive.verify(fused_contrastive.{function.__name__}, *args, **options))\n",
+            encoding="utf-8",
         )
         return script

@@ -8,6 +8,7 @@ import math
 import os
 import secrets
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,6 +26,14 @@ from fused_contrastive.ops import dispatch
 from fused_contrastive.verification import run
 
 LARGEST = float(torch.finfo(torch.float32).max)
+FAILED = 3
+CLOSED_PIPE = 128 + 13  # as a shell has it of programs that SIGPIPE ends
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """rich would exit with status 1, which means something else here."""
+        raise BrokenPipeError
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -117,6 +126,12 @@ def _verify(options: argparse.Namespace, console: Console) -> int:
         )
     where = run.target(options.device, options.backend)
     if options.save is not None:
+        try:
+            os.stat(options.save)
+        except (FileNotFoundError, NotADirectoryError):
+            pass
+        except OSError as error:  # a name that is too long
+            raise InputError(f"--save: got {options.save} ({error.strerror}), expected a folder to write to") from error
         above = next(path for path in (options.save, *options.save.absolute().parents) if os.path.exists(path))
         if not above.is_dir() or not os.access(above, os.W_OK):
             raise InputError(f"--save: got {options.save}, expected a folder that can be written")
@@ -154,16 +169,25 @@ def _run(options: argparse.Namespace, arguments: Sequence[str], console: Console
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The exit status: 0, 1 for what the command found to be wrong, 2 for bad arguments and files."""
+    """The exit status: 0, 1 for what the command found to be wrong, 2 for bad arguments and files.
+
+    3 where the command itself failed, after a traceback; 141 where nobody reads what it prints.
+    """
     arguments = sys.argv[1:] if arguments is None else arguments
     options = _parser().parse_args(arguments)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # tables have signs that not every encoding has
     try:
-        return _run(options, arguments, Console())
+        return _run(options, arguments, _Console())
     except InputError as error:
         print(f"python -m fused_contrastive {options.command}: error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is still to be printed when Python ends
+        return CLOSED_PIPE
+    except Exception:  # Python's own status would be 1
+        traceback.print_exc()
+        return FAILED
 
 
 if __name__ == "__main__":

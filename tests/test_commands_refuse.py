@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from fused_contrastive.__main__ import main
+from fused_contrastive.testing import budget
 
 COMMANDS = ("info", "verify", "bench", "compare", "temperature", "plan")
 
@@ -48,6 +49,10 @@ ARGUMENTS = [
     (["verify", "--backend", "cuda"], "argument --backend: invalid choice: 'cuda'"),
     (["verify", "--backend", "cpp", "--device", "meta"], "--device: got meta, expected one that computes in float64"),
     (["verify", "--device", "cuda:99"], "--device: got cuda:99, expected one that computes in float64"),
+    (["verify", "--device", ""], "--device: got , expected one that computes in float64"),
+    (["verify", "--device", "hpu"], "--device: got hpu, expected one that computes in float64"),
+    (["verify", "--device", "privateuseone"], "--device: got privateuseone, expected one that computes in float64"),
+    (["verify", "--save", "x" * 300], f"--save: got {'x' * 300} (File name too long), expected a folder to write to"),
     (["verify", "--device", "abacus"], "--device: got abacus, expected one that computes in float64"),
     (["verify", "--seed", "-1"], "argument --seed: got -1, expected an integer from 0"),
     (["verify", "--seed", "1e3"], "argument --seed: got 1e3, expected an integer from 0"),
@@ -177,6 +182,33 @@ def test_one_row_has_no_negatives(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "got 1 row, expected at least 2" in refusal(["verify", "--features", *[str(tmp_path / "a.npy")] * 2], capsys)
 
 
+TOO_LARGE = {
+    "products": (A * np.float32(1e20), "1e-30", "got differences of logits up to "),
+    "differences": (A / np.linalg.norm(A, axis=1, keepdims=True), "-3e38", "got differences of logits up to 6e+38"),
+    "float64": (A.astype(np.float64) * 1e200, "1", "expected values up to float64's largest, 1.8e+308"),
+    "gradients": ((A * 1000).astype(np.float16), "1000", "expected values up to float16's largest, 6.6e+04"),
+}
+
+
+@pytest.mark.parametrize("name", TOO_LARGE)
+def test_values_past_the_dtype_are_no_breach(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A breach is a backend's fault; an infinity that is right is not."""
+    features, scale, said = TOO_LARGE[name]
+    np.save(tmp_path / "a.npy", features)
+    paths = [str(tmp_path / "a.npy")] * 2
+    assert main(["verify", "--backend", "reference", "--features", *paths, f"--scale={scale}"]) == 2
+    error = capsys.readouterr().err
+    assert "error: --features, --scale: got " in error
+    assert said in error
+
+
+def test_more_rows_than_the_comparison_can_hold(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """16 TB of float64 similarities are not there to be had."""
+    np.save(tmp_path / "a.npy", np.ones((3 * 2**19, 1), np.float32))
+    assert main(["verify", "--backend", "reference", "--features", *[str(tmp_path / "a.npy")] * 2]) == 2
+    assert "--features: got 1572864 rows, expected fewer: memory does not hold" in capsys.readouterr().err
+
+
 def test_features_of_a_dtype_that_the_backend_does_not_take(
     triton_kernels: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -215,6 +247,38 @@ def test_a_picture_that_cannot_be_written(tmp_path: Path, capsys: pytest.Capture
         assert f"--out: got {tmp_path / name}" in capsys.readouterr().err
 
 
+def test_scripts_that_cannot_be_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are shown, and so is what was found, before --save is named."""
+    np.save(tmp_path / "a.npy", A)
+    monkeypatch.setattr(budget, "deviations", lambda *_: [budget.Deviation("loss", 1.0, 0.0, 0.1)])
+    for number in (1, 2, 3):
+        (tmp_path / "scripts" / f"breach_{number}.py").mkdir(parents=True)
+    arguments = ["verify", "--backend", "reference", "--features", *[str(tmp_path / "a.npy")] * 2]
+    assert main([*arguments, "--save", str(tmp_path / "scripts")]) == 2
+    shown = capsys.readouterr()
+    assert "error budget BREACHED: " in shown.out
+    assert "sys.exit(" in shown.out
+    assert f"error: --save: got {tmp_path / 'scripts'} (Is a directory), expected a folder to write to" in shown.err
+    assert main(arguments) == 1
+
+
+def test_a_command_that_fails_has_a_status_of_its_own(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Python's own for an exception is 1: a breach."""
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("the backend fell over")
+
+    monkeypatch.setattr(budget, "expected", broken)
+    assert main(["verify", "--device", "cpu", "--backend", "reference"]) == 3
+    error = capsys.readouterr().err
+    assert error.startswith("Traceback")
+    assert error.endswith("RuntimeError: the backend fell over\n")
+
+
 def cli(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "fused_contrastive", *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, env={**os.environ, **environment})
@@ -234,6 +298,18 @@ def test_an_encoding_without_the_signs_of_tables() -> None:
     assert "gather" in result.stdout
 
 
+@pytest.mark.skipif(os.name != "posix", reason="pipes end otherwise elsewhere")
+def test_a_pipe_that_nobody_reads() -> None:
+    """A shell's status of a program that SIGPIPE ended, where rich's own is 1."""
+    command = [sys.executable, "-m", "fused_contrastive", "info"]
+    read, write = os.pipe()
+    os.close(read)
+    result = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, timeout=120)
+    os.close(write)
+    assert result.returncode == 141
+    assert not result.stderr
+
+
 ROW = '{"loss": "clip", "dtype": "fp32", "d": 8, "n": 8, "device": "cpu", "implementation": "ours", "ours": true, '
 FILES = {
     "nested": (b"[" * 100_000, "got no JSON (maximum recursion depth"),
@@ -243,6 +319,22 @@ FILES = {
     "both": (
         (ROW + '"status": "ok", "both": {"median": "x"}}').encode(),
         "got both {'median': 'x'}, expected",
+    ),
+    "median of 0": (
+        (ROW + '"status": "ok", "both": {"median": 0}}').encode(),
+        "got both {'median': 0}, expected a rep",
+    ),
+    "seconds": ((ROW + '"status": "ok", "seconds": {}}').encode(), "got seconds {}, expected a report"),
+    "seconds of NaN": ((ROW + '"status": "ok", "seconds": NaN}').encode(), "got seconds nan, expected a report"),
+    "bytes past float": (
+        (ROW + f'"status": "ok", "extra_bytes": {10**400}}}').encode(),
+        "got extra_bytes 1000",
+    ),
+    "size of true": ((ROW.replace('"n": 8', '"n": true') + '"status": "ok"}').encode(), "got n True, expected"),
+    "size of 0": ((ROW.replace('"n": 8', '"n": 0') + '"status": "ok"}').encode(), "got n 0, expected"),
+    "no character": (
+        (ROW.replace('"clip"', '"\\ud800"') + '"status": "ok"}').encode(),
+        "got loss '\\ud800', expected a report",
     ),
     "bytes more": ((ROW + '"status": "ok", "extra_bytes": "x"}').encode(), "got extra_bytes 'x', expected a report"),
 }
@@ -258,3 +350,14 @@ def test_reports(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         error = refusal(arguments, capsys)
         assert said in error
         assert str(path) in error
+
+
+def test_names_that_look_like_markup(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """rich would raise, or swallow them."""
+    path = tmp_path / "report.json"
+    row = ROW.replace('"ours"', '"[/red]"', 1) + '"status": "ok", "both": {"median": 2}, "extra_bytes": 2}'
+    path.write_text('{"command": "", "provenance": {"machine": "[bold]"}, "rows": [' + row + "]}")
+    assert main(["bench", "--show", str(path)]) == 0
+    assert "[/red]" in capsys.readouterr().out
+    assert main(["compare", str(path), str(path)]) == 2
+    assert "machine [bold]" in capsys.readouterr().out

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from every_function import FUNCTIONS, MODULES, call
 from every_loss import LOSSES, step
 from torch import Tensor
 
@@ -62,6 +63,34 @@ def assert_defaults_do_not_matter(run: Callable[[], object]) -> None:
         with defaults(device, dtype):
             found = run()
         assert_same(found, ordinary)
+
+
+@pytest.mark.parametrize("name", [*FUNCTIONS, *MODULES])
+def test_everything_public(name: str) -> None:
+    """By the function that sets it for a whole process; what a call makes is beside what it is given."""
+
+    def run() -> object:
+        found = call(name)
+        found = [astuple(d)[1:] for d in found.deviations] if name == "verify" else found
+        return astuple(found) if name == "diagnose" else found
+
+    ordinary = run()
+    torch.set_default_device("meta")
+    try:
+        found = run()
+    finally:
+        torch.set_default_device(None)
+    assert_same(found, ordinary)
+
+
+def test_a_block_that_verifies() -> None:
+    torch.set_default_device("meta")
+    try:
+        with fc.verify_against_reference(on_breach="raise") as check:
+            call("clip_loss")
+    finally:
+        torch.set_default_device(None)
+    assert (check.calls, check.checked) == (1, 1)
 
 
 def features(*shape: int, seed: int = 0) -> Tensor:

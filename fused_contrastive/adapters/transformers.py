@@ -83,8 +83,10 @@ def patch_transformers(models: str | Sequence[str] = tuple(MODELS), *, output_lo
 
     Raises:
         NotImplementedError: a model type that is not covered, with the reason.
+        TypeError: output_logits that is not True or False, here or in the call.
         ValueError: an unknown model type; in a patched forward, other numbers of texts and of images.
     """
+    checks.boolean("output_logits", output_logits)
     patch = Patch()
     models = [name.replace("-", "_") for name in ([models] if isinstance(models, str) else models)]
     for name in models:
@@ -147,6 +149,7 @@ def _forward(name: str, model_class: Any, default_output_logits: bool) -> Any:
         bound = signature.bind(self, *args, **options).arguments
         if not bound.get("return_loss"):
             return original(self, *args, **options, **by_decorator)
+        checks.boolean("output_logits", output_logits)
         for name in ("input_ids", "pixel_values"):
             if bound.get(name) is None:
                 raise ValueError(f"{name}: got None, expected a tensor: return_loss=True needs texts and images")

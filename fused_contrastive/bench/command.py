@@ -100,7 +100,7 @@ def finish(made: dict[str, Any], folder: Path, name: str, console: Console) -> i
     """The tables on the terminal, in Markdown, and the plots, beside the JSON."""
     report.show(made, console)
     page = folder / f"{name}.md"
-    page.write_text(report.markdown(made))
+    page.write_text(report.markdown(made), encoding="utf-8", errors="replace")
     written = [page]
     try:
         for draw, ending in ((plots.draw, ""), (plots.draw_largest, "-clip")):

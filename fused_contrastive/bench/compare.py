@@ -7,13 +7,13 @@ sides were made in turns, each side has some of the quiet ones, and a time is th
 from __future__ import annotations
 
 import json
-import math
 import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from fused_contrastive.bench.implementations import EAGER
@@ -27,6 +27,7 @@ CHECKED_BY = "ours, backend=reference"  # told of, no failure: much of its time 
 RESAMPLES = 400
 FEWEST = 5  # rounds: of three, an interval is the three themselves
 QUIET = 0.1  # a time is this quantile of its rounds
+LARGEST = 1e30  # of what a report's number may be
 Report = dict[str, Any]
 Reports = Sequence[Report]
 Row = dict[str, Any]
@@ -68,7 +69,7 @@ class Change(NamedTuple):
 def load(path: Path) -> Report:
     """A report, or InputError that says what the file is instead."""
     try:
-        report = json.loads(path.read_text())
+        report = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"{path}: got no readable file ({error.strerror}), expected a report of `bench`") from error
     except (RecursionError, ValueError) as error:  # of bytes that are no text, too
@@ -82,14 +83,30 @@ def load(path: Path) -> Report:
             what = repr(missing[0]) if isinstance(place, dict) else f"row, but {place!r}"
             raise InputError(f"{path}: got no {what}, expected a report of this version's `bench`")
     for row in report["rows"]:
-        wrong = [name for name, kind in FIELDS.items() if not isinstance(row[name], kind)]
-        if "both" in row and not (isinstance(row["both"], dict) and isinstance(row["both"].get("median"), float)):
-            wrong.append("both")
-        if not isinstance(row.get("extra_bytes", 0), int):
-            wrong.append("extra_bytes")
-        if wrong:
-            raise InputError(f"{path}: got {wrong[0]} {row[wrong[0]]!r}, expected a report of this version's `bench`")
+        if (name := _wrong(row)) is not None:
+            raise InputError(f"{path}: got {name} {row[name]!r}, expected a report of this version's `bench`")
     return report
+
+
+def _wrong(row: Row) -> str | None:
+    """A field of a row that is not what `bench` writes there."""
+    for name, kind in FIELDS.items():
+        if type(row[name]) is not kind or (kind is int and not 0 < row[name] < LARGEST):
+            return name
+        if kind is str and name != "status" and not row[name].isprintable():
+            return name
+    both = row.get("both", {"median": 1})
+    right = {
+        "both": isinstance(both, dict) and _is_time(both.get("median")),
+        "seconds": _is_time(row.get("seconds", 1)),
+        "extra_bytes": type(row.get("extra_bytes", 0)) is int and abs(row.get("extra_bytes", 0)) < LARGEST,
+    }
+    return next((name for name, its in right.items() if not its), None)
+
+
+def _is_time(value: object) -> bool:
+    """Of seconds, or in u; ratios of products of such are finite."""
+    return type(value) in (int, float) and 1 / LARGEST < value < LARGEST  # type: ignore[operator]
 
 
 def side(path: Path) -> list[tuple[Path, Report]]:
@@ -121,7 +138,7 @@ def _damage(row: Row) -> str | None:
     if len(row["u_rounds"]) != len(row["rounds"]):
         return f"{len(row['rounds'])} rounds and {len(row['u_rounds'])} of u"
     times = (*row["rounds"], *row["u_rounds"], row["u_seconds"], row.get("probe", 1))
-    wrong = [t for t in times if not isinstance(t, int | float) or not 0 < t < math.inf]
+    wrong = [t for t in times if not _is_time(t)]
     return f"a time of {wrong[0]!r}" if wrong else None
 
 
@@ -259,5 +276,5 @@ def _show(told: list[Change], tolerance: float, console: Console) -> None:
     for c in sorted(told, key=lambda c: -c.new / c.old):
         style = "red" if c.counts and c.verdict(tolerance) == "slower" else None
         ends = ("{:.2f}..{:.2f}".format(*c.factors[name]) if name in c.factors else "" for name in names)
-        table.add_row(c.what, f"{c.old:.2f}", f"{c.new:.2f}", *ends, c.verdict(tolerance), style=style)
+        table.add_row(escape(c.what), f"{c.old:.2f}", f"{c.new:.2f}", *ends, c.verdict(tolerance), style=style)
     console.print(table)

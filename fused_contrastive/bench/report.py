@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from fused_contrastive.bench.growth import fit
@@ -37,10 +38,10 @@ class Grid:
             table.add_column(str(n), justify="right")
         for section, lines in self.sections.items():
             table.add_section()
-            table.add_row(section, style="bold")
+            table.add_row(escape(section), style="bold")
             for name, cells in lines.items():
                 style = "green" if name.startswith("ours") else None
-                table.add_row(f"  {name}", *(cells.get(n, "") for n in self.sizes), style=style)
+                table.add_row(f"  {escape(name)}", *(cells.get(n, "") for n in self.sizes), style=style)
         return table
 
     def to_markdown(self) -> list[str]:
@@ -113,12 +114,12 @@ def show(report: dict[str, Any], console: Console) -> None:
     if standing := standings(rows):
         table = Table("", "fastest other", "its time / ours", title="Ours and the fastest of the others")
         for row in standing:
-            table.add_row(*row)
+            table.add_row(*map(escape, row))
         console.print(table)
     if lines := growth_lines(rows):
         table = Table("loss", "implementation", "time ~ N^", "memory ~ N^", title="Growth, from N = 1024 on")
         for cells in lines:
-            table.add_row(*cells)
+            table.add_row(*map(escape, cells))
         console.print(table)
     for name, why in reasons(rows).items():
         console.print(f"not measured: {name}: {'; '.join(why)}", markup=False)

@@ -12,3 +12,13 @@ def constant(function: F) -> F:
     """As ``torch.compiler.assume_constant_result``: called while a graph is traced, and its result a constant there."""
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
+
+
+def outside(function: F) -> F:
+    """As ``torch.compiler.disable``: called between two graphs, never traced. With fullgraph=True, that is an error."""
+    function._torchdynamo_disable = True  # type: ignore[attr-defined]
+    function._torchdynamo_disable_msg = (  # type: ignore[attr-defined]
+        "fused_contrastive.verify or verify_against_reference is active in this process and calls losses outside of "
+        "graphs; compile without fullgraph=True to verify"
+    )
+    return function

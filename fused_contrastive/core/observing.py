@@ -1,4 +1,4 @@
-"""Where a verification listens to the losses that are called. Nothing is done unless one does."""
+"""Where a verification listens to the losses that its own context calls. Nothing is done unless one does."""
 
 from __future__ import annotations
 
@@ -6,20 +6,29 @@ import functools
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
+from fused_contrastive.core import compiler
+from fused_contrastive.core.contexts import Entry, Scoped
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
 # Called instead of a loss, with it and its arguments; the last one that was added is, and not for what it calls itself.
 Observer = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
-_observers: list[Observer] = []
+_observers: Scoped[Observer] = Scoped("fused_contrastive observers")
 
 
-def add(observer: Observer) -> None:
-    _observers.append(observer)
+def add(observer: Observer) -> Entry[Observer]:
+    """Until it is removed, in this context and the copies of it that tasks take."""
+    return _observers.add(observer)
 
 
-def remove(observer: Observer) -> None:
-    _observers.remove(observer)
+def remove(entry: Entry[Observer]) -> None:
+    _observers.remove(entry)
+
+
+def here() -> tuple[Entry[Observer], ...]:
+    """Those of this context, the last one that was added last."""
+    return _observers.entries
 
 
 def observed(function: Callable[P, R]) -> Callable[P, R]:
@@ -27,13 +36,17 @@ def observed(function: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(function)
     def wrapper(*args: P.args, **options: P.kwargs) -> R:
-        if not _observers:
+        if not _observers.anywhere:
             return function(*args, **options)
-        observer = _observers.pop()
-        try:
-            result: R = observer(function, args, options)
-        finally:
-            _observers.append(observer)
+        result: R = _call(function, args, options)
         return result
 
     return wrapper
+
+
+@compiler.outside
+def _call(function: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+    if not (entries := _observers.entries):
+        return function(*args, **options)
+    with _observers.without_last():
+        return entries[-1].value(function, args, options)

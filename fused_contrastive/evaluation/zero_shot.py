@@ -50,6 +50,8 @@ def zero_shot(
     checks.features_or_several("class_text_features", class_text_features, "C", "P")
     per_class = class_text_features if class_text_features.dim() == 2 else class_text_features[:, 0]
     checks.feature_pair("image_features", image_features, "class_text_features", per_class)
+    checks.boolean("normalize", normalize)
+    checks.boolean("probabilities", probabilities)
     if probabilities and scale is None:
         raise ValueError("scale: got None, expected the model's logit scale for probabilities=True")
     dtype = compute_dtype(image_features.dtype)

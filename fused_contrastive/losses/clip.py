@@ -64,6 +64,7 @@ def clip_loss(
     checks.feature_pair("image_features", image_features, "text_features", text_features, group is not None)
     checks.same_rows("image_features", image_features, "text_features", text_features)
     logit_scale = terms.scale_of(temperature, logit_scale, None, image_features)
+    checks.boolean("decoupled", decoupled)
     checks.one_of("reduction", reduction, REDUCTIONS)
     checks.unit_interval("label_smoothing", label_smoothing)
     options = {"decoupled": decoupled, "label_smoothing": label_smoothing, "reduction": reduction}

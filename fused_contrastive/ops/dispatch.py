@@ -12,7 +12,8 @@ import torch
 
 from fused_contrastive.backends import cpp, reference, triton
 from fused_contrastive.backends.contract import Backend
-from fused_contrastive.core import checks, warn
+from fused_contrastive.core import checks, compiler, warn
+from fused_contrastive.core.contexts import Scoped
 
 BACKENDS: dict[str, Backend] = {"reference": reference, "cpp": cpp, "triton": triton}
 _AUTO = {"cpu": "cpp", "cuda": "triton"}  # device types not listed, and dtypes not supported: reference
@@ -30,27 +31,34 @@ class Forced:
         self.backend, self.calls = backend, 0
 
 
-_forced: list[Forced] = []
+_forced: Scoped[Forced] = Scoped("fused_contrastive forced backends")
 
 
 @contextmanager
 def using(backend: str) -> Iterator[Forced]:
-    """Every call in this block, whatever backend it names, takes this one. For verification; not for threads."""
+    """Every call of this context in this block, whatever backend it names, takes this one. For verification."""
     checks.one_of("backend", backend, tuple(BACKENDS))
-    forced = Forced(backend)
-    _forced.append(forced)
+    entry = _forced.add(Forced(backend))
     try:
-        yield forced
+        yield entry.value
     finally:
-        _forced.remove(forced)
+        _forced.remove(entry)
+
+
+@compiler.outside
+def forced() -> str | None:
+    """The backend of ``using`` here, which counts the call, or None."""
+    if not (entries := _forced.entries):
+        return None
+    entries[-1].value.calls += 1
+    return entries[-1].value.backend
 
 
 def resolve(name: str, device: torch.device, dtype: torch.dtype) -> str:
     """The backend that ``name`` ("auto" included) means for features of ``dtype`` on ``device``."""
     checks.one_of("backend", name, ("auto", *BACKENDS))
-    if _forced:
-        _forced[-1].calls += 1
-        name = _forced[-1].backend
+    if _forced.anywhere:
+        name = forced() or name
     chosen = name
     if name == "auto":
         chosen = _AUTO.get(device.type, "reference")

@@ -47,23 +47,22 @@ class Verification:
         return "\n".join(lines)
 
 
-def compare(function: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]) -> Verification:
+def compare(function: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any], draws: bool) -> Verification:
     """Calls ``function`` three times on copies: as it is, with the reference in the same dtype, and in float64.
 
     Allowed is twice the second's error against the third and ``ROUNDINGS`` eps of the largest element. The function's
-    result is a tensor, or a tuple or dict of them; gradients are those of the sum of all its elements.
+    result is a tensor, or a tuple or dict of them; gradients are those of the sum of all its elements. One that
+    ``draws`` random numbers draws the same each time; the generators are those of all threads.
 
     Raises:
         ValueError: the function calls none of this package's losses, or gives nothing to compare.
     """
-    state = torch.get_rng_state()
-    with torch.random.fork_rng():  # a training goes on with the numbers it would have drawn
-        ours, dtype = _evaluate(function, args, options, None)
+    state = torch.get_rng_state() if draws else None
+    with torch.random.fork_rng(enabled=draws):  # a training goes on with the numbers it would have drawn
+        ours, dtype = _evaluate(function, args, options, None, state)
         with dispatch.using("reference") as forced:
-            torch.set_rng_state(state)  # dropout drops the same
-            plain, _ = _evaluate(function, args, options, None)
-            torch.set_rng_state(state)
-            exact, _ = _evaluate(function, args, options, torch.float64)
+            plain, _ = _evaluate(function, args, options, None, state)
+            exact, _ = _evaluate(function, args, options, torch.float64, state)
     if not forced.calls:
         raise ValueError(
             f"loss_fn: {function!r} calls none of fused_contrastive's losses, so there is nothing to verify"
@@ -87,9 +86,15 @@ def _difference(found: Tensor, right: Tensor) -> float:
 
 
 def _evaluate(
-    function: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any], dtype: torch.dtype | None
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    options: dict[str, Any],
+    dtype: torch.dtype | None,
+    state: Tensor | None,
 ) -> tuple[dict[str, Tensor], torch.dtype]:
     """Value and gradients in float64, by name; and the dtype of the first features."""
+    if state is not None:
+        torch.set_rng_state(state)  # dropout drops the same
     leaves: dict[str, Tensor] = {}
     found: list[torch.dtype] = []
 
@@ -114,7 +119,9 @@ def _evaluate(
     objective = torch.stack([t.double().sum() for t in tensors]).sum()
     results = {"value" if len(tensors) == 1 else f"value {k}": t.detach().double() for k, t in enumerate(tensors)}
     if objective.requires_grad:
-        gradients = torch.autograd.grad(objective, list(leaves.values()), allow_unused=True)
+        # A checkpoint's loss is computed again in the backward: not in a GPU's own thread, where no backend is forced.
+        with torch.autograd.set_multithreading_enabled(False):
+            gradients = torch.autograd.grad(objective, list(leaves.values()), allow_unused=True)
         for (name, leaf), gradient in zip(leaves.items(), gradients, strict=True):
             results[f"gradient of {name}"] = (torch.zeros_like(leaf) if gradient is None else gradient).double()
     return results, found[0]
@@ -134,6 +141,9 @@ def verify(loss_fn: Callable[..., Any], *inputs: Any, **options: Any) -> Verific
         UserWarning: once a process, of features that a loss multiplies as they are and that are not normalised, and
             of a logit scale below 1 with features that are: a logarithm or a temperature.
 
+    Losses that other threads call meanwhile are not affected; but random numbers that they draw come from the
+    generators that a loss_fn with dropout draws from, and that are set back afterwards.
+
     Raises:
         ValueError: loss_fn calls none of this package's losses, returns no tensor, or is given none.
     """
@@ -145,11 +155,11 @@ def verify(loss_fn: Callable[..., Any], *inputs: Any, **options: Any) -> Verific
             found.append(_hint(function, args, given))
         return result
 
-    observing.add(listen)
+    entry = observing.add(listen)
     try:
-        return compare(loss_fn, inputs, options)
+        return compare(loss_fn, inputs, options, draws=True)
     finally:
-        observing.remove(listen)
+        observing.remove(entry)
         hints.warn_once(next(filter(None, found), None))
 
 

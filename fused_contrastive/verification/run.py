@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -16,7 +17,7 @@ from rich.table import Table
 from fused_contrastive.core import hints
 from fused_contrastive.core.errors import InputError
 from fused_contrastive.core.files import load_pairs
-from fused_contrastive.core.spec import BackendName
+from fused_contrastive.core.spec import BackendName, compute_dtype
 from fused_contrastive.ops import dispatch
 from fused_contrastive.testing import budget, family
 from fused_contrastive.testing.cases import CLIP_OPTIONS, DIMS, DTYPES, SCALES, SIZES, Case, Inputs, grid, sample
@@ -122,12 +123,12 @@ def target(device: str | None, backends: Sequence[str] | None) -> Target:
 
     Raises: InputError if the device cannot compute here, or a backend that was named cannot run there.
     """
-    named = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    named = ("cuda" if torch.cuda.is_available() else "cpu") if device is None else device
     try:
         where = torch.device(named)
         torch.ones(1, dtype=torch.float64, device=where).item()  # the oracle's dtype
-    except (AssertionError, RuntimeError, TypeError) as error:
-        why = str(error).splitlines()[0]
+    except Exception as error:  # each kind of device that is not there has its own
+        why = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(f"--device: got {named}, expected one that computes in float64 here ({why})") from error
     try:
         for name in backends or ():
@@ -200,18 +201,53 @@ def verify_features(
 ) -> bool:
     """The same for the CLIP loss on a user's own features, (N, D) arrays of one shape.
 
-    Raises: InputError for files that will not do, and where no backend takes their dtype.
+    Raises: InputError for files that will not do, also because they are too many or values too large, and where no
+        backend takes their dtype.
     """
     x, y = load_pairs(x_path, y_path)
     if not where.backends_for(x.dtype):
         raise InputError(f"--features: got {x.dtype}, expected a dtype that {', '.join(where.backends)} takes")
+    norms = (torch.linalg.vector_norm(t, dim=1, dtype=torch.float64).max().item() for t in (x, y))
+    _refuse_overflow("differences of logits", 2 * max(1.0, abs(scale)) * math.prod(norms), compute_dtype(x.dtype))
     console.print(str(where), markup=False, highlight=False, soft_wrap=True)
     if (hint := hints.hint({str(x_path): x, str(y_path): y}, "--scale", scale)) is not None:
         console.print(f"hint: {hint.text}", style="yellow", markup=False, soft_wrap=True)
-    cases = [Case(x.dtype, len(x), len(y), x.shape[1], scale, option, seed=0) for option in CLIP_OPTIONS]
+    cases = {
+        case: replace(case.inputs(), x=x, y=y)
+        for option in CLIP_OPTIONS
+        for case in [Case(x.dtype, len(x), len(y), x.shape[1], scale, option, seed=0)]
+    }
     report = Report()
-    check(((case, replace(case.inputs(), x=x, y=y)) for case in cases), where, report)
+    with _fitting(len(x)):
+        check(cases.items(), where, report)
+        failed = {case for case, _ in report.failed}
+        for case, inputs in cases.items():
+            truths = budget.expected(case, inputs.on(where.device)).truth if case in failed else {}
+            for name, truth in truths.items():
+                dtype = x.dtype if name in ("dx", "dy") else compute_dtype(x.dtype)
+                _refuse_overflow(name, truth.masked_fill(~truth.isfinite(), 0).abs().max().item(), dtype)
     return _conclude(report, where, console, save, (x_path, y_path))
+
+
+def _refuse_overflow(what: str, largest: float, dtype: torch.dtype) -> None:
+    """Infinities are right there, or NaN, and a comparison says nothing of a backend."""
+    if not largest <= (most := torch.finfo(dtype).max):
+        held = f"{str(dtype).removeprefix('torch.')}'s largest, {most:.2g}"
+        raise InputError(f"--features, --scale: got {what} up to {largest:.2g}, expected values up to {held}")
+
+
+@contextmanager
+def _fitting(n: int) -> Iterator[None]:
+    """The comparison stores N x N matrices, which our losses do not: too many rows are bad input."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error):
+            raise InputError(
+                f"--features: got {n} rows, expected fewer: memory does not hold the {n} x {n} similarities in "
+                "float64 that a backend is compared with"
+            ) from error
+        raise
 
 
 def _conclude(
@@ -221,16 +257,20 @@ def _conclude(
     for cell in report.cells:
         if cell.breaches:
             console.print(f"[red]breach[/red] {cell.worst_case}: {cell.worst}", soft_wrap=True)
-    _show_scripts(report, where, console, save, features)
+    unsaved = _show_scripts(report, where, console, save, features)
     checks = sum(cell.checks for cell in report.cells)
     verdict = "[red]BREACHED[/red]" if report.breaches else "[green]held[/green]"
     console.print(f"error budget {verdict}: {report.breaches} breaches in {checks} values and gradients")
+    if unsaved is not None:
+        raise InputError(f"--save: got {save} ({unsaved.strerror}), expected a folder to write to") from unsaved
     return report.breaches == 0
 
 
 def _show_scripts(
     report: Report, where: Target, console: Console, save: Path | None, features: tuple[Path, Path] | None
-) -> None:
+) -> OSError | None:
+    """What went wrong when they were saved, if anything did."""
+    unsaved: OSError | None = None
     shown = report.simplest()[:SCRIPTS]
     for number, (case, backend) in enumerate(shown, start=1):
         text = script(case, backend, where.device, features)
@@ -240,9 +280,11 @@ def _show_scripts(
             path = save / f"breach_{number}.py"
             try:
                 save.mkdir(parents=True, exist_ok=True)
-                path.write_text(text)
+                path.write_text(text, encoding="utf-8")
             except OSError as error:
-                raise InputError(f"--save: got {save} ({error.strerror}), expected a folder to write to") from error
+                unsaved = error
+                continue
             console.print(f"# saved as {path}", markup=False, highlight=False, soft_wrap=True)
     if len(report.failed) > len(shown):
         console.print(f"{len(report.failed) - len(shown)} more cases breach the budget, whose scripts are not shown")
+    return unsaved

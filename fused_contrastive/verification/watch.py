@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -12,6 +13,7 @@ from typing import Any, Literal
 import torch
 
 from fused_contrastive.core import checks, observing
+from fused_contrastive.core.contexts import Entry
 from fused_contrastive.verification.compare import Verification, compare
 
 ON_BREACH = ("warn", "raise")
@@ -19,6 +21,11 @@ ON_BREACH = ("warn", "raise")
 
 class verify_against_reference(AbstractContextManager["verify_against_reference"]):  # noqa: N801
     """In this block, every so many calls of this package's losses are checked on their live tensors.
+
+    Calls are those of the block's own thread, and of asyncio's tasks that begin in it, until it ends. Other threads'
+    losses are not checked; each thread may enter the same object, which then counts the calls of all of them.
+    A function of ``torch.compile`` breaks its graph at a loss while a block is active, in whichever thread, which
+    raises if it was compiled with ``fullgraph=True``.
 
     ::
 
@@ -51,16 +58,20 @@ class verify_against_reference(AbstractContextManager["verify_against_reference"
         self.every, self.on_breach, self.save = every, on_breach, save
         self.calls = self.checked = self.breaches = 0
         self.worst: Verification | None = None
+        self._entries: list[Entry[observing.Observer]] = []
+        self._lock = threading.Lock()
 
     def __enter__(self) -> verify_against_reference:
-        self._observer = self._observe
-        observing.add(self._observer)
+        self._entries.append(observing.add(self._observe))
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        observing.remove(self._observer)
+        here = [entry for entry in observing.here() if entry in self._entries]
+        entry = (here or self._entries)[-1]  # entered here, or else in the thread or task that left it to this one
+        self._entries.remove(entry)
+        observing.remove(entry)
 
     def __str__(self) -> str:
         if self.worst is None:
@@ -73,36 +84,40 @@ class verify_against_reference(AbstractContextManager["verify_against_reference"
 
     def _observe(self, function: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]) -> Any:
         result = function(*args, **options)
-        self.calls += 1
-        if (self.calls - 1) % self.every == 0:
-            self._check(function, args, options)
+        with self._lock:
+            self.calls += 1
+            call = self.calls
+        if (call - 1) % self.every == 0:
+            self._check(call, function, args, options)
         return result
 
-    def _check(self, function: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]) -> None:
-        found = compare(function, args, options)
-        self.checked += 1
-        if self.worst is None or found.worst.share > self.worst.worst.share:
-            self.worst = found
+    def _check(self, call: int, function: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]) -> None:
+        found = compare(function, args, options, draws=False)
+        with self._lock:
+            self.checked += 1
+            self.breaches += not found.held
+            if self.worst is None or found.worst.share > self.worst.worst.share:
+                self.worst = found
         if found.held:
             return
-        self.breaches += 1
-        message = f"{function.__name__}, call {self.calls}, is not what the reference computes:\n{found}"
+        message = f"{function.__name__}, call {call}, is not what the reference computes:\n{found}"
         if self.save is not None:
-            message += f"\nto repeat: python {self._saved(function, args, options)}"
+            message += f"\nto repeat: python {self._saved(call, function, args, options)}"
         if self.on_breach == "raise":
             raise RuntimeError(message)
-        warnings.warn(message, stacklevel=4)
+        warnings.warn(message, stacklevel=5)
 
-    def _saved(self, function: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]) -> Path:
+    def _saved(self, call: int, function: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]) -> Path:
         folder = Path(str(self.save))
         folder.mkdir(parents=True, exist_ok=True)
-        tensors = folder / f"call_{self.calls}.pt"
+        tensors = folder / f"call_{call}.pt"
         kept = {name: value for name, value in options.items() if name != "group"}
         torch.save((args, kept), tensors)
-        script = folder / f"call_{self.calls}.py"
+        script = folder / f"call_{call}.py"
         script.write_text(
             f"import torch\nimport fused_contrastive\n\n"
             f"args, options = torch.load({str(tensors.resolve())!r}, weights_only=False)\n"
-            f"print(fused_contrastive.verify(fused_contrastive.{function.__name__}, *args, **options))\n"
+            f"print(fused_contrastive.verify(fused_contrastive.{function.__name__}, *args, **options))\n",
+            encoding="utf-8",
         )
         return script

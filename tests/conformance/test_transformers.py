@@ -151,6 +151,15 @@ def test_dropout_draws_as_in_the_library(name: str) -> None:
     torch.testing.assert_close(losses[1], losses[0], rtol=1e-4, atol=1e-5)
 
 
+def test_output_logits_is_true_or_false() -> None:
+    """In the patch and in the call, where "no" would otherwise ask for them."""
+    with pytest.raises(TypeError, match="output_logits: got 1, expected True or False"):
+        ours.patch_transformers(output_logits=1)
+    model, inputs = model_of("clip"), inputs_of("clip")
+    with ours.patch_transformers(), pytest.raises(TypeError, match="output_logits: got 'no', expected True or False"):
+        model(**inputs, return_loss=True, output_logits="no")
+
+
 @pytest.mark.parametrize("name", ours.MODELS)
 def test_outputs_keep_their_positions(name: str) -> None:
     """By number, by unpacking, after pickling, and as accelerate makes them anew: None where there are no logits."""

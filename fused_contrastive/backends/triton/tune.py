@@ -1,7 +1,8 @@
 """The configuration in use: the table's; or, with FUSED_CONTRASTIVE_AUTOTUNE=1, the fastest measured on this GPU.
 
 Each kernel is measured once, for the dtype and D at hand (rounded up to a power of two), on random features. What was
-chosen is printed, and cached on disk in $XDG_CACHE_HOME/fused_contrastive, by GPU and version of Triton.
+chosen is printed, and cached on disk in $XDG_CACHE_HOME/fused_contrastive, by GPU and version of Triton. Without that
+file, or with a damaged one, everything works but is measured again; a warning, one a process, names the file.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import secrets
 import sys
 import threading
 import time
@@ -22,6 +24,7 @@ import triton
 from fused_contrastive.backends.triton import configs
 from fused_contrastive.backends.triton.configs import Config, Kernel, Source
 from fused_contrastive.backends.triton.device import Device
+from fused_contrastive.core import warn
 
 ENABLED = os.environ.get("FUSED_CONTRASTIVE_AUTOTUNE") == "1"
 # In the interpreter, which has no speed worth measuring, two are enough to test the rest.
@@ -75,6 +78,7 @@ class _Trial(threading.local):
 
 
 _trial = _Trial()
+_writing = threading.Lock()
 
 
 def choose(device: Device, source: Source, kernel: Kernel, dtype: torch.dtype, d: int, work: Work) -> Config:
@@ -97,18 +101,79 @@ def _bucket(d: int) -> int:
     return max(64, 1 << (d - 1).bit_length())
 
 
-def cache_file(device: Device) -> Path:
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return root / "fused_contrastive" / f"{device.name.replace(' ', '-')}-triton-{triton.__version__}.json"
+def cache_file(device: Device) -> Path | None:
+    """Where the choices for a device are remembered; None where there is no home folder."""
+    root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if root.startswith("~"):
+        _without_cache("XDG_CACHE_HOME", "got none, and there is no home folder", "choices are not remembered")
+        return None
+    return Path(root, "fused_contrastive", f"{device.name.replace(' ', '-')}-triton-{triton.__version__}.json")
+
+
+def _without_cache(where: Path | str, why: str, then: str) -> None:
+    warn.once("autotune cache", f"fused_contrastive: FUSED_CONTRASTIVE_AUTOTUNE=1: {where}: {why}; {then}")
+
+
+def _read(path: Path) -> dict[str, dict[str, int]]:
+    """What is remembered. A file that cannot be read, and an entry of it that is none, is left out after a warning."""
+    again = "configurations are measured again, and the file is replaced"
+    try:
+        known = json.loads(path.read_text())
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        _without_cache(path, f"got no readable file ({error.strerror})", "configurations are measured again")
+        return {}
+    except (RecursionError, ValueError) as error:  # of bytes that are no text, too
+        _without_cache(path, f"got no JSON ({error}), expected configurations by kernel", again)
+        return {}
+    if not isinstance(known, dict):
+        _without_cache(path, f"got a JSON {type(known).__name__}, expected configurations by kernel", again)
+        return {}
+    for key in [key for key, entry in known.items() if not _well_formed(entry)]:
+        del known[key]
+        _without_cache(path, f"{key[:99]!r}: expected the integers {', '.join(Config._fields)}, got others", again)
+    return known
+
+
+def _well_formed(entry: object) -> bool:
+    integers = isinstance(entry, dict) and all(type(value) is int for value in entry.values())
+    return integers and set(entry) == set(Config._fields)  # type: ignore[call-overload]
+
+
+def _remembered(trial: Trial, path: Path) -> Config | None:
+    """The choice on disk, if it is one that can be made: others may give wrong values, and not only late."""
+    if (entry := _read(path).get(str(trial))) is None:
+        return None
+    if (config := Config(**entry)) in trial.candidates:
+        return config
+    why = f"got {config} for {trial}, expected one of the {len(trial.candidates)} configurations that are measured"
+    _without_cache(path, why, "they are measured again, and the entry is replaced")
+    return None
+
+
+def _remember(trial: Trial, best: Config, path: Path) -> None:
+    partial = path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}")
+    with _writing:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            known = _read(path)  # what another thread or process has written meanwhile
+            try:
+                partial.write_text(json.dumps({**known, str(trial): best._asdict()}, indent=1))
+                partial.replace(path)
+            finally:
+                partial.unlink(missing_ok=True)
+        except OSError as error:
+            why = f"cannot be written ({error.strerror})"
+            _without_cache(path, why, "what is chosen is not remembered for other processes")
 
 
 @functools.cache
 def _tuned(trial: Trial, work: Work) -> Config:
     path = cache_file(trial.device)
-    known = json.loads(path.read_text()) if path.is_file() else {}
     key = str(trial)
-    if key in known:
-        return Config(**known[key])
+    if path is not None and (known := _remembered(trial, path)) is not None:
+        return known
     if trial.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             f"FUSED_CONTRASTIVE_AUTOTUNE=1: {key} is not tuned yet and cannot be while a CUDA graph is captured; call "
@@ -120,11 +185,8 @@ def _tuned(trial: Trial, work: Work) -> Config:
         f"fused_contrastive: tuned {key} on {trial.device.name}: {best} in {times[best]:.3f} ms, best of {len(times)}",
         file=sys.stderr,
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    known = json.loads(path.read_text()) if path.is_file() else {}  # what another process has written meanwhile
-    partial = path.with_suffix(f".{os.getpid()}")
-    partial.write_text(json.dumps({**known, key: best._asdict()}, indent=1))
-    partial.replace(path)
+    if path is not None:
+        _remember(trial, best, path)
     return best
 
 

@@ -6,6 +6,7 @@ is asked several times a call, so it has to be cheap.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -80,3 +81,8 @@ def refuse_transforms(what: str) -> None:
             f"{what}: got a call inside a transform of torch.func (grad, vjp, vmap), expected one outside: "
             "differentiate it by torch.autograd.grad or backward()"
         )
+
+
+def outside_transforms() -> AbstractContextManager[object]:
+    """In this block, tensors are those of no transform of torch.func."""
+    return torch._functorch.pyfunctorch.temporarily_clear_interpreter_stack()

@@ -1,12 +1,15 @@
 """Before anything is exchanged, the processes agree on sizes and options; or all raise the same error.
 
 One all-gather of a few integers. A process whose own input is bad takes part in it and says so, so that no other waits
-for it in vain.
+for it in vain. Later there is nothing that could be said: the others are in other collectives. So a function refuses
+what it can before it agrees; where it fails later all the same, out of memory or interrupted, its process refuses to
+use the group again, rather than to mix up the data of two calls.
 """
 
 from __future__ import annotations
 
 import functools
+import weakref
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,13 +21,16 @@ from torch import Tensor
 
 from fused_contrastive.core import forks
 from fused_contrastive.core.memory import total_memory
-from fused_contrastive.core.modes import refuse_transforms
+from fused_contrastive.core.modes import outside_transforms, refuse_transforms
 from fused_contrastive.core.reduction import Reduction
 from fused_contrastive.distributed.batch import GlobalBatch
 from fused_contrastive.distributed.collectives import all_gather_single, reported, summed
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+# Groups whose other processes wait in a call that this one has left, and why it did.
+_left: weakref.WeakKeyDictionary[dist.ProcessGroup, str] = weakref.WeakKeyDictionary()
 
 GATHER_SHARE = 8  # "auto" gathers while columns and their gradient take at most memory divided by this
 
@@ -95,6 +101,11 @@ class Call:
     """One call of a loss in this process, until and after the processes have agreed."""
 
     def __init__(self, batch: GlobalBatch) -> None:
+        if (reason := _left.get(_actual(batch.group))) is not None:
+            raise RuntimeError(
+                "group: got one in which this process has left an earlier call, for which the others may still wait "
+                f"({reason}), expected a new one: destroy_process_group and init_process_group, or new_group"
+            )
         self.batch = batch
         self.agreed: Agreed | None = None
         self._closed = False
@@ -115,6 +126,7 @@ class Call:
         said = {
             "D": x.shape[-1],
             "dtype": str(x.dtype),
+            "device": x.device.type,
             "requires_grad": needs,
             "exchange": self.batch.exchange,
             "gradients": self.batch.gradients,
@@ -153,11 +165,14 @@ class Call:
         self.agreed = Agreed(self.batch, rank, rows, cols, every_key, longest, any(needs), ring)
         return self.agreed
 
-    def fail(self, error: Exception) -> None:
-        """Tells the others, if they are still waiting to agree."""
-        if self._closed:
-            return
-        self._exchange(1, 0, 0, 0, 0, 0, 0, -1, 0, message=f"{type(error).__name__}: {error}")
+    def fail(self, error: BaseException) -> None:
+        """Tells the others, where they wait to agree; where they have agreed, this process is out of step with them."""
+        message = f"{type(error).__name__}: {error}"
+        if self.agreed is not None and self.agreed.world > 1:
+            _left[_actual(self.batch.group)] = message
+        elif not self._closed and isinstance(error, Exception):  # after Ctrl-C, nobody wants to wait for the others
+            with outside_transforms():
+                self._exchange(1, 0, 0, 0, 0, 0, 0, -1, 0, message=message)
 
     def _exchange(self, failed: int, *values: int, message: str = "") -> list[list[int]]:
         self._closed = True
@@ -191,14 +206,11 @@ class Call:
 Group = dist.ProcessGroup | GlobalBatch | None  # a loss that calls another one passes its Call on, too
 
 
-def agree(
-    group: Group, name: str, x: Tensor, y: Tensor, options: dict[str, Any], *inputs: object, **columns: Any
-) -> Agreed | None:
-    """``Call.agree`` for the ``group`` of a function that is ``collective``; None without a group."""
-    if group is None:
-        return None
-    assert isinstance(group, Call)
-    return group.agree(name, x, y, options, *inputs, **columns)
+def _actual(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
+    """The default group for None."""
+    group = dist.group.WORLD if group is None else group
+    assert group is not None
+    return group
 
 
 def _by_rank(values: list[Any]) -> str:
@@ -222,12 +234,12 @@ def collective(function: Callable[P, R]) -> Callable[P, R]:
         group = options.get("group")
         if group is None or isinstance(group, Call):
             return function(*args, **options)
-        refuse_transforms("group")  # in which nothing can be exchanged either
         call = Call(GlobalBatch.of(group))
         options["group"] = call
         try:
+            refuse_transforms("group")
             return function(*args, **options)
-        except Exception as error:
+        except BaseException as error:
             call.fail(error)
             raise
 

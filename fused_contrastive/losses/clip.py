@@ -10,8 +10,9 @@ from fused_contrastive.core import checks
 from fused_contrastive.core.observing import observed
 from fused_contrastive.core.reduction import REDUCTIONS, Reduction
 from fused_contrastive.core.spec import BackendName, compute_dtype
-from fused_contrastive.distributed.agreement import Group, agree, collective
+from fused_contrastive.distributed.agreement import Group, collective
 from fused_contrastive.losses import terms
+from fused_contrastive.ops.agree import agree
 from fused_contrastive.ops.cross_entropy import cross_entropy
 from fused_contrastive.ops.stats import autocast, contrastive_stats
 
@@ -68,7 +69,10 @@ def clip_loss(
     checks.one_of("reduction", reduction, REDUCTIONS)
     checks.unit_interval("label_smoothing", label_smoothing)
     options = {"decoupled": decoupled, "label_smoothing": label_smoothing, "reduction": reduction}
-    agreed = agree(group, "clip_loss", image_features, text_features, options, logit_scale)
+    agreed = agree(
+        group, "clip_loss", image_features, text_features, options, logit_scale,
+        memory_budget=memory_budget, backend=backend,
+    )  # fmt: skip
     pos, row, col = contrastive_stats(
         image_features, text_features, logit_scale, memory_budget=memory_budget, backend=backend, group=group
     )

@@ -11,9 +11,10 @@ from fused_contrastive.core import checks
 from fused_contrastive.core.observing import observed
 from fused_contrastive.core.reduction import REDUCTIONS, Reduction
 from fused_contrastive.core.spec import BackendName, compute_dtype
-from fused_contrastive.distributed.agreement import Agreed, Group, agree, collective
+from fused_contrastive.distributed.agreement import Agreed, Group, collective
 from fused_contrastive.distributed.collectives import gather_rows, gathered, merged
 from fused_contrastive.losses import terms
+from fused_contrastive.ops.agree import agree
 from fused_contrastive.ops.cross_entropy import cross_entropy
 from fused_contrastive.ops.max_sim import max_sim
 from fused_contrastive.ops.stats import autocast
@@ -85,7 +86,10 @@ def filip_loss(
     if text_mask is not None:
         text_mask = checks.mask("text_mask", text_mask, text_tokens.shape[:2], "text_tokens", text_tokens)
     options = {"decoupled": decoupled, "compat": compat, "direction": direction, "reduction": reduction}
-    agreed = agree(group, "filip_loss", image_tokens, text_tokens, options, logit_scale)
+    agreed = agree(
+        group, "filip_loss", image_tokens, text_tokens, options, logit_scale,
+        memory_budget=memory_budget, backend=backend,
+    )  # fmt: skip
     if agreed is not None:
         text_tokens, text_mask = _gathered_tokens(agreed, text_tokens, text_mask)
     scores = _scores(

@@ -13,13 +13,14 @@ from fused_contrastive.core.modes import is_plain
 from fused_contrastive.core.observing import observed
 from fused_contrastive.core.reduction import REDUCTIONS, Reduction
 from fused_contrastive.core.spec import BackendName, compute_dtype
-from fused_contrastive.distributed.agreement import Agreed, Group, agree, collective
+from fused_contrastive.distributed.agreement import Agreed, Group, collective
 from fused_contrastive.losses import terms
+from fused_contrastive.ops.agree import agree
 from fused_contrastive.ops.at_once import loss_at_once
 from fused_contrastive.ops.cross_entropy import cross_entropy
 from fused_contrastive.ops.normalize import normalized
 from fused_contrastive.ops.own_dots import own_dots
-from fused_contrastive.ops.stats import Problem, autocast, contrastive_stats, log_add
+from fused_contrastive.ops.stats import Problem, autocast, log_add
 
 
 @observed
@@ -138,7 +139,7 @@ def info_nce_loss(
     if inside:
         query, key, negatives = _unit_features(query, key, negatives, backend)
     columns, own = _columns(key, negatives), None if shared else negatives  # own: (M, K, D)
-
+    problem = Problem(query, columns, scale, targets, col_bias, row_ids, col_ids, memory_budget, backend, group=group)
     agreed = None
     if group is not None:
         said = {
@@ -148,22 +149,19 @@ def info_nce_loss(
             "weight": weight is not None,
         }  # fmt: skip
         agreed = agree(
-            group, "info_nce_loss", query, columns, said, scale, negatives, col_bias, targets=targets, keys=key.shape[0]
-        )
+            group, "info_nce_loss", query, columns, said, scale, negatives, col_bias, weight, targets=targets,
+            keys=key.shape[0], memory_budget=memory_budget, backend=backend,
+        )  # fmt: skip
         assert agreed is not None
-        targets = agreed.columns_of(targets, query.device)
-    pos, row, col = contrastive_stats(
-        query, columns, scale, targets=targets, col_bias=col_bias, row_ids=row_ids, col_ids=col_ids,
-        directions=("row", "col") if symmetric else ("row",), memory_budget=memory_budget, backend=backend, group=group,
-    )  # fmt: skip
-    assert row is not None
+        problem.spec = problem.spec._replace(targets=agreed.columns_of(targets, query.device))
+    pos, row, col = problem.run(cols=symmetric)
     dtype = compute_dtype(query.dtype)
     own_logits = None if own is None else scale * own_dots(query, own, negatives_mask, normalize)
     if own_logits is not None:
         left = own_logits if negatives_mask is None else own_logits.masked_fill(~negatives_mask, -torch.inf)
         row = log_add(row, left.to(row.dtype).logsumexp(dim=1))
     pos = pos - margin if margin else pos
-    normalisers = (row,) if col is None else (row, col[: key.shape[0]])
+    normalisers = (row, col[: key.shape[0]]) if symmetric else (row,)
     plain = not label_smoothing and weight is None and agreed is None
     losses = cross_entropy(
         pos, *normalisers, dtype=dtype if plain else pos.dtype, decoupled=decoupled,
@@ -172,6 +170,7 @@ def info_nce_loss(
     if plain:
         return losses
     if label_smoothing:
+        col_bias = problem.spec.col_bias  # in the dtype of the logits, in every process
         mean = _mean_over_columns(scale, query, columns, col_bias, own_logits, negatives_mask, margin, agreed)
         if symmetric:
             queries = query.shape[0] if agreed is None else sum(agreed.rows)

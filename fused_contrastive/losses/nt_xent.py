@@ -12,8 +12,9 @@ from fused_contrastive.core import checks, warn
 from fused_contrastive.core.observing import observed
 from fused_contrastive.core.reduction import REDUCTIONS, Reduction
 from fused_contrastive.core.spec import BackendName, compute_dtype
-from fused_contrastive.distributed.agreement import Group, agree, collective
+from fused_contrastive.distributed.agreement import Group, collective
 from fused_contrastive.losses import terms
+from fused_contrastive.ops.agree import agree
 from fused_contrastive.ops.cross_entropy import cross_entropy
 from fused_contrastive.ops.normalize import normalized
 from fused_contrastive.ops.row_dots import RowMap
@@ -82,7 +83,7 @@ def nt_xent_loss(
     n, count = z1.shape[0], len(everything)
     z = normalized(*everything, backend=backend) if normalize else torch.cat(everything)
     options = {"views": count, "decoupled": decoupled, "reduction": reduction, "normalize": normalize}
-    agreed = agree(group, "nt_xent_loss", z, z, options, scale)
+    agreed = agree(group, "nt_xent_loss", z, z, options, scale, memory_budget=memory_budget, backend=backend)
     first = 0 if agreed is None else agreed.first_row // count
     sample = torch.arange(first, first + n, device=z.device).repeat(count)
     positives = []

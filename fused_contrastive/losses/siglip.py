@@ -10,11 +10,12 @@ from fused_contrastive.core import checks
 from fused_contrastive.core.observing import observed
 from fused_contrastive.core.reduction import REDUCTIONS, Reduction
 from fused_contrastive.core.spec import BackendName, compute_dtype
-from fused_contrastive.distributed.agreement import Group, agree, collective
+from fused_contrastive.distributed.agreement import Group, collective
 from fused_contrastive.losses import terms
+from fused_contrastive.ops.agree import agree
 from fused_contrastive.ops.at_once import loss_at_once
 from fused_contrastive.ops.cross_entropy import cross_entropy
-from fused_contrastive.ops.stats import Problem, autocast, sigmoid_stats
+from fused_contrastive.ops.stats import Problem, autocast
 
 
 @observed
@@ -70,19 +71,19 @@ def siglip_loss(
         dtype = compute_dtype(image_features.dtype)
         zero = image_features.new_zeros((), dtype=dtype)
         bias = (zero + logit_bias).to(dtype).expand(text_features.shape[0])
+    problem = Problem(
+        image_features, text_features, logit_scale, None, bias, row_ids, col_ids, memory_budget, backend, group=group
+    )
     given = {"reduction": reduction, "ids": row_ids is not None, "bias": bias is not None}
-    agreed = agree(group, "siglip_loss", image_features, text_features, given, logit_scale, bias)
+    agreed = agree(
+        group, "siglip_loss", image_features, text_features, given, logit_scale, bias,
+        memory_budget=memory_budget, backend=backend,
+    )  # fmt: skip
     if reduction != "none" and group is None:
-        problem = Problem(
-            image_features, text_features, logit_scale, None, bias, row_ids, col_ids, memory_budget, backend
-        )
         loss = loss_at_once(problem, reduction == "mean", equal_ids="negate", reduction="softplus")
         if loss is not None:
             return loss
-    pos, row = sigmoid_stats(
-        image_features, text_features, logit_scale, col_bias=bias, row_ids=row_ids, col_ids=col_ids,
-        memory_budget=memory_budget, backend=backend, group=group,
-    )  # fmt: skip
+    pos, row, _ = problem.run(cols=False, equal_ids="negate", reduction="softplus")
     # softplus(-pos), as softplus(0 - pos).
     own = cross_entropy(pos, pos.new_zeros(pos.shape[0]), dtype=pos.dtype, reduction="none", backend=backend)
     return terms.reduce_weighted(row + own, None, reduction, agreed).to(compute_dtype(image_features.dtype))

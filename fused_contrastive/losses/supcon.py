@@ -12,9 +12,10 @@ from fused_contrastive.core import checks
 from fused_contrastive.core.observing import observed
 from fused_contrastive.core.reduction import REDUCTIONS, Reduction
 from fused_contrastive.core.spec import BackendName, compute_dtype
-from fused_contrastive.distributed.agreement import Agreed, Group, agree, collective
+from fused_contrastive.distributed.agreement import Agreed, Group, collective
 from fused_contrastive.distributed.collectives import gather_rows
 from fused_contrastive.losses import terms
+from fused_contrastive.ops.agree import agree
 from fused_contrastive.ops.cross_entropy import cross_entropy
 from fused_contrastive.ops.normalize import normalized
 from fused_contrastive.ops.stats import autocast, self_stats
@@ -82,7 +83,10 @@ def supcon_loss(
     z = normalized(z, backend=backend) if normalize else z
     labels = labels.repeat_interleave(count) if count > 1 else labels
     said = {"views": count, "variant": variant, "no_positive": no_positive, "reduction": reduction}
-    agreed = agree(group, "supcon_loss", z, z, {**said, "normalize": normalize}, scale)
+    agreed = agree(
+        group, "supcon_loss", z, z, {**said, "normalize": normalize}, scale,
+        memory_budget=memory_budget, backend=backend,
+    )  # fmt: skip
     everyone = labels if agreed is None else gather_rows(labels, agreed.rows, agreed.group)
     known = everyone.sort().values
     codes = torch.searchsorted(known, everyone.contiguous())  # below N, the same for equal labels

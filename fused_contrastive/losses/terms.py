@@ -105,7 +105,8 @@ def reduce_weighted(
     if agreed is not None:
         if weight is None:
             return agreed.reduce(losses, reduction)
-        return agreed.reduce(losses * weight, reduction, agreed.sum(weight.sum()))
+        total = agreed.sum(weight.sum().to(losses.dtype))  # in one dtype, whatever each process's weights are
+        return agreed.reduce(losses * weight, reduction, total)
     if weight is None:
         return reduce(losses, reduction)
     weighted = losses * weight

@@ -10,11 +10,12 @@ from torch import Tensor
 from fused_contrastive.core import checks
 from fused_contrastive.core.observing import observed
 from fused_contrastive.core.spec import BackendName
-from fused_contrastive.distributed.agreement import Agreed, Group, agree, collective
+from fused_contrastive.distributed.agreement import Agreed, Group, collective
 from fused_contrastive.losses import terms
 from fused_contrastive.losses.clip import clip_loss
 from fused_contrastive.losses.filip import filip_loss
 from fused_contrastive.losses.info_nce import info_nce_loss
+from fused_contrastive.ops.agree import agree
 from fused_contrastive.ops.stats import autocast
 
 
@@ -117,12 +118,15 @@ def x_clip_loss(
         )
     said = {
         "views": (len(texts), len(images)),
-        "extra": extra,
+        "extra": (texts_extra.shape[-1], str(autocast(texts_extra[0]).dtype)) if extra else None,
         "use_all_token_embeds": use_all_token_embeds,
         "decoupled_contrastive_learning": decoupled_contrastive_learning,
         "weights": (multiview_loss_weight, sim_reg_loss_weight, ssl_loss_weight),
     }
-    agreed = agree(group, "x_clip_loss", images[0], texts[0], said, logit_scale)
+    agreed = agree(
+        group, "x_clip_loss", autocast(images[0]), autocast(texts[0]), said, logit_scale, texts_extra, images_extra,
+        memory_budget=memory_budget, backend=backend,
+    )  # fmt: skip
 
     def loss_of(latents: _Latents) -> Tensor:
         options: dict[str, Any] = {
@@ -168,12 +172,9 @@ def _masks(text_mask: Tensor | None, texts: Tensor, tokens: bool) -> list[Tensor
         return [None] * len(texts)
     if not tokens:
         raise ValueError("text_mask: got a tensor with use_all_token_embeds=False, expected None")
-    if not isinstance(text_mask, Tensor):
-        raise TypeError(f"text_mask: got {type(text_mask).__name__}, expected a bool tensor of shape (V, N, T)")
-    masks = text_mask[None] if text_mask.dim() == 2 else text_mask
-    if masks.shape != texts.shape[:3]:
-        raise ValueError(f"text_mask: got shape {tuple(text_mask.shape)}, expected {tuple(texts.shape[:3])}")
-    return list(masks)
+    of_one = len(texts) == 1 and isinstance(text_mask, Tensor) and text_mask.dim() == 2
+    mask = checks.mask("text_mask", text_mask, texts.shape[1 if of_one else 0 : 3], "text_latents", texts)
+    return [mask] if of_one else list(mask)
 
 
 def _pair_loss(latents: _Latents, scale: float | Tensor, tokens: bool, extra: bool, options: dict[str, Any]) -> Tensor:

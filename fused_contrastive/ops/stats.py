@@ -11,8 +11,9 @@ from typing_extensions import NamedTuple, TypeVar
 
 from fused_contrastive.core import checks, memory
 from fused_contrastive.core.spec import BackendName, StatsSpec, autocast_enabled, compute_dtype
-from fused_contrastive.distributed.agreement import Call, Group, agree, collective
+from fused_contrastive.distributed.agreement import Call, Group, collective
 from fused_contrastive.ops import autograd, dispatch, global_stats
+from fused_contrastive.ops.agree import agree
 
 Row = TypeVar("Row", bound=Tensor | None, default=Tensor | None)
 Col = TypeVar("Col", bound=Tensor | None, default=Tensor | None)
@@ -119,7 +120,7 @@ def contrastive_stats(
         group: a ``torch.distributed`` process group or a ``GlobalBatch``: x and y are this process's rows and columns
             of a problem spread over the group (any number of them, 0 included), ``targets`` count the columns of all
             processes, bias and ids are its own, and so are the results. Gradients are those of the sum of what all
-            processes make of their results.
+            processes make of their results. What one process refuses, all of them do.
 
     Returns:
         ContrastiveStats(pos (M,), row (M,), col (N,)) in float64 (float32 on devices without it), whatever the
@@ -128,8 +129,8 @@ def contrastive_stats(
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind, shape, dtype, device or value.
-        RuntimeError: the backend cannot run here; a second derivative is asked; or the scale is on another device than
-            the features while a CUDA graph is captured.
+        RuntimeError: the backend cannot run here; a second derivative is asked; the scale is on another device than the
+            features while a CUDA graph is captured; or another process of the group has refused its input.
 
     Under autocast, float32 features are cast to autocast's dtype as for a matmul; the products accumulate in float32.
     """
@@ -299,8 +300,9 @@ class Problem:
         }
         made_here = isinstance(self.group, Call) and self.group.agreed is None
         agreed = agree(
-            self.group, "contrastive_stats", self.x, self.y, said, spec.scale, spec.col_bias, targets=spec.targets
-        )
+            self.group, "contrastive_stats", self.x, self.y, said, spec.scale, spec.col_bias, targets=spec.targets,
+            memory_budget=self.memory_budget, backend=self.backend,
+        )  # fmt: skip
         assert agreed is not None
         if made_here or spec.targets is None:  # else the loss that agreed made columns of its targets
             spec = spec._replace(targets=agreed.columns_of(spec.targets, self.x.device))

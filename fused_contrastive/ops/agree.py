@@ -1,0 +1,31 @@
+"""How a loss agrees with the other processes: once it has refused what it can."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from fused_contrastive.core import checks
+from fused_contrastive.core.modes import is_plain
+from fused_contrastive.distributed.agreement import Agreed, Call, Group
+from fused_contrastive.ops import dispatch
+
+
+def agree(
+    group: Group, name: str, x: Tensor, y: Tensor, options: dict[str, Any], *inputs: object,
+    memory_budget: int | str, backend: str, **columns: Any,
+) -> Agreed | None:  # fmt: skip
+    """``Call.agree`` for the ``group`` of a function that is ``collective``; None without a group.
+
+    The last that can be refused here: what is refused later leaves the others waiting. The functions that are called
+    with ``memory_budget`` and ``backend`` check them only then, so it is done before.
+    """
+    if group is None:
+        return None
+    assert isinstance(group, Call)
+    if group.agreed is None:
+        is_plain(x, y, *inputs)  # raises for what an operator could not compute with
+        checks.memory_budget(memory_budget)
+        dispatch.resolve(backend, x.device, x.dtype)
+    return group.agree(name, x, y, options, *inputs, **columns)

@@ -1,0 +1,335 @@
+"""One process's bad argument, whichever it is: an error in every process, at once, and the next call is right.
+
+The arguments are those of the signatures: a new one without an entry here fails.
+"""
+
+from __future__ import annotations
+
+import inspect
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+from spread import start
+from torch import Tensor
+from torch.autograd import forward_ad
+
+import fused_contrastive as fc
+from fused_contrastive.ops import dispatch, global_stats
+
+WORLDS, N, D = (2, 3), 4, 8
+LIMIT = 5  # seconds; a refusal takes milliseconds, but the machine may be busy
+# A process that was not given the group has nobody to tell.
+NOT_TOLD = {"group"}
+MISSING = object()
+
+
+def floats(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.linspace(-1, 1, 97, dtype=dtype).repeat(9)[: torch.Size(shape).numel()].view(shape)
+
+
+def indices(n: int = N) -> Tensor:
+    return torch.arange(n)
+
+
+def good_calls() -> dict[str, dict[str, Any]]:
+    """Of each function that takes a group, arguments that it takes; after a comma, another way to call it."""
+    pair = (floats(N, D), floats(N, D).flip(0))
+    ids = {"row_ids": indices(), "col_ids": indices()}
+    clip = dict(zip(("image_features", "text_features"), pair, strict=True))
+    nce = {**dict(zip(("query", "key"), pair, strict=True)), "targets": indices(), "weight": torch.ones(N)}
+    stats = dict(zip(("x", "y"), pair, strict=True)) | ids | {"targets": indices(), "col_bias": torch.zeros(N)}
+    latents = dict(zip(("text_latents", "image_latents"), pair, strict=True)) | {"logit_scale": 5.0}
+    tokens = {"image_tokens": floats(N, 3, D), "text_tokens": floats(N, 2, D)}
+    masks = {"image_mask": torch.ones(N, 3), "text_mask": torch.ones(N, 2)}
+    return {
+        "clip_loss": {**clip, "logit_scale": 5.0},
+        "clip_loss, smoothed": {**clip, "temperature": 0.5, "label_smoothing": 0.1},
+        "info_nce_loss": {
+            **nce, **ids, "negatives": floats(N, 2, D), "negatives_mask": torch.ones(N, 2), "col_bias": torch.zeros(N),
+        },
+        "info_nce_loss, shared": {**nce, "negatives": floats(3, D), "col_bias": torch.zeros(N + 3), "normalize": True},
+        "nt_xent_loss": {"z1": pair[0], "z2": pair[1], "views": [floats(N, D)], "normalize": False},
+        "nt_xent_loss, normalised": {"z1": pair[0], "z2": pair[1], "normalize": True},
+        "supcon_loss": {"features": pair[0], "labels": indices() // 2},
+        "supcon_loss, in": {"features": floats(N, 2, D), "labels": indices(), "variant": "in"},
+        "siglip_loss": {**clip, **ids, "logit_scale": 5.0, "logit_bias": -1.0},
+        "filip_loss": {**tokens, **masks, "logit_scale": 5.0},
+        "x_clip_loss": {**latents, "text_latents_extra": pair[1], "image_latents_extra": pair[0]},
+        "x_clip_loss, tokens": {
+            "text_latents": tokens["text_tokens"], "image_latents": tokens["image_tokens"], "logit_scale": 5.0,
+            "text_mask": masks["text_mask"], "use_all_token_embeds": True,
+        },
+        "contrastive_stats": stats,
+        "sigmoid_stats": stats,
+        "self_stats": {"x": pair[0], "ids": indices(), "equal_ids": "only"},
+    }  # fmt: skip
+
+
+def bad_values() -> dict[str, list[Any]]:
+    """Of each argument, what no function takes for it beside the good ones."""
+    features = [MISSING, None, torch.zeros(N, D, dtype=torch.int64), floats(D), floats(N, D).to_sparse()]
+    scale = ["5", torch.ones(2), torch.tensor(5), True]
+    vector = [[0.0] * N, torch.zeros(N + 9), torch.zeros(N, 1), torch.zeros(N, dtype=torch.int64)]
+    ids = [[0] * N, indices(N + 9), torch.zeros(N)]
+    flag = ["no", 1, None]
+    mask = [[True] * N, torch.ones(N, 9), torch.full((N, 2), 2), torch.ones(N, 2, dtype=torch.complex64)]
+    word = ["average", 1]
+    weight = [-1.0, "0", float("inf")]
+    return {
+        **dict.fromkeys(("image_features", "text_features", "query", "key", "z1", "z2", "x", "y"), features),
+        **dict.fromkeys(("features", "text_latents", "image_latents", "image_tokens", "text_tokens"), features),
+        **dict.fromkeys(("scale", "logit_scale"), scale),
+        "temperature": [*scale, 0.0, -1.0],
+        "logit_bias": scale,
+        "targets": [*ids, indices() - 1, indices() + 1000],
+        "negatives": [[0.0], floats(N, D + 1), floats(N + 1, 2, D), floats(N, D, dtype=torch.float64), floats(D)],
+        "negatives_mask": mask,
+        "image_mask": mask,
+        "text_mask": mask,
+        "col_bias": vector,
+        "weight": vector,
+        "row_ids": [*ids, None],
+        "col_ids": [*ids, None],
+        "ids": [*ids, None],
+        "labels": [*ids, None, MISSING],
+        **dict.fromkeys(("symmetric", "decoupled", "use_all_token_embeds", "decoupled_contrastive_learning"), flag),
+        "exclude_self": [*flag, True],
+        "normalize": ["no", 1],
+        "margin": weight,
+        **dict.fromkeys(("multiview_loss_weight", "sim_reg_loss_weight", "ssl_loss_weight"), weight),
+        "label_smoothing": [1.0, -0.1, "0"],
+        "views": [floats(N, D), 3, [None], [floats(N + 1, D)]],
+        "text_latents_extra": [floats(N + 1, D), [0.0], floats(D)],
+        "image_latents_extra": [floats(N + 1, D), [0.0], floats(D)],
+        **dict.fromkeys(("reduction", "variant", "no_positive", "compat", "direction", "equal_ids"), word),
+        "directions": ["row", [], ["rows"]],
+        "memory_budget": [-1, "all", 1.5],
+        "backend": ["cp", "triton"],  # triton is made to be missing in these processes
+    }  # fmt: skip
+
+
+def functions_with_a_group() -> dict[str, Callable[..., Any]]:
+    found = {name: getattr(fc, name) for name in fc.__all__}
+    return {
+        name: f for name, f in found.items() if inspect.isfunction(f) and "group" in inspect.signature(f).parameters
+    }
+
+
+def cases() -> Iterator[tuple[str, str, Any]]:
+    """The key of a good call, an argument of its function, and a bad value of that."""
+    bad = bad_values()
+    for call, options in good_calls().items():
+        name, *another = call.split(",")
+        for argument in inspect.signature(functions_with_a_group()[name]).parameters:
+            if another and argument not in (*options, "memory_budget", "backend"):
+                continue  # it has been tried
+            for value in bad.get(argument, []):
+                if value is not None or argument in options:  # None may be what is taken for an argument left out
+                    yield call, argument, value
+
+
+def test_every_argument_is_here() -> None:
+    tried = {(call.split(",")[0], argument) for call, argument, _ in cases()}
+    for name, function in functions_with_a_group().items():
+        missing = {p for p in inspect.signature(function).parameters if (name, p) not in tried} - NOT_TOLD
+        assert not missing, f"{name}: no bad value of {missing}"
+
+
+def outcome(call: Callable[[], Any]) -> tuple[str, float]:
+    """The error, or "", and the seconds that it took."""
+    before = time.monotonic()
+    try:
+        call()
+    except (TypeError, ValueError, RuntimeError, Warning) as error:
+        return f"{type(error).__name__}: {error}", time.monotonic() - before
+    return "", time.monotonic() - before
+
+
+class Checked:
+    """A correct call against the same in one process, which knows what all of them have. The data changes each time."""
+
+    def __init__(self, rank: int, world: int) -> None:
+        self.rank, self.world = rank, world
+        generator = torch.Generator().manual_seed(0)
+        self.problems = [torch.randn(2, world * N, D, generator=generator, dtype=torch.float64) for _ in range(5)]
+        self.expected = [fc.siglip_loss(*whole, 0.5) for whole in self.problems]
+
+    def own(self, t: Tensor) -> Tensor:
+        return t.view(self.world, N, D)[self.rank]
+
+    def value(self, k: int, group: fc.GlobalBatch) -> float:
+        """How far from it the k-th call is."""
+        k %= len(self.problems)
+        return float((fc.siglip_loss(*map(self.own, self.problems[k]), 0.5, group=group) - self.expected[k]).abs())
+
+    def gradients(self, group: fc.GlobalBatch) -> float:
+        """How far from them those of a symmetric loss are."""
+        wholes = [t.clone().requires_grad_() for t in self.problems[0]]
+        owns = [self.own(t).clone().requires_grad_() for t in self.problems[0]]
+        expected = torch.autograd.grad(fc.clip_loss(*wholes, 0.5), wholes)
+        found = torch.autograd.grad(fc.clip_loss(*owns, 0.5, group=group), owns)
+        return max(float((a - self.own(b)).abs().max()) for a, b in zip(found, expected, strict=True))
+
+
+def refuse_each(rank: int, world: int, group: dist.ProcessGroup) -> list[Any]:
+    """Each case, in one process after the other, and after each a correct call."""
+    checked, results = Checked(rank, world), []
+    for k, (name, argument, value) in enumerate(cases()):
+        batch = fc.GlobalBatch(group, exchange=("gather", "ring")[k // world % 2], gradients="sum")
+        options = good_calls()[name]
+        if rank == k % world:
+            options[argument] = value
+            options = {key: each for key, each in options.items() if each is not MISSING}
+        function = functions_with_a_group()[name.split(",")[0]]
+        error, seconds = outcome(
+            lambda function=function, options=options, batch=batch: function(**options, group=batch)
+        )
+        results.append((f"{name}({argument}={str(value)[:40]})", error, seconds, checked.value(k, batch)))
+    results.append(("all of them", "", 0.0, checked.gradients(batch)))
+    return results
+
+
+def take_each(group: dist.ProcessGroup) -> list[tuple[str, str]]:
+    """The good calls themselves, which must not be refused."""
+    functions = functions_with_a_group()
+    return [
+        (name, outcome(lambda name=name, options=options: functions[name.split(",")[0]](**options, group=group))[0])
+        for name, options in good_calls().items()
+    ]
+
+
+def odd_calls(odd: bool, group: dist.ProcessGroup) -> list[tuple[str, Callable[[], Any]]]:
+    """What one process does and the others do not, and a part of the error; no error where there is none to be."""
+    x, y = floats(N, D), floats(N, D).flip(0)
+    grown = floats(N, D + odd)
+    weight = torch.ones(N, requires_grad=odd)
+
+    def clip(x: Tensor = x) -> Tensor:
+        return fc.clip_loss(x, y, 1.0, group=group)
+
+    def extra(extra: Tensor) -> Tensor:
+        return fc.x_clip_loss(x, y, 1.0, text_latents_extra=extra, image_latents_extra=extra, group=group)
+
+    def under_autocast(call: Callable[[], Tensor]) -> Tensor:
+        with torch.autocast("cpu", enabled=odd):
+            return call()
+
+    def with_a_tangent() -> Tensor:
+        with forward_ad.dual_level():
+            return clip(forward_ad.make_dual(x, y) if odd else x)
+
+    def with_warnings_as_errors() -> Tensor:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error" if odd else "ignore")
+            return fc.nt_xent_loss(x, y, group=group)
+
+    def in_any_dtype(name: str, **how: Any) -> None:
+        ones = torch.ones(N, dtype=torch.float64 if odd else torch.float16)
+        found, right = (fc.info_nce_loss(x, y, group=group, **{name: t}, **how) for t in (ones, ones.float()))
+        torch.testing.assert_close(found, right)
+
+    return [
+        ("", lambda: in_any_dtype("weight")),
+        ("", lambda: in_any_dtype("col_bias", label_smoothing=0.1)),
+        ("disagree on requires_grad", lambda: fc.info_nce_loss(x, y, weight=weight, group=group).backward()),
+        ("disagree on requires_grad", lambda: extra(x.clone().requires_grad_(odd)).backward()),
+        ("disagree on extra", lambda: extra(grown)),
+        ("disagree on dtype", lambda: under_autocast(clip)),
+        ("disagree on dtype", lambda: under_autocast(lambda: fc.x_clip_loss(x, y, 1.0, group=group))),
+        ("group: got a call inside a transform", lambda: torch.func.grad(clip)(x) if odd else clip()),
+        ("forward-mode", with_a_tangent),
+        ("FutureWarning", with_warnings_as_errors),
+    ]
+
+
+def leave(rank: int) -> tuple[str, str, float]:
+    """Process 1 runs out of memory after all have agreed: what it and the others see, then and in the next call."""
+    group = dist.new_group(timeout=timedelta(seconds=2))
+    x = floats(N, D)
+
+    def out_of_memory(*_: object) -> None:
+        raise RuntimeError("out of memory")
+
+    whole = global_stats.gather_rows
+    global_stats.gather_rows = out_of_memory if rank == 1 else whole
+    first, _ = outcome(lambda: fc.clip_loss(x, x, 1.0, group=group))
+    global_stats.gather_rows = whole
+    following, seconds = outcome(lambda: fc.clip_loss(x, x, 1.0, group=group)) if rank == 1 else ("", 0.0)
+    dist.barrier()
+    return first, following, seconds
+
+
+def work(rank: int, folder: str) -> None:
+    start(rank, max(WORLDS), folder)
+    dispatch.BACKENDS["triton"].unavailable = lambda: "it is missing on this node"  # type: ignore[method-assign]
+    found: dict[Any, Any] = {}
+    for world in WORLDS:
+        group = dist.new_group(list(range(world)))
+        if rank < world:
+            found[world] = refuse_each(rank, world, group)
+    found["good"] = take_each(dist.group.WORLD)
+    found["odd"] = [(message, *outcome(call)) for message, call in odd_calls(rank == 1, dist.group.WORLD)]
+    found["left"] = leave(rank)
+    found["after"] = Checked(rank, max(WORLDS)).gradients(fc.GlobalBatch(gradients="sum"))
+    torch.save(found, f"{folder}/{rank}.pt")
+
+
+@pytest.fixture(scope="module")
+def found() -> list[dict[Any, Any]]:
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.spawn(work, (folder,), nprocs=max(WORLDS))
+        return [torch.load(f"{folder}/{rank}.pt") for rank in range(max(WORLDS))]
+
+
+def test_good_calls_are_taken(found: list[dict[Any, Any]]) -> None:
+    for of_rank in found:
+        for name, error in of_rank["good"]:
+            assert not error, name
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_every_process_hears_of_a_refusal(world: int, found: list[dict[Any, Any]]) -> None:
+    arguments = [argument for _, argument, _ in cases()]
+    for k, of_ranks in enumerate(zip(*(found[rank][world][:-1] for rank in range(world)), strict=True)):
+        for rank, (case, error, seconds, _) in enumerate(of_ranks):
+            named = arguments[k] if rank == k % world else f"rank {k % world}"
+            assert named in error, f"{case}, bad in process {k % world} of {world}, in process {rank}: {error!r}"
+            assert seconds < LIMIT, case
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_the_call_after_a_refusal_is_right(world: int, found: list[dict[Any, Any]]) -> None:
+    for rank in range(world):
+        for case, _, _, error in found[rank][world]:
+            assert error < 1e-12, f"after {case}, process {rank} of {world}"
+
+
+def test_every_process_hears_of_what_one_alone_does(found: list[dict[Any, Any]]) -> None:
+    for rank, of_rank in enumerate(found):
+        for k, (message, error, seconds) in enumerate(of_rank["odd"]):
+            for part in (message, "rank 1") if message and rank != 1 else (message,):
+                assert part in error, f"call {k}, process {rank}"
+            assert bool(message) == bool(error), f"call {k}, process {rank}: {error}"
+            assert seconds < LIMIT, message
+
+
+def test_a_process_that_left_the_others_does_not_mix_up_two_calls(found: list[dict[Any, Any]]) -> None:
+    """They wait until the group's time-out; it is told to make a new group, and others are as they were."""
+    for rank, of_rank in enumerate(found):
+        first, following, seconds = of_rank["left"]
+        if rank == 1:
+            assert first == "RuntimeError: out of memory"
+            assert "group: got one in which this process has left an earlier call" in following
+            assert "RuntimeError: out of memory" in following
+            assert seconds < 1
+        else:
+            assert first, "no error where another process has left"
+        assert of_rank["after"] < 1e-12

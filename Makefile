@@ -17,7 +17,7 @@ PIP := -q --no-compile
 # A missing compiler is an error here; 0 builds no extension, and the tests of backend "cpp" are skipped.
 export FUSED_CONTRASTIVE_EXTENSION ?= 1
 
-.PHONY: help demo test sanitize conformance mutants verify bench rehearsal configurations docs screenshots lint format build clean
+.PHONY: help demo test fuzz sanitize conformance mutants verify bench rehearsal configurations docs screenshots lint format build clean
 help:
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile
 
@@ -35,6 +35,10 @@ demo: $(BIN)/.fused_contrastive-demo ## train a small CLIP on emoji and their na
 
 test: $(BIN)/.fused_contrastive-test ## run the tests
 	$(BIN)/python -m pytest
+
+MINUTES ?= 5
+fuzz: $(BIN)/.fused_contrastive-test ## random arguments and random problems for MINUTES minutes; prints what it finds
+	$(BIN)/python tests/fuzz.py --minutes $(MINUTES)
 
 sanitize: $(BIN)/.fused_contrastive-test ## run the C++ backend's tests under AddressSanitizer and UBSan
 	$(BIN)/python tests/sanitize.py

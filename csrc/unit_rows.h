@@ -15,10 +15,11 @@ T inverse_of(T norm) {
   return T(1) / std::max(norm, T(kLeastNorm));
 }
 
-// z (d,) gets x; returns x's length.
+// z (d,) gets x; returns x's length. A single number is not squared, as in torch: 2e19 squared is no float.
 template <class T>
 T copy_and_norm(const T* x, T* z, int64_t d) {
   std::memcpy(z, x, d * sizeof(T));
+  if (d == 1) return std::abs(*x);
   return static_cast<T>(std::sqrt(kernels<T>().finish_row(z, x, nullptr, T(0), T(1), d)));
 }
 

@@ -1,8 +1,8 @@
 """`make sanitize`: the C++ backend under AddressSanitizer and UndefinedBehaviorSanitizer.
 
 Builds the package apart, in build/sanitize, shows that both sanitizers see csrc by two calls that must end in their
-reports, and runs the tests of the C++ backend there. Python itself is not instrumented and keeps memory until it ends,
-so leaks are not looked for; tests/test_trust.py watches memory instead.
+reports, and runs the tests of the C++ backend and the fuzzer there. Python itself is not instrumented and keeps memory
+until it ends, so leaks are not looked for; tests/test_trust.py watches memory instead.
 
     python tests/sanitize.py [arguments for pytest in place of the usual ones]
 """
@@ -23,11 +23,19 @@ CHECKS = "-fsanitize=address,undefined -fno-sanitize-recover=undefined"
 # _GLIBCXX_ASSERTIONS: an index beyond a std::vector's size aborts, though within the memory it has.
 FLAGS = f"{CHECKS} -fsanitize=float-cast-overflow -O1 -g -fno-omit-frame-pointer -fno-wrapv -D_GLIBCXX_ASSERTIONS"
 
+FUZZED = "5"  # minutes
+
 # Each needs csrc's own code to be instrumented: calls past the checks of the Python side, and what is reported of them.
 CANARIES = {
-    "heap-buffer-overflow": """
-columns = torch.zeros(1, dtype=torch.int64)  # one target, for the four rows of scores
-_C.count_ahead(torch.zeros(4, 4), 0, torch.zeros(4), columns, torch.zeros(4, dtype=torch.int64))
+    "heap-use-after-free": """
+import ctypes  # no size or index is taken on trust: what is left is memory that was somebody else's
+libc = ctypes.CDLL(None)
+libc.malloc.restype = ctypes.c_void_p
+block = libc.malloc(64)
+scores = torch.frombuffer((ctypes.c_float * 16).from_address(block), dtype=torch.float32).view(4, 4)
+libc.free(ctypes.c_void_p(block))
+columns = torch.zeros(4, dtype=torch.int64)
+_C.count_ahead(scores, 0, torch.zeros(4), columns, columns.clone())
 """,
     "signed integer overflow": """
 columns = torch.zeros(1, 4, dtype=torch.int64)
@@ -47,6 +55,8 @@ TESTS = [
     "normalize",
     "adversarial",
     "adversarial_primitives",
+    "changed_inputs",
+    "operators",
 ]
 # All that the C++ backend takes part in, in this process: memory is the sanitizer's there.
 CHOSEN = "not reference and not triton and not compile and not memory_does_not_grow"
@@ -96,7 +106,10 @@ def main(arguments: list[str]) -> int:
             sys.exit(f"sanitize: a call that must end in {report!r} did not\n{result.stdout}{result.stderr}")
         print(f"sanitize: {report} in csrc is seen", flush=True)
     chosen = arguments or [*SELECTION, *(f"tests/test_{name}.py" for name in TESTS)]
-    return subprocess.run([sys.executable, "-m", "pytest", *chosen], cwd=ROOT, env=env).returncode
+    tested = subprocess.run([sys.executable, "-m", "pytest", *chosen], cwd=ROOT, env=env).returncode
+    if tested or arguments:
+        return tested
+    return subprocess.run([sys.executable, "tests/fuzz.py", "--minutes", FUZZED], cwd=ROOT, env=env).returncode
 
 
 if __name__ == "__main__":

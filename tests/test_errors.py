@@ -184,3 +184,10 @@ def test_numpy_s_scalars_are_numbers(number: Any) -> None:
     ]
     for loss in losses:
         assert torch.equal(loss(number), loss(3.0))
+
+
+@pytest.mark.parametrize("option", ["reduction", "memory_budget", "backend"])
+def test_an_array_where_a_word_is_expected(option: str) -> None:
+    """Compared with a word it would be compared element by element."""
+    with pytest.raises((TypeError, ValueError), match=rf"^{option}: got array"):
+        clip_loss(X, X, **{option: np.arange(6)})

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import fused_contrastive as fc
 from fused_contrastive.backends import cpp
 
 DTYPES = [torch.float32, torch.float64]
@@ -61,6 +62,15 @@ def test_nan_and_inf_stay_in_their_rows() -> None:
     ours, theirs = (torch.autograd.grad(v, leaf, g.clone())[0] for v in (value, expected))
     torch.testing.assert_close(ours[[0, 4]], theirs[[0, 4]])
     assert ours[[1, 2, 3]].isnan().any(dim=1).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_single_numbers_whose_squares_overflow(dtype: torch.dtype) -> None:
+    x = torch.tensor([[3e19], [-3e19], [0.5], [-torch.finfo(dtype).max]], dtype=dtype)
+    signs = x.sign()
+    assert torch.equal(cpp.normalize(x), signs)
+    found = fc.nt_xent_loss(x, x.flip(0), normalize=True, memory_budget=0)
+    torch.testing.assert_close(found, fc.nt_xent_loss(signs, signs.flip(0), normalize=False))
 
 
 def test_strides() -> None:

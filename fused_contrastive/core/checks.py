@@ -14,8 +14,8 @@ FEATURE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 DIRECTIONS = ("row", "col")
 
 
-def one_of(name: str, value: object, valid: Sequence[str]) -> None:
-    if value not in valid:
+def one_of(name: str, value: object, valid: Sequence[str | None]) -> None:
+    if not isinstance(value, (str, type(None))) or value not in valid:  # an array would be compared element by element
         raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(repr, valid))}")
 
 
@@ -147,7 +147,7 @@ def directions(value: object) -> tuple[bool, bool]:
 
 
 def memory_budget(value: object) -> None:
-    if value == "auto":
+    if isinstance(value, str) and value == "auto":
         return
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"memory_budget: got {value!r}, expected a number of bytes or 'auto'")

@@ -78,7 +78,7 @@ def filip_loss(
     checks.same_rows("image_tokens", image_tokens, "text_tokens", text_tokens)
     logit_scale = terms.scale_of(temperature, logit_scale, None, image_tokens)
     checks.boolean("decoupled", decoupled)
-    checks.one_of("compat", compat, COMPAT)  # type: ignore[arg-type]
+    checks.one_of("compat", compat, COMPAT)
     checks.one_of("direction", direction, tuple(DIRECTIONS))
     checks.one_of("reduction", reduction, REDUCTIONS)
     if image_mask is not None:
@@ -166,7 +166,7 @@ class FilipLoss(nn.Module):
         group: Group = None,
     ) -> None:
         super().__init__()
-        checks.one_of("compat", compat, COMPAT)  # type: ignore[arg-type]
+        checks.one_of("compat", compat, COMPAT)
         terms.check_module(reduction, memory_budget, backend, decoupled=decoupled)
         self.decoupled = decoupled
         self.compat: Literal["x_clip"] | None = compat

@@ -190,4 +190,4 @@ def test_numpy_s_scalars_are_numbers(number: Any) -> None:
 def test_an_array_where_a_word_is_expected(option: str) -> None:
     """Compared with a word it would be compared element by element."""
     with pytest.raises((TypeError, ValueError), match=rf"^{option}: got array"):
-        clip_loss(X, X, **{option: np.arange(6)})
+        clip_loss(X, X, 1.0, **{option: np.arange(6)})

@@ -88,12 +88,12 @@ static inline Vec<T> exp_shifted(Vec<T> x, Vec<T> low, int shift, T lowest) {
   const Vec<T> rounded = x * kLog2E + L::kRound;
   const Vec<T> n = rounded - L::kRound;
   const Vec<T> r = ((x - n * L::kLn2Hi) - n * L::kLn2Lo) - low;
-  constexpr T kInverseFactorial[] = {
+  constexpr double kInverseFactorial[] = {
       1.,        1.,         1. / 2,      1. / 6,       1. / 24,       1. / 120,       1. / 720,
       1. / 5040, 1. / 40320, 1. / 362880, 1. / 3628800, 1. / 39916800, 1. / 479001600, 1. / 6227020800};
-  Vec<T> p = fill<T>(kInverseFactorial[L::kTerms]);
+  Vec<T> p = fill(T(kInverseFactorial[L::kTerms]));
 #pragma GCC unroll 16
-  for (int k = L::kTerms - 1; k >= 0; --k) p = p * r + kInverseFactorial[k];
+  for (int k = L::kTerms - 1; k >= 0; --k) p = p * r + T(kInverseFactorial[k]);
   IntVec<T> bits;
   __builtin_memcpy(&bits, &rounded, sizeof bits);
   bits = (bits + (L::kExponentBias + shift)) << L::kMantissa;
@@ -114,9 +114,9 @@ template <class T>
 static inline Vec<T> log1p_unit(Vec<T> u) {
   const Vec<T> z = u / (u + T(2)), z2 = z * z;
   constexpr int kTerms = Lanes<T>::kLogTerms;
-  Vec<T> p = fill<T>(T(1) / (2 * kTerms + 1));
+  Vec<T> p = fill(T(1) / T(2 * kTerms + 1));
 #pragma GCC unroll 16
-  for (int k = kTerms - 1; k >= 0; --k) p = p * z2 + T(1) / (2 * k + 1);
+  for (int k = kTerms - 1; k >= 0; --k) p = p * z2 + T(1) / T(2 * k + 1);
   return p * z * T(2);
 }
 

@@ -11,8 +11,10 @@ struct Lanes;
 template <>
 struct Lanes<float> {
   typedef int32_t Int;
+  typedef uint32_t Bits;
   typedef float Vec __attribute__((vector_size(FC_VECTOR_BYTES)));
   typedef int32_t IntVec __attribute__((vector_size(FC_VECTOR_BYTES)));
+  typedef uint32_t BitVec __attribute__((vector_size(FC_VECTOR_BYTES)));
   static constexpr float kRound = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer held in the low bits
   static constexpr float kLn2Hi = 0.693359375f, kLn2Lo = -2.12194440e-4f;  // kLn2Hi * n is exact
   static constexpr float kLowest = -87.f;  // below, exp is under the smallest normal number: 0
@@ -22,8 +24,10 @@ struct Lanes<float> {
 template <>
 struct Lanes<double> {
   typedef int64_t Int;
+  typedef uint64_t Bits;
   typedef double Vec __attribute__((vector_size(FC_VECTOR_BYTES)));
   typedef int64_t IntVec __attribute__((vector_size(FC_VECTOR_BYTES)));
+  typedef uint64_t BitVec __attribute__((vector_size(FC_VECTOR_BYTES)));
   static constexpr double kRound = 6755399441055744.;  // 1.5 * 2^52
   static constexpr double kLn2Hi = 6.93145751953125e-1, kLn2Lo = 1.42860682030941723212e-6;
   static constexpr double kLowest = -708.;
@@ -94,9 +98,9 @@ static inline Vec<T> exp_shifted(Vec<T> x, Vec<T> low, int shift, T lowest) {
   Vec<T> p = fill(T(kInverseFactorial[L::kTerms]));
 #pragma GCC unroll 16
   for (int k = L::kTerms - 1; k >= 0; --k) p = p * r + T(kInverseFactorial[k]);
-  IntVec<T> bits;
+  typename L::BitVec bits;  // a NaN's may wrap round
   __builtin_memcpy(&bits, &rounded, sizeof bits);
-  bits = (bits + (L::kExponentBias + shift)) << L::kMantissa;
+  bits = (bits + typename L::Bits(L::kExponentBias + shift)) << L::kMantissa;
   Vec<T> power;
   __builtin_memcpy(&power, &bits, sizeof power);
   return x < lowest ? Vec<T>{} : p * power;

@@ -52,6 +52,7 @@ TESTS = [
     "rank",
     "cross_entropy",
     "normalize",
+    "nan_payloads",
     "adversarial",
     "adversarial_primitives",
     "changed_inputs",

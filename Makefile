@@ -17,7 +17,7 @@ PIP := -q --no-compile
 # A missing compiler is an error here; 0 builds no extension, and the tests of backend "cpp" are skipped.
 export FUSED_CONTRASTIVE_EXTENSION ?= 1
 
-.PHONY: help demo test fuzz sanitize conformance mutants verify bench rehearsal configurations docs screenshots lint format build clean
+.PHONY: help demo test fuzz sanitize clang conformance mutants verify bench rehearsal configurations docs screenshots lint format build clean
 help:
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile
 
@@ -42,6 +42,11 @@ fuzz: $(BIN)/.fused_contrastive-test ## random arguments and random problems for
 
 sanitize: $(BIN)/.fused_contrastive-test ## run the C++ backend's tests under AddressSanitizer and UBSan
 	$(BIN)/python tests/sanitize.py
+
+# A Clang that pip installs, 101 MB to download and 411 MB on disk; CXX names another: CXX=clang++ python tests/clang.py
+clang: $(BIN)/.fused_contrastive-test ## build the C++ backend with Clang, warnings as errors, and run its tests
+	$(BIN)/python -m pip install $(PIP) ziglang==0.17.1
+	env -u CXX $(BIN)/python tests/clang.py
 
 # An environment of its own, with this package installed and not linked: its extension is built for another torch. Other
 # versions of the libraries than those pinned, in another one, by requirements:

@@ -14,6 +14,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import setup
@@ -69,10 +70,13 @@ def require_build_packages() -> None:
 def extension() -> dict[str, object]:
     """The arguments of setup() that build it."""
     require_build_packages()
-    from torch.utils.cpp_extension import BuildExtension, CppExtension
+    from torch.utils.cpp_extension import BuildExtension, CppExtension, include_paths
 
     version = subprocess.run([*shlex.split(os.environ["CXX"]), "--version"], capture_output=True, text=True).stdout
-    compile_args = ["-O3", "-g0", "-Wall", "-Wno-psabi", "-Wno-unknown-pragmas"]
+    # Hidden, as pybind11's own types are: what holds one of them may not be seen from further away than it.
+    compile_args = ["-O3", "-g0", "-Wall", "-Wno-psabi", "-fvisibility=hidden"]
+    for folder in [*include_paths(), sysconfig.get_path("include")]:  # warnings are of csrc, not of others' headers
+        compile_args += ["-isystem", folder]
     if sys.platform.startswith("linux") and "clang" not in version:
         # Compiled with OpenMP but not linked with it: at::parallel_for then runs on the runtime torch has loaded. A
         # second runtime would bring a second pool of threads. That runtime is GCC's, which has none of the functions

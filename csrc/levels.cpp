@@ -20,29 +20,15 @@
 #include "product.h"
 #include "tile.h"
 
-#if defined(__x86_64__) && defined(__clang__)
-#define FC_TARGET_BEGIN_AVX2 _Pragma("clang attribute push(__attribute__((target(\"avx2,fma\"))), apply_to = function)")
-#define FC_TARGET_BEGIN_AVX512 \
-  _Pragma("clang attribute push(__attribute__((target(\"avx512f,avx512dq,avx512vl,fma\"))), apply_to = function)")
-#define FC_TARGET_BEGIN_AVX512_BF16                                                                                    \
-  _Pragma(                                                                                                             \
-      "clang attribute push(__attribute__((target(\"avx512f,avx512dq,avx512vl,avx512bw,avx512bf16,fma\"))), apply_to " \
-      "= function)")
-#define FC_TARGET_BEGIN_AMX                                                                                     \
-  _Pragma(                                                                                                      \
-      "clang attribute "                                                                                        \
-      "push(__attribute__((target(\"avx512f,avx512dq,avx512vl,avx512bw,avx512bf16,fma,amx-tile,amx-bf16\"))), " \
-      "apply_to = function)")
-#define FC_TARGET_END _Pragma("clang attribute pop")
-#elif defined(__x86_64__)
-#define FC_TARGET_BEGIN_AVX2 _Pragma("GCC push_options") _Pragma("GCC target(\"avx2,fma\")")
-#define FC_TARGET_BEGIN_AVX512 _Pragma("GCC push_options") _Pragma("GCC target(\"avx512f,avx512dq,avx512vl,fma\")")
-#define FC_TARGET_BEGIN_AVX512_BF16 \
-  _Pragma("GCC push_options") _Pragma("GCC target(\"avx512f,avx512dq,avx512vl,avx512bw,avx512bf16,fma\")")
-#define FC_TARGET_BEGIN_AMX   \
-  _Pragma("GCC push_options") \
-      _Pragma("GCC target(\"avx512f,avx512dq,avx512vl,avx512bw,avx512bf16,fma,amx-tile,amx-bf16\")")
-#define FC_TARGET_END _Pragma("GCC pop_options")
+// What follows is compiled for the instruction sets named, a string literal, up to FC_TARGET_END. The pragmas are made
+// of tokens, which the preprocessor turns into one string: formatters split a long literal, and _Pragma takes one only.
+#define FC_PRAGMA(...) _Pragma(#__VA_ARGS__)
+#ifdef __clang__
+#define FC_TARGET_BEGIN(sets) FC_PRAGMA(clang attribute push(__attribute__((target(sets))), apply_to = function))
+#define FC_TARGET_END FC_PRAGMA(clang attribute pop)
+#else
+#define FC_TARGET_BEGIN(sets) FC_PRAGMA(GCC push_options) FC_PRAGMA(GCC target(sets))
+#define FC_TARGET_END FC_PRAGMA(GCC pop_options)
 #endif
 
 namespace fc {
@@ -58,7 +44,7 @@ namespace baseline {
 }  // namespace baseline
 
 #ifdef __x86_64__
-FC_TARGET_BEGIN_AVX2
+FC_TARGET_BEGIN("avx2,fma")
 namespace avx2 {
 #define FC_VECTOR_BYTES 32
 #include "vector.inl"
@@ -69,7 +55,7 @@ namespace avx2 {
 }  // namespace avx2
 FC_TARGET_END
 
-FC_TARGET_BEGIN_AVX512
+FC_TARGET_BEGIN("avx512f,avx512dq,avx512vl,fma")
 namespace avx512 {
 #define FC_VECTOR_BYTES 64
 #include "vector.inl"
@@ -81,7 +67,7 @@ namespace avx512 {
 FC_TARGET_END
 
 // Only the products differ from avx512: bfloat16 is multiplied as it is.
-FC_TARGET_BEGIN_AVX512_BF16
+FC_TARGET_BEGIN("avx512f,avx512dq,avx512vl,avx512bw,avx512bf16,fma")
 namespace avx512_bf16 {
 #define FC_VECTOR_BYTES 64
 #define FC_BF16
@@ -94,7 +80,7 @@ FC_TARGET_END
 #endif
 
 #ifdef FC_AMX
-FC_TARGET_BEGIN_AMX
+FC_TARGET_BEGIN("avx512f,avx512dq,avx512vl,avx512bw,avx512bf16,fma,amx-tile,amx-bf16")
 namespace amx_bf16 {
 #define FC_VECTOR_BYTES 64
 #define FC_BF16

@@ -133,7 +133,11 @@ void release_pages(void* begin, void* end) {
 constexpr int64_t kPart = 256 << 10, kWhole = 4 << 20;
 
 int64_t bytes_of(const at::Tensor& t) {
-  return t.numel() * static_cast<int64_t>(t.element_size());
+  return t.numel() * t.element_size();
+}
+
+int64_t element_size(at::ScalarType dtype) {
+  return static_cast<int64_t>(c10::elementSize(dtype));
 }
 
 // Whether nobody else reads it, and converting it is to leave no copy.
@@ -181,8 +185,8 @@ std::pair<at::Tensor, at::Tensor> converted(at::Tensor a, at::Tensor b, at::Scal
   // Whether the first leaves room for the second when it is halved, and not for much more.
   const auto makes_room = [](const at::Tensor& t, at::ScalarType dtype, const at::Tensor& other,
                              at::ScalarType other_dtype) {
-    const int64_t left = bytes_of(t) / 2, bytes = other.numel() * static_cast<int64_t>(c10::elementSize(other_dtype));
-    return is_own_and_large(t) && dtype == other_dtype && 2 * c10::elementSize(dtype) == t.element_size() &&
+    const int64_t left = bytes_of(t) / 2, bytes = other.numel() * element_size(other_dtype);
+    return is_own_and_large(t) && dtype == other_dtype && 2 * element_size(dtype) == t.element_size() &&
            bytes <= left && bytes >= left / 2;
   };
   if (makes_room(a, a_dtype, b, b_dtype)) {

@@ -171,6 +171,13 @@ static void pack_transposed(const E* b, int64_t b_row, int64_t k, int64_t column
 }
 
 #ifdef FC_BF16
+// Sixteen pairs. Under a mask of all lanes: without one, GCC 12's headers name an uninitialized vector, and it warns.
+static inline void store_pairs(Bf16Pair* out, __m256i first, __m256i second) {
+  constexpr __mmask16 kAll = 0xffff;
+  const __m512i upper = _mm512_maskz_slli_epi32(kAll, _mm512_maskz_cvtepu16_epi32(kAll, second), 16);
+  _mm512_storeu_si512(out, _mm512_or_si512(_mm512_maskz_cvtepu16_epi32(kAll, first), upper));
+}
+
 template <>
 void pack<Bf16Pair>(const uint16_t* b, int64_t b_row, int64_t rows, int64_t columns, Bf16Pair* panel) {
   for (int64_t s = 0; s < rows; s += 2, b += 2 * b_row, panel += kPanel<Bf16Pair>) {
@@ -178,9 +185,8 @@ void pack<Bf16Pair>(const uint16_t* b, int64_t b_row, int64_t rows, int64_t colu
     for (int64_t j = 0; j < kPanel<Bf16Pair>; j += n) {
       const auto lanes = __mmask16((1u << (columns > j ? smaller(columns - j, n) : 0)) - 1);
       const __mmask16 second_lanes = s + 1 < rows ? lanes : __mmask16(0);
-      const __m512i first = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, b + j));
-      const __m512i second = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(second_lanes, b + b_row + j));
-      _mm512_storeu_si512(panel + j, _mm512_or_si512(first, _mm512_slli_epi32(second, 16)));
+      const __m256i first = _mm256_maskz_loadu_epi16(lanes, b + j);
+      store_pairs(panel + j, first, _mm256_maskz_loadu_epi16(second_lanes, b + b_row + j));
     }
   }
 }
@@ -202,8 +208,7 @@ static void round_pairs(const float* g, int64_t g_row, int64_t rows, int64_t col
           half[k] = (__m256i)_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(lanes, g + row * g_row + c));
           _mm256_mask_storeu_epi32(along + row * along_row + c / 2, pairs, half[k]);
         }
-        const __m512i second = _mm512_slli_epi32(_mm512_cvtepu16_epi32(half[1]), 16);
-        _mm512_store_si512(square + i * n, _mm512_or_si512(_mm512_cvtepu16_epi32(half[0]), second));
+        store_pairs(square + i * n, half[0], half[1]);
       }
       transpose_square(square, n, down + c * down_row + r / 2, down_row);
     }

@@ -11,8 +11,10 @@ struct Lanes;
 template <>
 struct Lanes<float> {
   typedef int32_t Int;
+  typedef uint32_t Bits;
   typedef float Vec __attribute__((vector_size(FC_VECTOR_BYTES)));
   typedef int32_t IntVec __attribute__((vector_size(FC_VECTOR_BYTES)));
+  typedef uint32_t BitVec __attribute__((vector_size(FC_VECTOR_BYTES)));
   static constexpr float kRound = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer held in the low bits
   static constexpr float kLn2Hi = 0.693359375f, kLn2Lo = -2.12194440e-4f;  // kLn2Hi * n is exact
   static constexpr float kLowest = -87.f;  // below, exp is under the smallest normal number: 0
@@ -22,8 +24,10 @@ struct Lanes<float> {
 template <>
 struct Lanes<double> {
   typedef int64_t Int;
+  typedef uint64_t Bits;
   typedef double Vec __attribute__((vector_size(FC_VECTOR_BYTES)));
   typedef int64_t IntVec __attribute__((vector_size(FC_VECTOR_BYTES)));
+  typedef uint64_t BitVec __attribute__((vector_size(FC_VECTOR_BYTES)));
   static constexpr double kRound = 6755399441055744.;  // 1.5 * 2^52
   static constexpr double kLn2Hi = 6.93145751953125e-1, kLn2Lo = 1.42860682030941723212e-6;
   static constexpr double kLowest = -708.;
@@ -88,15 +92,15 @@ static inline Vec<T> exp_shifted(Vec<T> x, Vec<T> low, int shift, T lowest) {
   const Vec<T> rounded = x * kLog2E + L::kRound;
   const Vec<T> n = rounded - L::kRound;
   const Vec<T> r = ((x - n * L::kLn2Hi) - n * L::kLn2Lo) - low;
-  constexpr T kInverseFactorial[] = {
+  constexpr double kInverseFactorial[] = {
       1.,        1.,         1. / 2,      1. / 6,       1. / 24,       1. / 120,       1. / 720,
       1. / 5040, 1. / 40320, 1. / 362880, 1. / 3628800, 1. / 39916800, 1. / 479001600, 1. / 6227020800};
-  Vec<T> p = fill<T>(kInverseFactorial[L::kTerms]);
+  Vec<T> p = fill(T(kInverseFactorial[L::kTerms]));
 #pragma GCC unroll 16
-  for (int k = L::kTerms - 1; k >= 0; --k) p = p * r + kInverseFactorial[k];
-  IntVec<T> bits;
+  for (int k = L::kTerms - 1; k >= 0; --k) p = p * r + T(kInverseFactorial[k]);
+  typename L::BitVec bits;  // a NaN's may wrap round
   __builtin_memcpy(&bits, &rounded, sizeof bits);
-  bits = (bits + (L::kExponentBias + shift)) << L::kMantissa;
+  bits = (bits + typename L::Bits(L::kExponentBias + shift)) << L::kMantissa;
   Vec<T> power;
   __builtin_memcpy(&power, &bits, sizeof power);
   return x < lowest ? Vec<T>{} : p * power;
@@ -114,9 +118,9 @@ template <class T>
 static inline Vec<T> log1p_unit(Vec<T> u) {
   const Vec<T> z = u / (u + T(2)), z2 = z * z;
   constexpr int kTerms = Lanes<T>::kLogTerms;
-  Vec<T> p = fill<T>(T(1) / (2 * kTerms + 1));
+  Vec<T> p = fill(T(1) / T(2 * kTerms + 1));
 #pragma GCC unroll 16
-  for (int k = kTerms - 1; k >= 0; --k) p = p * z2 + T(1) / (2 * k + 1);
+  for (int k = kTerms - 1; k >= 0; --k) p = p * z2 + T(1) / T(2 * k + 1);
   return p * z * T(2);
 }
 

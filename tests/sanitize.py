@@ -10,18 +10,17 @@ until it ends, so leaks are not looked for; tests/test_trust.py watches memory i
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-BUILT = ROOT / "build" / "sanitize"
+from apart import ROOT, WARNINGS, build, importing
 
 CHECKS = "-fsanitize=address,undefined -fno-sanitize-recover=undefined"
 # -fno-wrapv: Python builds extensions with -fwrapv, under which overflows are defined and not seen.
 # _GLIBCXX_ASSERTIONS: an index beyond a std::vector's size aborts, though within the memory it has.
-FLAGS = f"{CHECKS} -fsanitize=float-cast-overflow -O1 -g -fno-omit-frame-pointer -fno-wrapv -D_GLIBCXX_ASSERTIONS"
+SEEN = "-O1 -g -fno-omit-frame-pointer -fno-wrapv -D_GLIBCXX_ASSERTIONS"
+FLAGS = f"{WARNINGS} {CHECKS} -fsanitize=float-cast-overflow {SEEN}"
 
 FUZZED = "5"  # minutes
 
@@ -53,6 +52,7 @@ TESTS = [
     "rank",
     "cross_entropy",
     "normalize",
+    "nan_payloads",
     "adversarial",
     "adversarial_primitives",
     "changed_inputs",
@@ -73,36 +73,24 @@ def runtime(name: str) -> str:
     return os.path.realpath(path)
 
 
-def build() -> None:
-    shutil.rmtree(BUILT, ignore_errors=True)  # the objects, in build/sanitize-objects, are kept
-    flags = {"FUSED_CONTRASTIVE_CFLAGS": FLAGS, "LDFLAGS": CHECKS}
-    subprocess.run(
-        [sys.executable, "setup.py", "-q", "build", f"--build-base={BUILT}-objects", f"--build-lib={BUILT}"],
-        cwd=ROOT, env={**os.environ, **flags}, check=True,
-    )  # fmt: skip
-
-
-def environment() -> dict[str, str]:
+def environment(built: Path) -> dict[str, str]:
     # First of all libraries, as Python itself is not linked with them; libstdc++, whose exceptions they watch.
     preloaded = [runtime("libasan.so"), runtime("libubsan.so"), runtime("libstdc++.so.6")]
     return {
-        **os.environ,
+        **importing(built),
         "LD_PRELOAD": ":".join(preloaded),
         "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=1:strict_init_order=1",
         "UBSAN_OPTIONS": "print_stacktrace=1",
-        "PYTHONPATH": str(BUILT),
-        "PYTHONSAFEPATH": "1",  # the tree's own package and extension stay out
-        "PYTHONDONTWRITEBYTECODE": "1",
     }
 
 
 def main(arguments: list[str]) -> int:
-    build()
-    env = environment()
+    built = build("sanitize", {"FUSED_CONTRASTIVE_CFLAGS": FLAGS, "LDFLAGS": CHECKS})
+    env = environment(built)
     for report, call in CANARIES.items():
         code = f"import torch\nfrom fused_contrastive import _C\nprint(_C.__file__)\n{call}"
         result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
-        if result.returncode == 0 or report not in result.stderr or str(BUILT) not in result.stdout:
+        if result.returncode == 0 or report not in result.stderr or str(built) not in result.stdout:
             sys.exit(f"sanitize: a call that must end in {report!r} did not\n{result.stdout}{result.stderr}")
         print(f"sanitize: {report} in csrc is seen", flush=True)
     chosen = arguments or [*SELECTION, *(f"tests/test_{name}.py" for name in TESTS)]

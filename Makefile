@@ -65,7 +65,7 @@ conformance: $(CONFORMANCE)/.libraries ## compare the adapters with the librarie
 	$(CONFORMANCE)/pytest tests/conformance
 
 mutants: $(BIN)/.fused_contrastive-test $(CONFORMANCE)/.libraries ## break the sources on purpose and show that the tests notice
-	$(BIN)/python tests/mutants --with-conformance $(CONFORMANCE)/python --markdown docs/mutants.md
+	$(BIN)/python tests/mutants --with-conformance $(CONFORMANCE)/python
 
 verify: $(BIN)/.fused_contrastive-test ## compare every backend with the float64 oracle on the full grid of cases
 	$(BIN)/python -m fused_contrastive verify --grid full

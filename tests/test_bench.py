@@ -62,37 +62,6 @@ def test_timing_counts_forward_and_backward() -> None:
     assert row["seconds"] == pytest.approx(row["both"]["median"] * row["u_seconds"])
 
 
-@pytest.mark.parametrize("pays", [True, False])
-def test_the_probe_is_no_emulation(pays: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without bfloat16 units it would take more time than all that is measured, and say nothing."""
-    spent = {torch.bfloat16: [0.1, 0.2] if pays else [0.3, 0.4], torch.float32: [0.2, 0.3]}
-    dtypes = iter([torch.bfloat16, torch.float32])
-    monkeypatch.setattr(timing.timeit, "repeat", lambda *_, **__: spent[next(dtypes)])
-    timing.bfloat16_pays.cache_clear()
-    try:
-        probe = timing.probe("cpu")
-        assert (probe is not None) == pays
-        assert timing.probe("cuda") is None
-    finally:
-        timing.bfloat16_pays.cache_clear()
-
-
-def test_the_probe_is_spaced_and_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = itertools.count()  # hundredths of a second, one each time it is read
-    monkeypatch.setattr(timing.time, "perf_counter", lambda: next(clock) / 100)
-    times = timing.Times.of(["ours"])
-    timing.interleaved(times, lambda: 1e-3, lambda: 2e-3, {"ours": lambda: (1e-3, 1e-3)}, ["ours"], 1.0, 5, 3)
-    assert times.probe[0] == 2e-3
-    assert 4 * len(times.probe) > len(times.u) > 2 * len(times.probe)
-    monkeypatch.undo()
-    monkeypatch.setattr(timing, "bfloat16_pays", lambda: True)
-    (row,) = timed(SMALL["clip"], only=("ours",))
-    assert row["probe"] > 0
-    monkeypatch.setattr(timing, "bfloat16_pays", lambda: False)
-    (row,) = timed(SMALL["clip"], only=("ours",))
-    assert "probe" not in row
-
-
 def test_each_round_has_another_order() -> None:
     """What runs directly behind a slow or an unlike one finds other caches than the others do."""
     called: list[str] = []
@@ -101,7 +70,7 @@ def test_each_round_has_another_order() -> None:
         return lambda: (float(called.append(name) or 1), 1.0)
 
     times = timing.Times.of("abc")
-    timing.interleaved(times, lambda: 1e-3, None, {name: stepping(name) for name in "abc"}, "abc", 0.0, 30, 30)
+    timing.interleaved(times, lambda: 1e-3, {name: stepping(name) for name in "abc"}, "abc", 0.0, 30, 30)
     rounds = ["".join(called[k : k + 3]) for k in range(0, len(called), 3)]
     assert {"".join(sorted(order)) for order in rounds} == {"abc"}
     assert len(set(rounds)) == 6

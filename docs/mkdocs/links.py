@@ -28,7 +28,7 @@ PAGES = {
 CALLS = "calls.md"
 MOVED = ("Which call is my training", "The losses")  # README's sections that are CALLS and not on the home page
 # Tables of many columns take the room of the table of contents; the home page is two screens.
-HIDDEN = {"index.md": ["toc", "footer"], "triton-configurations.md": ["toc"], "mutants.md": ["toc"]}
+HIDDEN = {"index.md": ["toc", "footer"], "triton-configurations.md": ["toc"]}
 LOG = logging.getLogger("mkdocs.hooks.links")  # with --strict, a warning fails the build
 ROW = re.compile(r"^\|.*", re.MULTILINE)
 SIZE = re.compile(r"(?<=\d) x (?=\d)")  # in a table no line ends within "128 x 64"

@@ -54,7 +54,7 @@ def run(options: argparse.Namespace, arguments: Sequence[str], console: Console)
     if options.command == "compare":
         return compare.compare(options.old, options.new, options.tolerance, console)
     if options.show:
-        shown = compare.load(options.show)
+        shown = read.load(options.show)
         try:
             return finish(shown, options.show.parent, options.show.stem, console)
         except OSError as error:

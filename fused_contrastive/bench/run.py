@@ -36,7 +36,6 @@ from fused_contrastive.bench.timing import (
     called,
     in_units,
     interleaved,
-    probe,
     product,
     quantile,
     step,
@@ -58,7 +57,6 @@ class Prepared(NamedTuple):
     problem: Problem
     rows: list[Row]
     unit: Callable[[], float]
-    probe: Callable[[], float] | None
     steps: dict[str, Step]
     round_seconds: float  # of all steps, called once
     times: Times
@@ -85,7 +83,7 @@ class Prepared(NamedTuple):
 
     def _rounds(self, seconds: float, least: int, if_slow: int) -> None:
         always = [row["implementation"] for row in self.rows if row["ours"] or row["implementation"] == EAGER]
-        interleaved(self.times, self.unit, self.probe, self.steps, always, seconds, least, if_slow)
+        interleaved(self.times, self.unit, self.steps, always, seconds, least, if_slow)
 
     def _time(self, rounds: Callable[[], None]) -> None:
         """Rounds, without what fails now; then the figures of all rounds so far, into the rows."""
@@ -118,7 +116,6 @@ class Prepared(NamedTuple):
             "u_seconds": u,
             "u_spread": [quantile(times.u, q) / u for q in (0.2, 0.8)],
             "unit_tflops": 2 * math.prod(WORKLOADS[self.problem.loss].unit(self.problem)) / u / 1e12,
-            **({"probe": quantile(times.probe, 0.2) / u} if times.probe else {}),
         }
         for row in self.rows:
             name = row["implementation"]
@@ -290,7 +287,7 @@ def prepare(problem: Problem, only: tuple[str, ...], console: Console, checks: C
     for row in rows:
         if row["status"] != "ok":
             console.print(f"    {row['implementation']}: {row['status']}", markup=False)
-    return Prepared(problem, rows, product(problem), probe(problem.device), steps, round_seconds, Times.of(steps))
+    return Prepared(problem, rows, product(problem), steps, round_seconds, Times.of(steps))
 
 
 def measure_memory(problem: Problem, only: tuple[str, ...], console: Console) -> list[Row]:

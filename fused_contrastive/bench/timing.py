@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import random
 import statistics
 import time
-import timeit
 from collections.abc import Callable, Collection, Iterable
 from typing import Any, NamedTuple
 
@@ -18,7 +16,6 @@ from fused_contrastive.bench.workloads import WORKLOADS, Loss, Problem
 
 AHEAD = 4_000_000  # clocks that the GPU waits, about 2 ms, while the host queues what is timed
 FITS = 16 * 2**30  # bytes of a product that u is measured on in one piece
-BETWEEN_PROBES = 0.05  # seconds
 SLOW_PEER = 1.2  # times the fastest peer's time
 SELDOM = 3  # rounds, of which a slow peer takes part in one
 
@@ -29,7 +26,6 @@ class Times(NamedTuple):
     """Seconds, round by round: of u in all rounds, of an implementation in those whose numbers are its ``rounds``."""
 
     u: list[float]
-    probe: list[float]
     rounds: dict[str, list[int]]
     forward: dict[str, list[float]]
     backward: dict[str, list[float]]
@@ -39,7 +35,7 @@ class Times(NamedTuple):
     def of(cls, names: Iterable[str]) -> Times:
         """No rounds yet, of these implementations."""
         names = list(names)
-        return cls([], [], {name: [] for name in names}, {name: [] for name in names}, {name: [] for name in names}, {})
+        return cls([], {name: [] for name in names}, {name: [] for name in names}, {name: [] for name in names}, {})
 
     def add(self, u: float, found: dict[str, tuple[float, float]]) -> None:
         """A round of these implementations."""
@@ -69,37 +65,6 @@ def product(problem: Problem) -> Callable[[], float]:
         watch.start()
         torch.mm(x, y.T)
         return parts * watch.stop()[0]
-
-    return run
-
-
-@functools.cache
-def bfloat16_pays() -> bool:
-    """Whether this CPU multiplies bfloat16 faster than float32: emulated, a product takes many times more."""
-
-    def seconds(dtype: torch.dtype) -> float:
-        x = torch.randn(512, 512).to(dtype)
-        return min(timeit.repeat(lambda: torch.mm(x, x.T), number=1, repeat=3))
-
-    return seconds(torch.bfloat16) < seconds(torch.float32)
-
-
-def probe(device: str) -> Callable[[], float] | None:
-    """Seconds of a bfloat16 product of fixed size by the vendor, on a CPU: what its widest units yield just now.
-
-    float32 products of MKL use half the vector width on some CPUs, and so do not slow down by what slows kernels that
-    use all of it: another guest of the same cores, a lower clock for wide vectors. None on a CPU without bfloat16
-    units, where it would measure their emulation, and on a GPU.
-    """
-    if device == "cuda" or not bfloat16_pays():
-        return None
-    x, y = (torch.randn(1024, 512).bfloat16() for _ in range(2))
-    out = torch.empty(1024, 1024, dtype=torch.bfloat16)
-
-    def run() -> float:
-        started = time.perf_counter()
-        torch.mm(x, y.T, out=out)
-        return time.perf_counter() - started
 
     return run
 
@@ -178,7 +143,6 @@ def taking_part(times: Times, names: Collection[str], always: Collection[str]) -
 def interleaved(
     times: Times,
     product: Callable[[], float],
-    probe: Callable[[], float] | None,
     steps: dict[str, Step],
     always: Collection[str],
     seconds: float,
@@ -190,21 +154,14 @@ def interleaved(
     Until ``seconds`` and ``least`` rounds have passed, or twice the seconds and ``if_slow`` rounds. In each are the
     steps that ``taking_part`` names, with those of ``always`` among them. Each round has
     another order, and before u the product runs untimed: nobody always runs behind the same one, whose data and code
-    are in the caches. The probe takes part now and then only: in each, it would be most of what rounds of small
-    problems do. Raises StepError, and has added whole rounds.
+    are in the caches. Raises StepError, and has added whole rounds.
     """
-    if probe is not None:
-        probe()
     started = time.perf_counter()
-    probed = -math.inf
     rounds = 0
     while True:
         spent = time.perf_counter() - started
         if (rounds >= least and spent >= seconds) or (rounds >= if_slow and spent >= 2 * seconds):
             return
-        if probe is not None and time.perf_counter() - probed > BETWEEN_PROBES:
-            times.probe.append(probe())
-            probed = time.perf_counter()
         product()
         u = product()
         names = taking_part(times, steps, always)

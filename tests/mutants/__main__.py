@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import fnmatch
 import random
-import shlex
 import sys
 import tempfile
 import time
@@ -18,7 +17,6 @@ from pathlib import Path
 
 from mutant import Mutant, Result, StaleMutantError
 from mutant_lists import MUTANTS
-from mutant_page import page, table
 from mutant_tree import Tree
 
 ROOT = Path(__file__).parents[2]
@@ -36,7 +34,6 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--seed", type=int, help="of the tests' inputs; default: new each run, printed")
     parser.add_argument("--work", type=Path, help="keep the copy and what was built in this folder, for the next run")
-    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the table as a page")
     parser.add_argument("--list", action="store_true", help="list the mutants and try none")
     return parser.parse_args(arguments)
 
@@ -45,6 +42,12 @@ def chosen(patterns: Sequence[str]) -> list[Mutant]:
     """Those whose name or file matches, in the order of the list: mutants of one file follow each other."""
     whole = [pattern if any(c in pattern for c in "*?[") else f"*{pattern}*" for pattern in patterns]
     return [m for m in MUTANTS if any(fnmatch.fnmatch(f"{m.file} {m.name}", p) for p in whole)]
+
+
+def table(results: Sequence[Result]) -> str:
+    """One line per mutant."""
+    width = max(len(r.mutant.name) for r in results)
+    return "\n".join(f"{r.mutant.name:{width}}  {r.mutant.file}: {r.mutant.what}  {r.verdict} {r.by}" for r in results)
 
 
 def prepare(tree: Tree, mutants: Sequence[Mutant], build: bool) -> str | None:
@@ -105,8 +108,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"{counts} of {len(results)} in {time.monotonic() - start:.0f} s")
     if left_out:
         print(f"{len(left_out)} of the adapters left out: --with-conformance tries them")
-    if options.markdown:
-        options.markdown.write_text(page(results, shlex.join(sys.argv[1:]), seed))
     return 0 if all(r.verdict == "killed" for r in results) else 1
 
 

@@ -1,35 +1,16 @@
-"""The list is up to date, and the runner tells a kill from what is none."""
+"""The runner tells a kill from what is none."""
 
 from __future__ import annotations
 
-import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from mutant import Mutant, StaleMutantError
-from mutant_lists import MUTANTS
-from mutant_page import page
 from mutant_tree import Run, Tree
 
 ROOT = Path(__file__).parents[2]
-
-
-def test_list_is_not_stale() -> None:
-    assert len({mutant.name for mutant in MUTANTS}) == len(MUTANTS) >= 24
-    for mutant in MUTANTS:
-        mutant.applied(ROOT)
-        for test in mutant.tests:
-            path, _, function = test.partition("::")
-            text = (ROOT / path).read_text()
-            assert not function or re.search(rf"^def {function}\b", text, re.MULTILINE), f"{mutant.name}: no {test}"
-
-
-def test_the_page_shows_the_list() -> None:
-    text = (ROOT / "docs/mutants.md").read_text()
-    shown = {line.split(" | ")[0].removeprefix("| ") for line in text.splitlines() if line.startswith("| ")}
-    assert shown - {"mutant", "---"} == {mutant.name for mutant in MUTANTS}, "remake with make mutants"
 
 
 TEST = """
@@ -105,15 +86,6 @@ def test_a_copy_follows_its_source(tree: Tree) -> None:
     Tree(tree.source, tree.root, sys.executable, 0, 5)
     assert sorted(path.name for path in (tree.root / "tests").iterdir()) == ["test_new.py"]
     assert "right" in (tree.root / "fused_contrastive/__init__.py").read_text()
-
-
-def test_page(tree: Tree) -> None:
-    results = [tree.try_out(mutant(replace)) for replace in ('"wrong"', '"right" + ""')]
-    text = page(results, "--seed 3", 3)
-    assert "1 of 2 were killed" in text
-    assert "`python tests/mutants --seed 3`" in text
-    assert "| m | broken | `fused_contrastive/__init__.py` | `test_value.py::test_value` |" in text
-    assert "**survived**" in text
 
 
 def test_nothing_matches() -> None:

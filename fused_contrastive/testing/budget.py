@@ -128,7 +128,8 @@ def largest_terms(inputs: Inputs, results: Outputs) -> dict[str, float]:
         "dscale": weight * m * x * y * max(1.0, n / m),
         "dcol_bias": weight * max(1.0, m / n),
     }
-    rounded = with_rounded_weights(inputs.x.dtype, logit, max(m, n))
+    largest_logit = (scale * (inputs.x.double() @ inputs.y.double().T)).abs().max().item() + bias
+    rounded = with_rounded_weights(inputs.x.dtype, largest_logit, max(m, n))
     return {name: terms[name] * rounded if name in terms else logit for name in results}
 
 

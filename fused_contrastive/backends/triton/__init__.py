@@ -56,6 +56,7 @@ def stats_backward(
 ) -> Gradients:
     from fused_contrastive.backends.triton import launch
 
+    saved = Forward(*(t.contiguous() for t in saved))  # hooks on saved tensors may give them back otherwise
     return launch.backward(spec, x, y, saved, upstream, needs)
 
 
@@ -90,6 +91,7 @@ def max_sim_backward(
 ) -> tuple[Tensor | None, Tensor | None]:
     from fused_contrastive.backends.triton import max_sim_launch
 
+    saved = MaxSimForward(*(t.contiguous() for t in saved))
     return max_sim_launch.backward(spec, x, y, saved, upstream, needs)
 
 

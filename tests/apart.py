@@ -25,7 +25,7 @@ def importing(built: Path) -> dict[str, str]:
     """The environment of a Python that imports what was built there."""
     return {
         **os.environ,
-        "PYTHONPATH": str(built),
+        "PYTHONPATH": os.pathsep.join([str(built), str(ROOT / "tests")]),  # tests start others that import from there
         "PYTHONSAFEPATH": "1",  # the tree's own package and extension stay out
         "PYTHONDONTWRITEBYTECODE": "1",
     }

@@ -29,8 +29,13 @@ TESTS = [
     "nan_payloads",
     "operators",
     "trust",
+    "processes",
 ]
-CHOSEN = "not reference and not triton and not compile and (not test_operators or cpp) and (not test_trust or threads)"
+# Of three files a part: what the C++ backend takes part in, its threads, and every vector level.
+CHOSEN = (
+    "not reference and not triton and not compile and (not test_operators or cpp) and (not test_trust or threads)"
+    " and (not test_processes or every_vector_level)"
+)
 SELECTION = ["-q", "-x", "-p", "no:cacheprovider", "-k", CHOSEN]
 
 

@@ -44,10 +44,12 @@ def stats_saved(
 ) -> None:
     """Likewise, unless this is what the forward of that problem returned, and gradients of it."""
     m, n = x.shape[0], y.shape[0]
-    _vector("row", saved.row, (m if spec.rows else 0,), x)
-    _vector("col", saved.col, (n if spec.cols else 0,), x)
-    for name, gradient, size in (("g_pos", upstream.pos, m), ("g_row", upstream.row, m), ("g_col", upstream.col, n)):
-        _vector(name, gradient, (size,), x)
+    rows, cols = m if spec.rows else 0, n if spec.cols else 0
+    _vector("row", saved.row, (rows,), x)
+    _vector("col", saved.col, (cols,), x)
+    _vector("g_pos", upstream.pos, (m,), x)
+    _vector("g_row", upstream.row, (rows,), x)  # also of a direction not asked: torch.compile gives it zeros
+    _vector("g_col", upstream.col, (cols,), x)
     checks.same_device("kept", saved.kept, "x", x)
     if spec.targets is not None:
         checks.target_range(spec.targets, n)
@@ -70,7 +72,7 @@ def tokens_saved(
     """Likewise."""
     (m, t, _), (n, p, _) = x.shape, y.shape
     _vector("g_x", upstream.x, (m, n), x)
-    _vector("g_y", upstream.y, (m, n), x)
+    _vector("g_y", upstream.y, (m, n) if both else (0, 0), x)
     _vector("argmax_x", saved.argmax_x, (kept_rows, n, t), x, saved.argmax_x.dtype)
     _vector("argmax_y", saved.argmax_y, (kept_rows, n, p) if both else (0, 0, 0), x, saved.argmax_y.dtype)
     _needs(needs, 2)

@@ -112,7 +112,8 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
-        pos, first, second = (t if t is None else t.contiguous() for t in ctx.saved_tensors)
+        pos, first, second = ctx.saved_tensors
+        pos, first, second = pos.contiguous(), first.contiguous(), second if second is None else second.contiguous()
         if torch.is_grad_enabled():  # a second derivative is asked, which plain operations record
             return (*_recorded(pos, first, second, g / ctx.averaged, ctx.flags["DECOUPLED"]), None, None, None)
         g_pos, g_first = torch.empty_like(pos), torch.empty_like(pos)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from fused_contrastive.bench import compare, plots, report
+from fused_contrastive.bench import compare, plots, read, report
 from fused_contrastive.bench.implementations import REGISTRY
 from fused_contrastive.bench.provenance import line, provenance
 from fused_contrastive.bench.run import broken_ours, candidates, run_suite

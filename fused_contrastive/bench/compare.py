@@ -100,8 +100,8 @@ def compare(old: Path, new: Path, tolerance: float, console: Console) -> int:
         if verdict:
             spread = f"{c.low:.2f}..{c.high:.2f}"
             style = "red" if c.counts and verdict == "slower" else None
-            row = (f"{c.old:.2f}", f"{c.new:.2f}", f"{c.new / c.old:.2f}", spread, verdict)
-            table.add_row(escape(c.what), *row, style=style)
+            figures = (f"{c.old:.2f}", f"{c.new:.2f}", f"{c.new / c.old:.2f}", spread, verdict)
+            table.add_row(escape(c.what), *figures, style=style)
     if table.row_count:
         console.print(table)
     slower = [change for change, verdict in verdicts.items() if change.counts and verdict == "slower"]

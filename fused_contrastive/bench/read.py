@@ -6,14 +6,18 @@ import json
 from pathlib import Path
 from typing import Any
 
-from fused_contrastive.bench.workloads import problem_of
 from fused_contrastive.core.errors import InputError
 
+LARGEST = 1e30  # of what a report's number may be
+FIELDS = {
+    "loss": str, "dtype": str, "d": int, "n": int, "device": str, "implementation": str, "ours": bool, "status": str,
+}  # fmt: skip
 Report = dict[str, Any]
+Row = dict[str, Any]
 
 
 def load(path: Path) -> Report:
-    """A report whose rows can be read.
+    """A report that can be shown and compared.
 
     Raises: InputError that says what the file is instead.
     """
@@ -21,36 +25,59 @@ def load(path: Path) -> Report:
         report = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"{path}: got no readable file ({error.strerror}), expected a report of `bench`") from error
-    except (RecursionError, ValueError) as error:  # bytes that are no text, too
+    except (RecursionError, ValueError) as error:  # of bytes that are no text, too
         raise InputError(f"{path}: got no JSON ({error}), expected a report of `bench`") from error
-    try:
-        for name, kind in (("command", str), ("provenance", dict), ("rows", list)):
-            if not isinstance(report[name], kind):
-                raise ValueError(f"{name} {report[name]!r}")
-        for row in report["rows"]:
-            _check(row)
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
-        what = f"no {error}" if isinstance(error, KeyError) else error
-        raise InputError(f"{path}: got {what}, expected a report of this version's `bench`") from error
+    if (wrong := _wrong(report)) is not None:
+        raise InputError(f"{path}: got {wrong}, expected a report of this version's `bench`")
     return report  # type: ignore[no-any-return]
 
 
-def _check(row: Any) -> None:
-    """Raises what ``load`` reports where a row is not as `bench` writes it."""
-    name, status = row["implementation"], row["status"]
-    if not (isinstance(name, str) and name.isprintable() and isinstance(status, str) and type(row["ours"]) is bool):
-        raise ValueError(f"row {row!r}")
-    if not str(problem_of(row)).isprintable() or not 0 < row["n"] < 1e15 or not 0 < row["d"] < 1e15:
-        raise ValueError(f"a problem of {row!r}")
-    times = [row[field] for field in ("seconds", "u_seconds") if field in row]
-    if "both" in row:
-        times.append(row["both"]["median"])
-    if "rounds" in row:
-        if len(row["rounds"]) != len(row["u_rounds"]):
-            raise ValueError(f"{len(row['rounds'])} rounds and {len(row['u_rounds'])} of u")
-        times += [*row["rounds"], *row["u_rounds"], row["u_seconds"]]
-    for t in times:
-        if type(t) not in (int, float) or not 1e-30 < t < 1e30:
-            raise ValueError(f"a time of {t!r}")
-    if type(row.get("extra_bytes", 0)) is not int:
-        raise ValueError(f"extra_bytes {row['extra_bytes']!r}")
+def _wrong(report: Any) -> str | None:
+    """What is not as `bench` writes it."""
+    if not isinstance(report, dict) or not isinstance(report.get("rows"), list):
+        return "JSON without rows"
+    for name, kind in (("command", str), ("provenance", dict)):
+        if not isinstance(report.get(name), kind):
+            return f"{name} {report[name]!r}" if name in report else f"no {name!r}"
+    return next((wrong for row in report["rows"] if (wrong := _wrong_row(row)) is not None), None)
+
+
+def _wrong_row(row: Any) -> str | None:
+    if not isinstance(row, dict):
+        return f"no row, but {row!r}"
+    for name, kind in FIELDS.items():
+        if name not in row:
+            return f"no {name!r}"
+        if type(row[name]) is not kind or (kind is int and not 0 < row[name] < LARGEST):
+            return f"{name} {row[name]!r}"
+        if kind is str and name != "status" and not row[name].isprintable():
+            return f"{name} {row[name]!r}"
+    both = row.get("both", {"median": 1})
+    right = {
+        "both": isinstance(both, dict) and _is_time(both.get("median")),
+        "seconds": _is_time(row.get("seconds", 1)),
+        "extra_bytes": type(row.get("extra_bytes", 0)) is int and abs(row.get("extra_bytes", 0)) < LARGEST,
+    }
+    for name, is_right in right.items():
+        if not is_right:
+            return f"{name} {row[name]!r}"
+    return _wrong_rounds(row) if "rounds" in row else None
+
+
+def _wrong_rounds(row: Row) -> str | None:
+    """What is wrong with a row's times, round by round, and those of u."""
+    for name in ("u_rounds", "u_seconds"):
+        if name not in row:
+            return f"rounds without {name!r}"
+    for name in ("rounds", "u_rounds"):
+        if not isinstance(row[name], list):
+            return f"{name} {row[name]!r}"
+    if len(row["u_rounds"]) != len(row["rounds"]):
+        return f"{len(row['rounds'])} rounds and {len(row['u_rounds'])} of u"
+    wrong = [t for t in (*row["rounds"], *row["u_rounds"], row["u_seconds"]) if not _is_time(t)]
+    return f"a time of {wrong[0]!r}" if wrong else None
+
+
+def _is_time(value: object) -> bool:
+    """Of seconds, or in u; ratios of products of such are finite."""
+    return type(value) in (int, float) and 1 / LARGEST < value < LARGEST  # type: ignore[operator]

@@ -86,13 +86,13 @@ def test_slow_peers_take_part_in_some_rounds() -> None:
     seconds = {"ours": 9.0, "eager": 8.0, "fastest": 4.0, "close": 4.0 * 1.19, "slow": 4.0 * 1.21}
     steps = steps_taking(seconds)
     times = timing.Times.of(steps)
-    timing.interleaved(times, lambda: 1.0, None, steps, ["ours", "eager"], 0.0, 8, 8)
+    timing.interleaved(times, lambda: 1.0, steps, ["ours", "eager"], 0.0, 8, 8)
     everywhere = list(range(8))
     assert times.rounds == {**dict.fromkeys(seconds, everywhere), "slow": [0, 3, 6]}
     assert times.both("slow") == [seconds["slow"]] * 3
     seconds["fastest"] = 40.0  # one slow round, another guest's doing say, is no slow peer
     steps["fastest"] = lambda: (0.0, 40.0)
-    timing.interleaved(times, lambda: 1.0, None, steps, ["ours", "eager"], 0.0, 4, 4)
+    timing.interleaved(times, lambda: 1.0, steps, ["ours", "eager"], 0.0, 4, 4)
     assert times.rounds["fastest"] == list(range(12))
 
 

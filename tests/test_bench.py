@@ -103,7 +103,7 @@ def test_a_slow_peer_s_rounds_are_those_of_its_u(monkeypatch: pytest.MonkeyPatch
     steps = steps_taking(seconds)
     count = itertools.count()  # twice a round: untimed, and timed
     times = run.Times.of(steps)
-    prepared = run.Prepared(problem, rows, lambda: 1.0 + next(count) // 2, None, steps, 0.0, times)
+    prepared = run.Prepared(problem, rows, lambda: 1.0 + next(count) // 2, steps, 0.0, times)
     monkeypatch.setattr(run, "IF_SLOW", 30)
     monkeypatch.setattr(run, "LEAST", 30)
     prepared.time_all(0.0)
@@ -144,9 +144,7 @@ def test_the_rounds_kept_are_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every eighth of 480 rounds might have something in common."""
     problem, names, count = SMALL["clip"], [f"peer {k}" for k in range(8)], 8 * run.ROUNDS
     rows = [{"implementation": name, "ours": False, "status": "ok"} for name in names]
-    prepared = run.Prepared(
-        problem, rows, lambda: 1.0, None, dict.fromkeys(names, lambda: (0, 0)), 0.0, run.Times.of(names)
-    )
+    prepared = run.Prepared(problem, rows, lambda: 1.0, dict.fromkeys(names, lambda: (0, 0)), 0.0, run.Times.of(names))
 
     def rounds(times: timing.Times, *_: Any) -> None:
         times.u.extend([1.0] * count)

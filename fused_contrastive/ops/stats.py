@@ -15,8 +15,8 @@ from fused_contrastive.distributed.agreement import Call, Group, collective
 from fused_contrastive.ops import autograd, dispatch, global_stats
 from fused_contrastive.ops.agree import agree
 
-Row = TypeVar("Row", bound=Tensor | None, default=Tensor | None)
-Col = TypeVar("Col", bound=Tensor | None, default=Tensor | None)
+Row = TypeVar("Row", bound=Tensor | None, default=Tensor | None, covariant=True)
+Col = TypeVar("Col", bound=Tensor | None, default=Tensor | None, covariant=True)
 
 
 class ContrastiveStats(NamedTuple, Generic[Row, Col]):

@@ -56,7 +56,7 @@ def stats_backward(
 ) -> Gradients:
     from fused_contrastive.backends.triton import launch
 
-    saved = Forward(*(t.contiguous() for t in saved))  # hooks on saved tensors may give them back otherwise
+    saved = Forward(*(t.contiguous() for t in saved))  # hooks on saved tensors may return other strides
     return launch.backward(spec, x, y, saved, upstream, needs)
 
 

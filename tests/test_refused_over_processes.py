@@ -40,7 +40,7 @@ def indices(n: int = N) -> Tensor:
 
 
 def good_calls() -> dict[str, dict[str, Any]]:
-    """Of each function that takes a group, arguments that it takes; after a comma, another way to call it."""
+    """Good arguments of each function that takes a group; after a comma, a second way to call it."""
     pair = (floats(N, D), floats(N, D).flip(0))
     ids = {"row_ids": indices(), "col_ids": indices()}
     clip = dict(zip(("image_features", "text_features"), pair, strict=True))
@@ -74,7 +74,7 @@ def good_calls() -> dict[str, dict[str, Any]]:
 
 
 def bad_values() -> dict[str, list[Any]]:
-    """Of each argument, what no function takes for it beside the good ones."""
+    """Bad values of each argument."""
     features = [MISSING, None, torch.zeros(N, D, dtype=torch.int64), floats(D), floats(N, D).to_sparse()]
     scale = ["5", torch.ones(2), torch.tensor(5), True]
     vector = [[0.0] * N, torch.zeros(N + 9), torch.zeros(N, 1), torch.zeros(N, dtype=torch.int64)]

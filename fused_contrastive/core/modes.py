@@ -84,5 +84,5 @@ def refuse_transforms(what: str) -> None:
 
 
 def outside_transforms() -> AbstractContextManager[object]:
-    """In this block, tensors are those of no transform of torch.func."""
+    """In this block no transform of torch.func is active."""
     return torch._functorch.pyfunctorch.temporarily_clear_interpreter_stack()

@@ -1,4 +1,4 @@
-"""Where a verification listens to the losses that its own context calls. Nothing is done unless one does."""
+"""Lets a verification observe the losses that its own context calls; without one, losses are called directly."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from fused_contrastive.core.contexts import Entry, Scoped
 P = ParamSpec("P")
 R = TypeVar("R")
 
-# Called instead of a loss, with it and its arguments; the last one that was added is, and not for what it calls itself.
+# An observer is called instead of a loss, with the loss and its arguments. Only the innermost one is called, and not
+# for losses that it calls itself.
 Observer = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 _observers: Scoped[Observer] = Scoped("fused_contrastive observers")
 
 
 def add(observer: Observer) -> Entry[Observer]:
-    """Until it is removed, in this context and the copies of it that tasks take."""
+    """Adds an observer to this context and to the copies of it that tasks take, until it is removed."""
     return _observers.add(observer)
 
 
@@ -27,7 +28,7 @@ def remove(entry: Entry[Observer]) -> None:
 
 
 def here() -> tuple[Entry[Observer], ...]:
-    """Those of this context, the last one that was added last."""
+    """The observers of this context, in the order they were added."""
     return _observers.entries
 
 

@@ -207,7 +207,7 @@ Group = dist.ProcessGroup | GlobalBatch | None  # a loss that calls another one 
 
 
 def _actual(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
-    """The default group for None."""
+    """The group itself, or the default group for None."""
     group = dist.group.WORLD if group is None else group
     assert group is not None
     return group

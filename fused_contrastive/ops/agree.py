@@ -1,4 +1,4 @@
-"""How a loss agrees with the other processes: once it has refused what it can."""
+"""The agreement of a loss with the other processes, after its own checks."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ def agree(
 ) -> Agreed | None:  # fmt: skip
     """``Call.agree`` for the ``group`` of a function that is ``collective``; None without a group.
 
-    The last that can be refused here: what is refused later leaves the others waiting. The functions that are called
-    with ``memory_budget`` and ``backend`` check them only then, so it is done before.
+    Makes the last checks first, because a later refusal leaves the others waiting: the inner functions check
+    ``memory_budget`` and ``backend`` only when they are called.
     """
     if group is None:
         return None
     assert isinstance(group, Call)
     if group.agreed is None:
-        is_plain(x, y, *inputs)  # raises for what an operator could not compute with
+        is_plain(x, y, *inputs)  # raises under torch.jit.trace and forward-mode AD
         checks.memory_budget(memory_budget)
         dispatch.resolve(backend, x.device, x.dtype)
     return group.agree(name, x, y, options, *inputs, **columns)

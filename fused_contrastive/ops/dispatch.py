@@ -36,7 +36,7 @@ _forced: Scoped[Forced] = Scoped("fused_contrastive forced backends")
 
 @contextmanager
 def using(backend: str) -> Iterator[Forced]:
-    """Every call of this context in this block, whatever backend it names, takes this one. For verification."""
+    """In this block, every call of this context uses this backend, whichever it names. For verification."""
     checks.one_of("backend", backend, tuple(BACKENDS))
     entry = _forced.add(Forced(backend))
     try:
@@ -47,7 +47,7 @@ def using(backend: str) -> Iterator[Forced]:
 
 @compiler.outside
 def forced() -> str | None:
-    """The backend of ``using`` here, which counts the call, or None."""
+    """The backend that ``using`` forces here, or None. Counts the call."""
     if not (entries := _forced.entries):
         return None
     entries[-1].value.calls += 1
@@ -76,7 +76,7 @@ def resolve(name: str, device: torch.device, dtype: torch.dtype) -> str:
 
 
 def check(chosen: str, device: torch.device, dtype: torch.dtype) -> None:
-    """Raises where a backend, by its own name, cannot run here or does not take such features."""
+    """Raises unless the named backend can run here and takes such features."""
     checks.one_of("backend", chosen, tuple(BACKENDS))
     if (reason := BACKENDS[chosen].unavailable()) is not None:
         raise RuntimeError(f"backend {chosen!r} cannot run here: {reason}. backend='reference' needs torch alone.")

@@ -71,7 +71,7 @@ def tokens_saved(
     x: Tensor, y: Tensor, both: bool, kept_rows: int, saved: MaxSimForward, upstream: MaxSimUpstream,
     needs: Sequence[bool],
 ) -> None:  # fmt: skip
-    """Likewise."""
+    """Raises unless these are what the forward of max_sim returned, and gradients of it."""
     (m, t, _), (n, p, _) = x.shape, y.shape
     _vector("g_x", upstream.x, (m, n), x)
     _vector("g_y", upstream.y, (m, n) if both else (0, 0), x)
@@ -81,14 +81,14 @@ def tokens_saved(
 
 
 def ranking(queries: Tensor, candidates: Tensor, backend: str) -> None:
-    """Likewise, of rank and target_ranks, but for what their public functions check in the same words."""
+    """Checks the features and the backend of rank and target_ranks; their callers check the rest."""
     forks.guard()
     checks.feature_pair("queries", queries, "candidates", candidates)
     dispatch.check(backend, queries.device, queries.dtype)
 
 
 def _vector(name: str, t: Tensor | None, shape: tuple[int, ...], x: Tensor, dtype: torch.dtype | None = None) -> None:
-    """``dtype`` None: a floating one."""
+    """Checks an optional operand; ``dtype`` None means any floating dtype."""
     if t is None:
         return
     if tuple(t.shape) != shape:

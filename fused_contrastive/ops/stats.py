@@ -33,7 +33,7 @@ class ContrastiveStats(NamedTuple, Generic[Row, Col]):
     col: Col
 
 
-# The directions that a type checker can read off the call are not Optional in the result: of a tuple, or by default.
+# Overloads: if ``directions`` is left out or a tuple of literals, the statistics asked for are not Optional.
 @overload
 def contrastive_stats(
     x: Tensor, y: Tensor, scale: float | Tensor = 1.0, *, targets: Tensor | None = None, col_bias: Tensor | None = None,

@@ -69,7 +69,7 @@ class verify_against_reference(AbstractContextManager["verify_against_reference"
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         here = [entry for entry in observing.here() if entry in self._entries]
-        entry = (here or self._entries)[-1]  # entered here, or else in the thread or task that left it to this one
+        entry = (here or self._entries)[-1]  # the entry made in this context, or else the last one made in another
         self._entries.remove(entry)
         observing.remove(entry)
 

@@ -25,10 +25,13 @@ def available() -> dict[str, Backend]:
 
 
 class Forced:
-    """Within ``using``: the backend that every call gets, and how many calls there were."""
+    """Within ``using``: the backend that every call gets, how many calls there were, and whether any missed it.
+
+    A call misses it that another thread makes in a context of its own, whether or not the block started that thread.
+    """
 
     def __init__(self, backend: str) -> None:
-        self.backend, self.calls = backend, 0
+        self.backend, self.calls, self.missed = backend, 0, False
 
 
 _forced: Scoped[Forced] = Scoped("fused_contrastive forced backends")
@@ -47,8 +50,10 @@ def using(backend: str) -> Iterator[Forced]:
 
 @compiler.outside
 def forced() -> str | None:
-    """The backend of ``using`` here, which counts the call, or None."""
+    """The backend of ``using`` here, which counts the call; or None, and the blocks elsewhere are told of it."""
     if not (entries := _forced.entries):
+        for other in _forced.everywhere():
+            other.missed = True
         return None
     entries[-1].value.calls += 1
     return entries[-1].value.backend

@@ -92,7 +92,7 @@ class verify_against_reference(AbstractContextManager["verify_against_reference"
         return result
 
     def _check(self, call: int, function: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]) -> None:
-        found = compare(function, args, options, draws=False)
+        found = compare(function, args, options, draws=False, any_threads=True)
         with self._lock:
             self.checked += 1
             self.breaches += not found.held

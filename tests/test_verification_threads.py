@@ -101,7 +101,7 @@ def in_asyncio(x: Tensor, y: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("loss_fn", [in_two_threads, in_threads_alone])
 def test_a_loss_in_a_thread_of_its_own_is_not_taken_for_verified(loss_fn: Callable[..., Tensor]) -> None:
-    with pytest.raises(RuntimeError, match="loss_fn: another thread called a loss while .*, or in others by contextv"):
+    with pytest.raises(RuntimeError, match=r"loss_fn: another thread called a loss while .*, or in others by contextv"):
         fc.verify(loss_fn, X, Y)
     assert fc.verify(lambda x, y: fc.clip_loss(x, y, 1.0), X, Y).held
 
@@ -177,6 +177,18 @@ def test_a_block_that_is_left_elsewhere_has_ended() -> None:
     copied.run(loss)
     loss()
     assert check.calls == 1
+
+
+def test_a_block_is_left_once() -> None:
+    check = fc.verify_against_reference()
+    with check, check:
+        loss()
+    assert check.calls == 1
+    with pytest.raises(RuntimeError, match="verify_against_reference: got an exit from a block that has been left"):
+        check.__exit__(None, None, None)
+    with check:
+        loss()
+    assert check.calls == 2
 
 
 def test_tasks() -> None:

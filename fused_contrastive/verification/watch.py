@@ -68,9 +68,15 @@ class verify_against_reference(AbstractContextManager["verify_against_reference"
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        here = [entry for entry in observing.here() if entry in self._entries]
-        entry = (here or self._entries)[-1]  # entered here, or else in the thread or task that left it to this one
-        self._entries.remove(entry)
+        with self._lock:
+            if not self._entries:
+                raise RuntimeError(
+                    "verify_against_reference: got an exit from a block that has been left already, expected one for "
+                    "each time that it is entered"
+                )
+            here = [entry for entry in observing.here() if entry in self._entries]
+            entry = (here or self._entries)[-1]  # entered here, or else in the thread or task that left it to this one
+            self._entries.remove(entry)
         observing.remove(entry)
 
     def __str__(self) -> str:

@@ -10,6 +10,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from datetime import timedelta
 from typing import Any
 
@@ -19,7 +20,9 @@ import torch.distributed as dist
 import torch.multiprocessing
 from spread import start
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import fused_contrastive as fc
 from fused_contrastive.ops import dispatch, global_stats
@@ -231,6 +234,21 @@ def odd_calls(odd: bool, group: dist.ProcessGroup) -> list[tuple[str, Callable[[
             warnings.simplefilter("error" if odd else "ignore")
             return fc.nt_xent_loss(x, y, group=group)
 
+    def traced() -> Tensor:
+        return torch.jit.trace(clip, (x,), check_trace=False)(x) if odd else clip()
+
+    def fake(x: Tensor = x, y: Tensor = y) -> Tensor:
+        with FakeTensorMode(allow_non_fake_inputs=True) if odd else nullcontext():
+            return fc.clip_loss(x, y, 1.0, group=group)
+
+    def of_fake_tensors() -> Tensor:
+        mode = FakeTensorMode()
+        one, other = (mode.from_tensor(t) if odd else t for t in (x, y))
+        return fc.clip_loss(one, other, 1.0, group=group)
+
+    def made_fx() -> Tensor:
+        return make_fx(clip, tracing_mode="symbolic")(x)(x) if odd else clip()
+
     def in_any_dtype(name: str, **how: Any) -> None:
         ones = torch.ones(N, dtype=torch.float64 if odd else torch.float16)
         found, right = (fc.info_nce_loss(x, y, group=group, **{name: t}, **how) for t in (ones, ones.float()))
@@ -246,6 +264,10 @@ def odd_calls(odd: bool, group: dist.ProcessGroup) -> list[tuple[str, Callable[[
         ("disagree on dtype", lambda: under_autocast(lambda: fc.x_clip_loss(x, y, 1.0, group=group))),
         ("group: got a call inside a transform", lambda: torch.func.grad(clip)(x) if odd else clip()),
         ("forward-mode", with_a_tangent),
+        ("torch.jit.trace (and torch.onnx.export with dynamo=False) cannot record", traced),
+        ("group: got a call with fake tensors", fake),
+        ("group: got a call with fake tensors", of_fake_tensors),
+        ("group: got a call with fake tensors", made_fx),
         ("FutureWarning", with_warnings_as_errors),
     ]
 

@@ -105,10 +105,15 @@ def scalar_beside(name: str, value: object, x: Tensor) -> float | Tensor:
     value = scalar(name, value)
     if isinstance(value, Tensor):
         return beside(name, value, x)
-    if overflows(value, x):
-        held = f"{compute_dtype(x.dtype)} holds, up to {largest(x):.2g}"
-        raise ValueError(f"{name}: got {_shown(value)}, expected a number that {held}")
+    held(name, value, x)
     return value
+
+
+def held(name: str, value: float, x: Tensor) -> None:
+    """A number that the dtype of the logits of x holds."""
+    if overflows(value, x):
+        most = f"{compute_dtype(x.dtype)} holds, up to {largest(x):.2g}"
+        raise ValueError(f"{name}: got {_shown(value)}, expected a number that {most}")
 
 
 def largest(x: Tensor) -> float:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fused_contrastive.core import forks
 from fused_contrastive.core.memory import total_memory
-from fused_contrastive.core.modes import outside_transforms, refuse_transforms
+from fused_contrastive.core.modes import outside_everything, refuse_fake, refuse_transforms
 from fused_contrastive.core.reduction import Reduction
 from fused_contrastive.distributed.batch import GlobalBatch
 from fused_contrastive.distributed.collectives import all_gather_single, reported, summed
@@ -171,8 +171,11 @@ class Call:
         if self.agreed is not None and self.agreed.world > 1:
             _left[_actual(self.batch.group)] = message
         elif not self._closed and isinstance(error, Exception):  # after Ctrl-C, nobody wants to wait for the others
-            with outside_transforms():
-                self._exchange(1, 0, 0, 0, 0, 0, 0, -1, 0, message=message)
+            try:
+                with outside_everything():
+                    self._exchange(1, 0, 0, 0, 0, 0, 0, -1, 0, message=message)
+            except Exception as untold:  # the error that could not be told is the one to raise
+                _left[_actual(self.batch.group)] = f"{message}; telling them: {untold}"
 
     def _exchange(self, failed: int, *values: int, message: str = "") -> list[list[int]]:
         self._closed = True
@@ -238,6 +241,7 @@ def collective(function: Callable[P, R]) -> Callable[P, R]:
         options["group"] = call
         try:
             refuse_transforms("group")
+            refuse_fake("group")
             return function(*args, **options)
         except BaseException as error:
             call.fail(error)

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from fused_contrastive.core import checks
-from fused_contrastive.core.modes import is_plain
+from fused_contrastive.core.modes import is_plain, refuse_fake
 from fused_contrastive.distributed.agreement import Agreed, Call, Group
 from fused_contrastive.ops import dispatch
 
@@ -26,6 +26,7 @@ def agree(
     assert isinstance(group, Call)
     if group.agreed is None:
         is_plain(x, y, *inputs)  # raises for what an operator could not compute with
+        refuse_fake("group", x, y, *inputs)
         checks.memory_budget(memory_budget)
         dispatch.resolve(backend, x.device, x.dtype)
     return group.agree(name, x, y, options, *inputs, **columns)

@@ -215,7 +215,7 @@ def odd_calls(odd: bool, group: dist.ProcessGroup) -> list[tuple[str, Callable[[
     grown = floats(N, D + odd)
     weight = torch.ones(N, requires_grad=odd)
 
-    def clip(x: Tensor = x) -> Tensor:
+    def clip(x: Tensor = x, y: Tensor = y) -> Tensor:
         return fc.clip_loss(x, y, 1.0, group=group)
 
     def extra(extra: Tensor) -> Tensor:
@@ -246,8 +246,28 @@ def odd_calls(odd: bool, group: dist.ProcessGroup) -> list[tuple[str, Callable[[
         one, other = (mode.from_tensor(t) if odd else t for t in (x, y))
         return fc.clip_loss(one, other, 1.0, group=group)
 
-    def made_fx() -> Tensor:
-        return make_fx(clip, tracing_mode="symbolic")(x)(x) if odd else clip()
+    def exported() -> Any:
+        return torch.export.export(fc.ClipLoss(group=group), (x, y, 1.0), strict=False) if odd else clip()
+
+    def made_fx(mode: str) -> Tensor:
+        return make_fx(lambda t: clip(t), tracing_mode=mode)(x) if odd else clip()
+
+    def inference(t: Tensor) -> Tensor:
+        with torch.inference_mode(odd):
+            return t.clone()
+
+    inferred = "from torch.inference_mode() while a gradient is asked"
+    leaf, mask = y.clone().requires_grad_(), torch.ones(N, 2, dtype=torch.bool)
+    ones, tokens = torch.ones(N), leaf[:, None].expand(N, 2, D)
+
+    def nce(**how: Any) -> Tensor:
+        return fc.info_nce_loss(x, leaf, negatives=floats(N, 2, D), group=group, **how)
+
+    def filip(mask: Tensor) -> Tensor:
+        return fc.filip_loss(tokens, tokens, 1.0, image_mask=mask, group=group)
+
+    def x_clip(mask: Tensor) -> Tensor:
+        return fc.x_clip_loss(tokens, tokens, 1.0, text_mask=mask, use_all_token_embeds=True, group=group)
 
     def in_any_dtype(name: str, **how: Any) -> None:
         ones = torch.ones(N, dtype=torch.float64 if odd else torch.float16)
@@ -264,10 +284,19 @@ def odd_calls(odd: bool, group: dist.ProcessGroup) -> list[tuple[str, Callable[[
         ("disagree on dtype", lambda: under_autocast(lambda: fc.x_clip_loss(x, y, 1.0, group=group))),
         ("group: got a call inside a transform", lambda: torch.func.grad(clip)(x) if odd else clip()),
         ("forward-mode", with_a_tangent),
+        (f"clip_loss: got the features of the rows, of shape (4, 8), {inferred}", lambda: clip(inference(x), leaf)),
+        (f"clip_loss: got the features of the columns, of shape (4, 8), {inferred}", lambda: clip(leaf, inference(y))),
+        (f"info_nce_loss: got another input, of shape (4,), {inferred}", lambda: nce(weight=inference(ones))),
+        (f"info_nce_loss: got another input, of shape (4, 2), {inferred}", lambda: nce(negatives_mask=inference(mask))),
+        (f"filip_loss: got another input, of shape (4, 2), {inferred}", lambda: filip(inference(mask))),
+        (f"x_clip_loss: got another input, of shape (4, 2), {inferred}", lambda: x_clip(inference(mask))),
+        ("", lambda: clip(inference(x), inference(y))),
         ("torch.jit.trace (and torch.onnx.export with dynamo=False) cannot record", traced),
-        ("group: got a call with fake tensors", fake),
-        ("group: got a call with fake tensors", of_fake_tensors),
-        ("group: got a call with fake tensors", made_fx),
+        ("group: got a call with fake or recorded tensors", fake),
+        ("group: got a call with fake or recorded tensors", of_fake_tensors),
+        ("group: got a call with fake or recorded tensors", lambda: made_fx("real")),
+        ("group: got a call with fake or recorded tensors", lambda: made_fx("symbolic")),
+        ("group: got a call with fake or recorded tensors", exported),
         ("FutureWarning", with_warnings_as_errors),
     ]
 

@@ -86,27 +86,32 @@ def refuse_transforms(what: str) -> None:
 
 
 def refuse_fake(what: str, *values: object) -> None:
-    """Neither within FakeTensorMode, as in torch.export and make_fx's "fake" and "symbolic", nor with its tensors.
+    """No call that a trace records or that computes with fake tensors, which other processes cannot be sent.
 
     torch.compile traces no further than to the first exchange, which it leaves to Python.
     """
     if torch.compiler.is_dynamo_compiling():
         return
-    fake = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
-    if fake or any(type(t) not in _PLAIN_TYPES and hasattr(t, "fake_mode") for t in values):
+    keys = torch._C._TorchDispatchModeKey
+    recorded = any(torch._C._get_dispatch_mode(key) is not None for key in (keys.FAKE, keys.PROXY))
+    if recorded or any(type(t) not in _PLAIN_TYPES and hasattr(t, "fake_mode") for t in values):
         raise RuntimeError(
-            f"{what}: got a call with fake tensors (FakeTensorMode, torch.export, make_fx), whose values other "
-            "processes cannot be sent, expected tensors with values"
+            f"{what}: got a call with fake or recorded tensors (FakeTensorMode, make_fx, torch.export), whose values "
+            "cannot be sent to other processes, expected tensors with values, as in torch.compile"
         )
 
 
 @contextmanager
 def outside_everything() -> Iterator[None]:
-    """In this block, no transform of torch.func, dispatch mode or torch.jit.trace sees what is computed."""
+    """In this block, no transform of torch.func, mode or torch.jit.trace sees what is computed."""
     trace = _jit_trace()
     torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
     try:
-        with torch._functorch.pyfunctorch.temporarily_clear_interpreter_stack(), _disable_current_modes():
+        with (
+            torch._functorch.pyfunctorch.temporarily_clear_interpreter_stack(),
+            _disable_current_modes(),
+            torch._C.DisableTorchFunction(),
+        ):
             yield
     finally:
         torch._C._set_tracing_state(trace)  # type: ignore[attr-defined]

@@ -117,8 +117,8 @@ class Call:
         """The agreement of this call, which the first of nested functions makes.
 
         ``x`` (m, D) and ``y`` (n, D) are this process's rows and columns, or items (m, P, D) and (n, T, D) of tokens;
-        ``options`` must be the same everywhere; ``inputs`` are what else may require a gradient. ``targets`` count the
-        first ``keys`` columns of each process.
+        ``options`` must be the same everywhere; ``inputs`` are what else may require a gradient or be saved for one.
+        ``targets`` count the first ``keys`` columns of each process.
         """
         if self.agreed is not None:
             return self.agreed

@@ -14,6 +14,7 @@ from contextlib import nullcontext
 from datetime import timedelta
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -218,8 +219,8 @@ def odd_calls(odd: bool, group: dist.ProcessGroup) -> list[tuple[str, Callable[[
     def clip(x: Tensor = x, y: Tensor = y) -> Tensor:
         return fc.clip_loss(x, y, 1.0, group=group)
 
-    def extra(extra: Tensor) -> Tensor:
-        return fc.x_clip_loss(x, y, 1.0, text_latents_extra=extra, image_latents_extra=extra, group=group)
+    def extra(extra: Tensor, **how: Any) -> Tensor:
+        return fc.x_clip_loss(x, y, 1.0, text_latents_extra=extra, image_latents_extra=extra, group=group, **how)
 
     def under_autocast(call: Callable[[], Tensor]) -> Tensor:
         with torch.autocast("cpu", enabled=odd):
@@ -277,6 +278,12 @@ def odd_calls(odd: bool, group: dist.ProcessGroup) -> list[tuple[str, Callable[[
     return [
         ("", lambda: in_any_dtype("weight")),
         ("", lambda: in_any_dtype("col_bias", label_smoothing=0.1)),
+        ("", lambda: nce(margin=0 if odd else 0.0, label_smoothing=-0.0 if odd else 0)),
+        ("", lambda: nce(margin=np.float64(0.1) if odd else 0.1, reduction=np.str_("sum") if odd else "sum")),
+        ("", lambda: extra(x, ssl_loss_weight=1 if odd else 1.0)),
+        ("", lambda: extra(x, ssl_loss_weight=2**60 if odd else 2.0**60)),
+        ("disagree on margin: rank 0 has 0, rank 1 has 0.5", lambda: nce(margin=0.5 * odd)),
+        ("disagree on weights", lambda: extra(x, ssl_loss_weight=2**53 + odd)),
         ("disagree on requires_grad", lambda: fc.info_nce_loss(x, y, weight=weight, group=group).backward()),
         ("disagree on requires_grad", lambda: extra(x.clone().requires_grad_(odd)).backward()),
         ("disagree on extra", lambda: extra(grown)),

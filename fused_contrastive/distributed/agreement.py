@@ -131,7 +131,7 @@ class Call:
             "exchange": self.batch.exchange,
             "gradients": self.batch.gradients,
             "targets": "given" if targets is not None else None,
-            **options,
+            **{key: _plain(value) for key, value in options.items()},
         }
         memory = total_memory(x.device.type, x.device.index)
         keys = len(y) if keys is None else keys
@@ -214,6 +214,17 @@ def _actual(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
     group = dist.group.WORLD if group is None else group
     assert group is not None
     return group
+
+
+def _plain(value: Any) -> Any:
+    """The same for equal options, 0 and 0.0, or a number of NumPy's: what is compared is how they are printed."""
+    if isinstance(value, (tuple, list)):
+        return tuple(_plain(each) for each in value)
+    if isinstance(value, str):
+        return str.__str__(value)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return value
+    return int(value) if value == value // 1 else float(value)
 
 
 def _by_rank(values: list[Any]) -> str:

@@ -6,6 +6,8 @@ import functools
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
+import torch
+
 from fused_contrastive.core import compiler
 from fused_contrastive.core.contexts import Entry, Scoped
 
@@ -16,15 +18,21 @@ R = TypeVar("R")
 # for losses that it calls itself.
 Observer = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 _observers: Scoped[Observer] = Scoped("fused_contrastive observers")
+_of_eager: Scoped[Observer] = Scoped("fused_contrastive observers of eager calls")
 
 
-def add(observer: Observer) -> Entry[Observer]:
-    """Adds an observer to this context and to the copies of it that tasks take, until it is removed."""
-    return _observers.add(observer)
+def add(observer: Observer, compiled: bool = True) -> Entry[Observer]:
+    """Adds an observer to this context and to the copies of it that tasks take, until it is removed.
+
+    ``compiled``: also of losses that torch.compile traces, whose graphs break there.
+    """
+    return (_observers if compiled else _of_eager).add(observer)
 
 
 def remove(entry: Entry[Observer]) -> None:
-    _observers.remove(entry)
+    """In whichever context it was added."""
+    for observers in (_observers, _of_eager):
+        observers.remove(entry)
 
 
 def here() -> tuple[Entry[Observer], ...]:
@@ -37,7 +45,7 @@ def observed(function: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(function)
     def wrapper(*args: P.args, **options: P.kwargs) -> R:
-        if not _observers.anywhere:
+        if not (_observers.anywhere or (_of_eager.anywhere and not torch.compiler.is_compiling())):
             return function(*args, **options)
         result: R = _call(function, args, options)
         return result
@@ -47,7 +55,8 @@ def observed(function: Callable[P, R]) -> Callable[P, R]:
 
 @compiler.outside
 def _call(function: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]) -> Any:
-    if not (entries := _observers.entries):
-        return function(*args, **options)
-    with _observers.without_last():
-        return entries[-1].value(function, args, options)
+    for observers in (_of_eager, _observers):
+        if entries := observers.entries:
+            with observers.without_last():
+                return entries[-1].value(function, args, options)
+    return function(*args, **options)

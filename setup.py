@@ -73,7 +73,7 @@ def extension() -> dict[str, object]:
     from torch.utils.cpp_extension import BuildExtension, CppExtension, include_paths
 
     version = subprocess.run([*shlex.split(os.environ["CXX"]), "--version"], capture_output=True, text=True).stdout
-    # Hidden, as pybind11's own types are: what holds one of them may not be seen from further away than it.
+    # Hidden, as pybind11's own types are: a class may not be more visible than its members.
     compile_args = ["-O3", "-g0", "-Wall", "-Wno-psabi", "-fvisibility=hidden"]
     for folder in [*include_paths(), sysconfig.get_path("include")]:  # warnings are of csrc, not of others' headers
         compile_args += ["-isystem", folder]

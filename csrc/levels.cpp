@@ -20,8 +20,9 @@
 #include "product.h"
 #include "tile.h"
 
-// What follows is compiled for the instruction sets named, a string literal, up to FC_TARGET_END. The pragmas are made
-// of tokens, which the preprocessor turns into one string: formatters split a long literal, and _Pragma takes one only.
+// FC_TARGET_BEGIN(sets) compiles what follows, up to FC_TARGET_END, for the instruction sets in the string `sets`. The
+// pragmas are made of tokens, which the preprocessor turns into one string: formatters split a long literal, and
+// _Pragma takes only one.
 #define FC_PRAGMA(...) _Pragma(#__VA_ARGS__)
 #ifdef __clang__
 #define FC_TARGET_BEGIN(sets) FC_PRAGMA(clang attribute push(__attribute__((target(sets))), apply_to = function))

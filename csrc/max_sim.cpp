@@ -117,7 +117,8 @@ struct Argmax {
   void get(int64_t m, int64_t n, int32_t* index, int64_t count) const {
     visit(m, n, 0, [&](auto* at) { std::copy(at, at + count, index); });
   }
-  // Likewise of some that were kept: raises where one names no token of the `others` that there are now.
+  // The same for argmaxima that the forward kept. Raises IndexError where one is negative or not below `others`, the
+  // other item's present number of tokens.
   void get(int64_t m, int64_t n, int32_t* index, int64_t count, int64_t others) const {
     get(m, n, index, count);
     int32_t bad = 0;

@@ -64,7 +64,7 @@ struct Normalize : torch::autograd::Function<Normalize> {
     shape[0] = 0;
     for (const at::Tensor& x : views) {
       TORCH_CHECK_VALUE(x.dim() && x.sizes().slice(1) == views[0].sizes().slice(1), "views: got shape ", x.sizes(),
-                        ", expected that of the first, ", views[0].sizes(), ", but for the number of rows");
+                        ", expected the first view's shape ", views[0].sizes(), ", except for the number of rows");
       check_dtype("views", x, views[0].scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
       shape[0] += x.size(0);
     }

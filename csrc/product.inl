@@ -3,8 +3,8 @@
 // A micro-tile of C, kMicroRows x 2 vectors, stays in registers while k runs: per step two loads of a panel of B, and
 // one element of A for each row, broadcast. Sums run over kDepth steps at a time and are then added to C: a panel's
 // part of that length stays in L1, and the rounding error of a long sum grows with the length and number of the parts.
-// The vendor's products of a few rows or columns sum in many lanes; where C has so few, whose time is that of reading
-// B, less is summed at a time, so that our error is no larger.
+// Vendor libraries sum products of few rows or columns in many lanes. Such a C takes as long as reading B takes, so
+// shorter parts are summed here, and our error is no larger.
 
 constexpr int64_t kDepth = 256, kFlatDepth = 64, kNarrowDepth = 16;
 

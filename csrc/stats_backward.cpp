@@ -24,6 +24,7 @@ std::array<at::Tensor, 4> backward(const Problem& problem, const at::Tensor& row
   constexpr auto dtype = Prepared<E>::scalar_type();
   const Prepared<E> p(problem);
   const int64_t n = p.y.rows;
+  TORCH_CHECK_VALUE(!joint || (n == p.x.rows && !g_pos && !needs[3]), "joint: expected y to be x, without positives");
   const auto gradient = [](const char* name, const OptionalTensor& g, int64_t size) {
     if (g) check_sizes(name, *g, {size});
     return readable(name, g, dtype);

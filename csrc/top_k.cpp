@@ -129,7 +129,7 @@ void count_block(const at::Tensor& scores, int64_t first_column, const at::Tenso
   });
 }
 
-// `of_scores` and `of_columns` have one shape, with a row, or an element, for each row of scores.
+// `of_scores` and `of_columns` have the same shape, with one row or element per row of scores.
 void check(const at::Tensor& scores, const at::Tensor& of_scores, std::initializer_list<at::Tensor> of_columns) {
   const at::ScalarType dtype = scores.scalar_type();
   TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kDouble, "scores: got dtype ", dtype,

@@ -15,7 +15,7 @@ T inverse_of(T norm) {
   return T(1) / std::max(norm, T(kLeastNorm));
 }
 
-// z (d,) gets x; returns x's length. A single number is not squared, as in torch: 2e19 squared is no float.
+// z (d,) gets x; returns x's length. For d = 1 the length is |x|, as in torch: the square of 2e19 overflows float.
 template <class T>
 T copy_and_norm(const T* x, T* z, int64_t d) {
   std::memcpy(z, x, d * sizeof(T));

@@ -98,7 +98,7 @@ static inline Vec<T> exp_shifted(Vec<T> x, Vec<T> low, int shift, T lowest) {
   Vec<T> p = fill(T(kInverseFactorial[L::kTerms]));
 #pragma GCC unroll 16
   for (int k = L::kTerms - 1; k >= 0; --k) p = p * r + T(kInverseFactorial[k]);
-  typename L::BitVec bits;  // a NaN's may wrap round
+  typename L::BitVec bits;  // unsigned: for a NaN the sum may wrap round
   __builtin_memcpy(&bits, &rounded, sizeof bits);
   bits = (bits + typename L::Bits(L::kExponentBias + shift)) << L::kMantissa;
   Vec<T> power;

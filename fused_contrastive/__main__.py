@@ -27,7 +27,7 @@ from fused_contrastive.verification import run
 
 LARGEST = float(torch.finfo(torch.float32).max)
 FAILED = 3
-CLOSED_PIPE = 128 + 13  # as a shell has it of programs that SIGPIPE ends
+CLOSED_PIPE = 128 + 13  # the status a shell reports for a program that SIGPIPE ended
 
 
 class _Console(Console):

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from apart import ROOT, WARNINGS, build, importing
 
-# Clang counts the sign of an index to -Wconversion, which GCC does not for C++.
+# Clang's -Wconversion includes the signs of indices; GCC's does not in C++.
 FLAGS = f"{WARNINGS} -Wno-sign-conversion"
 
 TESTS = [
@@ -40,7 +40,7 @@ SELECTION = ["-q", "-x", "-p", "no:cacheprovider", "-k", CHOSEN]
 
 
 def clang_of_zig() -> str:
-    """The path of a script that is Clang, as Zig's command of that name: with the system's headers and libraries."""
+    """Writes a script that runs `zig clang` with the system's headers and libraries, and returns its path."""
     package = importlib.util.find_spec("ziglang")
     if package is None or not package.submodule_search_locations:
         sys.exit("clang: CXX names no Clang, and ziglang is not installed: `make clang`, or pip install ziglang")

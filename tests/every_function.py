@@ -37,7 +37,7 @@ FUNCTIONS: dict[str, dict[str, Any]] = {
     "x_clip_loss": {"text_latents": TOKENS[:2], "image_latents": TOKENS[:2], "logit_scale": 1.0},
     "zero_shot": {"image_features": X, "class_text_features": Y, "scale": 1.0, "probabilities": True},
 }
-# Of a module its options, and the function whose other arguments are its call's.
+# For each module: its options, and the function whose other arguments its call takes.
 MODULES: dict[str, tuple[dict[str, Any], str]] = {
     "ClipLoss": ({"label_smoothing": 0.1}, "clip_loss"),
     "FilipLoss": ({}, "filip_loss"),

@@ -1,7 +1,7 @@
 """`make fuzz`: random arguments of every public function, and random problems against float64, for some minutes.
 
 An odd number is a call with up to four of its arguments replaced by hostile ones, by the C++ backend and by the
-reference: both return, the same where the values are ordinary, or both raise an error of those that are promised, which
+reference: both must return, with close results where values are ordinary, or both must raise a documented error that
 names an argument. An even number is a problem of a loss or primitive, held to the error budget. A number is a seed. The
 calls run in a process of its own, so that a crash, or a call without an end, is a finding, too.
 

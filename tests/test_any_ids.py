@@ -25,7 +25,7 @@ def rows_of(stats: tuple[Tensor, ...]) -> Tensor:
     return torch.stack([t.clamp_min(-50) for t in stats]).sum()  # -inf where nothing is left
 
 
-# Of x, y and the ids of their rows: what a process makes of its own rows, which all of them add up to.
+# What a process computes from its own rows of x, y and ids; the processes' results add up.
 CALLS: dict[str, Callable[..., Tensor]] = {
     "contrastive_stats": lambda x, y, a, b, **how: rows_of(
         fc.contrastive_stats(x, y, 5.0, row_ids=a, col_ids=b, **how)

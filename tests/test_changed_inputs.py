@@ -188,3 +188,44 @@ def test_hooks_that_give_back_other_strides_for_the_primitives(
         hooked = gradients()
     for one, other in zip(hooked, plain, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+@on_cpu
+@pytest.mark.parametrize("rows", [N, 5000])
+def test_hooks_that_make_two_tensors_of_one(rows: int, backend: str) -> None:
+    """Of x against itself, both are saved: what comes back for the second is not taken for another matrix."""
+    x, seen = features(N), []
+
+    def unpack(t: Tensor) -> Tensor:
+        seen.append(t.shape == (N, D))
+        return torch.randn(rows, D) if seen.count(True) == 2 and seen[-1] else t
+
+    def loss() -> Tensor:
+        row = fc.contrastive_stats(x, x, directions=("row",), exclude_self=True, memory_budget=0, backend=backend).row
+        return row.sum()
+
+    with saved_tensors_hooks(lambda t: t, unpack):
+        hooked = loss()
+    (found,) = torch.autograd.grad(hooked, x)
+    (right,) = torch.autograd.grad(loss(), x)
+    torch.testing.assert_close(found, right)
+
+
+@pytest.mark.parametrize("backend", ["cpp", "triton"], indirect=True)
+def test_hooks_that_give_back_less(backend: str) -> None:
+    def less(t: Tensor) -> Tensor:
+        return t[:1] if t.dim() == 2 and t.shape != (N, D) else t
+
+    x, y, a, b = features(N), features(N), features(3, 5), features(4, 6)
+    with saved_tensors_hooks(lambda t: t, less):
+        stats = fc.contrastive_stats(x, y, 2.0, memory_budget=10**6, backend=backend)
+    with pytest.raises(ValueError, match=r"^kept: got"):
+        stats.row.sum().backward()
+    with saved_tensors_hooks(lambda t: t, lambda t: t[:1] if t.dtype == torch.uint8 else t):
+        scores = fc.max_sim(a, b, backend=backend)
+    if backend == "cpp":  # finds again what it is not given
+        right = torch.autograd.grad(fc.max_sim(a, b, backend=backend).sum(), (a, b))
+        torch.testing.assert_close(torch.autograd.grad(scores.sum(), (a, b)), right)
+    else:
+        with pytest.raises(ValueError, match=r"^argmax_x: got"):
+            scores.sum().backward()

@@ -10,16 +10,20 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from datetime import timedelta
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
 from spread import start
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import fused_contrastive as fc
 from fused_contrastive.ops import dispatch, global_stats
@@ -40,7 +44,7 @@ def indices(n: int = N) -> Tensor:
 
 
 def good_calls() -> dict[str, dict[str, Any]]:
-    """Of each function that takes a group, arguments that it takes; after a comma, another way to call it."""
+    """Good arguments of each function that takes a group; after a comma, a second way to call it."""
     pair = (floats(N, D), floats(N, D).flip(0))
     ids = {"row_ids": indices(), "col_ids": indices()}
     clip = dict(zip(("image_features", "text_features"), pair, strict=True))
@@ -74,7 +78,7 @@ def good_calls() -> dict[str, dict[str, Any]]:
 
 
 def bad_values() -> dict[str, list[Any]]:
-    """Of each argument, what no function takes for it beside the good ones."""
+    """Bad values of each argument."""
     features = [MISSING, None, torch.zeros(N, D, dtype=torch.int64), floats(D), floats(N, D).to_sparse()]
     scale = ["5", torch.ones(2), torch.tensor(5), True]
     vector = [[0.0] * N, torch.zeros(N + 9), torch.zeros(N, 1), torch.zeros(N, dtype=torch.int64)]
@@ -212,11 +216,11 @@ def odd_calls(odd: bool, group: dist.ProcessGroup) -> list[tuple[str, Callable[[
     grown = floats(N, D + odd)
     weight = torch.ones(N, requires_grad=odd)
 
-    def clip(x: Tensor = x) -> Tensor:
+    def clip(x: Tensor = x, y: Tensor = y) -> Tensor:
         return fc.clip_loss(x, y, 1.0, group=group)
 
-    def extra(extra: Tensor) -> Tensor:
-        return fc.x_clip_loss(x, y, 1.0, text_latents_extra=extra, image_latents_extra=extra, group=group)
+    def extra(extra: Tensor, **how: Any) -> Tensor:
+        return fc.x_clip_loss(x, y, 1.0, text_latents_extra=extra, image_latents_extra=extra, group=group, **how)
 
     def under_autocast(call: Callable[[], Tensor]) -> Tensor:
         with torch.autocast("cpu", enabled=odd):
@@ -231,6 +235,41 @@ def odd_calls(odd: bool, group: dist.ProcessGroup) -> list[tuple[str, Callable[[
             warnings.simplefilter("error" if odd else "ignore")
             return fc.nt_xent_loss(x, y, group=group)
 
+    def traced() -> Tensor:
+        return torch.jit.trace(clip, (x,), check_trace=False)(x) if odd else clip()
+
+    def fake(x: Tensor = x, y: Tensor = y) -> Tensor:
+        with FakeTensorMode(allow_non_fake_inputs=True) if odd else nullcontext():
+            return fc.clip_loss(x, y, 1.0, group=group)
+
+    def of_fake_tensors() -> Tensor:
+        mode = FakeTensorMode()
+        one, other = (mode.from_tensor(t) if odd else t for t in (x, y))
+        return fc.clip_loss(one, other, 1.0, group=group)
+
+    def exported() -> Any:
+        return torch.export.export(fc.ClipLoss(group=group), (x, y, 1.0), strict=False) if odd else clip()
+
+    def made_fx(mode: str) -> Tensor:
+        return make_fx(lambda t: clip(t), tracing_mode=mode)(x) if odd else clip()
+
+    def inference(t: Tensor) -> Tensor:
+        with torch.inference_mode(odd):
+            return t.clone()
+
+    inferred = "from torch.inference_mode() while a gradient is asked"
+    leaf, mask = y.clone().requires_grad_(), torch.ones(N, 2, dtype=torch.bool)
+    ones, tokens = torch.ones(N), leaf[:, None].expand(N, 2, D)
+
+    def nce(**how: Any) -> Tensor:
+        return fc.info_nce_loss(x, leaf, negatives=floats(N, 2, D), group=group, **how)
+
+    def filip(mask: Tensor) -> Tensor:
+        return fc.filip_loss(tokens, tokens, 1.0, image_mask=mask, group=group)
+
+    def x_clip(mask: Tensor) -> Tensor:
+        return fc.x_clip_loss(tokens, tokens, 1.0, text_mask=mask, use_all_token_embeds=True, group=group)
+
     def in_any_dtype(name: str, **how: Any) -> None:
         ones = torch.ones(N, dtype=torch.float64 if odd else torch.float16)
         found, right = (fc.info_nce_loss(x, y, group=group, **{name: t}, **how) for t in (ones, ones.float()))
@@ -239,6 +278,12 @@ def odd_calls(odd: bool, group: dist.ProcessGroup) -> list[tuple[str, Callable[[
     return [
         ("", lambda: in_any_dtype("weight")),
         ("", lambda: in_any_dtype("col_bias", label_smoothing=0.1)),
+        ("", lambda: nce(margin=0 if odd else 0.0, label_smoothing=-0.0 if odd else 0)),
+        ("", lambda: nce(margin=np.float64(0.1) if odd else 0.1, reduction=np.str_("sum") if odd else "sum")),
+        ("", lambda: extra(x, ssl_loss_weight=1 if odd else 1.0)),
+        ("", lambda: extra(x, ssl_loss_weight=2**60 if odd else 2.0**60)),
+        ("disagree on margin: rank 0 has 0, rank 1 has 0.5", lambda: nce(margin=0.5 * odd)),
+        ("disagree on weights", lambda: extra(x, ssl_loss_weight=2**53 + odd)),
         ("disagree on requires_grad", lambda: fc.info_nce_loss(x, y, weight=weight, group=group).backward()),
         ("disagree on requires_grad", lambda: extra(x.clone().requires_grad_(odd)).backward()),
         ("disagree on extra", lambda: extra(grown)),
@@ -246,6 +291,19 @@ def odd_calls(odd: bool, group: dist.ProcessGroup) -> list[tuple[str, Callable[[
         ("disagree on dtype", lambda: under_autocast(lambda: fc.x_clip_loss(x, y, 1.0, group=group))),
         ("group: got a call inside a transform", lambda: torch.func.grad(clip)(x) if odd else clip()),
         ("forward-mode", with_a_tangent),
+        (f"clip_loss: got the features of the rows, of shape (4, 8), {inferred}", lambda: clip(inference(x), leaf)),
+        (f"clip_loss: got the features of the columns, of shape (4, 8), {inferred}", lambda: clip(leaf, inference(y))),
+        (f"info_nce_loss: got another input, of shape (4,), {inferred}", lambda: nce(weight=inference(ones))),
+        (f"info_nce_loss: got another input, of shape (4, 2), {inferred}", lambda: nce(negatives_mask=inference(mask))),
+        (f"filip_loss: got another input, of shape (4, 2), {inferred}", lambda: filip(inference(mask))),
+        (f"x_clip_loss: got another input, of shape (4, 2), {inferred}", lambda: x_clip(inference(mask))),
+        ("", lambda: clip(inference(x), inference(y))),
+        ("torch.jit.trace (and torch.onnx.export with dynamo=False) cannot record", traced),
+        ("group: got a call with fake or recorded tensors", fake),
+        ("group: got a call with fake or recorded tensors", of_fake_tensors),
+        ("group: got a call with fake or recorded tensors", lambda: made_fx("real")),
+        ("group: got a call with fake or recorded tensors", lambda: made_fx("symbolic")),
+        ("group: got a call with fake or recorded tensors", exported),
         ("FutureWarning", with_warnings_as_errors),
     ]
 

@@ -1,12 +1,14 @@
 """A scale, temperature or bias that is not where the features are: moved, but not while a CUDA graph is captured.
 
-No GPU is needed: fake tensors have a device and a shape, and no values.
+And numbers that float64 does not hold are refused by name. No GPU is needed: fake tensors have a device and a shape,
+and no values.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from fractions import Fraction
 
 import pytest
 import torch
@@ -58,6 +60,66 @@ def test_elsewhere_while_a_graph_is_captured(call: str) -> None:
     )
     with pytest.raises(RuntimeError, match=re.escape(message)):
         run(torch.ones((), device="cpu"))
+
+
+X, TOKENS = torch.ones(4, 3), torch.ones(4, 2, 3)
+NUMBERS: dict[str, tuple[str, Callable[[int], object]]] = {
+    "stats": ("scale", lambda s: fc.contrastive_stats(X, X, s)),
+    "rank": ("scale", lambda s: fc.rank(X, X, 2, scale=s)),
+    "diagnose": ("scale", lambda s: fc.diagnose(X, X, s)),
+    "clip": ("logit_scale", lambda s: fc.clip_loss(X, X, s)),
+    "clip by temperature": ("temperature", lambda s: fc.clip_loss(X, X, temperature=s)),
+    "smoothing": ("label_smoothing", lambda s: fc.clip_loss(X, X, 1.0, label_smoothing=s)),
+    "siglip's bias": ("logit_bias", lambda s: fc.siglip_loss(X, X, 1.0, s)),
+    "margin": ("margin", lambda s: fc.info_nce_loss(X, X, margin=s)),
+    "filip": ("logit_scale", lambda s: fc.filip_loss(TOKENS, TOKENS, s)),
+    "x_clip": ("logit_scale", lambda s: fc.x_clip_loss(X, X, s)),
+    "x_clip's weight": ("ssl_loss_weight", lambda s: fc.x_clip_loss(X, X, 1.0, ssl_loss_weight=s)),
+}
+
+
+@pytest.mark.parametrize("number", [10**400, -(10**5000)], ids=["10**400", "-10**5000"])
+@pytest.mark.parametrize("call", NUMBERS)
+def test_integers_that_no_float_holds(call: str, number: int) -> None:
+    """Nor does Python print the longer one."""
+    name, run = NUMBERS[call]
+    with pytest.raises(ValueError, match=rf"^{name}: got an? (negative )?integer of \d+ bits, expected "):
+        run(number)
+
+
+@pytest.mark.parametrize("name", ["k", "memory_budget"])
+def test_integers_too_long_to_print(name: str) -> None:
+    options = {"k": 2, name: -(10**5000)}
+    with pytest.raises(ValueError, match=rf"^{name}: got a negative integer of \d+ bits, expected "):
+        fc.rank(X, X, **options) if name == "k" else fc.clip_loss(X, X, 1.0, memory_budget=options[name])
+
+
+@pytest.mark.parametrize("call", ["stats", "rank", "clip", "siglip's bias", "filip", "x_clip"])
+def test_numbers_that_the_logits_do_not_hold(call: str) -> None:
+    name, run = NUMBERS[call]
+    with pytest.raises(
+        ValueError, match=rf"^{name}: got 1e\+300, expected a number that torch.float32 holds, up to 3.4e"
+    ):
+        run(1e300)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"^temperature: got 1e-60, expected at least 2.9e-39"):
+        fc.clip_loss(X, X, temperature=1e-60)
+    assert torch.isfinite(fc.clip_loss(X.double(), X.double(), 1e300))
+
+
+def test_fractions() -> None:
+    with pytest.raises(
+        ValueError, match=r"^logit_scale: got a Fraction, expected a number that float64 holds, up to 1\.8e\+308"
+    ):
+        fc.clip_loss(X, X, Fraction(10**400))
+    assert torch.equal(fc.clip_loss(X, X, Fraction(1, 2)), fc.clip_loss(X, X, 0.5))
+
+
+def test_integers_under_compile() -> None:
+    """They are dynamic from the second one on."""
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda s: fc.clip_loss(X, X, s, label_smoothing=0), fullgraph=True, backend="eager")
+    for scale in (2, 3, 5):
+        assert torch.equal(compiled(scale), fc.clip_loss(X, X, scale))
 
 
 @pytest.mark.usefixtures("capturing")

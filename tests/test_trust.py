@@ -192,6 +192,34 @@ PUBLIC = {
 }
 
 
+@POSIX
+def test_what_a_forked_child_calls_first_in_a_thread_or_compiled() -> None:
+    """The threads that are lost are those of the thread that forked, whichever calls first."""
+    code = """
+import os, sys, threading, warnings
+import torch
+import fused_contrastive as fc
+warnings.simplefilter("ignore")
+torch.set_num_threads(2)
+x, y = torch.randn(600, 64), torch.randn(600, 64)
+compiled = torch.compile(fc.clip_loss, fullgraph=True, backend="eager")
+right = fc.clip_loss(x, y, 0.1)
+for way in ("thread", "compiled"):
+    sys.stdout.flush()
+    if (pid := os.fork()) == 0:
+        if way == "thread":
+            thread = threading.Thread(target=fc.clip_loss, args=(x, y, 0.1))
+            thread.start()
+            thread.join()
+        else:
+            compiled(x, y, 0.1)
+        print(way, torch.allclose(fc.clip_loss(x, y, 0.1), right), torch.get_num_threads(), flush=True)
+        os._exit(0)
+    os.waitpid(pid, 0)
+"""
+    assert run(code).split() == ["thread", "True", "1", "compiled", "True", "1"]
+
+
 def test_every_public_function_is_tried_after_a_fork() -> None:
     functions = {name for name in fc.__all__ if inspect.isfunction(getattr(fc, name))}
     assert functions == set(PUBLIC)

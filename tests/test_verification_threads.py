@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fused_contrastive as fc
+from fused_contrastive.backends import cpp
 from fused_contrastive.core import observing
+from fused_contrastive.core.spec import Forward
 from fused_contrastive.ops import dispatch
 
 X, Y = (F.normalize(torch.randn(16, 8), dim=1) for _ in range(2))
@@ -77,8 +80,45 @@ def test_another_thread_is_not_observed() -> None:
         assert check.calls == 0
         loss()
     assert check.calls == 1
-    found = fc.verify(lambda x, y: fc.clip_loss(x, y, 1.0) + 0 * in_a_thread(loss), X, Y)
-    assert found.held
+
+
+def in_two_threads(x: Tensor, y: Tensor) -> Tensor:
+    return fc.clip_loss(x, y, 1.0) + in_a_thread(lambda: fc.clip_loss(x, y, 2.0))
+
+
+def in_threads_alone(x: Tensor, y: Tensor) -> Tensor:
+    return in_a_thread(lambda: fc.clip_loss(x, y, 2.0))
+
+
+def in_a_copy(x: Tensor, y: Tensor) -> Tensor:
+    context = contextvars.copy_context()
+    return fc.clip_loss(x, y, 1.0) + in_a_thread(lambda: context.run(fc.clip_loss, x, y, 2.0))
+
+
+def in_asyncio(x: Tensor, y: Tensor) -> Tensor:
+    return fc.clip_loss(x, y, 1.0) + asyncio.run(asyncio.to_thread(fc.clip_loss, x, y, 2.0))
+
+
+@pytest.mark.parametrize("loss_fn", [in_two_threads, in_threads_alone])
+def test_a_loss_in_a_thread_of_its_own_is_not_taken_for_verified(loss_fn: Callable[..., Tensor]) -> None:
+    with pytest.raises(RuntimeError, match=r"loss_fn: another thread called a loss while .*, or in others by contextv"):
+        fc.verify(loss_fn, X, Y)
+    assert fc.verify(lambda x, y: fc.clip_loss(x, y, 1.0), X, Y).held
+
+
+@pytest.mark.parametrize("loss_fn", [in_a_copy, in_asyncio])
+@pytest.mark.parametrize("wrong", [False, True])
+def test_a_loss_in_a_thread_with_a_copy_of_the_context_is_verified(
+    loss_fn: Callable[..., Tensor], wrong: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right, main = cpp.stats_forward, threading.get_ident()
+
+    def forward(*args: Any) -> Forward:
+        found = right(*args)
+        return found._replace(row=found.row * 1.5) if wrong and threading.get_ident() != main else found
+
+    monkeypatch.setattr(cpp, "stats_forward", forward)
+    assert fc.verify(loss_fn, X, Y).held != wrong
 
 
 def test_blocks_of_two_threads_are_apart() -> None:
@@ -139,6 +179,18 @@ def test_a_block_that_is_left_elsewhere_has_ended() -> None:
     assert check.calls == 1
 
 
+def test_a_block_is_left_once() -> None:
+    check = fc.verify_against_reference()
+    with check, check:
+        loss()
+    assert check.calls == 1
+    with pytest.raises(RuntimeError, match="verify_against_reference: got an exit from a block that has been left"):
+        check.__exit__(None, None, None)
+    with check:
+        loss()
+    assert check.calls == 2
+
+
 def test_tasks() -> None:
     """One that began in the block is observed until the block ends; one beside it never."""
 
@@ -168,10 +220,24 @@ def test_the_reference_is_forced_on_one_thread_alone() -> None:
     with dispatch.using("reference") as forced:
         cpu = (torch.device("cpu"), torch.float32)
         assert in_a_thread(dispatch.forced) is None
-        assert forced.calls == 0
+        assert (forced.calls, forced.missed) == (0, True)
         assert dispatch.resolve("auto", *cpu) == "reference"
         assert forced.calls == 1
     assert dispatch.forced() is None
+
+
+def test_checked_losses_beside_threads_that_compute_losses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A training is checked, whatever other threads compute: its losses start no threads."""
+    evaluate = fc.verification.compare._evaluate
+
+    def evaluate_beside_another(*args: Any) -> object:
+        in_a_thread(loss)
+        return evaluate(*args)
+
+    monkeypatch.setattr(fc.verification.compare, "_evaluate", evaluate_beside_another)
+    with fc.verify_against_reference(on_breach="raise") as check:
+        loss()
+    assert check.checked == 1
 
 
 def test_a_checked_loss_leaves_the_generator_to_other_threads(monkeypatch: pytest.MonkeyPatch) -> None:

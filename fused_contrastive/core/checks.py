@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from numbers import Real
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fused_contrastive.core.modes import is_plain, unwrapped
+from fused_contrastive.core.spec import compute_dtype
 
 FEATURE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 DIRECTIONS = ("row", "col")
@@ -75,17 +77,56 @@ def scalar(name: str, value: object) -> float | Tensor:
         if not value.is_floating_point():
             raise TypeError(f"{name}: got dtype {value.dtype}, expected a floating dtype")
         return value if value.dim() == 0 else value.squeeze(0)
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return value
-    if isinstance(value, bool) or not isinstance(value, Real):
+    if isinstance(value, bool) or not isinstance(value, (int, float, Real)):
         raise TypeError(f"{name}: got {type(value).__name__}, expected a number or a tensor of shape () or (1,)")
-    return float(value)  # a float16's quotients would be rounded to float16
+    fits(name, value)
+    return value if isinstance(value, (int, float)) else float(value)  # a float16's quotients would be in float16
+
+
+def fits(name: str, value: Real | float) -> None:
+    """A number that float64 holds: an integer or a fraction may be larger."""
+    try:
+        float(value)
+    except OverflowError:
+        raise ValueError(
+            f"{name}: got {_shown(value)}, expected a number that float64 holds, up to {sys.float_info.max:.2g}"
+        ) from None
+
+
+def _shown(value: object) -> str:
+    """Python refuses to print an integer of some thousand digits, and nobody would read it."""
+    if isinstance(value, int) and value.bit_length() > 128:
+        return f"{'a negative' if value < 0 else 'an'} integer of {value.bit_length()} bits"
+    return str(value) if isinstance(value, (int, float)) else f"a {type(value).__name__}"
 
 
 def scalar_beside(name: str, value: object, x: Tensor) -> float | Tensor:
-    """``scalar``, and a tensor is moved to the device of x."""
+    """``scalar``, a number that the logits' dtype holds; a tensor is moved to the device of x."""
     value = scalar(name, value)
-    return beside(name, value, x) if isinstance(value, Tensor) else value
+    if isinstance(value, Tensor):
+        return beside(name, value, x)
+    held(name, value, x)
+    return value
+
+
+def held(name: str, value: float, x: Tensor) -> None:
+    """A number that the dtype of the logits of x holds."""
+    if overflows(value, x):
+        most = f"{compute_dtype(x.dtype)} holds, up to {largest(x):.2g}"
+        raise ValueError(f"{name}: got {_shown(value)}, expected a number that {most}")
+
+
+def largest(x: Tensor) -> float:
+    """The largest number of the dtype of the logits of x."""
+    return torch.finfo(compute_dtype(x.dtype)).max
+
+
+def overflows(value: float, x: Tensor) -> bool:
+    """Whether a finite number is none in the dtype of the logits of x, which torch refuses without its name.
+
+    Not asked by torch.compile, which would guard on a number that may be another in each call.
+    """
+    return not torch.compiler.is_compiling() and largest(x) < abs(value) < float("inf")
 
 
 def beside(name: str, value: Tensor, x: Tensor) -> Tensor:
@@ -152,7 +193,7 @@ def memory_budget(value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"memory_budget: got {value!r}, expected a number of bytes or 'auto'")
     if value < 0:
-        raise ValueError(f"memory_budget: got {value}, expected at least 0 bytes")
+        raise ValueError(f"memory_budget: got {_shown(value)}, expected at least 0 bytes")
 
 
 def target_range(targets: Tensor, columns: int) -> None:
@@ -178,7 +219,7 @@ def unit_interval(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: got {value!r}, expected a number in [0, 1)")
     if not 0 <= value < 1:
-        raise ValueError(f"{name}: got {value}, expected a number in [0, 1)")
+        raise ValueError(f"{name}: got {_shown(value)}, expected a number in [0, 1)")
 
 
 def boolean(name: str, value: object) -> None:
@@ -235,11 +276,12 @@ def count(name: str, value: object, most: int, of: str) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name}: got {value!r}, expected an integer from 1 to {most} ({of})")
     if not 1 <= value <= most:
-        raise ValueError(f"{name}: got {value}, expected an integer from 1 to {most} ({of})")
+        raise ValueError(f"{name}: got {_shown(value)}, expected an integer from 1 to {most} ({of})")
 
 
 def positive(name: str, value: float) -> None:
     """A finite number above 0."""
+    fits(name, value)
     if not 0 < value < float("inf"):
         raise ValueError(f"{name}: got {value}, expected a finite number above 0")
 
@@ -248,7 +290,7 @@ def at_least_1(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name}: got {value!r}, expected an integer of at least 1")
     if value < 1:
-        raise ValueError(f"{name}: got {value}, expected an integer of at least 1")
+        raise ValueError(f"{name}: got {_shown(value)}, expected an integer of at least 1")
 
 
 def counts(name: str, value: object) -> None:
@@ -277,5 +319,6 @@ def non_negative(name: str, value: object) -> None:
     """A finite number of at least 0."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: got {value!r}, expected a number of at least 0")
+    fits(name, value)
     if not 0 <= value < float("inf"):
         raise ValueError(f"{name}: got {value}, expected a finite number of at least 0")

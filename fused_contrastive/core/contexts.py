@@ -40,6 +40,11 @@ class Scoped(Generic[T]):
         """How many there are, in all contexts together."""
         return len(self._open)
 
+    def everywhere(self) -> tuple[T, ...]:
+        """The values of the blocks of all contexts together."""
+        with self._lock:
+            return tuple(entry.value for entry in self._open)
+
     def add(self, value: T) -> Entry[T]:
         entry = Entry(value)
         with self._lock:

@@ -1,28 +1,31 @@
 """After a fork: OpenMP's threads do not survive it, and a child that waits for them hangs, in torch's operators too.
 
-Whether the parent had used several threads, here or in torch, cannot be asked. A child goes on with one, as DataLoader
-makes its workers do, unless it asks for several itself after its first call.
+A child cannot find out whether its parent used several threads. It goes on with one, as DataLoader makes its workers
+do, unless it asks for several itself after its first call. Only the thread that forked is concerned: OpenMP gives each
+thread that begins parallel work workers of its own.
 """
 
 from __future__ import annotations
 
 import functools
 import os
-import warnings
+import threading
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
 import torch
 
+from fused_contrastive.core import warn
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
-_forked = False
+_forked: int | None = None  # the thread of a child that stands where its parent forked, until its first call
 
 
 def _note() -> None:
     global _forked
-    _forked = True
+    _forked = threading.get_ident()
 
 
 if hasattr(os, "register_at_fork"):
@@ -30,22 +33,24 @@ if hasattr(os, "register_at_fork"):
 
 
 def guard() -> None:
-    """Before the first parallel work of a call."""
-    if _forked:
+    """Before the first parallel work of a call. A compiled function meets it where its operators run."""
+    if _forked is not None and not torch.compiler.is_compiling():
         _go_on_with_one_thread()
 
 
 def _go_on_with_one_thread() -> None:
     global _forked
-    _forked = False
+    if threading.get_ident() != _forked:
+        return
+    _forked = None
     if torch.get_num_threads() == 1:
         return
     torch.set_num_threads(1)  # before the warning, which may be an error that is caught
-    warnings.warn(
+    warn.once(
+        "forked",
         "fused_contrastive: this process was forked from one that may have used several threads, which it cannot use; "
         "it goes on with one, torch.set_num_threads(1). Say so in the child, or start it by 'spawn'",
         RuntimeWarning,
-        stacklevel=4,
     )
 
 

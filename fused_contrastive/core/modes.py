@@ -6,7 +6,8 @@ is asked several times a call, so it has to be cheap.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
+from torch.utils._python_dispatch import _disable_current_modes
 
 # Bound here: each look-up costs as much as the question.
 _is_compiling = torch.compiler.is_compiling
@@ -83,6 +85,33 @@ def refuse_transforms(what: str) -> None:
         )
 
 
-def outside_transforms() -> AbstractContextManager[object]:
-    """In this block, tensors are those of no transform of torch.func."""
-    return torch._functorch.pyfunctorch.temporarily_clear_interpreter_stack()
+def refuse_fake(what: str, *values: object) -> None:
+    """No call that a trace records or that computes with fake tensors, which other processes cannot be sent.
+
+    torch.compile traces no further than to the first exchange, which it leaves to Python.
+    """
+    if torch.compiler.is_dynamo_compiling():
+        return
+    keys = torch._C._TorchDispatchModeKey
+    recorded = any(torch._C._get_dispatch_mode(key) is not None for key in (keys.FAKE, keys.PROXY))
+    if recorded or any(type(t) not in _PLAIN_TYPES and hasattr(t, "fake_mode") for t in values):
+        raise RuntimeError(
+            f"{what}: got a call with fake or recorded tensors (FakeTensorMode, make_fx, torch.export), whose values "
+            "cannot be sent to other processes, expected tensors with values, as in torch.compile"
+        )
+
+
+@contextmanager
+def outside_everything() -> Iterator[None]:
+    """In this block, no transform of torch.func, mode or torch.jit.trace sees what is computed."""
+    trace = _jit_trace()
+    torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
+    try:
+        with (
+            torch._functorch.pyfunctorch.temporarily_clear_interpreter_stack(),
+            _disable_current_modes(),
+            torch._C.DisableTorchFunction(),
+        ):
+            yield
+    finally:
+        torch._C._set_tracing_state(trace)  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""Where a verification listens to the losses that its own context calls. Nothing is done unless one does."""
+"""Lets a verification observe the losses that its own context calls; without one, losses are called directly."""
 
 from __future__ import annotations
 
@@ -6,28 +6,37 @@ import functools
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
+import torch
+
 from fused_contrastive.core import compiler
 from fused_contrastive.core.contexts import Entry, Scoped
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
-# Called instead of a loss, with it and its arguments; the last one that was added is, and not for what it calls itself.
+# An observer is called instead of a loss, with the loss and its arguments. Only the innermost one is called, and not
+# for losses that it calls itself.
 Observer = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 _observers: Scoped[Observer] = Scoped("fused_contrastive observers")
+_of_eager: Scoped[Observer] = Scoped("fused_contrastive observers of eager calls")
 
 
-def add(observer: Observer) -> Entry[Observer]:
-    """Until it is removed, in this context and the copies of it that tasks take."""
-    return _observers.add(observer)
+def add(observer: Observer, compiled: bool = True) -> Entry[Observer]:
+    """Adds an observer to this context and to the copies of it that tasks take, until it is removed.
+
+    ``compiled``: also of losses that torch.compile traces, whose graphs break there.
+    """
+    return (_observers if compiled else _of_eager).add(observer)
 
 
 def remove(entry: Entry[Observer]) -> None:
-    _observers.remove(entry)
+    """In whichever context it was added."""
+    for observers in (_observers, _of_eager):
+        observers.remove(entry)
 
 
 def here() -> tuple[Entry[Observer], ...]:
-    """Those of this context, the last one that was added last."""
+    """The observers of this context, in the order they were added."""
     return _observers.entries
 
 
@@ -36,7 +45,7 @@ def observed(function: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(function)
     def wrapper(*args: P.args, **options: P.kwargs) -> R:
-        if not _observers.anywhere:
+        if not (_observers.anywhere or (_of_eager.anywhere and not torch.compiler.is_compiling())):
             return function(*args, **options)
         result: R = _call(function, args, options)
         return result
@@ -46,7 +55,8 @@ def observed(function: Callable[P, R]) -> Callable[P, R]:
 
 @compiler.outside
 def _call(function: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]) -> Any:
-    if not (entries := _observers.entries):
-        return function(*args, **options)
-    with _observers.without_last():
-        return entries[-1].value(function, args, options)
+    for observers in (_of_eager, _observers):
+        if entries := observers.entries:
+            with observers.without_last():
+                return entries[-1].value(function, args, options)
+    return function(*args, **options)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fused_contrastive.core import forks
 from fused_contrastive.core.memory import total_memory
-from fused_contrastive.core.modes import outside_transforms, refuse_transforms
+from fused_contrastive.core.modes import outside_everything, refuse_fake, refuse_transforms
 from fused_contrastive.core.reduction import Reduction
 from fused_contrastive.distributed.batch import GlobalBatch
 from fused_contrastive.distributed.collectives import all_gather_single, reported, summed
@@ -117,8 +117,8 @@ class Call:
         """The agreement of this call, which the first of nested functions makes.
 
         ``x`` (m, D) and ``y`` (n, D) are this process's rows and columns, or items (m, P, D) and (n, T, D) of tokens;
-        ``options`` must be the same everywhere; ``inputs`` are what else may require a gradient. ``targets`` count the
-        first ``keys`` columns of each process.
+        ``options`` must be the same everywhere; ``inputs`` are what else may require a gradient or be saved for one.
+        ``targets`` count the first ``keys`` columns of each process.
         """
         if self.agreed is not None:
             return self.agreed
@@ -131,7 +131,7 @@ class Call:
             "exchange": self.batch.exchange,
             "gradients": self.batch.gradients,
             "targets": "given" if targets is not None else None,
-            **options,
+            **{key: _plain(value) for key, value in options.items()},
         }
         memory = total_memory(x.device.type, x.device.index)
         keys = len(y) if keys is None else keys
@@ -171,8 +171,11 @@ class Call:
         if self.agreed is not None and self.agreed.world > 1:
             _left[_actual(self.batch.group)] = message
         elif not self._closed and isinstance(error, Exception):  # after Ctrl-C, nobody wants to wait for the others
-            with outside_transforms():
-                self._exchange(1, 0, 0, 0, 0, 0, 0, -1, 0, message=message)
+            try:
+                with outside_everything():
+                    self._exchange(1, 0, 0, 0, 0, 0, 0, -1, 0, message=message)
+            except Exception as untold:  # the error that could not be told is the one to raise
+                _left[_actual(self.batch.group)] = f"{message}; telling them: {untold}"
 
     def _exchange(self, failed: int, *values: int, message: str = "") -> list[list[int]]:
         self._closed = True
@@ -207,10 +210,21 @@ Group = dist.ProcessGroup | GlobalBatch | None  # a loss that calls another one 
 
 
 def _actual(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
-    """The default group for None."""
+    """The group itself, or the default group for None."""
     group = dist.group.WORLD if group is None else group
     assert group is not None
     return group
+
+
+def _plain(value: Any) -> Any:
+    """The same for equal options, 0 and 0.0, or a number of NumPy's: what is compared is how they are printed."""
+    if isinstance(value, (tuple, list)):
+        return tuple(_plain(each) for each in value)
+    if isinstance(value, str):
+        return str.__str__(value)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return value
+    return int(value) if value == value // 1 else float(value)
 
 
 def _by_rank(values: list[Any]) -> str:
@@ -238,6 +252,7 @@ def collective(function: Callable[P, R]) -> Callable[P, R]:
         options["group"] = call
         try:
             refuse_transforms("group")
+            refuse_fake("group")
             return function(*args, **options)
         except BaseException as error:
             call.fail(error)

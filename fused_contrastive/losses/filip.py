@@ -87,7 +87,7 @@ def filip_loss(
         text_mask = checks.mask("text_mask", text_mask, text_tokens.shape[:2], "text_tokens", text_tokens)
     options = {"decoupled": decoupled, "compat": compat, "direction": direction, "reduction": reduction}
     agreed = agree(
-        group, "filip_loss", image_tokens, text_tokens, options, logit_scale,
+        group, "filip_loss", image_tokens, text_tokens, options, logit_scale, image_mask, text_mask,
         memory_budget=memory_budget, backend=backend,
     )  # fmt: skip
     if agreed is not None:

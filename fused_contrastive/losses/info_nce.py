@@ -149,8 +149,8 @@ def info_nce_loss(
             "weight": weight is not None,
         }  # fmt: skip
         agreed = agree(
-            group, "info_nce_loss", query, columns, said, scale, negatives, col_bias, weight, targets=targets,
-            keys=key.shape[0], memory_budget=memory_budget, backend=backend,
+            group, "info_nce_loss", query, columns, said, scale, negatives, col_bias, weight, negatives_mask,
+            targets=targets, keys=key.shape[0], memory_budget=memory_budget, backend=backend,
         )  # fmt: skip
         assert agreed is not None
         problem.spec = problem.spec._replace(targets=agreed.columns_of(targets, query.device))

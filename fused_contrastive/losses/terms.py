@@ -90,6 +90,8 @@ def scale_of(
     known = not isinstance(temperature, Tensor) or (is_plain(temperature) and temperature.device.type == "cpu")
     if known and not temperature > 0:
         raise ValueError(f"temperature: got {float(temperature)}, expected a positive number")
+    if not isinstance(temperature, Tensor) and x is not None and checks.overflows(1 / temperature, x):
+        raise ValueError(f"temperature: got {temperature}, expected at least {1 / checks.largest(x):.2g}")
     if isinstance(temperature, Tensor) and x is not None:  # a float16's quotient would be rounded to float16
         temperature = checks.beside("temperature", temperature, x).to(compute_dtype(x.dtype))
     return 1 / temperature

@@ -125,7 +125,7 @@ def x_clip_loss(
     }
     agreed = agree(
         group, "x_clip_loss", autocast(images[0]), autocast(texts[0]), said, logit_scale, texts_extra, images_extra,
-        memory_budget=memory_budget, backend=backend,
+        *masks, memory_budget=memory_budget, backend=backend,
     )  # fmt: skip
 
     def loss_of(latents: _Latents) -> Tensor:

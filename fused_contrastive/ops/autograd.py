@@ -36,6 +36,8 @@ def backward(ctx: Any, g_pos: Tensor | None, g_row: Tensor | None, g_col: Tensor
     if g_pos is None and g_row is None and g_col is None:
         return (None,) * INPUTS
     x, y, scale, targets, col_bias, row_ids, col_ids, row, col, kept = ctx.saved_tensors
+    if ctx.same:
+        y = x  # hooks on saved tensors may have made two of one
     asked = ctx.needs_input_grad  # made anew each time
     needs = [asked[0], asked[1], asked[2], asked[4]]
     direct = is_plain(x) and not torch.is_grad_enabled()

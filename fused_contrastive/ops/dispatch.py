@@ -12,7 +12,7 @@ import torch
 
 from fused_contrastive.backends import cpp, reference, triton
 from fused_contrastive.backends.contract import Backend
-from fused_contrastive.core import checks, compiler, warn
+from fused_contrastive.core import checks, warn
 from fused_contrastive.core.contexts import Scoped
 
 BACKENDS: dict[str, Backend] = {"reference": reference, "cpp": cpp, "triton": triton}
@@ -25,30 +25,39 @@ def available() -> dict[str, Backend]:
 
 
 class Forced:
-    """Within ``using``: the backend that every call gets, and how many calls there were."""
+    """Within ``using``: the backend that every call gets, how many calls there were, and whether any missed it.
+
+    A call misses it that another thread makes in a context of its own, whether or not the block started that thread.
+    """
 
     def __init__(self, backend: str) -> None:
-        self.backend, self.calls = backend, 0
+        self.backend, self.calls, self.missed = backend, 0, False
 
 
 _forced: Scoped[Forced] = Scoped("fused_contrastive forced backends")
+# What torch.compile traces takes the newest of any context: it cannot trace a ContextVar.
+_when_traced: Forced | None = None
 
 
 @contextmanager
 def using(backend: str) -> Iterator[Forced]:
-    """Every call of this context in this block, whatever backend it names, takes this one. For verification."""
+    """In this block, every call of this context uses this backend, whichever it names. For verification."""
+    global _when_traced
     checks.one_of("backend", backend, tuple(BACKENDS))
     entry = _forced.add(Forced(backend))
+    before, _when_traced = _when_traced, entry.value
     try:
         yield entry.value
     finally:
+        _when_traced = before
         _forced.remove(entry)
 
 
-@compiler.outside
 def forced() -> str | None:
-    """The backend of ``using`` here, which counts the call, or None."""
+    """The backend of ``using`` here, which counts the call; or None, and the blocks elsewhere are told of it."""
     if not (entries := _forced.entries):
+        for other in _forced.everywhere():
+            other.missed = True
         return None
     entries[-1].value.calls += 1
     return entries[-1].value.backend
@@ -57,7 +66,11 @@ def forced() -> str | None:
 def resolve(name: str, device: torch.device, dtype: torch.dtype) -> str:
     """The backend that ``name`` ("auto" included) means for features of ``dtype`` on ``device``."""
     checks.one_of("backend", name, ("auto", *BACKENDS))
-    if _forced.anywhere:
+    if torch.compiler.is_compiling():
+        if _when_traced is not None:
+            _when_traced.calls += 1
+            name = _when_traced.backend
+    elif _forced.anywhere:
         name = forced() or name
     chosen = name
     if name == "auto":
@@ -76,7 +89,7 @@ def resolve(name: str, device: torch.device, dtype: torch.dtype) -> str:
 
 
 def check(chosen: str, device: torch.device, dtype: torch.dtype) -> None:
-    """Raises where a backend, by its own name, cannot run here or does not take such features."""
+    """Raises unless the named backend can run here and takes such features."""
     checks.one_of("backend", chosen, tuple(BACKENDS))
     if (reason := BACKENDS[chosen].unavailable()) is not None:
         raise RuntimeError(f"backend {chosen!r} cannot run here: {reason}. backend='reference' needs torch alone.")

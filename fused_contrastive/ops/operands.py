@@ -8,7 +8,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from fused_contrastive.core import checks
+from fused_contrastive.core import checks, forks
 from fused_contrastive.core.spec import EqualIds, Forward, Reduction, StatsSpec, Upstream
 from fused_contrastive.core.tokens import MaxSimForward, MaxSimUpstream
 from fused_contrastive.ops import dispatch
@@ -16,6 +16,7 @@ from fused_contrastive.ops import dispatch
 
 def stats(x: Tensor, y: Tensor, spec: StatsSpec, backend: str) -> None:
     """Raises TypeError or ValueError, naming the operand, unless the problem is one that a backend can take."""
+    forks.guard()
     checks.feature_pair("x", x, "y", y, empty=True)
     dispatch.check(backend, x.device, x.dtype)
     m, n = x.shape[0], y.shape[0]
@@ -58,6 +59,7 @@ def stats_saved(
 
 def tokens(x: Tensor, y: Tensor, masks: Sequence[Tensor | None], kept_rows: int, backend: str) -> None:
     """Likewise, of max_sim: ``masks`` are those of x and y."""
+    forks.guard()
     checks.token_pair("x", x, "y", y, empty=True)
     dispatch.check(backend, x.device, x.dtype)
     for name, mask, of in (("x_mask", masks[0], x), ("y_mask", masks[1], y)):
@@ -69,7 +71,7 @@ def tokens_saved(
     x: Tensor, y: Tensor, both: bool, kept_rows: int, saved: MaxSimForward, upstream: MaxSimUpstream,
     needs: Sequence[bool],
 ) -> None:  # fmt: skip
-    """Likewise."""
+    """Raises unless these are what the forward of max_sim returned, and gradients of it."""
     (m, t, _), (n, p, _) = x.shape, y.shape
     _vector("g_x", upstream.x, (m, n), x)
     _vector("g_y", upstream.y, (m, n) if both else (0, 0), x)
@@ -79,13 +81,14 @@ def tokens_saved(
 
 
 def ranking(queries: Tensor, candidates: Tensor, backend: str) -> None:
-    """Likewise, of rank and target_ranks, but for what their public functions check in the same words."""
+    """Checks the features and the backend of rank and target_ranks; their callers check the rest."""
+    forks.guard()
     checks.feature_pair("queries", queries, "candidates", candidates)
     dispatch.check(backend, queries.device, queries.dtype)
 
 
 def _vector(name: str, t: Tensor | None, shape: tuple[int, ...], x: Tensor, dtype: torch.dtype | None = None) -> None:
-    """``dtype`` None: a floating one."""
+    """Checks an optional operand; ``dtype`` None means any floating dtype."""
     if t is None:
         return
     if tuple(t.shape) != shape:

@@ -84,6 +84,7 @@ def rank(
     if scale is not None:
         scale = checks.scalar("scale", scale)
         if not isinstance(scale, Tensor):
+            checks.held("scale", scale, queries)
             scale = queries.new_full((), scale, dtype=compute_dtype(queries.dtype))
     chosen = dispatch.resolve(backend, queries.device, queries.dtype)
     run = _rank if is_plain(queries, candidates, scale) else torch.ops.fused_contrastive.rank

@@ -114,17 +114,17 @@ def _of_block(agreed: Agreed, spec: StatsSpec, step: int, block: list[Tensor]) -
     ids = None
     if spec.col_ids is not None:
         ids = block[2].clone()
-        if spec.row_ids is not None:  # what pads the block has no row's id
+        if spec.row_ids is not None:  # padding columns get an id that no row has
             ids[agreed.cols[owner] :] = _no_id_of(spec.row_ids)
     return here, spec._replace(targets=targets, col_bias=block[1], col_ids=ids, kept_rows=0)
 
 
 def _no_id_of(ids: Tensor) -> Tensor:
-    """() a number from 0 to m that is none of (m,) ids, which may be any: one more than the largest may not exist."""
+    """() a number from 0 to m that is none of the (m,) ids. The largest id plus one may overflow."""
     m = len(ids)
     taken = ids.new_zeros(m + 1, dtype=torch.int32)
     taken.index_fill_(0, torch.where((ids >= 0) & (ids < m), ids, m), 1)
-    taken[m] = 0  # m numbers can take all below m at most
+    taken[m] = 0  # m ids cannot take all of m + 1 numbers
     return taken.argmin()
 
 

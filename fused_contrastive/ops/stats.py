@@ -15,8 +15,8 @@ from fused_contrastive.distributed.agreement import Call, Group, collective
 from fused_contrastive.ops import autograd, dispatch, global_stats
 from fused_contrastive.ops.agree import agree
 
-Row = TypeVar("Row", bound=Tensor | None, default=Tensor | None)
-Col = TypeVar("Col", bound=Tensor | None, default=Tensor | None)
+Row = TypeVar("Row", bound=Tensor | None, default=Tensor | None, covariant=True)
+Col = TypeVar("Col", bound=Tensor | None, default=Tensor | None, covariant=True)
 
 
 class ContrastiveStats(NamedTuple, Generic[Row, Col]):
@@ -33,7 +33,7 @@ class ContrastiveStats(NamedTuple, Generic[Row, Col]):
     col: Col
 
 
-# The directions that a type checker can read off the call are not Optional in the result: of a tuple, or by default.
+# Overloads: if ``directions`` is left out or a tuple of literals, the statistics asked for are not Optional.
 @overload
 def contrastive_stats(
     x: Tensor, y: Tensor, scale: float | Tensor = 1.0, *, targets: Tensor | None = None, col_bias: Tensor | None = None,

@@ -9,9 +9,9 @@ exact by luck, so eager's error is the largest over the equal ways to write the 
 The largest term of a feature gradient is scale * weight (1/N for a mean) * max |feature|, times the rows per column
 where they are more than one; that of the scale's gradient is the positives' part, M * weight * max |x||y|, which the
 negatives' part cancels. A logit is held in the precision it is computed in, float32 for half-precision features, and
-its rounding is a relative error of the weight that is its exponential: eps * max |logit| of the largest term is allowed
-in a gradient. Without it eager's luck decides where one weight dominates (2 rows at scale 1000). For float64 the oracle
-is no more exact than what it measures: 8 eps * max |logit| is allowed, and sqrt(N) eps in a sum over N.
+its rounding is a relative error of the weight that is its exponential: eps / 2 * max |logit| of the largest term is
+allowed in a gradient. Without it eager's luck decides where one weight dominates (2 rows at scale 1000). For float64
+the oracle is no more exact than what it measures: 8 eps * max |logit| is allowed, and sqrt(N) eps in a sum over N.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ def with_rounded_weights(dtype: torch.dtype, logit: float, count: int) -> float:
     if dtype == torch.float64:
         return max(1.0, logit, math.sqrt(count))
     held, given = torch.finfo(compute_dtype(dtype)).eps, torch.finfo(dtype).eps
-    return 1.0 + logit * held / (8 * given)
+    return 1.0 + logit * held / 2 / (8 * given)
 
 
 def difference(a: Tensor, b: Tensor) -> float:

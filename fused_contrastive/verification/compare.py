@@ -47,15 +47,19 @@ class Verification:
         return "\n".join(lines)
 
 
-def compare(function: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any], draws: bool) -> Verification:
+def compare(
+    function: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any], draws: bool, any_threads: bool
+) -> Verification:
     """Calls ``function`` three times on copies: as it is, with the reference in the same dtype, and in float64.
 
     Allowed is twice the second's error against the third and ``ROUNDINGS`` eps of the largest element. The function's
     result is a tensor, or a tuple or dict of them; gradients are those of the sum of all its elements. One that
-    ``draws`` random numbers draws the same each time; the generators are those of all threads.
+    ``draws`` random numbers draws the same each time; the generators are those of all threads. One that is not a loss
+    of this package but calls them (``any_threads`` False) may start threads, where the reference is not forced.
 
     Raises:
         ValueError: the function calls none of this package's losses, or gives nothing to compare.
+        RuntimeError: another thread called a loss meanwhile, unless ``any_threads`` may.
     """
     state = torch.get_rng_state() if draws else None
     with torch.random.fork_rng(enabled=draws):  # a training goes on with the numbers it would have drawn
@@ -63,6 +67,12 @@ def compare(function: Callable[..., Any], args: tuple[Any, ...], options: dict[s
         with dispatch.using("reference") as forced:
             plain, _ = _evaluate(function, args, options, None, state)
             exact, _ = _evaluate(function, args, options, torch.float64, state)
+    if forced.missed and not any_threads:
+        raise RuntimeError(
+            f"loss_fn: another thread called a loss while {function!r} was verified, which cannot be told from one of "
+            "its own, and would not be verified there; expected losses in the thread of verify, or in others by "
+            "contextvars.copy_context().run(loss, ...), and no training beside it"
+        )
     if not forced.calls:
         raise ValueError(
             f"loss_fn: {function!r} calls none of fused_contrastive's losses, so there is nothing to verify"
@@ -141,11 +151,17 @@ def verify(loss_fn: Callable[..., Any], *inputs: Any, **options: Any) -> Verific
         UserWarning: once a process, of features that a loss multiplies as they are and that are not normalised, and
             of a logit scale below 1 with features that are: a logarithm or a temperature.
 
-    Losses that other threads call meanwhile are not affected; but random numbers that they draw come from the
-    generators that a loss_fn with dropout draws from, and that are set back afterwards.
+    A loss_fn that calls losses in threads of its own runs them in a copy of its context, each thread in one of its
+    own: ``pool.submit(contextvars.copy_context().run, clip_loss, x, y)``. Asyncio's tasks and ``to_thread`` do so by
+    themselves.
+
+    Random numbers that other threads draw meanwhile come from the generators that a loss_fn with dropout draws from,
+    and that are set back afterwards.
 
     Raises:
         ValueError: loss_fn calls none of this package's losses, returns no tensor, or is given none.
+        RuntimeError: another thread called a loss meanwhile, outside of such a copy: it may be loss_fn's own, and is
+            not held to the reference.
     """
     found: list[hints.Hint | None] = []
 
@@ -155,9 +171,9 @@ def verify(loss_fn: Callable[..., Any], *inputs: Any, **options: Any) -> Verific
             found.append(_hint(function, args, given))
         return result
 
-    entry = observing.add(listen)
+    entry = observing.add(listen, compiled=False)  # for hints alone: nothing is lost
     try:
-        return compare(loss_fn, inputs, options, draws=True)
+        return compare(loss_fn, inputs, options, draws=True, any_threads=False)
     finally:
         observing.remove(entry)
         hints.warn_once(next(filter(None, found), None))

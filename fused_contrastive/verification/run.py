@@ -127,7 +127,7 @@ def target(device: str | None, backends: Sequence[str] | None) -> Target:
     try:
         where = torch.device(named)
         torch.ones(1, dtype=torch.float64, device=where).item()  # the oracle's dtype
-    except Exception as error:  # each kind of device that is not there has its own
+    except Exception as error:  # each kind of missing device raises its own error
         why = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(f"--device: got {named}, expected one that computes in float64 here ({why})") from error
     try:
@@ -230,7 +230,7 @@ def verify_features(
 
 
 def _refuse_overflow(what: str, largest: float, dtype: torch.dtype) -> None:
-    """Infinities are right there, or NaN, and a comparison says nothing of a backend."""
+    """There infinities or NaN are right, so a comparison says nothing about the backend."""
     if not largest <= (most := torch.finfo(dtype).max):
         held = f"{str(dtype).removeprefix('torch.')}'s largest, {most:.2g}"
         raise InputError(f"--features, --scale: got {what} up to {largest:.2g}, expected values up to {held}")

@@ -68,9 +68,15 @@ class verify_against_reference(AbstractContextManager["verify_against_reference"
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        here = [entry for entry in observing.here() if entry in self._entries]
-        entry = (here or self._entries)[-1]  # entered here, or else in the thread or task that left it to this one
-        self._entries.remove(entry)
+        with self._lock:
+            if not self._entries:
+                raise RuntimeError(
+                    "verify_against_reference: got an exit from a block that has been left already, expected one for "
+                    "each time that it is entered"
+                )
+            here = [entry for entry in observing.here() if entry in self._entries]
+            entry = (here or self._entries)[-1]  # entered here, or else in the thread or task that left it to this one
+            self._entries.remove(entry)
         observing.remove(entry)
 
     def __str__(self) -> str:
@@ -92,7 +98,7 @@ class verify_against_reference(AbstractContextManager["verify_against_reference"
         return result
 
     def _check(self, call: int, function: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]) -> None:
-        found = compare(function, args, options, draws=False)
+        found = compare(function, args, options, draws=False, any_threads=True)
         with self._lock:
             self.checked += 1
             self.breaches += not found.held

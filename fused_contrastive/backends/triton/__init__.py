@@ -15,7 +15,7 @@ from torch import Tensor
 from fused_contrastive.backends.triton import device, storage
 from fused_contrastive.core.reduction import Reduction
 from fused_contrastive.core.spec import Forward, Gradients, Needs, StatsSpec, Upstream
-from fused_contrastive.core.tokens import MaxSimForward, MaxSimUpstream, TokenSpec
+from fused_contrastive.core.tokens import MaxSimForward, MaxSimUpstream, TokenSpec, index_dtype
 from fused_contrastive.core.unit import unit_rows
 
 INSTALLED = importlib.util.find_spec("triton") is not None
@@ -56,8 +56,18 @@ def stats_backward(
 ) -> Gradients:
     from fused_contrastive.backends.triton import launch
 
-    saved = Forward(*(t.contiguous() for t in saved))  # hooks on saved tensors may give them back otherwise
+    # Hooks on saved tensors may give them back in other strides, or other tensors.
+    saved = Forward(*(t.contiguous() for t in saved))
+    _check_saved("kept", saved.kept, *kept(spec.kept_rows, len(y), x.dtype))
+    for name, value, size in (("row", saved.row, len(x)), ("col", saved.col, len(y))):
+        if len(value):
+            _check_saved(name, value, (size,), value.dtype)
     return launch.backward(spec, x, y, saved, upstream, needs)
+
+
+def _check_saved(name: str, t: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    if tuple(t.shape) != shape or t.dtype != dtype:
+        raise ValueError(f"{name}: got {t.dtype} of shape {tuple(t.shape)}, expected {dtype} of shape {shape}")
 
 
 def stats_at_once(
@@ -92,6 +102,10 @@ def max_sim_backward(
     from fused_contrastive.backends.triton import max_sim_launch
 
     saved = MaxSimForward(*(t.contiguous() for t in saved))
+    (_, t, _), (n, p, _) = x.shape, y.shape
+    of_y = (spec.kept_rows, n, p) if spec.both else (0, 0, 0)
+    _check_saved("argmax_x", saved.argmax_x, (spec.kept_rows, n, t), index_dtype(p))
+    _check_saved("argmax_y", saved.argmax_y, of_y, index_dtype(t))
     return max_sim_launch.backward(spec, x, y, saved, upstream, needs)
 
 

@@ -163,7 +163,8 @@ def gradient(
             g = tl.load(g_own + i * g_step + j * g_other_step)
             held = t < tl.where(other_length > 0, own_length, 0)
             at = tl.load(index_own + i * own_step + j * own_other_step + t, mask=held, other=0).to(tl.int64)
-            value = tl.load(rows + at[:, None] * stride_other + d[None, :], mask=mask & held[:, None], other=0.0)
+            there = held & (at >= 0) & (at < other_length)  # masks may have been written to since the forward
+            value = tl.load(rows + at[:, None] * stride_other + d[None, :], mask=mask & there[:, None], other=0.0)
             acc += g * value.to(tl.float32)
         if index_other is not None:
             g_pair = tl.load(g_other + i * g_step + j * g_other_step)

@@ -115,7 +115,7 @@ def _without_cache(where: Path | str, why: str, then: str) -> None:
 
 
 def _read(path: Path) -> dict[str, dict[str, int]]:
-    """What is remembered. A file that cannot be read, and an entry of it that is none, is left out after a warning."""
+    """The remembered choices; an unreadable file or a malformed entry is ignored after a warning."""
     again = "configurations are measured again, and the file is replaced"
     try:
         known = json.loads(path.read_text())
@@ -124,7 +124,7 @@ def _read(path: Path) -> dict[str, dict[str, int]]:
     except OSError as error:
         _without_cache(path, f"got no readable file ({error.strerror})", "configurations are measured again")
         return {}
-    except (RecursionError, ValueError) as error:  # of bytes that are no text, too
+    except (RecursionError, ValueError) as error:  # also raised for bytes that are not text
         _without_cache(path, f"got no JSON ({error}), expected configurations by kernel", again)
         return {}
     if not isinstance(known, dict):
@@ -142,7 +142,7 @@ def _well_formed(entry: object) -> bool:
 
 
 def _remembered(trial: Trial, path: Path) -> Config | None:
-    """The choice on disk, if it is one that can be made: others may give wrong values, and not only late."""
+    """The remembered choice, if it is a candidate; another could compute wrong values."""
     if (entry := _read(path).get(str(trial))) is None:
         return None
     if (config := Config(**entry)) in trial.candidates:

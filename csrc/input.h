@@ -1,4 +1,4 @@
-// Tensors from outside, checked, as kernels may read them: no size, no index and no memory is taken on trust. What a
+// Checks of tensors that come from outside: sizes, indices and memory are checked before a kernel reads them. What a
 // caller checked may have changed since, in a buffer that is shared with NumPy or by hooks on saved tensors.
 #pragma once
 #include <ATen/ATen.h>
@@ -19,7 +19,7 @@ inline void check_dtype(const char* name, const at::Tensor& t, at::ScalarType dt
   TORCH_CHECK_TYPE(t.scalar_type() == dtype, name, ": got dtype ", t.scalar_type(), ", expected ", dtype);
 }
 
-// Storage may have been given back, by `untyped_storage().resize_(0)`.
+// Storage may have been freed by `untyped_storage().resize_(0)`.
 inline void check_memory(const char* name, const at::Tensor& t) {
   TORCH_CHECK_VALUE(t.is_cpu() && t.layout() == at::kStrided, name, ": expected a dense tensor on the CPU");
   if (t.numel() == 0) return;
@@ -29,8 +29,8 @@ inline void check_memory(const char* name, const at::Tensor& t) {
               " bytes, expected at least ", bytes, ": it was freed or resized");
 }
 
-// The tensor's values in `dtype`, contiguous and with memory behind them. Of torch's lazy tensors, one of zeros has no
-// memory, and a negated one, such as z.conj().imag, holds the opposite of its values.
+// The tensor's values in `dtype`, contiguous and with memory behind them. A lazy tensor of zeros has no memory, and a
+// negated view, such as z.conj().imag, stores the opposite of its values.
 inline at::Tensor readable(const char* name, const at::Tensor& t, at::ScalarType dtype) {
   if (t._is_zerotensor()) return at::zeros(t.sizes(), t.options().dtype(dtype));
   check_memory(name, t);

@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "max_sim_kernels.h"
+#include "rounding.h"
 
 namespace fc {
 namespace {
@@ -23,10 +24,6 @@ constexpr int64_t kTaskTokens = 256;              // columns, or rows, that one 
 constexpr int64_t kArgmaxBytes = 8 << 20;         // that the backward makes again at a time
 constexpr int64_t kWork = int64_t{1} << 31;       // multiplications of the backward between two interrupts
 constexpr int64_t kGradientElements = 64 * 1024;  // that one task adds to: they stay in its cache
-
-int64_t ceil_div(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
-}
 
 // The real tokens of all items in the compute dtype, one after the other.
 struct Side {

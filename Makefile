@@ -85,7 +85,7 @@ docs: $(BIN)/.fused_contrastive-docs ## the documentation as a site, in site/; f
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 screenshots: $(BIN)/.fused_contrastive-screenshots ## the site's pages in headless Chromium, checked, in screenshots/
-	FUSED_CONTRASTIVE_SCREENSHOTS=screenshots $(BIN)/python -m pytest tests/test_site.py
+	FUSED_CONTRASTIVE_SCREENSHOTS=screenshots $(BIN)/python -m pytest tests/docs/test_site.py
 
 lint: $(BIN)/.fused_contrastive-dev ## ruff, mypy, clang-format
 	$(BIN)/ruff check .

@@ -85,7 +85,7 @@ def command(turn: Turn, *arguments: str, **environment: str) -> Entry:
 
 
 def tests(turn: Turn) -> Iterator[Entry]:
-    which = "tests/test_triton_parts.py" if turn.toy else "tests/test_gpu.py"
+    which = "tests/backends/triton/test_triton_parts.py" if turn.toy else "tests/backends/triton/test_gpu.py"
     several = {"xdist": ["-n", str(min(12, os.cpu_count() or 1))], "pytest_timeout": ["--timeout", "120"]}
     options = [word for name, words in several.items() if importlib.util.find_spec(name) for word in words]
     ended = command(turn, "-m", "pytest", "-v", "-p", "no:cacheprovider", *options, which)

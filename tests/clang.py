@@ -20,21 +20,21 @@ from apart import ROOT, WARNINGS, build, importing
 FLAGS = f"{WARNINGS} -Wno-sign-conversion"
 
 TESTS = [
-    "stats",
-    "near_and_far",
-    "row_dots",
-    "max_sim",
-    "kept_rows",
-    "changed_inputs",
-    "nan_payloads",
-    "operators",
-    "trust",
-    "processes",
+    "ops/test_stats",
+    "losses/test_near_and_far",
+    "ops/test_row_dots",
+    "ops/test_max_sim",
+    "backends/cpp/test_kept_rows",
+    "ops/test_changed_inputs",
+    "losses/test_nan_payloads",
+    "ops/test_operators",
+    "core/test_trust",
+    "backends/cpp/test_cpp_processes",
 ]
 # Of three files a part: what the C++ backend takes part in, its threads, and every vector level.
 CHOSEN = (
     "not reference and not triton and not compile and (not test_operators or cpp) and (not test_trust or threads)"
-    " and (not test_processes or every_vector_level)"
+    " and (not test_cpp_processes or every_vector_level)"
 )
 SELECTION = ["-q", "-x", "-p", "no:cacheprovider", "-k", CHOSEN]
 
@@ -65,7 +65,7 @@ def main(arguments: list[str]) -> int:
     if str(built) not in shown:
         sys.exit(f"clang: another extension was imported: {shown}")
     print(f"{version}: {shown}", end="", flush=True)
-    chosen = arguments or [*SELECTION, *(f"tests/test_{name}.py" for name in TESTS)]
+    chosen = arguments or [*SELECTION, *(f"tests/{name}.py" for name in TESTS)]
     return subprocess.run([sys.executable, "-m", "pytest", *chosen], cwd=ROOT, env=env).returncode
 
 

@@ -2,7 +2,7 @@
 
 Builds the package apart, in build/sanitize, shows that both sanitizers see csrc by two calls that must end in their
 reports, and runs the tests of the C++ backend and the fuzzer there. Python itself is not instrumented and keeps memory
-until it ends, so leaks are not looked for; tests/test_trust.py watches memory instead.
+until it ends, so leaks are not looked for; tests/core/test_trust.py watches memory instead.
 
     python tests/sanitize.py [arguments for pytest in place of the usual ones]
 """
@@ -43,20 +43,20 @@ _C.merge_top_k(torch.ones(1, 4), 2**63 - 1, torch.zeros(1, 4), columns)
 }
 
 TESTS = [
-    "stats",
-    "near_and_far",
-    "at_once",
-    "row_dots",
-    "losses",
-    "max_sim",
-    "rank",
-    "cross_entropy",
-    "normalize",
-    "nan_payloads",
-    "adversarial",
-    "adversarial_primitives",
-    "changed_inputs",
-    "operators",
+    "ops/test_stats",
+    "losses/test_near_and_far",
+    "ops/test_at_once",
+    "ops/test_row_dots",
+    "losses/test_losses",
+    "ops/test_max_sim",
+    "ops/test_rank",
+    "ops/test_cross_entropy",
+    "ops/test_normalize",
+    "losses/test_nan_payloads",
+    "losses/test_adversarial",
+    "losses/test_adversarial_primitives",
+    "ops/test_changed_inputs",
+    "ops/test_operators",
 ]
 # All that the C++ backend takes part in, in this process: memory is the sanitizer's there.
 CHOSEN = "not reference and not triton and not compile and not memory_does_not_grow"
@@ -93,7 +93,7 @@ def main(arguments: list[str]) -> int:
         if result.returncode == 0 or report not in result.stderr or str(built) not in result.stdout:
             sys.exit(f"sanitize: a call that must end in {report!r} did not\n{result.stdout}{result.stderr}")
         print(f"sanitize: {report} in csrc is seen", flush=True)
-    chosen = arguments or [*SELECTION, *(f"tests/test_{name}.py" for name in TESTS)]
+    chosen = arguments or [*SELECTION, *(f"tests/{name}.py" for name in TESTS)]
     tested = subprocess.run([sys.executable, "-m", "pytest", *chosen], cwd=ROOT, env=env).returncode
     if tested or arguments:
         return tested

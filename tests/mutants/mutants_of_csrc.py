@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from mutant import Mutant
 
-STATS = "tests/test_stats.py"
-BUDGET = "tests/test_budget.py::test_stats"
-LOSSES = "tests/test_losses.py::test_budget"
-MAX_SIM = "tests/test_max_sim.py"
-RANK = "tests/test_rank.py"
-NEAR = "tests/test_near_and_far.py"
-AT_ONCE = "tests/test_at_once.py"
+STATS = "tests/ops/test_stats.py"
+BUDGET = "tests/testing/test_budget.py::test_stats"
+LOSSES = "tests/losses/test_losses.py::test_budget"
+MAX_SIM = "tests/ops/test_max_sim.py"
+RANK = "tests/ops/test_rank.py"
+NEAR = "tests/losses/test_near_and_far.py"
+AT_ONCE = "tests/ops/test_at_once.py"
 CPP = "cpp and (hand or float32 and (257-257 or 17-17 or 300-2 or 2101))"
 
 MUTANTS = [
@@ -348,7 +348,7 @@ MUTANTS = [
         "csrc/cross_entropy.cpp",
         "out_pos[i] -= out[i];",
         "out_pos[i] = -out[i];",
-        ("tests/test_cross_entropy.py",), "cpp",
+        ("tests/ops/test_cross_entropy.py",), "cpp",
     ),
     Mutant(
         "slab handed out twice", "kept products of one loss overwrite those of another",

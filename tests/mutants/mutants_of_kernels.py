@@ -5,8 +5,8 @@ from __future__ import annotations
 from mutant import Mutant
 
 KERNELS = "fused_contrastive/backends/triton"
-BUDGET = "tests/test_budget.py::test_stats"
-LOSSES = "tests/test_losses.py::test_budget"
+BUDGET = "tests/testing/test_budget.py::test_stats"
+LOSSES = "tests/losses/test_losses.py::test_budget"
 TRITON = "triton and float32-plain and (65-65 or 2-130 or 129-40)"
 HALF = "triton and bfloat16-plain and (65-65 or 2-130 or 129-40)"
 
@@ -37,7 +37,7 @@ MUTANTS = [
         f"{KERNELS}/tiles.py",
         "row.to(tl.int64) * stride + tl.multiple_of(col, 16)",
         "row * stride + tl.multiple_of(col, 16)",
-        ("tests/test_triton_configurations.py::test_offsets_of_rows_are_64_bit",),
+        ("tests/backends/triton/test_triton_configurations.py::test_offsets_of_rows_are_64_bit",),
     ),
     Mutant(
         "sums not rescaled", "a new maximum leaves the running sum relative to the old one",
@@ -72,7 +72,7 @@ MUTANTS = [
         f"{KERNELS}/tiles.py",
         "| (col0 + BN > col_end) | (c < 0)",
         "| (col0 + BN > col_end)",
-        ("tests/test_triton_kernels.py::test_scales_that_are_not_positive",),
+        ("tests/backends/triton/test_triton_kernels.py::test_scales_that_are_not_positive",),
     ),
     Mutant(
         "lost strip's columns stay", "what is made again of a lost strip is its rows alone",
@@ -86,7 +86,7 @@ MUTANTS = [
         f"{KERNELS}/forward.py",
         "found = max(found, tl.max(tl.where(total < LOST, tl.max(left, axis=1), 0)))",
         "found = max(found, tl.max(tl.where(total < LOST, 1, 0)))",
-        ("tests/test_triton_kernels.py::test_products_are_made_once_where_no_sum_is_lost",),
+        ("tests/backends/triton/test_triton_kernels.py::test_products_are_made_once_where_no_sum_is_lost",),
     ),
     Mutant(
         "lowest is highest", "of each segment the lowest normaliser is taken for that of its highest",
@@ -107,7 +107,7 @@ MUTANTS = [
         f"{KERNELS}/backward.py",
         "KEPT_REACH = tl.constexpr(60.0)",
         "KEPT_REACH = tl.constexpr(6000.0)",
-        ("tests/test_stats.py::test_weights_far_below_their_neighbours",), "triton",
+        ("tests/ops/test_stats.py::test_weights_far_below_their_neighbours",), "triton",
     ),
     Mutant(
         "far tiles left", "tiles whose normalisers lie far apart keep what one exponential made of them",
@@ -121,28 +121,28 @@ MUTANTS = [
         f"{KERNELS}/backward.py",
         "[None, :], g, 0.0)",
         "[None, :], g, g)",
-        ("tests/test_triton_kernels.py::test_below_the_diagonal_memory_holds_anything",),
+        ("tests/backends/triton/test_triton_kernels.py::test_below_the_diagonal_memory_holds_anything",),
     ),
     Mutant(
         "references far apart", "a strip whose references float32 cannot hold together is taken as it is",
         f"{KERNELS}/forward.py",
         'tl.where(serve, (least_sum < LOST).to(tl.int32), 2)',
         "(least_sum < LOST).to(tl.int32)",
-        ("tests/test_triton_kernels.py::test_an_infinite_column_is_alone",),
+        ("tests/backends/triton/test_triton_kernels.py::test_an_infinite_column_is_alone",),
     ),
     Mutant(
         "wrong dtype of kept tiles", "exponentials are kept in float16, where the small ones vanish",
         f"{KERNELS}/storage.py",
         "return (rows * padded(n) + 2 * _cells(rows) * _cells(padded(n)),), torch.bfloat16",
         "return (rows * padded(n) + 2 * _cells(rows) * _cells(padded(n)),), torch.float16",
-        ("tests/test_stats.py::test_weights_far_below_their_neighbours",), "triton",
+        ("tests/ops/test_stats.py::test_weights_far_below_their_neighbours",), "triton",
     ),
     Mutant(
         "reach too far", "one exponential serves normalisers whose ratio float32 cannot hold",
         f"{KERNELS}/backward.py",
         "REACH = tl.constexpr(120.0)",
         "REACH = tl.constexpr(6000.0)",
-        ("tests/test_stats.py::test_weights_far_below_their_neighbours",), "triton",
+        ("tests/ops/test_stats.py::test_weights_far_below_their_neighbours",), "triton",
     ),
     Mutant(
         "positive of no row", "columns beyond the last row get the gradient of a positive too",
@@ -156,7 +156,7 @@ MUTANTS = [
         f"{KERNELS}/backward.py",
         "z -= tl.expand_dims(tl.load(direction.low + i, mask=inside, other=0.0), 1 - AXIS)",
         "z -= 0.0",
-        ("tests/test_stats.py::test_normalisers_of_float32_features_are_not_rounded",), "triton",
+        ("tests/ops/test_stats.py::test_normalisers_of_float32_features_are_not_rounded",), "triton",
     ),
     Mutant(
         "sigmoid's sign in kernels", "the gradient of a pair with equal ids keeps the sign of a negative",
@@ -170,35 +170,35 @@ MUTANTS = [
         f"{KERNELS}/sigmoid.py",
         "0.4776683787165162",
         "0.4876683787165162",
-        ("tests/test_triton_kernels.py::test_sums_of_softplus_are_precise",),
+        ("tests/backends/triton/test_triton_kernels.py::test_sums_of_softplus_are_precise",),
     ),
     Mutant(
         "sigmoids of one half", "columns are done in groups, and the second group's sigmoids are the first one's",
         f"{KERNELS}/sigmoid.py",
         "tl.join(a, b)",
         "tl.join(a, a)",
-        ("tests/test_triton_at_once.py::test_siglip",),
+        ("tests/backends/triton/test_triton_at_once.py::test_siglip",),
     ),
     Mutant(
         "rows of blocks overwrite dy", "in one walk, the second row of blocks overwrites dy in place of adding to it",
         f"{KERNELS}/at_once.py",
         "launch.add_product(dy[b.cols], g.values.T, p.x[b.rows], first=b.row0 == 0)",
         "launch.add_product(dy[b.cols], g.values.T, p.x[b.rows], first=True)",
-        ("tests/test_triton_at_once.py::test_info_nce",),
+        ("tests/backends/triton/test_triton_at_once.py::test_info_nce",),
     ),
     Mutant(
         "positives without their weight", "in one walk, the positives are not divided by M",
         f"{KERNELS}/at_once.py",
         "            g_pos[rows] *= weight\n",
         "            g_pos[rows] *= 1.0\n",
-        ("tests/test_triton_at_once.py::test_info_nce",),
+        ("tests/backends/triton/test_triton_at_once.py::test_info_nce",),
     ),
     Mutant(
         "one direction's gradient in kernels", "of two directions, the positive gets the last one's gradient",
         f"{KERNELS}/loss_node.py",
         "to_pos -= slope",
         "to_pos = -slope",
-        ("tests/test_cross_entropy.py::test_derivatives",), "triton and mean-2",
+        ("tests/ops/test_cross_entropy.py::test_derivatives",), "triton and mean-2",
     ),
     Mutant(
         "dy overwritten by blocks", "the second block of rows overwrites dy in place of adding to it",
@@ -212,14 +212,15 @@ MUTANTS = [
         f"{KERNELS}/launch.py",
         "self.top = FP16_TOP",
         "self.top = 1.0",
-        ("tests/test_stats.py::test_small_weights_of_float16_features_do_not_vanish",), "triton",
+        ("tests/ops/test_stats.py::test_small_weights_of_float16_features_do_not_vanish",), "triton",
     ),
     Mutant(
         "padding has a maximum", "tokens beyond an item's length take part in the maxima",
         f"{KERNELS}/max_sim.py",
         's = tl.where((p < y_length)[None, :], acc, float("-inf"))',
         's = tl.where((p < P)[None, :], acc, float("-inf"))',
-        ("tests/test_max_sim.py::test_matches_float64", "tests/test_max_sim.py::test_items_without_tokens_score_zero"),
+        ("tests/ops/test_max_sim.py::test_matches_float64",
+         "tests/ops/test_max_sim.py::test_items_without_tokens_score_zero"),
         "triton and (without or x-True)",
     ),
     Mutant(
@@ -227,6 +228,6 @@ MUTANTS = [
         f"{KERNELS}/top_k.py",
         "_swap(bits).masked_fill_(scores.isnan(), NAN_BITS)",
         "_swap(bits)",
-        ("tests/test_rank.py::test_nan_and_infinity",), "triton",
+        ("tests/ops/test_rank.py::test_nan_and_infinity",), "triton",
     ),
 ]  # fmt: skip

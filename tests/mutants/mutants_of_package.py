@@ -5,9 +5,9 @@ from __future__ import annotations
 from mutant import Mutant
 
 PACKAGE = "fused_contrastive"
-LOSSES = "tests/test_losses.py::test_budget"
+LOSSES = "tests/losses/test_losses.py::test_budget"
 CPP = "cpp and float32"
-WHOLE = "tests/test_distributed.py::test_whole_batch"
+WHOLE = "tests/distributed/test_distributed.py::test_whole_batch"
 
 MUTANTS = [
     Mutant(
@@ -15,42 +15,42 @@ MUTANTS = [
         f"{PACKAGE}/ops/autograd.py",
         "dscale if needs[2] else None,",
         "None,",
-        ("tests/test_stats.py::test_scale_zero_has_a_gradient",), "cpp",
+        ("tests/ops/test_stats.py::test_scale_zero_has_a_gradient",), "cpp",
     ),
     Mutant(
         "dx for dy", "x gets no gradient unless y does",
         f"{PACKAGE}/ops/autograd.py",
         "dx if needs[0] else None,",
         "dx if needs[1] else None,",
-        ("tests/test_stats.py::test_only_needed_gradients",), "cpp",
+        ("tests/ops/test_stats.py::test_only_needed_gradients",), "cpp",
     ),
     Mutant(
         "sign of the scale's gradient", "of the reference",
         f"{PACKAGE}/backends/reference.py",
         "scale=(x * dx).sum() if needs.scale",
         "scale=-(x * dx).sum() if needs.scale",
-        ("tests/test_budget.py::test_stats",), "reference and 17-17 and float32",
+        ("tests/testing/test_budget.py::test_stats",), "reference and 17-17 and float32",
     ),
     Mutant(
         "products beyond the budget", "a chunk that is kept in part is read as if it were whole",
         f"{PACKAGE}/backends/reference.py",
         "products = saved.kept[rows] if rows.stop <= spec.kept_rows else",
         "products = saved.kept[rows] if rows.start < spec.kept_rows else",
-        ("tests/test_stats.py::test_any_memory_budget_gives_the_same",), "reference",
+        ("tests/ops/test_stats.py::test_any_memory_budget_gives_the_same",), "reference",
     ),
     Mutant(
         "DCL keeps the positive", "decoupled is not passed on",
         f"{PACKAGE}/losses/clip.py",
         "dtype=dtype if plain else pos.dtype, decoupled=decoupled,",
         "dtype=dtype if plain else pos.dtype, decoupled=False,",
-        ("tests/test_budget.py::test_clip",), CPP,
+        ("tests/testing/test_budget.py::test_clip",), CPP,
     ),
     Mutant(
         "share of label smoothing", "spread over the N - 1 negatives in place of all N",
         f"{PACKAGE}/losses/clip.py",
         "losses = losses + label_smoothing * (pos",
         "losses = losses + label_smoothing * len(pos) / max(1, len(pos) - 1) * (pos",
-        ("tests/test_budget.py::test_clip",), CPP,
+        ("tests/testing/test_budget.py::test_clip",), CPP,
     ),
     Mutant(
         "NT-Xent's mean", "three views' positives are summed, not averaged",
@@ -85,7 +85,7 @@ MUTANTS = [
         f"{PACKAGE}/ops/row_dots.py",
         "gained = transposed(g * part)",
         "gained = partners(g * part)",
-        ("tests/test_row_dots.py",), "",
+        ("tests/ops/test_row_dots.py",), "",
     ),
     Mutant(
         "SupCon's own feature", "a feature is among its own positives",
@@ -113,7 +113,7 @@ MUTANTS = [
         f"{PACKAGE}/ops/max_sim.py",
         "tokens.shape[1] if mask is None else",
         "tokens.shape[1] if True else",
-        ("tests/test_max_sim.py::test_matches_float64",), "cpp",
+        ("tests/ops/test_max_sim.py::test_matches_float64",), "cpp",
     ),
     Mutant(
         "a rank's targets", "every process's positives are those of the first",
@@ -127,7 +127,7 @@ MUTANTS = [
         f"{PACKAGE}/distributed/agreement.py",
         'self.world if self.batch.gradients == "mean" else 1',
         "1",
-        ("tests/test_training.py::test_two_processes",), "DDP",
+        ("tests/losses/test_training.py::test_two_processes",), "DDP",
     ),
     Mutant(
         "merged maximum", "columns' sums are merged relative to the smallest maximum",
@@ -148,7 +148,7 @@ MUTANTS = [
         f"{PACKAGE}/core/order.py",
         "(tie & (columns < column))",
         "(tie & (columns > column))",
-        ("tests/test_rank.py::test_order_is_total", "tests/test_rank.py::test_target_ranks_with_ties"),
+        ("tests/ops/test_rank.py::test_order_is_total", "tests/ops/test_rank.py::test_target_ranks_with_ties"),
         "reference or total",
     ),
     Mutant(
@@ -156,56 +156,56 @@ MUTANTS = [
         f"{PACKAGE}/evaluation/retrieval.py",
         "(ranks < k)",
         "(ranks <= k)",
-        ("tests/test_retrieval.py::test_recall_and_median",), "cpp",
+        ("tests/evaluation/test_retrieval.py::test_recall_and_median",), "cpp",
     ),
     Mutant(
         "zero-shot's prompts", "the mean of a class's prompts is not normalised",
         f"{PACKAGE}/evaluation/zero_shot.py",
         "            if normalize:\n                classes = F.normalize(classes, dim=-1)\n",
         "",
-        ("tests/test_rank.py::test_zero_shot",), "cpp",
+        ("tests/ops/test_rank.py::test_zero_shot",), "cpp",
     ),
     Mutant(
         "rows beyond the budget", "more is kept than the memory budget allows",
         f"{PACKAGE}/core/memory.py",
         "min(m, 64 * budget // of_64)",
         "min(m, 128 * budget // of_64)",
-        ("tests/test_max_sim.py::test_what_is_kept_is_one_byte_for_each_of_the_tokens",
-         "tests/test_stats.py::test_any_memory_budget_gives_the_same"), "cpp",
+        ("tests/ops/test_max_sim.py::test_what_is_kept_is_one_byte_for_each_of_the_tokens",
+         "tests/ops/test_stats.py::test_any_memory_budget_gives_the_same"), "cpp",
     ),
     Mutant(
         "worst of the answers", "of several right answers, the one that stands last counts",
         f"{PACKAGE}/ops/ranking.py",
         "masked_fill(~is_number, -torch.inf).amax(dim=1)",
         "masked_fill(~is_number, torch.inf).amin(dim=1)",
-        ("tests/test_retrieval.py::test_the_best_of_several_answers_counts",), "cpp",
+        ("tests/evaluation/test_retrieval.py::test_the_best_of_several_answers_counts",), "cpp",
     ),
     Mutant(
         "itself a rival", "a query that is left out is still counted ahead of its answer",
         f"{PACKAGE}/ops/ranking.py",
         "        if own is not None:\n",
         "        if False:\n",
-        ("tests/test_retrieval.py::test_another_of_the_same_class",), "cpp",
+        ("tests/evaluation/test_retrieval.py::test_another_of_the_same_class",), "cpp",
     ),
     Mutant(
         "fillers have a gradient", "what fills up a query's own negatives passes a gradient on",
         f"{PACKAGE}/ops/own_dots.py",
         "g if mask is None else g.masked_fill(~mask, 0)",
         "g",
-        ("tests/test_own_negatives.py::test_derivatives",),
+        ("tests/ops/test_own_negatives.py::test_derivatives",),
     ),
     Mutant(
         "direction of zeros", "rows without a length get 1e12 times the gradient of the result",
         f"{PACKAGE}/core/unit.py",
         "norm < LEAST_NORM, x.detach(), x",
         "norm < 0, x.detach(), x",
-        ("tests/test_zero_rows.py",), "reference and float32",
+        ("tests/losses/test_zero_rows.py",), "reference and float32",
     ),
     Mutant(
         "transforms are plain", "a call inside a transform of torch.func goes straight to the backend",
         f"{PACKAGE}/core/modes.py",
         "    if _transforms_active():\n        return False\n",
         "",
-        ("tests/test_modes.py",), "cpp and clip",
+        ("tests/core/test_modes.py",), "cpp and clip",
     ),
 ]  # fmt: skip

@@ -6,13 +6,13 @@ import os
 import subprocess
 import sys
 import tempfile
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
 from seeds import SEED
+from snippets import ROOT
 from spread import SPLITS, evaluate, put_together, start
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -130,7 +130,7 @@ def test_torchrun() -> None:
     """The demo's training in the processes that torchrun starts: each step's loss as in one process."""
     pytest.importorskip("emoji")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    example = str(Path(__file__).parents[1] / "examples/emoji_processes.py")
+    example = str(ROOT / "examples/emoji_processes.py")
     options = ["--batch", "301", "--steps", "4", "--any-loss"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     result = subprocess.run([*command, example, *options], capture_output=True, text=True, timeout=120, env=environment)

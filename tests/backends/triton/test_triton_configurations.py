@@ -8,18 +8,16 @@ import subprocess
 import sys
 import types
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from snippets import ROOT
 from torch.torch_version import TorchVersion as Version
 
 from fused_contrastive.backends import triton as triton_backend
 from fused_contrastive.backends.triton import configs, device
 from fused_contrastive.core import memory
-
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import sys
 import tempfile
-from pathlib import Path
 
 import pytest
 import torch
 import torch.multiprocessing
 import torch.nn.functional as F
+from snippets import ROOT
 from spread import start
 from torch.utils.flop_counter import FlopCounterMode
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+sys.path.insert(0, str(ROOT / "benchmarks"))
 import fused_contrastive as fc
 from fused_contrastive.distributed import plan
 from traffic import SentBytes, as_open_clip

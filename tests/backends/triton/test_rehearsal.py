@@ -12,11 +12,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from snippets import ROOT
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+sys.path.insert(0, str(ROOT / "benchmarks"))
 from machine_code import FastPath, fast_path
 
-FOLDER = Path(__file__).parent / "rehearsal"
+FOLDER = ROOT / "tests/rehearsal"
 compiler = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
 needs_compiler = pytest.mark.skipif(compiler is None, reason="no C compiler for the stand-in: none of cc, gcc, clang")
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
@@ -136,7 +137,7 @@ def driver_calls(path: str) -> list[tuple[str, bool]]:
 def test_the_driver_allows_what_is_legal(tmp_path: Path) -> None:
     library = tmp_path / "driver.so"
     subprocess.run([compiler, "-shared", "-fPIC", "-o", library, FOLDER / "stand_in.c"], check=True)
-    environment = {**os.environ, "STAND_IN_CAPABILITY": "90", "PYTHONPATH": str(FOLDER.parent)}
+    environment = {**os.environ, "STAND_IN_CAPABILITY": "90", "PYTHONPATH": os.pathsep.join(sys.path)}
     code = f"import json, test_rehearsal; print(json.dumps(test_rehearsal.driver_calls({str(library)!r})))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
     legal = {"largest grid", "shared memory", "all shared memory", "descriptor", "widest box"}

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,9 +20,10 @@ POSIX = pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals and fo
 
 
 def run(code: str, *arguments: str) -> str:
-    """What a process of its own prints, whose every_loss is the one beside this file."""
+    """What a process of its own prints, which imports from where this one does."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     result = subprocess.run(
-        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=300, cwd=Path(__file__).parent
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=300, env=environment
     )
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout

@@ -14,12 +14,13 @@ from typing import Any
 
 import pytest
 import torch
+from snippets import ROOT
 
 from fused_contrastive.__main__ import _parser
 from fused_contrastive.bench.command import FILTERS, chosen
 from fused_contrastive.bench.implementations import REGISTRY
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+BENCHMARKS = ROOT / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 import gpu_day  # noqa: E402
 import gpu_measurements  # noqa: E402

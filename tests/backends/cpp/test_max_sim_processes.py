@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from interrupting import seconds_to_end
+from snippets import ROOT
 
 from fused_contrastive.backends import cpp
 
@@ -21,10 +21,10 @@ def test_lower_vector_levels_pass_the_same_tests(level: str, seed: int) -> None:
     if LEVELS.index(level) >= LEVELS.index(cpp.vector_level()):
         pytest.skip(f"this CPU has {cpp.vector_level()}, which the other tests use")
     environment = {"FUSED_CONTRASTIVE_CPU_LEVEL": level, "FUSED_CONTRASTIVE_TEST_SEED": str(seed)}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-k", CASES, Path(__file__).with_name("test_max_sim.py")]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-k", CASES, ROOT / "tests/ops/test_max_sim.py"]
     result = subprocess.run(
         command, capture_output=True, text=True, timeout=300, env={**os.environ, **environment},
-        cwd=Path(__file__).parents[1],
+        cwd=ROOT,
     )  # fmt: skip
     assert result.returncode == 0, result.stdout
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import ast
-from pathlib import Path
 
 import pytest
 import torch
+from snippets import ROOT
 
 from fused_contrastive.core.memory import rows_to_keep
 
@@ -78,7 +78,7 @@ def test_the_mean_is_taken_in_float64(m: int) -> None:
 
 def test_no_kernel_calls_itself() -> None:
     """Triton 3.4 does not end compiling one that does."""
-    folder = Path(__file__).parents[1] / "fused_contrastive/backends/triton"
+    folder = ROOT / "fused_contrastive/backends/triton"
     functions = 0
     for file in folder.glob("*.py"):
         for function in ast.walk(ast.parse(file.read_text())):

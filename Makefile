@@ -25,7 +25,7 @@ $(BIN)/python:
 	$(PYTHON) -m venv .venv
 
 # torch first and by itself, then what builds the extension against it.
-$(BIN)/.fused_contrastive-%: setup.py pyproject.toml $(wildcard csrc/*) | $(BIN)/python
+$(BIN)/.fused_contrastive-%: setup.py pyproject.toml $(wildcard csrc/*/*) | $(BIN)/python
 	$(BIN)/python -m pip install $(PIP) "$(TORCH)" "setuptools>=77" wheel ninja pybind11 numpy
 	$(BIN)/python -m pip install $(PIP) --no-build-isolation -e ".[$*]"
 	touch $@
@@ -91,12 +91,12 @@ lint: $(BIN)/.fused_contrastive-dev ## ruff, mypy, clang-format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror csrc/*
+	$(BIN)/clang-format --dry-run --Werror csrc/*/*
 
 format: $(BIN)/.fused_contrastive-dev ## rewrite the sources in the project's style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i csrc/*
+	$(BIN)/clang-format -i csrc/*/*
 
 build: $(BIN)/.fused_contrastive-dev ## a wheel and an sdist in dist/
 	$(BIN)/python -m build --no-isolation

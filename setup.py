@@ -1,7 +1,7 @@
 """Builds the one extension, fused_contrastive._C (the C++ CPU backend), with torch's extension tools.
 
-No -march=native: csrc/levels.cpp compiles the vector kernels once per instruction set and picks one at run time, so
-one build serves every CPU of its architecture.
+No -march=native: csrc/kernels/levels.cpp compiles the vector kernels once per instruction set and picks one at run time,
+so one build serves every CPU of its architecture.
 
 Without a C++ compiler the package is installed without the extension, and says so when it is used. The environment
 variable FUSED_CONTRASTIVE_EXTENSION: 0 never builds it, 1 makes a missing compiler an error. A compiler that is there
@@ -85,8 +85,9 @@ def extension() -> dict[str, object]:
     compile_args += os.environ.get("FUSED_CONTRASTIVE_CFLAGS", "").split()
     module = CppExtension(
         "fused_contrastive._C",
-        sorted(str(path) for path in Path("csrc").glob("*.cpp")),
-        depends=sorted(str(path) for path in Path("csrc").iterdir() if path.suffix in {".h", ".inl"}),
+        sorted(str(path) for path in Path("csrc").rglob("*.cpp")),
+        include_dirs=[str(Path("csrc").resolve())],
+        depends=sorted(str(path) for path in Path("csrc").rglob("*") if path.suffix in {".h", ".inl"}),
         extra_compile_args={"cxx": compile_args},
     )
     return {"ext_modules": [module], "cmdclass": {"build_ext": BuildExtension.with_options(use_ninja=True)}}

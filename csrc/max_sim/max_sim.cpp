@@ -4,7 +4,7 @@
 // Tokens are packed: only the real ones, item after item. A block holds whole items, or a part of one that is longer
 // than a block; the maxima then go on from part to part. y's tokens are the rows of a block, so that the maxima over
 // them, which are all that most calls want, run down its columns without comparing lanes.
-#include "max_sim.h"
+#include "max_sim/max_sim.h"
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
@@ -13,8 +13,8 @@
 #include <numeric>
 #include <vector>
 
-#include "max_sim_kernels.h"
-#include "rounding.h"
+#include "kernels/max_sim_kernels.h"
+#include "common/integers.h"
 
 namespace fc {
 namespace {

@@ -12,12 +12,12 @@
 #include <utility>
 #include <vector>
 
-#include "cross_entropy.h"
-#include "max_sim.h"
-#include "normalize.h"
-#include "stats.h"
-#include "tile.h"
-#include "top_k.h"
+#include "autograd/cross_entropy.h"
+#include "max_sim/max_sim.h"
+#include "autograd/normalize.h"
+#include "stats/stats.h"
+#include "kernels/tile_kernels.h"
+#include "ranking/ranking.h"
 
 namespace py = pybind11;
 

@@ -7,7 +7,7 @@
 #include <cstdint>
 #include <tuple>
 
-#include "stats.h"
+#include "stats/stats.h"
 
 namespace fc {
 

@@ -3,13 +3,13 @@
 
 #include <tuple>
 
-#include "memory.h"
-#include "panels.h"
-#include "prepared.h"
-#include "stats.h"
-#include "tile.h"
-#include "tiles.h"
-#include "totals.h"
+#include "common/memory.h"
+#include "stats/panels.h"
+#include "stats/prepared.h"
+#include "stats/stats.h"
+#include "kernels/tile_kernels.h"
+#include "stats/tiling.h"
+#include "stats/running_stats.h"
 
 namespace fc {
 namespace {

@@ -8,7 +8,7 @@
 #include <limits>
 #include <vector>
 
-#include "tile.h"
+#include "kernels/tile_kernels.h"
 
 namespace fc {
 

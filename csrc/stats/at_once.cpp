@@ -7,14 +7,14 @@
 #include <cmath>
 #include <vector>
 
-#include "cross_entropy.h"
-#include "gradients.h"
-#include "panels.h"
-#include "prepared.h"
-#include "stats.h"
-#include "tile.h"
-#include "tiles.h"
-#include "totals.h"
+#include "autograd/cross_entropy.h"
+#include "stats/feature_gradients.h"
+#include "stats/panels.h"
+#include "stats/prepared.h"
+#include "stats/stats.h"
+#include "kernels/tile_kernels.h"
+#include "stats/tiling.h"
+#include "stats/running_stats.h"
 
 namespace fc {
 namespace {

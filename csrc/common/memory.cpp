@@ -2,14 +2,14 @@
 // malloc returns blocks of that size to the system again and again, and the page faults of getting them back cost a
 // third of a matrix product. So the last block given back is held here, marked MADV_FREE: the kernel takes its pages,
 // without writing them anywhere, as soon as anything else needs memory.
-#include "memory.h"
+#include "common/memory.h"
 
 #include <ATen/ATen.h>
 
 #include <algorithm>
 #include <cstdint>
 
-#include "rounding.h"
+#include "common/integers.h"
 
 #ifdef __linux__
 #include <sys/mman.h>

@@ -1,6 +1,6 @@
 // F.normalize's backward is eight passes over the features: of a batch of 1000 they take a third of a matrix product.
 // Here a row stays in L1 from its norm to its result, and its gradient likewise.
-#include "normalize.h"
+#include "autograd/normalize.h"
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
@@ -9,8 +9,8 @@
 #include <algorithm>
 #include <vector>
 
-#include "input.h"
-#include "unit_rows.h"
+#include "common/input.h"
+#include "stats/unit_rows.h"
 
 namespace fc {
 namespace {

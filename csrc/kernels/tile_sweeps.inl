@@ -84,7 +84,7 @@ static inline void fetch_row(const BackwardTile<T>& tile, int64_t r) {
 }
 constexpr int64_t kAhead = 2;  // rows
 
-#include "near.inl"
+#include "kernels/shared_exp.inl"
 
 template <class T, bool kRow, bool kCol>
 static void forward_tile(const LogitRule<T>& rule, const ForwardTile<T>& tile) {

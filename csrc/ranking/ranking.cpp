@@ -2,7 +2,7 @@
 // chunk ends there: of N columns in random order about k log(N / k) enter. What passes is gathered, and sorted and
 // merged once there is enough of it: for small k no slower than a heap, for k near N no slower than one sort. The
 // compiler vectorises the comparisons for any CPU of the architecture; wider vectors would wait for the memory.
-#include "top_k.h"
+#include "ranking/ranking.h"
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
@@ -11,7 +11,7 @@
 #include <cmath>
 #include <vector>
 
-#include "input.h"
+#include "common/input.h"
 
 namespace fc {
 namespace {

@@ -1,5 +1,5 @@
 // As single operations, six forward and eight backward, this takes longer than the products of a batch of 100 pairs.
-#include "cross_entropy.h"
+#include "autograd/cross_entropy.h"
 
 #include <ATen/ATen.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -7,7 +7,7 @@
 #include <algorithm>
 #include <cmath>
 
-#include "input.h"
+#include "common/input.h"
 
 namespace fc {
 namespace {

@@ -6,8 +6,8 @@
 #include <functional>
 #include <tuple>
 
-#include "input.h"
-#include "tile.h"
+#include "common/input.h"
+#include "kernels/tile_kernels.h"
 
 namespace fc {
 

@@ -9,10 +9,10 @@
 #include <algorithm>
 #include <vector>
 
-#include "panels.h"
-#include "parallel.h"
-#include "rounding.h"
-#include "tile.h"
+#include "stats/panels.h"
+#include "common/parallel.h"
+#include "common/integers.h"
+#include "kernels/tile_kernels.h"
 
 namespace fc {
 

@@ -6,10 +6,10 @@
 #include <tuple>
 #include <vector>
 
-#include "parallel.h"
-#include "prepared.h"
-#include "product.h"
-#include "rounding.h"
+#include "common/parallel.h"
+#include "stats/prepared.h"
+#include "kernels/product_kernels.h"
+#include "common/integers.h"
 
 namespace fc {
 

@@ -16,9 +16,9 @@
 #define FC_AMX  // the compiler knows it, and how to ask the system for it
 #endif
 
-#include "max_sim_kernels.h"
-#include "product.h"
-#include "tile.h"
+#include "kernels/max_sim_kernels.h"
+#include "kernels/product_kernels.h"
+#include "kernels/tile_kernels.h"
 
 // FC_TARGET_BEGIN(sets) compiles what follows, up to FC_TARGET_END, for the instruction sets in the string `sets`. The
 // pragmas are made of tokens, which the preprocessor turns into one string: formatters split a long literal, and
@@ -37,10 +37,10 @@ namespace fc {
 // SSE2 on x86-64, NEON on arm64: what every CPU of the architecture has.
 namespace baseline {
 #define FC_VECTOR_BYTES 16
-#include "vector.inl"
-#include "tile.inl"
-#include "max_sim.inl"
-#include "product.inl"
+#include "kernels/vector.inl"
+#include "kernels/tile_sweeps.inl"
+#include "kernels/max_sim.inl"
+#include "kernels/product.inl"
 #undef FC_VECTOR_BYTES
 }  // namespace baseline
 
@@ -48,10 +48,10 @@ namespace baseline {
 FC_TARGET_BEGIN("avx2,fma")
 namespace avx2 {
 #define FC_VECTOR_BYTES 32
-#include "vector.inl"
-#include "tile.inl"
-#include "max_sim.inl"
-#include "product.inl"
+#include "kernels/vector.inl"
+#include "kernels/tile_sweeps.inl"
+#include "kernels/max_sim.inl"
+#include "kernels/product.inl"
 #undef FC_VECTOR_BYTES
 }  // namespace avx2
 FC_TARGET_END
@@ -59,10 +59,10 @@ FC_TARGET_END
 FC_TARGET_BEGIN("avx512f,avx512dq,avx512vl,fma")
 namespace avx512 {
 #define FC_VECTOR_BYTES 64
-#include "vector.inl"
-#include "tile.inl"
-#include "max_sim.inl"
-#include "product.inl"
+#include "kernels/vector.inl"
+#include "kernels/tile_sweeps.inl"
+#include "kernels/max_sim.inl"
+#include "kernels/product.inl"
 #undef FC_VECTOR_BYTES
 }  // namespace avx512
 FC_TARGET_END
@@ -72,8 +72,8 @@ FC_TARGET_BEGIN("avx512f,avx512dq,avx512vl,avx512bw,avx512bf16,fma")
 namespace avx512_bf16 {
 #define FC_VECTOR_BYTES 64
 #define FC_BF16
-#include "vector.inl"
-#include "product.inl"
+#include "kernels/vector.inl"
+#include "kernels/product.inl"
 #undef FC_BF16
 #undef FC_VECTOR_BYTES
 }  // namespace avx512_bf16
@@ -85,9 +85,9 @@ FC_TARGET_BEGIN("avx512f,avx512dq,avx512vl,avx512bw,avx512bf16,fma,amx-tile,amx-
 namespace amx_bf16 {
 #define FC_VECTOR_BYTES 64
 #define FC_BF16
-#include "vector.inl"
-#include "product.inl"
-#include "product_amx.inl"
+#include "kernels/vector.inl"
+#include "kernels/product.inl"
+#include "kernels/product_amx.inl"
 #undef FC_BF16
 #undef FC_VECTOR_BYTES
 }  // namespace amx_bf16

@@ -10,13 +10,13 @@
 #include <utility>
 #include <vector>
 
-#include "memory.h"
-#include "panels.h"
-#include "parallel.h"
-#include "prepared.h"
-#include "stats.h"
-#include "tile.h"
-#include "tiles.h"
+#include "common/memory.h"
+#include "stats/panels.h"
+#include "common/parallel.h"
+#include "stats/prepared.h"
+#include "stats/stats.h"
+#include "kernels/tile_kernels.h"
+#include "stats/tiling.h"
 
 namespace fc {
 

@@ -4,7 +4,7 @@
 #include <cmath>
 #include <cstring>
 
-#include "tile.h"
+#include "kernels/tile_kernels.h"
 
 namespace fc {
 

@@ -9,11 +9,11 @@
 #include <utility>
 #include <vector>
 
-#include "input.h"
-#include "product.h"
-#include "stats.h"
-#include "tile.h"
-#include "unit_rows.h"
+#include "common/input.h"
+#include "kernels/product_kernels.h"
+#include "stats/stats.h"
+#include "kernels/tile_kernels.h"
+#include "stats/unit_rows.h"
 
 namespace fc {
 

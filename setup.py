@@ -1,7 +1,7 @@
 """Builds the one extension, fused_contrastive._C (the C++ CPU backend), with torch's extension tools.
 
-No -march=native: csrc/kernels/levels.cpp compiles the vector kernels once per instruction set and picks one at run time,
-so one build serves every CPU of its architecture.
+No -march=native: csrc/kernels/levels.cpp compiles the vector kernels once per instruction set and picks one at run
+time, so one build serves every CPU of its architecture.
 
 Without a C++ compiler the package is installed without the extension, and says so when it is used. The environment
 variable FUSED_CONTRASTIVE_EXTENSION: 0 never builds it, 1 makes a missing compiler an error. A compiler that is there

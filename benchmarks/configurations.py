@@ -24,7 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver, jit
 
 from fused_contrastive.backends.triton import at_once, device, launch, max_sim_launch
-from fused_contrastive.core.spec import Needs, StatsSpec, Upstream
+from fused_contrastive.core.spec import Needs, RowLoss, StatsSpec, Upstream
 from fused_contrastive.core.tokens import MaxSimUpstream, TokenSpec
 from machine_code import count
 
@@ -82,7 +82,7 @@ def step(spec: StatsSpec, dtype: torch.dtype) -> None:
     x, y = (torch.zeros(N, D, dtype=dtype) for _ in range(2))
     saved = launch.forward(spec, x, y)
     g = torch.zeros(N, dtype=torch.float64)
-    launch.backward(spec, x, y, saved, Upstream(g, g, g if spec.cols else None), Needs(True, True, True, False))
+    launch.backward(spec, x, y, saved, Upstream(g, g, g if spec.want_col else None), Needs(True, True, True, False))
 
 
 def statistics(source: str, every_option: bool) -> None:
@@ -91,17 +91,23 @@ def statistics(source: str, every_option: bool) -> None:
     torch.set_float32_matmul_precision("high" if source == "tf32" else "highest")
     ids = torch.zeros(N, dtype=torch.int64)
     spec = StatsSpec(torch.tensor(1.0))
-    sums = spec._replace(cols=False, reduction="softplus", equal_ids="negate", col_bias=torch.zeros(()).expand(N))
+    sums = spec._replace(want_col=False, statistic="softplus", equal_ids="negate", col_bias=torch.zeros(()).expand(N))
     if every_option:
         spec = spec._replace(
-            targets=ids, col_bias=torch.zeros(N), row_ids=ids, col_ids=ids, exclude_self=True, upper=True
+            targets=ids,
+            col_bias=torch.zeros(N),
+            row_ids=ids,
+            col_ids=ids,
+            exclude_self=True,
+            upper=True,
+            want_col=False,
         )
         sums = sums._replace(row_ids=ids, col_ids=ids, col_bias=torch.zeros(N))
     for kept_rows in (0, N):
         step(spec._replace(kept_rows=kept_rows), dtype)
     step(sums, dtype)
     x = torch.zeros(N, D, dtype=dtype)
-    at_once.loss_and_gradients(sums, x, x, 1.0, 0.0, False, Needs(True, True, True, False))
+    at_once.loss_and_gradients(sums, x, x, RowLoss(), Needs(True, True, True, False))
 
 
 def late_interaction(source: str, tokens: int, masked: bool) -> None:

@@ -3,43 +3,26 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fused_contrastive.core.spec import Needs, RowLoss, StatsSpec
+
 parallel: bool
 
 def vector_level() -> str: ...
-
-class Problem:
-    def __init__(
-        self,
-        x: Tensor,
-        y: Tensor,
-        scale: Tensor,
-        targets: Tensor | None,
-        col_bias: Tensor | None,
-        row_ids: Tensor | None,
-        col_ids: Tensor | None,
-        exclude_self: bool,
-        rows: bool,
-        cols: bool,
-        upper: bool,
-        equal_ids: str,
-        reduction: str,
-        kept_rows: int,
-    ) -> None: ...
-
-def stats_forward(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...
+def stats_forward(x: Tensor, y: Tensor, spec: StatsSpec) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...
 def stats_backward(
-    problem: Problem,
+    x: Tensor,
+    y: Tensor,
+    spec: StatsSpec,
     row: Tensor,
     col: Tensor,
     kept: Tensor,
     g_pos: Tensor | None,
     g_row: Tensor | None,
     g_col: Tensor | None,
-    needs: Sequence[bool],
-    joint: bool,
+    needs: Needs,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]: ...
-def stats_at_once(
-    problem: Problem, weight: float, margin: float, decoupled: bool, normalize: bool, needs: Sequence[bool]
+def loss_and_gradients(
+    x: Tensor, y: Tensor, spec: StatsSpec, loss: RowLoss, needs: Needs
 ) -> tuple[Tensor, tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]]: ...
 def normalize(views: Sequence[Tensor]) -> Tensor: ...
 def cross_entropy(

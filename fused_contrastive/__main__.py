@@ -145,7 +145,7 @@ def _verify(options: argparse.Namespace, console: Console) -> int:
 
 
 def _run(options: argparse.Namespace, arguments: Sequence[str], console: Console) -> int:
-    if cpp.unavailable() is None:
+    if cpp.BACKEND.unavailable() is None:
         try:
             cpp.vector_level()  # reads FUSED_CONTRASTIVE_CPU_LEVEL
         except ValueError as error:

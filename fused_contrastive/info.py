@@ -20,9 +20,9 @@ def show(console: Console) -> None:
     table.add_row("Python", f"{platform.python_version()} on {platform.platform()}")
     for name, backend in dispatch.BACKENDS.items():
         table.add_row(f"backend {name}", "usable" if (why := backend.unavailable()) is None else f"not usable: {why}")
-    on_cpu = "cpp" if cpp.unavailable() is None else "reference, which is slower, after a warning"
+    on_cpu = "cpp" if cpp.BACKEND.unavailable() is None else "reference, which is slower, after a warning"
     table.add_row('"auto" on the CPU', on_cpu)
-    if cpp.unavailable() is None:
+    if cpp.BACKEND.unavailable() is None:
         table.add_row("vector level", cpp.vector_level())
         table.add_row("cpp parallel", "yes, on torch's threads" if cpp.is_parallel() else "no, built without OpenMP")
     table.add_row("threads", f"{torch.get_num_threads()} of {os.cpu_count()} CPUs")

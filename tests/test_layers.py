@@ -150,7 +150,7 @@ class Finder:
             return importlib.util.spec_from_file_location(name, {str(tmp_path / "broken.py")!r})
 sys.meta_path.insert(0, Finder)
 from fused_contrastive.backends import cpp
-reason = cpp.unavailable()
+reason = cpp.BACKEND.unavailable()
 assert "could not be loaded (undefined symbol: at::gone)" in reason and "--force-reinstall" in reason, reason
 """
     result = run_blocking("", code)

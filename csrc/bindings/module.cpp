@@ -34,51 +34,67 @@ fc::Interrupt python_interrupt() {
   };
 }
 
-// A StatsSpec (core/spec.py) and its features.
-fc::Problem problem(at::Tensor x, at::Tensor y, at::Tensor scale, fc::OptionalTensor targets,
-                    fc::OptionalTensor col_bias, fc::OptionalTensor row_ids, fc::OptionalTensor col_ids,
-                    bool exclude_self, bool rows, bool cols, bool upper, const std::string& equal_ids,
-                    const std::string& reduction, int64_t kept_rows) {
+// A StatsSpec (core/spec.py) and its features. Fields are read by name, so that their order is Python's affair.
+fc::Problem problem_of(const at::Tensor& x, const at::Tensor& y, const py::handle& spec) {
   static const std::map<std::string, fc::EqualIds> kEqualIds = {
       {"exclude", fc::EqualIds::kExclude}, {"only", fc::EqualIds::kOnly}, {"negate", fc::EqualIds::kNegate}};
+  const auto tensor = [&](const char* name) { return spec.attr(name).cast<fc::OptionalTensor>(); };
+  const auto flag = [&](const char* name) { return spec.attr(name).cast<bool>(); };
   return {x,
           y,
-          scale,
-          targets,
-          col_bias,
-          row_ids,
-          col_ids,
-          exclude_self,
-          rows,
-          cols,
-          upper,
-          kEqualIds.at(equal_ids),
-          reduction == "softplus",
-          kept_rows};
+          spec.attr("scale").cast<at::Tensor>(),
+          tensor("targets"),
+          tensor("col_bias"),
+          tensor("row_ids"),
+          tensor("col_ids"),
+          flag("exclude_self"),
+          flag("want_row"),
+          flag("want_col"),
+          flag("upper"),
+          kEqualIds.at(spec.attr("equal_ids").cast<std::string>()),
+          spec.attr("statistic").cast<std::string>() == "softplus",
+          spec.attr("kept_rows").cast<int64_t>()};
 }
 
-auto forward(const fc::Problem& problem) {
+// A RowLoss (core/spec.py).
+fc::RowLoss row_loss_of(const py::handle& loss) {
+  return {loss.attr("weight").cast<double>(), loss.attr("margin").cast<double>(), loss.attr("decoupled").cast<bool>(),
+          loss.attr("normalize").cast<bool>()};
+}
+
+// A Needs (core/spec.py): of x, y, scale and col_bias; and whether the first two are wanted as one.
+using Needs = std::array<bool, 5>;
+fc::Needs needs_of(const Needs& n) {
+  return {{n[0], n[1], n[2], n[3]}, n[4]};
+}
+
+auto stats_forward(const at::Tensor& x, const at::Tensor& y, const py::object& spec) {
+  const fc::Problem problem = problem_of(x, y, spec);
   const auto interrupt = python_interrupt();
   py::gil_scoped_release release;
   const at::NoGradGuard no_grad;
   return fc::stats_forward(problem, interrupt);
 }
 
-auto backward(const fc::Problem& problem, at::Tensor row, at::Tensor col, at::Tensor kept, fc::OptionalTensor g_pos,
-              fc::OptionalTensor g_row, fc::OptionalTensor g_col, std::array<bool, 4> needs, bool joint) {
+auto stats_backward(const at::Tensor& x, const at::Tensor& y, const py::object& spec, const at::Tensor& row,
+                    const at::Tensor& col, const at::Tensor& kept, const fc::OptionalTensor& g_pos,
+                    const fc::OptionalTensor& g_row, const fc::OptionalTensor& g_col, const Needs& needs) {
+  const fc::Problem problem = problem_of(x, y, spec);
   const auto interrupt = python_interrupt();
   py::gil_scoped_release release;
   const at::NoGradGuard no_grad;
-  return fc::stats_backward(problem, row, col, kept, g_pos, g_row, g_col, needs, joint, interrupt);
+  return fc::stats_backward(problem, {row, col, kept}, {g_pos, g_row, g_col}, needs_of(needs), interrupt);
 }
 
-auto at_once(const fc::Problem& problem, double weight, double margin, bool decoupled, bool normalize,
-             std::array<bool, 4> needs) {
+auto loss_and_gradients(const at::Tensor& x, const at::Tensor& y, const py::object& spec, const py::object& loss,
+                        const Needs& needs) {
+  const fc::Problem problem = problem_of(x, y, spec);
+  const fc::RowLoss row_loss = row_loss_of(loss);
   const auto interrupt = python_interrupt();
   py::gil_scoped_release release;
   const at::NoGradGuard no_grad;
-  auto [loss, grads] = fc::stats_at_once(problem, weight, margin, decoupled, normalize, needs, interrupt);
-  return std::make_tuple(loss, grads);
+  auto [value, grads] = fc::loss_and_gradients(problem, row_loss, needs_of(needs), interrupt);
+  return std::make_tuple(value, grads);
 }
 
 at::Tensor cross_entropy(const at::Tensor& pos, const std::vector<at::Tensor>& normalisers, bool decoupled,
@@ -127,10 +143,9 @@ void count_ahead(const at::Tensor& scores, int64_t first_column, const at::Tenso
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "C++ CPU backend of fused_contrastive";
-  py::class_<fc::Problem>(m, "Problem").def(py::init(&problem));
-  m.def("stats_forward", &forward);
-  m.def("stats_backward", &backward);
-  m.def("stats_at_once", &at_once);
+  m.def("stats_forward", &stats_forward);
+  m.def("stats_backward", &stats_backward);
+  m.def("loss_and_gradients", &loss_and_gradients);
   m.def("cross_entropy", &cross_entropy);
   m.def("normalize", &normalize);
   m.def("max_sim_forward", &max_sim_forward);

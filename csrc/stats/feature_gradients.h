@@ -209,19 +209,18 @@ class FeatureGradients {
  public:
   using T = typename Accumulator<E>::Type;
 
-  // `joint`: y is x, and dx is to hold what y gains too. There are no gradients of positives, and dy is not asked.
-  FeatureGradients(const Prepared<E>& p, const Walk& walk, std::array<bool, 4> needs, bool joint = false)
+  FeatureGradients(const Prepared<E>& p, const Walk& walk, const Needs& needs)
       : p_(p),
         walk_(walk),
-        needs_(needs),
-        joint_(joint),
+        needs_(needs.of),
+        joint_(needs.joint),
         g_(p.options()),
         scratch_(walk, p.options()),
-        bias_(needs[3], p.y.rows) {
+        bias_(needs.of[3], p.y.rows) {
     // dscale = sum_i x_i . (G y)_i, or the same sum over columns when dx is not needed.
-    scale_by_rows_ = needs[0] || (needs[2] && !needs[1]);
+    scale_by_rows_ = needs_[0] || (needs_[2] && !needs_[1]);
     if (scale_by_rows_) dx_ = at::zeros({p.x.rows, p.x.d}, p.options());
-    if (joint) dy_ = dx_;
+    if (joint_) start_joint();
   }
 
   // For a walk that comes to each group once: dy in another dtype than T is then finished group by group, and only one
@@ -276,8 +275,9 @@ class FeatureGradients {
     const T* g = data<T>(pos);
     const T scale = p_.rule.scale;
     double dscale = 0;
-    if (joint_) {
-      dscale = finish_rows(dx_, 0, p_.x, p_.y, g, scale, [](int64_t) { return -1; }) / 2;  // each pair, from both sides
+    if (joint_) {  // each pair counts from both sides, twice for the scale
+      if (g) add_to_targets(g);
+      dscale = finish_rows(dx_, 0, p_.x, p_.y, g, scale, [&](int64_t i) { return p_.rule.target(i); }) / 2;
       dy_.reset();
       return {converted(std::exchange(dx_, {}), x_dtype), at::Tensor(), needs_[2] ? scalar(dscale) : at::Tensor(),
               at::Tensor()};
@@ -310,6 +310,11 @@ class FeatureGradients {
   }
 
  private:
+  // dx is to hold what y gains, too.
+  void start_joint() {
+    dy_ = dx_;
+    dy_cols_ = {0, p_.y.rows};
+  }
   // dy_ is to hold the gradients of these columns.
   void start_dy(const Range& cols) {
     if (dy_.defined() && dy_.size(0) == cols.size())

@@ -111,8 +111,8 @@ inline void check(const Problem& p) {
   check_dtype("y", p.y, p.x.scalar_type());
   const int64_t m = p.x.size(0), n = p.y.size(0);
   TORCH_CHECK_VALUE(p.scale.numel() == 1, "scale: got shape ", p.scale.sizes(), ", expected one element");
-  TORCH_CHECK_VALUE(p.softplus ? p.rows && !p.cols : p.rows || p.cols,
-                    "rows, cols: expected a direction, for softplus ", "rows alone");
+  TORCH_CHECK_VALUE(p.softplus || p.upper ? p.want_row && !p.want_col : p.want_row || p.want_col,
+                    "want_row, want_col: expected a direction, for softplus and upper rows alone");
   TORCH_CHECK_VALUE(!p.upper || m == n, "upper: got M = ", m, " and N = ", n, ", expected as many");
   TORCH_CHECK_VALUE(p.targets || m <= n, "targets: got None for M = ", m, " rows and N = ", n, " columns");
   TORCH_CHECK_VALUE(p.kept_rows >= 0 && p.kept_rows <= m, "kept_rows: got ", p.kept_rows, ", expected 0 to ", m);

@@ -1,4 +1,4 @@
-// The C++ CPU backend: the two functions every backend provides, on ATen tensors.
+// The C++ CPU backend's statistics: the functions that backends/contract.py asks for, on ATen tensors.
 #pragma once
 #include <ATen/core/Tensor.h>
 
@@ -20,8 +20,8 @@ struct Problem {
   OptionalTensor row_ids;   // (M,) int64, compared with col_ids
   OptionalTensor col_ids;   // (N,) int64
   bool exclude_self;
-  bool rows, cols;  // the directions asked
-  bool upper;       // only pairs j > i
+  bool want_row, want_col;  // the directions asked
+  bool upper;               // x is y: only pairs j > i are computed, and `row` is over both triangles
   EqualIds equal_ids;
   bool softplus;      // sums of softplus, rows alone
   int64_t kept_rows;  // rows of products to keep for the backward
@@ -35,22 +35,39 @@ using Interrupt = std::function<void()>;  // called between blocks; throws to st
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> stats_forward(const Problem& problem,
                                                                          const Interrupt& interrupt);
 
-// dx, dy, dscale, dcol_bias; undefined where `needs` says no. A gradient that is absent is zero. `joint`, where y is x:
-// dx is the sum of both, and g_pos absent.
-std::array<at::Tensor, 4> stats_backward(const Problem& problem, const at::Tensor& row, const at::Tensor& col,
-                                         const at::Tensor& kept, const OptionalTensor& g_pos,
-                                         const OptionalTensor& g_row, const OptionalTensor& g_col,
-                                         std::array<bool, 4> needs, bool joint, const Interrupt& interrupt);
-
-struct LossAndGradients {
-  at::Tensor loss;                  // 0-d float64
-  std::array<at::Tensor, 4> grads;  // dx, dy, dscale, dcol_bias in float32 (float64), undefined where not needed
+// What `stats_forward` returned beside pos, and gradients of what it returned; one that is absent is zero.
+struct Saved {
+  at::Tensor row, col, kept;
+};
+struct Upstream {
+  OptionalTensor pos, row, col;
 };
 
-// `weight` times the sum over rows of softplus(row - (pos - margin)), or of row - (pos - margin) where decoupled; for
-// softplus problems of row + softplus(-pos). And its gradients. Needs rows alone, and all pairs: not `upper`.
-// `normalize`: x and y, float32 or float64, are divided by their lengths first.
-LossAndGradients stats_at_once(const Problem& problem, double weight, double margin, bool decoupled, bool normalize,
-                               std::array<bool, 4> needs, const Interrupt& interrupt);
+// The gradients asked: of x, y, scale and col_bias. `joint`, where y is x: that of x is the sum of both, y's is not
+// asked.
+struct Needs {
+  std::array<bool, 4> of;
+  bool joint;
+};
+using FeatureGrads = std::array<at::Tensor, 4>;  // dx, dy, dscale, dcol_bias; undefined where not needed
+
+FeatureGrads stats_backward(const Problem& problem, const Saved& saved, const Upstream& upstream, const Needs& needs,
+                            const Interrupt& interrupt);
+
+// `weight` times the sum of softplus(row - (pos - margin)), or of row - (pos - margin) where decoupled, over rows and,
+// where they are asked, over the first M columns. For softplus problems of row + softplus(-pos).
+struct RowLoss {
+  double weight, margin;
+  bool decoupled;
+  bool normalize;  // x and y, float32 or float64, are divided by their rows' lengths first
+};
+struct LossAndGradients {
+  at::Tensor loss;     // 0-d float64
+  FeatureGrads grads;  // in float32 (float64)
+};
+
+// For rows alone, or where all rows of products are kept.
+LossAndGradients loss_and_gradients(const Problem& problem, const RowLoss& loss, const Needs& needs,
+                                    const Interrupt& interrupt);
 
 }  // namespace fc

@@ -12,7 +12,7 @@ from torch.torch_version import TorchVersion  # compares as packaging does, whic
 
 from fused_contrastive.core import checks
 from fused_contrastive.core.spec import BackendName
-from fused_contrastive.ops.stats import autocast
+from fused_contrastive.ops.problem import autocast
 
 
 @contextmanager

@@ -14,9 +14,10 @@ from fused_contrastive.core import checks
 from fused_contrastive.core.spec import compute_dtype
 from fused_contrastive.distributed.batch import GlobalBatch
 from fused_contrastive.losses.terms import pair_logit
-from fused_contrastive.ops.cross_entropy import cross_entropy
 from fused_contrastive.ops.normalize import normalized
-from fused_contrastive.ops.stats import autocast, contrastive_stats, self_stats
+from fused_contrastive.ops.problem import autocast
+from fused_contrastive.ops.row_loss import cross_entropy
+from fused_contrastive.ops.stats import contrastive_stats, self_stats
 
 with importing("lightly", tested="1.6.0"):
     from lightly import loss as library

@@ -17,8 +17,9 @@ from fused_contrastive.distributed.batch import GlobalBatch
 from fused_contrastive.losses.clip import clip_loss
 from fused_contrastive.losses.info_nce import info_nce_loss
 from fused_contrastive.losses.siglip import siglip_loss
-from fused_contrastive.ops.cross_entropy import cross_entropy
-from fused_contrastive.ops.stats import autocast, contrastive_stats, log_add
+from fused_contrastive.ops.problem import autocast, log_add
+from fused_contrastive.ops.row_loss import cross_entropy
+from fused_contrastive.ops.stats import contrastive_stats
 
 with importing("open_clip_torch", tested="3.3.0"):
     from open_clip import loss as library

@@ -14,8 +14,9 @@ from fused_contrastive.adapters.common import Fused, check_pair, importing, not_
 from fused_contrastive.adapters.patching import Patch
 from fused_contrastive.core.spec import compute_dtype
 from fused_contrastive.losses.terms import class_sums, pair_logit, rows_at
-from fused_contrastive.ops.cross_entropy import cross_entropy
-from fused_contrastive.ops.stats import autocast, contrastive_stats, log_add, self_stats
+from fused_contrastive.ops.problem import autocast, log_add
+from fused_contrastive.ops.row_loss import cross_entropy
+from fused_contrastive.ops.stats import contrastive_stats, self_stats
 
 with importing("pytorch-metric-learning", tested="2.9.0"):
     from pytorch_metric_learning import distances, losses, reducers

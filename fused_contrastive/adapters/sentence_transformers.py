@@ -15,9 +15,10 @@ from fused_contrastive.adapters.patching import Patch
 from fused_contrastive.core.spec import compute_dtype
 from fused_contrastive.distributed.batch import GlobalBatch
 from fused_contrastive.losses.terms import pair_logit
-from fused_contrastive.ops.cross_entropy import cross_entropy
 from fused_contrastive.ops.normalize import normalized
-from fused_contrastive.ops.stats import autocast, contrastive_stats, log_add, self_stats
+from fused_contrastive.ops.problem import autocast, log_add
+from fused_contrastive.ops.row_loss import cross_entropy
+from fused_contrastive.ops.stats import contrastive_stats, self_stats
 
 with importing("sentence-transformers", tested="5.3.0 and 6.2.0", least="5.3"):
     from sentence_transformers import util

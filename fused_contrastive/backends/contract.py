@@ -1,52 +1,81 @@
-"""What a backend provides: the primitive forward and backward, the loss on its statistics, ranking, whether it runs."""
+"""What a backend provides: five functions that it owes, and what it may do better than plain torch."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from fused_contrastive.backends import defaults
 from fused_contrastive.core.reduction import Reduction
-from fused_contrastive.core.spec import Forward, Gradients, Needs, StatsSpec, Upstream
+from fused_contrastive.core.spec import Forward, Gradients, Needs, RowLoss, StatsSpec, Upstream
 from fused_contrastive.core.tokens import MaxSimForward, MaxSimUpstream, TokenSpec
 
 
-class Backend(Protocol):
-    """A module with these functions is a backend; ops/dispatch.py lists them."""
+class Backend(ABC):
+    """One backend; ``ops/dispatch.py`` lists them, and docs/extend.md adds one step by step.
 
+    The abstract functions are owed. The others have a default in plain torch (``backends/defaults.py``), which works on
+    any device, or are a capability that is absent unless it is declared.
+    """
+
+    @abstractmethod
     def unavailable(self) -> str | None:
         """Why this backend cannot run here, with the way to get it, or None."""
 
+    @abstractmethod
     def supports(self, device_type: str, dtype: torch.dtype) -> bool:
         """Whether it takes features of this dtype on this type of device."""
 
+    @abstractmethod
     def kept(self, rows: int, n: int, dtype: torch.dtype) -> tuple[tuple[int, ...], torch.dtype]:
         """Shape and dtype of ``Forward.kept`` for ``rows`` of an (M, n) problem with features of ``dtype``."""
 
+    @abstractmethod
     def stats_forward(self, spec: StatsSpec, x: Tensor, y: Tensor) -> Forward:
         """Statistics of S; x (M, D), y (N, D) of one dtype and device."""
 
+    @abstractmethod
     def stats_backward(
         self, spec: StatsSpec, x: Tensor, y: Tensor, saved: Forward, upstream: Upstream, needs: Needs
     ) -> Gradients:
         """Gradients given those of the statistics. ``saved.pos`` may hold anything. Must not write to ``saved``."""
+
+    def fuses_loss(self, spec: StatsSpec, m: int) -> bool:
+        """Whether ``loss_and_gradients`` is its best way for a problem of m rows.
+
+        ``spec.kept_rows`` says how many rows of products the memory budget allows.
+        """
+        return False
+
+    def loss_and_gradients(
+        self, spec: StatsSpec, x: Tensor, y: Tensor, loss: RowLoss, needs: Needs
+    ) -> tuple[Tensor, Gradients]:
+        """The loss (), float64, and its gradients, formed in one call without a backward.
+
+        Those of the features are in the compute dtype. Only called where ``fuses_loss`` says so.
+        """
+        raise NotImplementedError
 
     def cross_entropy(
         self, pos: Tensor, normalisers: Sequence[Tensor], decoupled: bool, reduction: Reduction, dtype: torch.dtype
     ) -> Tensor:
         """Differentiable mean over the normalisers, each (M,), of ``softplus(normaliser - pos)``; or, where
         decoupled, of ``normaliser - pos``. Reduced over M and cast to ``dtype`` at the end."""
+        return defaults.cross_entropy(pos, normalisers, decoupled, reduction, dtype)
 
     def normalize(self, *views: Tensor) -> Tensor:
         """Differentiable ``unit_rows(torch.cat(views))`` (core/unit.py) of float32 or float64 features.
 
         Nobody may write to the result; its gradient must be for it alone, since the backward may write to that.
         """
+        return defaults.normalize(*views)
 
     def max_sim_forward(self, spec: TokenSpec, x: Tensor, y: Tensor) -> MaxSimForward:
         """Sums of maxima over the products of tokens; x (M, T, D), y (N, P, D) of one dtype and device."""
+        return defaults.max_sim_forward(spec, x, y)
 
     def max_sim_backward(
         self, spec: TokenSpec, x: Tensor, y: Tensor, saved: MaxSimForward, upstream: MaxSimUpstream,
@@ -57,6 +86,7 @@ class Backend(Protocol):
         Only the argmaxima of ``saved`` hold anything; those that were not kept are found again. Must not write to
         ``saved``. A token that is not real gets 0.
         """
+        return defaults.max_sim_backward(spec, x, y, saved, upstream, needs)
 
     def merge_top_k(self, scores: Tensor, first_column: int, values: Tensor, indices: Tensor) -> None:
         """Merges a block of scores (M, n), columns ``first_column`` and on, into each row's best k, in place.
@@ -65,6 +95,7 @@ class Backend(Protocol):
         of ``core/order.py``. Blocks come in the order of their columns; of what earlier ones left, the first
         min(first_column, k) places are filled, afterwards min(first_column + n, k). May write to ``scores``.
         """
+        defaults.merge_top_k(scores, first_column, values, indices)
 
     def count_ahead(
         self, scores: Tensor, first_column: int, target_scores: Tensor, targets: Tensor, counts: Tensor
@@ -74,3 +105,4 @@ class Backend(Protocol):
         The target is the column ``targets`` (M,) int64 of the whole matrix, with the score ``target_scores`` (M,). It
         is never ahead of itself. Blocks may come in any order. Must not write to ``scores``.
         """
+        defaults.count_ahead(scores, first_column, target_scores, targets, counts)

@@ -11,9 +11,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fused_contrastive.backends.contract import Backend
 from fused_contrastive.core import forks
 from fused_contrastive.core.reduction import Reduction
-from fused_contrastive.core.spec import Forward, Gradients, Needs, StatsSpec, Upstream, compute_dtype
+from fused_contrastive.core.spec import Forward, Gradients, Needs, RowLoss, StatsSpec, Upstream, compute_dtype
 from fused_contrastive.core.tokens import MaxSimForward, MaxSimUpstream, TokenSpec
 
 # Forced and uncached, since pip takes what is installed, or a wheel it has built before, to be good enough.
@@ -60,21 +61,6 @@ except ImportError as error:
     _unavailable = _explain(error)
 
 
-JOINT = True  # of a feature matrix against itself, it can add up both gradients in one
-
-
-def unavailable() -> str | None:
-    return _unavailable
-
-
-def supports(device_type: str, dtype: torch.dtype) -> bool:
-    return device_type == "cpu"
-
-
-def kept(rows: int, n: int, dtype: torch.dtype) -> tuple[tuple[int, ...], torch.dtype]:
-    return (rows, n), compute_dtype(dtype)
-
-
 def vector_level() -> str:
     """The instruction set of the vector kernels here: baseline, avx2, avx512, avx512_bf16 or amx_bf16."""
     return _C.vector_level()
@@ -85,58 +71,69 @@ def is_parallel() -> bool:
     return _C.parallel
 
 
-def stats_forward(spec: StatsSpec, x: Tensor, y: Tensor) -> Forward:
-    forks.guard()
-    return Forward(*_C.stats_forward(_C.Problem(x, y, *spec)))
+class Cpp(Backend):
+    def unavailable(self) -> str | None:
+        return _unavailable
+
+    def supports(self, device_type: str, dtype: torch.dtype) -> bool:
+        return device_type == "cpu"
+
+    def kept(self, rows: int, n: int, dtype: torch.dtype) -> tuple[tuple[int, ...], torch.dtype]:
+        return (rows, n), compute_dtype(dtype)
+
+    def stats_forward(self, spec: StatsSpec, x: Tensor, y: Tensor) -> Forward:
+        forks.guard()
+        return Forward(*_C.stats_forward(x, y, spec))
+
+    def stats_backward(
+        self, spec: StatsSpec, x: Tensor, y: Tensor, saved: Forward, upstream: Upstream, needs: Needs
+    ) -> Gradients:
+        forks.guard()
+        return Gradients(*_C.stats_backward(x, y, spec, saved.row, saved.col, saved.kept, *upstream, needs))
+
+    def fuses_loss(self, spec: StatsSpec, m: int) -> bool:
+        """Rows alone are walked once; columns, and triangles, need all products before any gradient."""
+        return spec.kept_rows == m or not (spec.want_col or spec.upper)
+
+    def loss_and_gradients(
+        self, spec: StatsSpec, x: Tensor, y: Tensor, loss: RowLoss, needs: Needs
+    ) -> tuple[Tensor, Gradients]:
+        forks.guard()
+        value, gradients = _C.loss_and_gradients(x, y, spec, loss, needs)
+        return value, Gradients(*gradients)
+
+    def cross_entropy(
+        self, pos: Tensor, normalisers: Sequence[Tensor], decoupled: bool, reduction: Reduction, dtype: torch.dtype
+    ) -> Tensor:
+        forks.guard()
+        return _C.cross_entropy(pos, normalisers, decoupled, reduction, dtype)
+
+    def normalize(self, *views: Tensor) -> Tensor:
+        forks.guard()
+        return _C.normalize(views)
+
+    def max_sim_forward(self, spec: TokenSpec, x: Tensor, y: Tensor) -> MaxSimForward:
+        forks.guard()
+        return MaxSimForward(*_C.max_sim_forward(x, y, spec.x_lengths, spec.y_lengths, spec.both, spec.kept_rows))
+
+    def max_sim_backward(
+        self, spec: TokenSpec, x: Tensor, y: Tensor, saved: MaxSimForward, upstream: MaxSimUpstream,
+        needs: tuple[bool, bool],
+    ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+        forks.guard()
+        return _C.max_sim_backward(
+            x, y, spec.x_lengths, spec.y_lengths, saved.argmax_x, saved.argmax_y, upstream.x, upstream.y, needs
+        )
+
+    def merge_top_k(self, scores: Tensor, first_column: int, values: Tensor, indices: Tensor) -> None:
+        forks.guard()
+        _C.merge_top_k(scores, first_column, values, indices)
+
+    def count_ahead(
+        self, scores: Tensor, first_column: int, target_scores: Tensor, targets: Tensor, counts: Tensor
+    ) -> None:
+        forks.guard()
+        _C.count_ahead(scores, first_column, target_scores, targets, counts)
 
 
-def stats_backward(
-    spec: StatsSpec, x: Tensor, y: Tensor, saved: Forward, upstream: Upstream, needs: Needs
-) -> Gradients:
-    forks.guard()
-    problem, (*of, joint) = _C.Problem(x, y, *spec), needs
-    return Gradients(*_C.stats_backward(problem, saved.row, saved.col, saved.kept, *upstream, of, joint))
-
-
-def stats_at_once(
-    spec: StatsSpec, x: Tensor, y: Tensor, weight: float, margin: float, decoupled: bool, normalize: bool, needs: Needs
-) -> tuple[Tensor, Gradients]:
-    forks.guard()
-    loss, gradients = _C.stats_at_once(_C.Problem(x, y, *spec), weight, margin, decoupled, normalize, needs[:4])
-    return loss, Gradients(*gradients)
-
-
-def cross_entropy(
-    pos: Tensor, normalisers: Sequence[Tensor], decoupled: bool, reduction: Reduction, dtype: torch.dtype
-) -> Tensor:
-    forks.guard()
-    return _C.cross_entropy(pos, normalisers, decoupled, reduction, dtype)
-
-
-def normalize(*views: Tensor) -> Tensor:
-    forks.guard()
-    return _C.normalize(views)
-
-
-def max_sim_forward(spec: TokenSpec, x: Tensor, y: Tensor) -> MaxSimForward:
-    forks.guard()
-    return MaxSimForward(*_C.max_sim_forward(x, y, spec.x_lengths, spec.y_lengths, spec.both, spec.kept_rows))
-
-
-def max_sim_backward(
-    spec: TokenSpec, x: Tensor, y: Tensor, saved: MaxSimForward, upstream: MaxSimUpstream, needs: tuple[bool, bool]
-) -> tuple[Tensor | None, Tensor | None]:
-    forks.guard()
-    return _C.max_sim_backward(
-        x, y, spec.x_lengths, spec.y_lengths, saved.argmax_x, saved.argmax_y, upstream.x, upstream.y, needs
-    )
-
-
-def merge_top_k(scores: Tensor, first_column: int, values: Tensor, indices: Tensor) -> None:
-    forks.guard()
-    _C.merge_top_k(scores, first_column, values, indices)
-
-
-def count_ahead(scores: Tensor, first_column: int, target_scores: Tensor, targets: Tensor, counts: Tensor) -> None:
-    forks.guard()
-    _C.count_ahead(scores, first_column, target_scores, targets, counts)
+BACKEND = Cpp()

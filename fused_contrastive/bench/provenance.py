@@ -51,7 +51,7 @@ def _commit() -> str:
 
 
 def provenance() -> dict[str, str]:
-    here = cpp.unavailable() is None
+    here = cpp.BACKEND.unavailable() is None
     level = f", vector level {cpp.vector_level()}" if here else ", without the C++ backend: ours is the reference"
     machine = f"{torch.get_num_threads()} threads of {_processor()}{level}"
     if torch.cuda.is_available():

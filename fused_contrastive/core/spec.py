@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_type_hints
 
 import torch
 from torch import Tensor
 
 BackendName = Literal["auto", "reference", "cpp", "triton"]
-Reduction = Literal["logsumexp", "softplus"]
+Statistic = Literal["logsumexp", "softplus"]
 EqualIds = Literal["exclude", "only", "negate"]
 
 
@@ -16,9 +16,15 @@ class StatsSpec(NamedTuple):
     """How logits are made of x (M, D) and y (N, D), which are excluded, and what is asked.
 
     ``S[i, j] = scale * x[i] . y[j] + col_bias[j]``. Excluded from ``row`` and ``col`` are the positive
-    ``S[i, t(i)]`` and, with ``exclude_self``, ``S[i, i]``; with ``upper``, all but ``j > i``. Pairs with
-    ``row_ids[i] == col_ids[j]`` are excluded too; or, as ``equal_ids`` says, all others are ("only"), or the logits of
-    the pairs change sign ("negate").
+    ``S[i, t(i)]`` and, with ``exclude_self``, ``S[i, i]``. Pairs with ``row_ids[i] == col_ids[j]`` are excluded too;
+    or, as ``equal_ids`` says, all others are ("only"), or the logits of the pairs change sign ("negate").
+
+    With ``upper``, y is x and there is no bias: S is symmetric, and only its pairs ``j > i`` are computed. ``row`` is
+    over both triangles, without the diagonal; ``col`` is not asked. Targets, if there are any, come in pairs:
+    ``t(t(i)) = i``.
+
+    This is the one place in Python that lists the fields: the operators' schema, what autograd saves and what
+    processes send each other follow from it. Tensors come first.
     """
 
     scale: Tensor  # () in the compute dtype
@@ -27,12 +33,18 @@ class StatsSpec(NamedTuple):
     row_ids: Tensor | None = None  # (M,) int64
     col_ids: Tensor | None = None  # (N,) int64
     exclude_self: bool = False
-    rows: bool = True  # the row direction is asked
-    cols: bool = True  # the column direction is asked
-    upper: bool = False  # only pairs above the diagonal, where x is y: each pair once, and half the products
+    want_row: bool = True  # the row direction is asked
+    want_col: bool = True  # the column direction is asked
+    upper: bool = False  # of a set of features against itself, each pair once: half the products
     equal_ids: EqualIds = "exclude"
-    reduction: Reduction = "logsumexp"  # over the logits not excluded: log sum exp, or the sum of log(1 + exp)
+    statistic: Statistic = "logsumexp"  # over the logits not excluded: log sum exp, or the sum of log(1 + exp)
     kept_rows: int = 0  # rows of S whose products to keep for the backward, in whatever form
+
+
+FIELDS = get_type_hints(StatsSpec)
+TENSORS = tuple(name for name, kind in FIELDS.items() if kind in (Tensor, Tensor | None))
+OF_ROWS = ("targets", "row_ids")  # those with an element for each row
+OF_COLS = ("col_bias", "col_ids")  # and for each column
 
 
 class Forward(NamedTuple):
@@ -59,7 +71,7 @@ class Needs(NamedTuple):
     y: bool
     scale: bool
     col_bias: bool
-    joint: bool = False  # y is x: its gradient is wanted as one, in that of x. Only of a backend with ``JOINT``
+    joint: bool = False  # y is x: the gradient of x is to be the sum of both, that of y None
 
 
 class Gradients(NamedTuple):
@@ -69,6 +81,20 @@ class Gradients(NamedTuple):
     y: Tensor | None  # (N, D) in the dtype of y
     scale: Tensor | None  # ()
     col_bias: Tensor | None  # (N,)
+
+
+class RowLoss(NamedTuple):
+    """A loss that is a sum over rows, or over rows and columns: what ``Backend.loss_and_gradients`` computes.
+
+    With z the normaliser of a row or column minus its positive's logit, plus the margin, it is the sum of
+    ``weight * softplus(z)``; or of ``weight * z`` if decoupled; of a softplus statistic, of
+    ``weight * (row + softplus(-pos))``. Columns are those of the first M that are positives, which are their own rows'.
+    """
+
+    weight: float = 1.0
+    margin: float = 0.0
+    decoupled: bool = False
+    normalize: bool = False  # x and y, float32 or float64, are divided by their rows' lengths first
 
 
 def compute_dtype(features: torch.dtype) -> torch.dtype:

@@ -12,7 +12,6 @@ import functools
 import weakref
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -21,10 +20,10 @@ from torch import Tensor
 
 from fused_contrastive.core import forks
 from fused_contrastive.core.memory import total_memory
-from fused_contrastive.core.modes import outside_everything, refuse_fake, refuse_transforms
-from fused_contrastive.core.reduction import Reduction
+from fused_contrastive.core.modes import is_plain, outside_everything, refuse_fake, refuse_transforms
 from fused_contrastive.distributed.batch import GlobalBatch
-from fused_contrastive.distributed.collectives import all_gather_single, reported, summed
+from fused_contrastive.distributed.collectives import all_gather_single
+from fused_contrastive.distributed.shape import GlobalShape, LocalShape, Shape
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -35,70 +34,22 @@ _left: weakref.WeakKeyDictionary[dist.ProcessGroup, str] = weakref.WeakKeyDictio
 GATHER_SHARE = 8  # "auto" gathers while columns and their gradient take at most memory divided by this
 
 
-@dataclass(frozen=True)
-class Agreed:
-    """What all processes of the group know of one call."""
+class Alone:
+    """A call without a group. ``Call`` has the same functions."""
 
-    batch: GlobalBatch
-    rank: int
-    rows: tuple[int, ...]  # of every process
-    cols: tuple[int, ...]
-    keys: tuple[int, ...]  # the first of the columns, which targets count
-    tokens: int  # of an item of the columns, in the process that has most; 0 for features
-    differentiable: bool
-    ring: bool
+    spread = False  # whether rows and columns are spread over processes, so that one of them may have none
 
-    @property
-    def group(self) -> dist.ProcessGroup | None:
-        return self.batch.group
-
-    @property
-    def world(self) -> int:
-        return len(self.rows)
-
-    @property
-    def first_row(self) -> int:
-        """The place of this process's first row in the whole batch."""
-        return sum(self.rows[: self.rank])
-
-    @property
-    def first_col(self) -> int:
-        return sum(self.cols[: self.rank])
-
-    def columns_of(self, targets: Tensor | None, device: torch.device) -> Tensor:
-        """(m,) the whole problem's columns of targets, which count the keys of all processes. Default: t(i) = i."""
-        if targets is None:
-            targets = torch.arange(self.first_row, self.first_row + self.rows[self.rank], device=device)
-        if self.keys == self.cols:
-            return targets
-        keys, cols = (torch.tensor(sizes, device=device) for sizes in (self.keys, self.cols))
-        last = keys.cumsum(0)
-        owner = torch.searchsorted(last, targets, right=True)
-        return targets - (last - keys)[owner] + (cols.cumsum(0) - cols)[owner]
-
-    @property
-    def own_cols(self) -> slice:
-        return slice(self.first_col, self.first_col + self.cols[self.rank])
-
-    def reduce(self, losses: Tensor, reduction: Reduction, count: int | Tensor | None = None) -> Tensor:
-        """(m,) losses of this process's rows -> the loss of the whole batch, the same in every process.
-
-        ``count`` is what "mean" divides by, the sum of the weights; by default the number of rows. "none" gives (m,).
-        """
-        if reduction == "none":
-            return losses
-        part = losses.sum()
-        if reduction == "mean":
-            part = part / (sum(self.rows) if count is None else count)
-        return reported(part, self.world if self.batch.gradients == "mean" else 1, self.group)
-
-    def sum(self, value: Tensor) -> Tensor:
-        """Over the processes, with gradient."""
-        return summed(value, self.group)
+    def agree(
+        self, name: str, x: Tensor, y: Tensor, options: dict[str, Any], *inputs: object,
+        targets: Tensor | None = None, keys: int | None = None,
+    ) -> Shape:  # fmt: skip
+        return LocalShape(x.shape[0], y.shape[0])
 
 
 class Call:
-    """One call of a loss in this process, until and after the processes have agreed."""
+    """One call of a loss over a group, in this process, until and after the processes have agreed."""
+
+    spread = True
 
     def __init__(self, batch: GlobalBatch) -> None:
         if (reason := _left.get(_actual(batch.group))) is not None:
@@ -107,23 +58,23 @@ class Call:
                 f"({reason}), expected a new one: destroy_process_group and init_process_group, or new_group"
             )
         self.batch = batch
-        self.agreed: Agreed | None = None
-        self._closed = False
+        self._agreed = self._closed = False
 
     def agree(
         self, name: str, x: Tensor, y: Tensor, options: dict[str, Any], *inputs: object,
         targets: Tensor | None = None, keys: int | None = None,
-    ) -> Agreed:  # fmt: skip
-        """The agreement of this call, which the first of nested functions makes.
+    ) -> Shape:  # fmt: skip
+        """What the processes agree on; after it nothing may be refused, because the others would wait.
 
         ``x`` (m, D) and ``y`` (n, D) are this process's rows and columns, or items (m, P, D) and (n, T, D) of tokens;
         ``options`` must be the same everywhere; ``inputs`` are what else may require a gradient or be saved for one.
         ``targets`` count the first ``keys`` columns of each process.
         """
-        if self.agreed is not None:
-            return self.agreed
+        is_plain(x, y, *inputs)  # raises for what an operator could not compute with
+        refuse_fake("group", x, y, *inputs)
+        _refuse_inference(name, x, y, *inputs)
         needs = [torch.is_grad_enabled() and isinstance(t, Tensor) and t.requires_grad for t in (x, y, *inputs)]
-        said = {
+        described = {
             "D": x.shape[-1],
             "dtype": str(x.dtype),
             "device": x.device.type,
@@ -138,11 +89,11 @@ class Call:
         lowest, highest = 0, -1  # unknown without waiting for a GPU
         if targets is not None and len(targets) and targets.device.type == "cpu":
             lowest, highest = (int(t) for t in targets.aminmax())
-        options_hash = zlib.crc32(repr((name, said)).encode())
+        options_hash = zlib.crc32(repr((name, described)).encode())
         tokens = y.shape[1] if y.dim() == 3 else 0
         headers = self._exchange(0, len(x), len(y), memory, options_hash, keys, lowest, highest, tokens)
         if len({row[4] for row in headers}) > 1:
-            self._raise_difference(name, said)
+            self._raise_difference(name, described)
         rank, _ = _place(self.batch.group)
         rows, cols = tuple(row[1] for row in headers), tuple(row[2] for row in headers)
         held = 2 * sum(cols) * x.shape[-1] * x.element_size()
@@ -162,13 +113,13 @@ class Call:
             if row[6] < 0 or row[7] >= columns:
                 raise ValueError(f"targets: rank {r} has values from {row[6]} to {row[7]}, expected 0 to {columns - 1}")
         longest = max(row[8] for row in headers)
-        self.agreed = Agreed(self.batch, rank, rows, cols, every_key, longest, any(needs), ring)
-        return self.agreed
+        self._agreed = len(rows) > 1
+        return GlobalShape(self.batch, rank, rows, cols, every_key, longest, any(needs), ring)
 
     def fail(self, error: BaseException) -> None:
         """Tells the others, where they wait to agree; where they have agreed, this process is out of step with them."""
         message = f"{type(error).__name__}: {error}"
-        if self.agreed is not None and self.agreed.world > 1:
+        if self._agreed:
             _left[_actual(self.batch.group)] = message
         elif not self._closed and isinstance(error, Exception):  # after Ctrl-C, nobody wants to wait for the others
             try:
@@ -190,14 +141,14 @@ class Call:
             messages: list[Any] = [None] * world
             dist.all_gather_object(messages, message, group=group)
             if not failed:
-                said = "; ".join(f"rank {r}: {text}" for r, text in enumerate(messages) if text)
-                raise RuntimeError(f"group: another process's input was refused: {said}")
+                refused = "; ".join(f"rank {r}: {text}" for r, text in enumerate(messages) if text)
+                raise RuntimeError(f"group: another process's input was refused: {refused}")
         return headers
 
-    def _raise_difference(self, name: str, said: dict[str, Any]) -> None:
+    def _raise_difference(self, name: str, described: dict[str, Any]) -> None:
         _, world = _place(self.batch.group)
         everyone: list[Any] = [None] * world
-        dist.all_gather_object(everyone, (name, {k: repr(v) for k, v in said.items()}), group=self.batch.group)
+        dist.all_gather_object(everyone, (name, {k: repr(v) for k, v in described.items()}), group=self.batch.group)
         names = [each for each, _ in everyone]
         if len(set(names)) > 1:
             raise ValueError(f"group: the processes call different losses: {_by_rank(names)}")
@@ -206,7 +157,8 @@ class Call:
         raise ValueError(f"group: the processes of {name} disagree on {text}; expected the same in all")
 
 
-Group = dist.ProcessGroup | GlobalBatch | None  # a loss that calls another one passes its Call on, too
+Group = dist.ProcessGroup | GlobalBatch | None
+_ALONE = Alone()
 
 
 def _actual(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
@@ -236,17 +188,32 @@ def _place(group: dist.ProcessGroup | None) -> tuple[int, int]:
     return dist.get_rank(group), dist.get_world_size(group)
 
 
-def collective(function: Callable[P, R]) -> Callable[P, R]:
-    """Makes ``group`` of a loss a ``Call``, and lets no process wait for one whose input was refused.
+def _refuse_inference(name: str, *values: object) -> None:
+    """A tensor made in ``torch.inference_mode()``, where a gradient is asked: autograd refuses to save it."""
+    tensors = [t for t in values if isinstance(t, Tensor)]
+    if torch.compiler.is_dynamo_compiling() or not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
+        return
+    for k, t in enumerate(tensors):
+        if t.is_inference():
+            which = ("the features of the rows", "the features of the columns")[k] if k < 2 else "another input"
+            raise RuntimeError(
+                f"{name}: got {which}, of shape {tuple(t.shape)}, from torch.inference_mode() while a gradient is "
+                "asked, expected a tensor from torch.no_grad(), or its clone()"
+            )
 
-    Every loss and primitive begins here, so the guard against threads lost in a fork does, too.
+
+def collective(function: Callable[P, R]) -> Callable[P, R]:
+    """Makes a ``Call`` of the ``group`` of a public function, which takes it by ``call_of``.
+
+    No process waits for one whose input was refused. Every loss and primitive begins here, so the guard against threads
+    lost in a fork does, too.
     """
 
     @functools.wraps(function)
     def wrapper(*args: P.args, **options: P.kwargs) -> R:
         forks.guard()
         group = options.get("group")
-        if group is None or isinstance(group, Call):
+        if group is None:
             return function(*args, **options)
         call = Call(GlobalBatch.of(group))
         options["group"] = call
@@ -259,3 +226,8 @@ def collective(function: Callable[P, R]) -> Callable[P, R]:
             raise
 
     return wrapper
+
+
+def call_of(group: object) -> Call | Alone:
+    """In a ``collective`` function: the call that its ``group`` has become."""
+    return group if isinstance(group, Call) else _ALONE

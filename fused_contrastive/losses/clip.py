@@ -9,12 +9,11 @@ from torch import Tensor, nn
 from fused_contrastive.core import checks
 from fused_contrastive.core.observing import observed
 from fused_contrastive.core.reduction import REDUCTIONS, Reduction
-from fused_contrastive.core.spec import BackendName, compute_dtype
-from fused_contrastive.distributed.agreement import Group, collective
+from fused_contrastive.core.spec import BackendName
+from fused_contrastive.distributed.agreement import Group, call_of, collective
 from fused_contrastive.losses import terms
-from fused_contrastive.ops.agree import agree
-from fused_contrastive.ops.cross_entropy import cross_entropy
-from fused_contrastive.ops.stats import autocast, contrastive_stats
+from fused_contrastive.ops.problem import Problem, autocast
+from fused_contrastive.ops.row_loss import row_loss
 
 
 @observed
@@ -61,35 +60,23 @@ def clip_loss(
     Raises:
         TypeError, ValueError: naming the argument, what came and what was expected.
     """
+    call = call_of(group)
     image_features, text_features = autocast(image_features), autocast(text_features)
-    checks.feature_pair("image_features", image_features, "text_features", text_features, group is not None)
+    checks.feature_pair("image_features", image_features, "text_features", text_features, call.spread)
     checks.same_rows("image_features", image_features, "text_features", text_features)
     logit_scale = terms.scale_of(temperature, logit_scale, None, image_features)
     checks.boolean("decoupled", decoupled)
     checks.one_of("reduction", reduction, REDUCTIONS)
     checks.unit_interval("label_smoothing", label_smoothing)
+    problem = Problem(image_features, text_features, logit_scale, memory_budget=memory_budget, backend=backend)
     options = {"decoupled": decoupled, "label_smoothing": label_smoothing, "reduction": reduction}
-    agreed = agree(
-        group, "clip_loss", image_features, text_features, options, logit_scale,
-        memory_budget=memory_budget, backend=backend,
-    )  # fmt: skip
-    pos, row, col = contrastive_stats(
-        image_features, text_features, logit_scale, memory_budget=memory_budget, backend=backend, group=group
-    )
-    dtype = compute_dtype(image_features.dtype)
-    plain = not label_smoothing and agreed is None
-    losses = cross_entropy(
-        pos, row, col, dtype=dtype if plain else pos.dtype, decoupled=decoupled,
-        reduction=reduction if plain else "none", backend=backend,
-    )  # fmt: skip
-    if plain:
-        return losses
+    shape = problem.agree(call, "clip_loss", options)
+    smoothing = None
     if label_smoothing:
-        count = 0 if agreed is None else sum(agreed.rows)
-        of_images = terms.mean_logit(logit_scale, image_features, text_features, agreed, count)
-        of_texts = terms.mean_logit(logit_scale, text_features, image_features, agreed, count)
-        losses = losses + label_smoothing * (pos - (of_images + of_texts) / 2)
-    return terms.reduce_weighted(losses, None, reduction, agreed).to(dtype)
+        of_images = terms.mean_logit(logit_scale, image_features, text_features, shape)
+        of_texts = terms.mean_logit(logit_scale, text_features, image_features, shape)
+        smoothing = label_smoothing, (of_images + of_texts) / 2
+    return row_loss(problem, shape, reduction, decoupled=decoupled, smoothing=smoothing, want_col=True)
 
 
 class ClipLoss(nn.Module):

@@ -11,13 +11,13 @@ from fused_contrastive.core import checks
 from fused_contrastive.core.observing import observed
 from fused_contrastive.core.reduction import REDUCTIONS, Reduction
 from fused_contrastive.core.spec import BackendName, compute_dtype
-from fused_contrastive.distributed.agreement import Agreed, Group, collective
-from fused_contrastive.distributed.collectives import gather_rows, gathered, merged
+from fused_contrastive.distributed.agreement import Group, call_of, collective
+from fused_contrastive.distributed.shape import GlobalShape, Shape
 from fused_contrastive.losses import terms
-from fused_contrastive.ops.agree import agree
-from fused_contrastive.ops.cross_entropy import cross_entropy
+from fused_contrastive.ops import dispatch
 from fused_contrastive.ops.max_sim import max_sim
-from fused_contrastive.ops.stats import autocast
+from fused_contrastive.ops.problem import autocast
+from fused_contrastive.ops.row_loss import cross_entropy
 
 COMPAT = (None, "x_clip")
 DIRECTIONS: dict[str, Literal["x", "y", "both"]] = {"image": "x", "text": "y", "both": "both"}
@@ -73,8 +73,9 @@ def filip_loss(
     Raises:
         TypeError, ValueError: naming the argument, what came and what was expected.
     """
+    call = call_of(group)
     image_tokens, text_tokens = autocast(image_tokens), autocast(text_tokens)
-    checks.token_pair("image_tokens", image_tokens, "text_tokens", text_tokens, group is not None)
+    checks.token_pair("image_tokens", image_tokens, "text_tokens", text_tokens, call.spread)
     checks.same_rows("image_tokens", image_tokens, "text_tokens", text_tokens)
     logit_scale = terms.scale_of(temperature, logit_scale, None, image_tokens)
     checks.boolean("decoupled", decoupled)
@@ -85,13 +86,24 @@ def filip_loss(
         image_mask = checks.mask("image_mask", image_mask, image_tokens.shape[:2], "image_tokens", image_tokens)
     if text_mask is not None:
         text_mask = checks.mask("text_mask", text_mask, text_tokens.shape[:2], "text_tokens", text_tokens)
+    checks.memory_budget(memory_budget)
+    backend = dispatch.resolve(backend, image_tokens.device, image_tokens.dtype)
     options = {"decoupled": decoupled, "compat": compat, "direction": direction, "reduction": reduction}
-    agreed = agree(
-        group, "filip_loss", image_tokens, text_tokens, options, logit_scale, image_mask, text_mask,
-        memory_budget=memory_budget, backend=backend,
+    shape = call.agree("filip_loss", image_tokens, text_tokens, options, logit_scale, image_mask, text_mask)
+    return loss_of_tokens(
+        shape, image_tokens, text_tokens, logit_scale, image_mask, text_mask, decoupled=decoupled, compat=compat,
+        direction=direction, reduction=reduction, memory_budget=memory_budget, backend=backend,
     )  # fmt: skip
-    if agreed is not None:
-        text_tokens, text_mask = _gathered_tokens(agreed, text_tokens, text_mask)
+
+
+def loss_of_tokens(
+    shape: Shape, image_tokens: Tensor, text_tokens: Tensor, logit_scale: float | Tensor, image_mask: Tensor | None,
+    text_mask: Tensor | None, *, decoupled: bool, compat: str | None, direction: str = "both",
+    reduction: Reduction = "mean", memory_budget: int | Literal["auto"], backend: BackendName,
+) -> Tensor:  # fmt: skip
+    """``filip_loss`` of arguments that are checked and agreed on."""
+    if isinstance(shape, GlobalShape):
+        text_tokens, text_mask = _gathered_tokens(shape, text_tokens, text_mask)
     scores = _scores(
         image_tokens, text_tokens, image_mask, text_mask, reduction="mean", direction=DIRECTIONS[direction],
         memory_budget=memory_budget, backend=backend,
@@ -99,16 +111,11 @@ def filip_loss(
     parts = scores if direction == "both" else (scores,)
     losses: list[Tensor] = []
     for name, part in zip(("image", "text") if direction == "both" else (direction,), parts, strict=True):
-        by_columns = name == "text" or compat == "x_clip"
-        if agreed is None:
-            pos, row = terms.dense_stats(logit_scale * (part.T if by_columns else part))
-        else:
-            pos, row = _global_stats(agreed, logit_scale * part, by_columns)
+        pos, row = _dense_stats(shape, logit_scale * part, name == "text" or compat == "x_clip")
         each = cross_entropy(
-            pos.double(), row.double(), dtype=part.dtype, decoupled=decoupled,
-            reduction=reduction if agreed is None else "none", backend=backend,
-        )  # fmt: skip
-        losses.append(each if agreed is None else agreed.reduce(each, reduction))
+            pos.double(), row.double(), dtype=torch.float64, decoupled=decoupled, reduction="none", backend=backend
+        )
+        losses.append(shape.reduce(each, reduction).to(part.dtype))
     return losses[0] if len(losses) == 1 else (losses[0] + losses[1]) / 2
 
 
@@ -121,31 +128,30 @@ def _scores(image_tokens: Tensor, text_tokens: Tensor, *masks: Tensor | None, **
     return (none, none) if options["direction"] == "both" else none
 
 
-def _gathered_tokens(agreed: Agreed, tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+def _gathered_tokens(shape: GlobalShape, tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """(N, T, D) tokens of all processes and their mask, padded to the longest process's T."""
     n, length, d = tokens.shape
     mask = tokens.new_ones(n, length, dtype=torch.bool) if mask is None else mask
-    if agreed.tokens > length:
-        tokens = torch.cat((tokens, tokens.new_zeros(n, agreed.tokens - length, d)), dim=1)
-        mask = torch.cat((mask, mask.new_zeros(n, agreed.tokens - length)), dim=1)
-    mask = gather_rows(mask.to(torch.uint8), agreed.cols, agreed.group).bool()
-    return gathered(tokens, agreed.cols, agreed.rank, agreed.group), mask
+    if shape.tokens > length:
+        tokens = torch.cat((tokens, tokens.new_zeros(n, shape.tokens - length, d)), dim=1)
+        mask = torch.cat((mask, mask.new_zeros(n, shape.tokens - length)), dim=1)
+    return shape.gather_with_gradient(tokens), shape.gather(mask.to(torch.uint8)).bool()
 
 
-def _global_stats(agreed: Agreed, logits: Tensor, by_columns: bool) -> tuple[Tensor, Tensor]:
+def _dense_stats(shape: Shape, logits: Tensor, by_columns: bool) -> tuple[Tensor, Tensor]:
     """(m, N) logits of this process's rows -> pos and denominators (m,) of its rows, or of its columns."""
     # A boolean mask as an index would wait for a GPU to count it.
-    own, positives = torch.zeros_like(logits, dtype=torch.bool), _own_columns(agreed, logits)
-    _own_columns(agreed, own).fill_(True)
-    pos, rest = terms.positive(positives), logits.masked_fill(own, -torch.inf)
+    own, positives = torch.zeros_like(logits, dtype=torch.bool), _own_columns(shape, logits)
+    _own_columns(shape, own).fill_(True)
+    pos, rest = terms.nan_where_inf(positives), logits.masked_fill(own, -torch.inf)
     if not by_columns:
         return pos, rest.logsumexp(dim=1)
-    return pos, merged(rest.logsumexp(dim=0), logits.dtype == torch.float64, agreed.group)[agreed.own_cols]
+    return pos, shape.own_cols(shape.merge(rest.logsumexp(dim=0), logits.dtype == torch.float64))
 
 
-def _own_columns(agreed: Agreed, matrix: Tensor) -> Tensor:
+def _own_columns(shape: Shape, matrix: Tensor) -> Tensor:
     """(m, N) of this process's rows -> (m,) a view of their positives."""
-    return matrix.diagonal(agreed.first_col)[: matrix.shape[0]]
+    return matrix.diagonal(shape.first_col)[: matrix.shape[0]]
 
 
 class FilipLoss(nn.Module):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Literal
 
 import torch
@@ -12,15 +11,13 @@ from fused_contrastive.core import checks
 from fused_contrastive.core.modes import is_plain
 from fused_contrastive.core.observing import observed
 from fused_contrastive.core.reduction import REDUCTIONS, Reduction
-from fused_contrastive.core.spec import BackendName, compute_dtype
-from fused_contrastive.distributed.agreement import Agreed, Group, collective
+from fused_contrastive.core.spec import BackendName
+from fused_contrastive.distributed.agreement import Group, call_of, collective
+from fused_contrastive.distributed.shape import Shape
 from fused_contrastive.losses import terms
-from fused_contrastive.ops.agree import agree
-from fused_contrastive.ops.at_once import loss_at_once
-from fused_contrastive.ops.cross_entropy import cross_entropy
-from fused_contrastive.ops.normalize import normalized
 from fused_contrastive.ops.own_dots import own_dots
-from fused_contrastive.ops.stats import Problem, autocast, log_add
+from fused_contrastive.ops.problem import Problem, autocast, checked_bias, checked_pair_of_ids
+from fused_contrastive.ops.row_loss import row_loss
 
 
 @observed
@@ -91,8 +88,9 @@ def info_nce_loss(
     Raises:
         TypeError, ValueError: naming the argument, what came and what was expected.
     """
+    call = call_of(group)
     query, key = autocast(query), autocast(key)
-    checks.feature_pair("query", query, "key", key, group is not None)
+    checks.feature_pair("query", query, "key", key, call.spread)
     _check_options(symmetric, decoupled, margin, label_smoothing, reduction, normalize)
     scale = terms.scale_of(temperature, logit_scale, 0.07, query)
     if symmetric:
@@ -101,112 +99,88 @@ def info_nce_loss(
                 "targets: got a tensor with symmetric=True, expected None: key i is the positive of query i"
             )
         checks.same_rows("query", query, "key", key)
-    elif targets is None and group is None and query.shape[0] > key.shape[0]:
+    elif targets is None and not call.spread and query.shape[0] > key.shape[0]:
         raise ValueError(f"targets: got None for {query.shape[0]} queries and {key.shape[0]} keys, expected targets")
-    elif targets is not None and (negatives is not None or group is not None):
-        # The primitive's own check would take negatives for keys.
-        targets = checks.vector("targets", targets, query.shape[0], query, of="one key per query", integer=True)
-        if group is None and is_plain(targets):
-            checks.target_range(targets, key.shape[0])
-        elif group is None and isinstance(negatives, Tensor) and negatives.dim() == 2:
-            # The operator's check, which sees the values, is to refuse a shared negative, too.
-            targets = targets.masked_fill(targets >= key.shape[0], key.shape[0] + negatives.shape[0])
     if label_smoothing and row_ids is not None:
         raise ValueError("label_smoothing: got it together with row_ids, expected 0: excluded pairs cannot be targets")
     if weight is not None:
         weight = checks.vector("weight", weight, query.shape[0], query, of="one per query", integer=False)
     if negatives is not None:
-        negatives = _checked_negatives(autocast(negatives), query, group is not None)
+        negatives = _checked_negatives(autocast(negatives), query, call.spread)
+    shared = negatives is not None and negatives.dim() == 2
     if negatives_mask is not None:
-        if negatives is None or negatives.dim() == 2:
+        if negatives is None or shared:
             raise ValueError(
                 "negatives_mask: got a tensor without negatives of shape (M, K, D), expected None: col_bias of -inf "
                 "marks shared columns as empty"
             )
         negatives_mask = checks.mask("negatives_mask", negatives_mask, negatives.shape[:2], "negatives", negatives)
-    shared = negatives is None or negatives.dim() == 2
-    by_rows = shared and not (symmetric or label_smoothing) and weight is None and group is None
-    at_once = by_rows and reduction != "none"
-    inside = at_once and normalize and query.dtype in (torch.float32, torch.float64)
-    if normalize and not inside:
-        query, key, negatives = _unit_features(query, key, negatives, backend)
-    if at_once:
-        columns = _columns(key, negatives)
-        problem = Problem(query, columns, scale, targets, col_bias, row_ids, col_ids, memory_budget, backend)
-        loss = loss_at_once(problem, reduction == "mean", margin=margin, decoupled=decoupled, normalize=inside)
-        if loss is not None:
-            return loss
-    if inside:
-        query, key, negatives = _unit_features(query, key, negatives, backend)
-    columns, own = _columns(key, negatives), None if shared else negatives  # own: (M, K, D)
-    problem = Problem(query, columns, scale, targets, col_bias, row_ids, col_ids, memory_budget, backend, group=group)
-    agreed = None
-    if group is not None:
-        said = {
-            "symmetric": symmetric, "decoupled": decoupled, "margin": margin, "label_smoothing": label_smoothing,
-            "reduction": reduction, "normalize": normalize, "ids": row_ids is not None,
-            "negatives": None if negatives is None else negatives.dim(), "col_bias": col_bias is not None,
-            "weight": weight is not None,
-        }  # fmt: skip
-        agreed = agree(
-            group, "info_nce_loss", query, columns, said, scale, negatives, col_bias, weight, negatives_mask,
-            targets=targets, keys=key.shape[0], memory_budget=memory_budget, backend=backend,
-        )  # fmt: skip
-        assert agreed is not None
-        problem.spec = problem.spec._replace(targets=agreed.columns_of(targets, query.device))
-    pos, row, col = problem.run(cols=symmetric)
-    dtype = compute_dtype(query.dtype)
-    own_logits = None if own is None else scale * own_dots(query, own, negatives_mask, normalize)
-    if own_logits is not None:
-        left = own_logits if negatives_mask is None else own_logits.masked_fill(~negatives_mask, -torch.inf)
-        row = log_add(row, left.to(row.dtype).logsumexp(dim=1))
-    pos = pos - margin if margin else pos
-    normalisers = (row, col[: key.shape[0]]) if symmetric else (row,)
-    plain = not label_smoothing and weight is None and agreed is None
-    losses = cross_entropy(
-        pos, *normalisers, dtype=dtype if plain else pos.dtype, decoupled=decoupled,
-        reduction=reduction if plain else "none", backend=backend,
+    columns = torch.cat((key, negatives)) if negatives is not None and shared else key
+    row_ids, col_ids = checked_pair_of_ids(row_ids, col_ids, query, columns)
+    problem = Problem(
+        query, columns, scale, targets=_checked_targets(targets, query, key, columns, call.spread),
+        col_bias=checked_bias(col_bias, columns), row_ids=row_ids, col_ids=col_ids, memory_budget=memory_budget,
+        backend=backend, normalize=normalize,
     )  # fmt: skip
-    if plain:
-        return losses
+    options = {
+        "symmetric": symmetric, "decoupled": decoupled, "margin": margin, "label_smoothing": label_smoothing,
+        "reduction": reduction, "normalize": normalize, "weight": weight is not None,
+        "negatives": None if negatives is None else negatives.dim(),
+    }  # fmt: skip
+    shape = problem.agree(call, "info_nce_loss", options, negatives, weight, negatives_mask, keys=key.shape[0])
+    own_logits = smoothing = None
+    if negatives is not None and not shared:
+        problem.unit()
+        own_logits = problem.spec.scale * own_dots(problem.x, negatives, negatives_mask, normalize)
     if label_smoothing:
-        col_bias = problem.spec.col_bias  # in the dtype of the logits, in every process
-        mean = _mean_over_columns(scale, query, columns, col_bias, own_logits, negatives_mask, margin, agreed)
+        problem.unit()
+        mean = _mean_over_columns(problem, shape, own_logits, negatives_mask, margin)
         if symmetric:
-            queries = query.shape[0] if agreed is None else sum(agreed.rows)
-            of_keys = terms.mean_logit(scale, key, query, agreed, queries) - margin / queries
-            mean = (mean + (of_keys if col_bias is None else of_keys + col_bias[: key.shape[0]])) / 2
-        losses = losses + label_smoothing * (pos - mean)
-    return terms.reduce_weighted(losses, weight, reduction, agreed).to(dtype)
-
-
-def _unit_features(
-    query: Tensor, key: Tensor, negatives: Tensor | None, backend: BackendName
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """L2-normalised, but for negatives (M, K, D), which ``own_dots`` normalises."""
-    unit = functools.partial(normalized, backend=backend)
-    return unit(query), unit(key), negatives if negatives is None or negatives.dim() == 3 else unit(negatives)
-
-
-def _columns(key: Tensor, negatives: Tensor | None) -> Tensor:
-    """The columns that all queries share."""
-    return torch.cat((key, negatives)) if negatives is not None and negatives.dim() == 2 else key
+            mean = (mean + _mean_over_queries(problem, shape, key.shape[0], margin)) / 2
+        smoothing = label_smoothing, mean
+    if own_logits is not None and negatives_mask is not None:
+        own_logits = own_logits.masked_fill(~negatives_mask, -torch.inf)
+    return row_loss(
+        problem, shape, reduction, decoupled=decoupled, margin=margin, weight=weight, own_logits=own_logits,
+        smoothing=smoothing, want_col=symmetric,
+    )  # fmt: skip
 
 
 def _mean_over_columns(
-    scale: float | Tensor, query: Tensor, columns: Tensor, col_bias: Tensor | None, own_logits: Tensor | None,
-    own_mask: Tensor | None, margin: float, agreed: Agreed | None,
-) -> Tensor:  # fmt: skip
-    """(M,) mean of each query's logits."""
-    count = columns.shape[0] if agreed is None else sum(agreed.cols)
-    shared = terms.mean_logit(scale, query, columns, agreed, count)
-    if col_bias is not None:
-        shared = shared + (col_bias.mean() if agreed is None else agreed.sum(col_bias.sum()) / count)
-    total = count * shared - margin
-    if own_logits is not None:
-        total = total + own_logits.sum(dim=1)
-        return total / (count + (own_logits.shape[1] if own_mask is None else own_mask.sum(dim=1)))
-    return total / count
+    problem: Problem, shape: Shape, own_logits: Tensor | None, own_mask: Tensor | None, margin: float
+) -> Tensor:
+    """(M,) mean of each query's logits; of own ones, masked are 0 and do not count."""
+    spec, count = problem.spec, shape.all_cols
+    mean = terms.mean_logit(spec.scale, problem.x, problem.y, shape, count)
+    if spec.col_bias is not None:
+        mean = mean + shape.sum(spec.col_bias.sum()) / count
+    total = count * mean - margin
+    if own_logits is None:
+        return total / count
+    total = total + own_logits.sum(dim=1)
+    return total / (count + (own_logits.shape[1] if own_mask is None else own_mask.sum(dim=1)))
+
+
+def _mean_over_queries(problem: Problem, shape: Shape, keys: int, margin: float) -> Tensor:
+    """(M,) mean of each key's logits."""
+    mean = terms.mean_logit(problem.spec.scale, problem.y[:keys], problem.x, shape) - margin / shape.all_rows
+    return mean if problem.spec.col_bias is None else mean + problem.spec.col_bias[:keys]
+
+
+def _checked_targets(
+    targets: Tensor | None, query: Tensor, key: Tensor, columns: Tensor, spread: bool
+) -> Tensor | None:
+    """(M,) int64; a shared negative, which the operator would take for a key, is no target."""
+    if targets is None:
+        return None
+    targets = checks.vector("targets", targets, query.shape[0], query, of="one key per query", integer=True)
+    if spread or columns is key:
+        return targets
+    if is_plain(targets):
+        checks.target_range(targets, key.shape[0])
+        return targets
+    # The operator's check, which sees the values, is to refuse them.
+    return targets.masked_fill(targets >= key.shape[0], columns.shape[0])
 
 
 def _checked_negatives(negatives: object, query: Tensor, empty: bool) -> Tensor:

@@ -12,13 +12,11 @@ from fused_contrastive.core import checks, warn
 from fused_contrastive.core.observing import observed
 from fused_contrastive.core.reduction import REDUCTIONS, Reduction
 from fused_contrastive.core.spec import BackendName, compute_dtype
-from fused_contrastive.distributed.agreement import Group, collective
+from fused_contrastive.distributed.agreement import Group, call_of, collective
 from fused_contrastive.losses import terms
-from fused_contrastive.ops.agree import agree
-from fused_contrastive.ops.cross_entropy import cross_entropy
-from fused_contrastive.ops.normalize import normalized
+from fused_contrastive.ops.problem import Problem, autocast, log_add
 from fused_contrastive.ops.row_dots import RowMap
-from fused_contrastive.ops.stats import autocast, log_add, self_stats
+from fused_contrastive.ops.row_loss import row_loss
 
 
 @observed
@@ -70,10 +68,11 @@ def nt_xent_loss(
     """
     if isinstance(views, Tensor) or not isinstance(views, Sequence):
         raise TypeError(f"views: got {type(views).__name__}, expected a sequence of tensors like z1")
+    call = call_of(group)
     everything = [autocast(z1), autocast(z2), *map(autocast, views)]
     names = ["z1", "z2", *(f"views[{k}]" for k in range(len(views)))]
     for name, view in zip(names[1:], everything[1:], strict=True):
-        checks.feature_pair("z1", everything[0], name, view, group is not None)
+        checks.feature_pair("z1", everything[0], name, view, call.spread)
         checks.same_rows("z1", everything[0], name, view)
     checks.boolean("decoupled", decoupled)
     normalize = _normalize(normalize)
@@ -81,26 +80,27 @@ def nt_xent_loss(
     scale = terms.scale_of(temperature, logit_scale, 0.5, everything[0])
 
     n, count = z1.shape[0], len(everything)
-    z = normalized(*everything, backend=backend) if normalize else torch.cat(everything)
+    z = torch.cat(everything)
+    problem = Problem(z, z, scale, memory_budget=memory_budget, backend=backend, normalize=normalize)
     options = {"views": count, "decoupled": decoupled, "reduction": reduction, "normalize": normalize}
-    agreed = agree(group, "nt_xent_loss", z, z, options, scale, memory_budget=memory_budget, backend=backend)
-    first = 0 if agreed is None else agreed.first_row // count
-    sample = torch.arange(first, first + n, device=z.device).repeat(count)
-    positives = []
+    shape = problem.agree(call, "nt_xent_loss", options)
+    if count == 2:
+        other_view = torch.arange(shape.first_row, shape.first_row + 2 * n, device=z.device).roll(n)
+        problem.spec = problem.spec._replace(targets=other_view)
+        return row_loss(problem, shape, reduction, decoupled=decoupled, upper=True)
+    problem.unit()
+    z, positives = problem.x, []
     for k in range(1, count):
         z, logits = terms.own_logits(scale, z, _other_view(k * n), _other_view(-k * n))
         positives.append(logits)
-    row = self_stats(z, scale, ids=sample, memory_budget=memory_budget, backend=backend, group=group)  # negatives alone
-    dtype = compute_dtype(z.dtype)
-    if count == 2:
-        pos = positives[0].to(row.dtype)
-        if agreed is None:
-            return cross_entropy(pos, row, dtype=dtype, decoupled=decoupled, reduction=reduction, backend=backend)
-        losses = cross_entropy(pos, row, dtype=pos.dtype, decoupled=decoupled, reduction="none", backend=backend)
-        return agreed.reduce(losses, reduction).to(dtype)
+    first = shape.first_row // count
+    sample = torch.arange(first, first + n, device=z.device).repeat(count)
+    problem.x, problem.y = z, z
+    problem.spec = problem.spec._replace(row_ids=sample, col_ids=sample)
+    _, row, _ = problem.run(shape, upper=True, want_col=False)  # negatives alone
     stacked = torch.stack(positives).to(row.dtype)  # (V - 1, V * N)
     denominator = row if decoupled else log_add(row, stacked.logsumexp(dim=0))
-    return terms.reduce_weighted(denominator - stacked.mean(dim=0), None, reduction, agreed).to(dtype)
+    return shape.reduce(denominator - stacked.mean(dim=0), reduction).to(compute_dtype(z.dtype))
 
 
 def _other_view(rows: int) -> RowMap:

@@ -10,12 +10,10 @@ from fused_contrastive.core import checks
 from fused_contrastive.core.observing import observed
 from fused_contrastive.core.reduction import REDUCTIONS, Reduction
 from fused_contrastive.core.spec import BackendName, compute_dtype
-from fused_contrastive.distributed.agreement import Group, collective
+from fused_contrastive.distributed.agreement import Group, call_of, collective
 from fused_contrastive.losses import terms
-from fused_contrastive.ops.agree import agree
-from fused_contrastive.ops.at_once import loss_at_once
-from fused_contrastive.ops.cross_entropy import cross_entropy
-from fused_contrastive.ops.stats import Problem, autocast
+from fused_contrastive.ops.problem import Problem, autocast, checked_pair_of_ids
+from fused_contrastive.ops.row_loss import row_loss
 
 
 @observed
@@ -60,33 +58,24 @@ def siglip_loss(
     Raises:
         TypeError, ValueError: naming the argument, what came and what was expected.
     """
+    call = call_of(group)
     image_features, text_features = autocast(image_features), autocast(text_features)
-    checks.feature_pair("image_features", image_features, "text_features", text_features, group is not None)
+    checks.feature_pair("image_features", image_features, "text_features", text_features, call.spread)
     checks.same_rows("image_features", image_features, "text_features", text_features)
     logit_scale = terms.scale_of(temperature, logit_scale, None, image_features)
     checks.one_of("reduction", reduction, REDUCTIONS)
     bias = None
     if logit_bias is not None:
         logit_bias = checks.scalar_beside("logit_bias", logit_bias, image_features)
-        dtype = compute_dtype(image_features.dtype)
-        zero = image_features.new_zeros((), dtype=dtype)
-        bias = (zero + logit_bias).to(dtype).expand(text_features.shape[0])
+        zero = image_features.new_zeros((), dtype=compute_dtype(image_features.dtype))
+        bias = (zero + logit_bias).to(zero.dtype).expand(text_features.shape[0])
+    row_ids, col_ids = checked_pair_of_ids(row_ids, col_ids, image_features, text_features)
     problem = Problem(
-        image_features, text_features, logit_scale, None, bias, row_ids, col_ids, memory_budget, backend, group=group
-    )
-    given = {"reduction": reduction, "ids": row_ids is not None, "bias": bias is not None}
-    agreed = agree(
-        group, "siglip_loss", image_features, text_features, given, logit_scale, bias,
+        image_features, text_features, logit_scale, col_bias=bias, row_ids=row_ids, col_ids=col_ids,
         memory_budget=memory_budget, backend=backend,
     )  # fmt: skip
-    if reduction != "none" and group is None:
-        loss = loss_at_once(problem, reduction == "mean", equal_ids="negate", reduction="softplus")
-        if loss is not None:
-            return loss
-    pos, row, _ = problem.run(cols=False, equal_ids="negate", reduction="softplus")
-    # softplus(-pos), as softplus(0 - pos).
-    own = cross_entropy(pos, pos.new_zeros(pos.shape[0]), dtype=pos.dtype, reduction="none", backend=backend)
-    return terms.reduce_weighted(row + own, None, reduction, agreed).to(compute_dtype(image_features.dtype))
+    shape = problem.agree(call, "siglip_loss", {"reduction": reduction})
+    return row_loss(problem, shape, reduction, equal_ids="negate", statistic="softplus")
 
 
 class SigLipLoss(nn.Module):

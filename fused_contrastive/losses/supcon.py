@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Literal
 
 import torch
@@ -12,13 +11,11 @@ from fused_contrastive.core import checks
 from fused_contrastive.core.observing import observed
 from fused_contrastive.core.reduction import REDUCTIONS, Reduction
 from fused_contrastive.core.spec import BackendName, compute_dtype
-from fused_contrastive.distributed.agreement import Agreed, Group, collective
-from fused_contrastive.distributed.collectives import gather_rows
+from fused_contrastive.distributed.agreement import Group, call_of, collective
+from fused_contrastive.distributed.shape import Shape
 from fused_contrastive.losses import terms
-from fused_contrastive.ops.agree import agree
-from fused_contrastive.ops.cross_entropy import cross_entropy
-from fused_contrastive.ops.normalize import normalized
-from fused_contrastive.ops.stats import autocast, self_stats
+from fused_contrastive.ops.problem import Problem, autocast
+from fused_contrastive.ops.row_loss import cross_entropy
 
 VARIANTS = ("out", "in")
 NO_POSITIVE = ("skip", "zero", "nan")
@@ -69,8 +66,9 @@ def supcon_loss(
     Raises:
         TypeError, ValueError: naming the argument, what came and what was expected.
     """
+    call = call_of(group)
     features = autocast(features)
-    checks.features_or_several("features", features, "N", "V", group is not None)
+    checks.features_or_several("features", features, "N", "V", call.spread)
     count = features.shape[1] if features.dim() == 3 else 1
     labels = checks.vector("labels", labels, features.shape[0], features, of="one per sample", integer=True)
     checks.one_of("variant", variant, VARIANTS)
@@ -78,54 +76,49 @@ def supcon_loss(
     checks.one_of("reduction", reduction, REDUCTIONS)
     checks.boolean("normalize", normalize)
     scale = terms.scale_of(temperature, logit_scale, 0.1, features)
-
     z = features.flatten(0, 1) if features.dim() == 3 else features
-    z = normalized(z, backend=backend) if normalize else z
     labels = labels.repeat_interleave(count) if count > 1 else labels
-    said = {"views": count, "variant": variant, "no_positive": no_positive, "reduction": reduction}
-    agreed = agree(
-        group, "supcon_loss", z, z, {**said, "normalize": normalize}, scale,
-        memory_budget=memory_budget, backend=backend,
-    )  # fmt: skip
-    everyone = labels if agreed is None else gather_rows(labels, agreed.rows, agreed.group)
-    known = everyone.sort().values
-    codes = torch.searchsorted(known, everyone.contiguous())  # below N, the same for equal labels
-    code = codes if agreed is None else codes[agreed.own_cols]
+    problem = Problem(z, z, scale, memory_budget=memory_budget, backend=backend, normalize=normalize)
+    options = {"views": count, "variant": variant, "no_positive": no_positive}
+    shape = problem.agree(call, "supcon_loss", {**options, "reduction": reduction, "normalize": normalize})
+
+    everyone = shape.gather(labels)
+    codes = torch.searchsorted(everyone.sort().values, everyone)  # below N, the same for equal labels
+    code = shape.own_cols(codes)
     shared = torch.zeros_like(codes).index_add_(0, codes, torch.ones_like(codes))[code] - 1  # |P(i)|
     has = shared > 0
-    options = {"memory_budget": memory_budget, "backend": backend, "group": group}
-    dtype = compute_dtype(z.dtype)
-    if variant == "out":
-        if agreed is None:
-            z, positives = terms.own_logits(scale, z, functools.partial(_others_of_class, code))
-        else:
-            wide = z.to(dtype)
-            positives = terms.pair_logit(scale, wide, _others_of_class(code, wide, codes.shape[0], agreed))
-        positives = positives / shared.clamp_min(1)
-        row = self_stats(z, scale, **options)  # type: ignore[arg-type]
-        losses = row.masked_fill(~has, 0) - positives.masked_fill(~has, 0)
-    else:
-        negatives = self_stats(z, scale, ids=code, **options)  # type: ignore[arg-type]
-        positives = self_stats(z, scale, ids=code, equal_ids="only", **options)  # type: ignore[arg-type]
-        against = cross_entropy(
-            positives.masked_fill(~has, 0), negatives.masked_fill(~has, 0), dtype=positives.dtype, reduction="none",
-            backend=backend,
-        )  # fmt: skip
-        losses = (against + shared.clamp_min(1).to(against.dtype).log()).masked_fill(~has, 0)
+    losses = (_out if variant == "out" else _in)(problem, shape, code, shared.clamp_min(1), has)
     if no_positive == "nan":
         losses = losses.masked_fill(~has, torch.nan)
-    if reduction == "mean" and no_positive == "skip":
-        counted = has.sum() if agreed is None else agreed.sum(has.sum())
-        counted = counted.clamp_min(1)
-        return (losses.sum() / counted if agreed is None else agreed.reduce(losses, "mean", counted)).to(dtype)
-    return terms.reduce_weighted(losses, None, reduction, agreed).to(dtype)
+    counted = shape.sum(has.sum()).clamp_min(1) if no_positive == "skip" else None
+    return shape.reduce(losses, reduction, counted).to(compute_dtype(z.dtype))
 
 
-def _others_of_class(code: Tensor, z: Tensor, classes: int = 0, agreed: Agreed | None = None) -> Tensor:
-    """(N, D) the sum of the other rows of z with the same code, which is below ``classes`` (default: N)."""
-    sums = terms.class_sums(z, code, classes or z.shape[0])
-    sums = sums if agreed is None else agreed.sum(sums)
-    return terms.rows_at(sums, code) - z
+def _out(problem: Problem, shape: Shape, code: Tensor, shared: Tensor, has: Tensor) -> Tensor:
+    """(N,) losses of the variant "out", 0 for those without a positive."""
+    problem.unit()
+
+    def others(part: Tensor) -> Tensor:
+        """(N, C) the sum of the other rows with the same code."""
+        sums = shape.sum(terms.class_sums(part, code, shape.all_rows))
+        return terms.rows_at(sums, code) - part
+
+    z, positives = terms.own_logits(problem.spec.scale, problem.x, others)
+    problem.x, problem.y = z, z
+    _, row, _ = problem.run(shape, upper=True, want_col=False)
+    return row.masked_fill(~has, 0) - (positives / shared).masked_fill(~has, 0)
+
+
+def _in(problem: Problem, shape: Shape, code: Tensor, shared: Tensor, has: Tensor) -> Tensor:
+    """Likewise of the variant "in"."""
+    problem.unit()
+    problem.spec = problem.spec._replace(row_ids=code, col_ids=code)
+    negatives, positives = (
+        problem.run(shape, upper=True, want_col=False, equal_ids=equal)[1].masked_fill(~has, 0)
+        for equal in ("exclude", "only")
+    )
+    losses = cross_entropy(positives, negatives, dtype=positives.dtype, reduction="none", backend=problem.backend)
+    return (losses + shared.to(losses.dtype).log()).masked_fill(~has, 0)
 
 
 class SupConLoss(nn.Module):

@@ -1,4 +1,4 @@
-"""Terms that losses share, beside ``ops.cross_entropy``."""
+"""Terms that losses share, beside ``ops/row_loss.py``."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from torch import Tensor
 
 from fused_contrastive.core import checks
 from fused_contrastive.core.modes import is_plain
-from fused_contrastive.core.reduction import REDUCTIONS, Reduction, reduce
+from fused_contrastive.core.reduction import REDUCTIONS
 from fused_contrastive.core.spec import compute_dtype
-from fused_contrastive.distributed.agreement import Agreed
+from fused_contrastive.distributed.shape import Shape
 from fused_contrastive.ops import dispatch
 from fused_contrastive.ops.row_dots import RowMap, row_dots
 
@@ -23,20 +23,20 @@ def check_module(reduction: object, memory_budget: object, backend: object, **fl
         checks.boolean(name, value)
 
 
-def mean_logit(scale: float | Tensor, x: Tensor, y: Tensor, agreed: Agreed | None = None, count: int = 0) -> Tensor:
+def mean_logit(scale: float | Tensor, x: Tensor, y: Tensor, shape: Shape, count: int | None = None) -> Tensor:
     """(M,) mean of each row of ``scale * x @ y.T``, in closed form: ``scale * x_i . mean_j y_j``.
 
-    Over the processes of a group, the mean is over the ``count`` rows of all of them.
+    The mean is over the ``count`` rows of y of all processes; by default as many as there are rows of x.
     """
     dtype = compute_dtype(x.dtype)
-    mean = y.to(dtype).mean(dim=0) if agreed is None else agreed.sum(y.to(dtype).sum(dim=0)) / count
+    mean = shape.sum(y.to(dtype).sum(dim=0)) / (shape.all_rows if count is None else count)
     return scale * (x.to(dtype) * mean).sum(dim=1)
 
 
 def pair_logit(scale: float | Tensor, x: Tensor, y: Tensor) -> Tensor:
     """(M,) ``scale * x_i . y_i``, a positive's logit."""
     dtype = compute_dtype(x.dtype)
-    return positive(scale * (x.to(dtype) * y.to(dtype)).sum(dim=1))
+    return nan_where_inf(scale * (x.to(dtype) * y.to(dtype)).sum(dim=1))
 
 
 def own_logits(
@@ -44,10 +44,10 @@ def own_logits(
 ) -> tuple[Tensor, Tensor]:
     """z, and (N,) ``scale * z_i . partners(z)_i`` for a linear map of the rows of z, (N, D); see ``row_dots``."""
     z, dots = row_dots(z, partners, transposed)
-    return z, positive(scale * dots)
+    return z, nan_where_inf(scale * dots)
 
 
-def positive(logits: Tensor) -> Tensor:
+def nan_where_inf(logits: Tensor) -> Tensor:
     """NaN where +inf, as ``contrastive_stats`` has it: softplus(row - pos) would be a loss of 0 there."""
     return logits - logits.detach().masked_fill(logits != torch.inf, 0)  # inf - inf; the gradient is NaN as well
 
@@ -95,27 +95,3 @@ def scale_of(
     if isinstance(temperature, Tensor) and x is not None:  # a float16's quotient would be rounded to float16
         temperature = checks.beside("temperature", temperature, x).to(compute_dtype(x.dtype))
     return 1 / temperature
-
-
-def reduce_weighted(
-    losses: Tensor, weight: Tensor | None, reduction: Reduction, agreed: Agreed | None = None
-) -> Tensor:
-    """(M,) -> scalar, or (M,) for "none"; the mean is that of ``F.cross_entropy``, over the sum of the weights.
-
-    Over the processes of a group, losses and weights are all of theirs.
-    """
-    if agreed is not None:
-        if weight is None:
-            return agreed.reduce(losses, reduction)
-        total = agreed.sum(weight.sum().to(losses.dtype))  # in one dtype, whatever each process's weights are
-        return agreed.reduce(losses * weight, reduction, total)
-    if weight is None:
-        return reduce(losses, reduction)
-    weighted = losses * weight
-    return weighted.sum() / weight.sum() if reduction == "mean" else reduce(weighted, reduction)
-
-
-def dense_stats(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """(N, N) logits with the positives on the diagonal -> pos (N,), and row (N,), log sum exp of the others."""
-    own = torch.eye(logits.shape[0], dtype=torch.bool, device=logits.device)
-    return positive(logits.diagonal()), logits.masked_fill(own, -torch.inf).logsumexp(dim=1)

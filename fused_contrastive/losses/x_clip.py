@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -10,13 +11,13 @@ from torch import Tensor
 from fused_contrastive.core import checks
 from fused_contrastive.core.observing import observed
 from fused_contrastive.core.spec import BackendName
-from fused_contrastive.distributed.agreement import Agreed, Group, collective
+from fused_contrastive.distributed.agreement import Group, call_of, collective
+from fused_contrastive.distributed.shape import Shape
 from fused_contrastive.losses import terms
-from fused_contrastive.losses.clip import clip_loss
-from fused_contrastive.losses.filip import filip_loss
-from fused_contrastive.losses.info_nce import info_nce_loss
-from fused_contrastive.ops.agree import agree
-from fused_contrastive.ops.stats import autocast
+from fused_contrastive.losses.filip import loss_of_tokens
+from fused_contrastive.ops import dispatch
+from fused_contrastive.ops.problem import Problem, autocast
+from fused_contrastive.ops.row_loss import row_loss
 
 
 class _Latents(NamedTuple):
@@ -26,7 +27,6 @@ class _Latents(NamedTuple):
     image: Tensor
     text_extra: Tensor
     image_extra: Tensor
-    text_mask: Tensor | None
 
 
 @observed
@@ -79,6 +79,7 @@ def x_clip_loss(
     Raises:
         TypeError, ValueError: naming the argument, what came and what was expected.
     """
+    call = call_of(group)
     for name, flag in (
         ("use_all_token_embeds", use_all_token_embeds),
         ("decoupled_contrastive_learning", decoupled_contrastive_learning),
@@ -92,53 +93,46 @@ def x_clip_loss(
         checks.non_negative(name, weight)
     if (text_latents_extra is None) != (image_latents_extra is None):
         raise ValueError("text_latents_extra, image_latents_extra: got only one of them, expected both or neither")
-    texts = _views("text_latents", text_latents, use_all_token_embeds, empty=group is not None)
-    images = _views("image_latents", image_latents, use_all_token_embeds, empty=group is not None)
+    texts = _views("text_latents", text_latents, use_all_token_embeds, empty=call.spread)
+    images = _views("image_latents", image_latents, use_all_token_embeds, empty=call.spread)
     extra = text_latents_extra is not None and image_latents_extra is not None
     logit_scale = terms.scale_of(temperature, logit_scale, None, texts)
     texts_extra = (
-        _views("text_latents_extra", text_latents_extra, use_all_token_embeds, texts, group is not None)
-        if extra
-        else texts
+        _views("text_latents_extra", text_latents_extra, use_all_token_embeds, texts, call.spread) if extra else texts
     )
     images_extra = (
-        _views("image_latents_extra", image_latents_extra, use_all_token_embeds, images, group is not None)
+        _views("image_latents_extra", image_latents_extra, use_all_token_embeds, images, call.spread)
         if extra
         else images
     )
     pair_of = checks.token_pair if use_all_token_embeds else checks.feature_pair
     for suffix, a, b in (("", texts, images), ("_extra", texts_extra, images_extra)):
         names = f"text_latents{suffix}", f"image_latents{suffix}"
-        pair_of(names[0], autocast(a[0]), names[1], autocast(b[0]), group is not None)
+        pair_of(names[0], autocast(a[0]), names[1], autocast(b[0]), call.spread)
         checks.same_rows(names[0], a[0], names[1], b[0])
     masks = _masks(text_mask, texts, use_all_token_embeds)
     if sim_reg_loss_weight and (use_all_token_embeds or len(texts) * len(images) > 1):
         raise ValueError(
             f"sim_reg_loss_weight: got {sim_reg_loss_weight} with tokens or several views, expected 0 there"
         )
-    said = {
+    checks.memory_budget(memory_budget)
+    backend = dispatch.resolve(backend, texts.device, autocast(texts[0]).dtype)
+    options = {
         "views": (len(texts), len(images)),
         "extra": (texts_extra.shape[-1], str(autocast(texts_extra[0]).dtype)) if extra else None,
         "use_all_token_embeds": use_all_token_embeds,
         "decoupled_contrastive_learning": decoupled_contrastive_learning,
         "weights": (multiview_loss_weight, sim_reg_loss_weight, ssl_loss_weight),
     }
-    agreed = agree(
-        group, "x_clip_loss", autocast(images[0]), autocast(texts[0]), said, logit_scale, texts_extra, images_extra,
-        *masks, memory_budget=memory_budget, backend=backend,
-    )  # fmt: skip
-
-    def loss_of(latents: _Latents) -> Tensor:
-        options: dict[str, Any] = {
-            "decoupled": decoupled_contrastive_learning,
-            "memory_budget": memory_budget,
-            "backend": backend,
-            "group": group,
-        }
-        return _pair_loss(latents, logit_scale, use_all_token_embeds, extra, options)
-
+    shape = call.agree(
+        "x_clip_loss", autocast(images[0]), autocast(texts[0]), options, logit_scale, texts_extra, images_extra, *masks
+    )
+    kernel: dict[str, Any] = {"memory_budget": memory_budget, "backend": backend}
+    pair = functools.partial(
+        _pair_loss, shape, logit_scale, decoupled_contrastive_learning, use_all_token_embeds, extra, kernel
+    )
     losses = [
-        loss_of(_Latents(texts[m], images[n], texts_extra[m], images_extra[n], masks[m]))
+        pair(_Latents(*map(autocast, (texts[m], images[n], texts_extra[m], images_extra[n]))), masks[m])
         for m in range(len(texts))
         for n in range(len(images))
     ]
@@ -148,7 +142,7 @@ def x_clip_loss(
         loss = loss + multiview_loss_weight * others
     if sim_reg_loss_weight:
         pairs = ((texts[0], images[0]), (texts_extra[0], images_extra[0]))
-        regularisation = (_similarity_difference(*pairs[0], agreed) + _similarity_difference(*pairs[1], agreed)) / 2
+        regularisation = (_similarity_difference(*pairs[0], shape) + _similarity_difference(*pairs[1], shape)) / 2
         loss = loss + sim_reg_loss_weight * regularisation.to(loss.dtype)
     return loss
 
@@ -177,33 +171,32 @@ def _masks(text_mask: Tensor | None, texts: Tensor, tokens: bool) -> list[Tensor
     return [mask] if of_one else list(mask)
 
 
-def _pair_loss(latents: _Latents, scale: float | Tensor, tokens: bool, extra: bool, options: dict[str, Any]) -> Tensor:
-    if not extra:
-        if tokens:
-            mask = latents.text_mask
-            return filip_loss(latents.image, latents.text, scale, text_mask=mask, compat="x_clip", **options)
-        return clip_loss(latents.image, latents.text, scale, **options)
+def _pair_loss(
+    shape: Shape, scale: float | Tensor, decoupled: bool, tokens: bool, extra: bool, kernel: dict[str, Any],
+    latents: _Latents, text_mask: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """The loss of one text view and one image view; with extra latents, texts and images each choose by their own."""
+    text, image, text_extra, image_extra = latents
     if tokens:
-        options = dict(text_mask=latents.text_mask, compat="x_clip", **options)
-        to_image = filip_loss(latents.image, latents.text, scale, direction="text", **options)
-        to_text = filip_loss(latents.image_extra, latents.text_extra, scale, direction="image", **options)
-    else:
-        to_image = info_nce_loss(latents.text, latents.image, logit_scale=scale, **options)
-        to_text = info_nce_loss(latents.image_extra, latents.text_extra, logit_scale=scale, **options)
+        options = {"decoupled": decoupled, "compat": "x_clip", **kernel}
+        if not extra:
+            return loss_of_tokens(shape, image, text, scale, None, text_mask, **options)
+        to_image = loss_of_tokens(shape, image, text, scale, None, text_mask, direction="text", **options)
+        to_text = loss_of_tokens(shape, image_extra, text_extra, scale, None, text_mask, direction="image", **options)
+        return (to_image + to_text) / 2
+    if not extra:
+        return row_loss(Problem(image, text, scale, **kernel), shape, "mean", decoupled=decoupled, want_col=True)
+    to_image = row_loss(Problem(text, image, scale, **kernel), shape, "mean", decoupled=decoupled)
+    to_text = row_loss(Problem(image_extra, text_extra, scale, **kernel), shape, "mean", decoupled=decoupled)
     return (to_image + to_text) / 2
 
 
-def _similarity_difference(a: Tensor, b: Tensor, agreed: Agreed | None) -> Tensor:
+def _similarity_difference(a: Tensor, b: Tensor, shape: Shape) -> Tensor:
     """Mean over i != j of (a_i . a_j - b_i . b_j)^2, from D x D products: |A A^T - B B^T|^2 = |A^T A|^2 - 2 |A^T B|^2
     + |B^T B|^2, less the diagonal. In float64: what is left after cancelling is small. 0 for a single row.
     """
     a, b = a.double(), b.double()
-    aa, ab, bb, n = a.T @ a, a.T @ b, b.T @ b, a.shape[0]
-    diagonal = (a.square().sum(dim=1) - b.square().sum(dim=1)).square().sum()
-    if agreed is not None:
-        aa, ab, bb, diagonal = (agreed.sum(t) for t in (aa, ab, bb, diagonal))
-        n = sum(agreed.rows)
+    aa, ab, bb = (shape.sum(t) for t in (a.T @ a, a.T @ b, b.T @ b))
+    diagonal = shape.sum((a.square().sum(dim=1) - b.square().sum(dim=1)).square().sum())
     whole = aa.square().sum() - 2 * ab.square().sum() + bb.square().sum()
-    difference = (whole - diagonal) / max(1, n * (n - 1))
-    # Every process has the whole term, and counts a share of it.
-    return difference if agreed is None else agreed.reduce(difference[None] / agreed.world, "sum")
+    return shape.counted((whole - diagonal) / max(1, shape.all_rows * (shape.all_rows - 1)))

@@ -15,51 +15,53 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fused_contrastive.core import spec
 from fused_contrastive.core.modes import is_plain
 from fused_contrastive.core.spec import Forward, StatsSpec
-from fused_contrastive.ops import dispatch, schema
+from fused_contrastive.ops import schema
 from fused_contrastive.ops.transforms import register_formula, second_backward
 
-INPUTS = 2 + len(StatsSpec._fields) + 1  # of stats_forward: x, y, the problem, the backend
+SPEC, TENSORS = len(StatsSpec._fields), len(spec.TENSORS)
+INPUTS = 2 + SPEC + 1  # of stats_forward: x, y, the problem, the backend
+SCALE, COL_BIAS = (2 + StatsSpec._fields.index(name) for name in ("scale", "col_bias"))
 
 
 def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, y, scale, targets, col_bias, row_ids, col_ids, *ctx.options = inputs
+    x, y, *rest = inputs
+    tensors, ctx.options = rest[:TENSORS], rest[TENSORS:]
     _, row, col, kept = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(kept)
     ctx.same = y is x
-    ctx.save_for_backward(x, y, scale, targets, col_bias, row_ids, col_ids, row, col, kept)
+    ctx.save_for_backward(row, col, kept, x, y, *tensors)
+
+
+def needed(ctx: Any) -> list[bool]:
+    """Which of x, y, scale and col_bias need a gradient."""
+    asked = ctx.needs_input_grad  # made anew each time
+    return [asked[0], asked[1], asked[SCALE], asked[COL_BIAS]]
+
+
+def by_input(dx: Tensor | None, dy: Tensor | None, dscale: Tensor | None, dcol_bias: Tensor | None) -> list[Any]:
+    """The gradients in the order of the operator's inputs."""
+    found: list[Any] = [None] * INPUTS
+    found[0], found[1], found[SCALE], found[COL_BIAS] = dx, dy, dscale, dcol_bias
+    return found
 
 
 def backward(ctx: Any, g_pos: Tensor | None, g_row: Tensor | None, g_col: Tensor | None, _: None) -> tuple[Any, ...]:
     if g_pos is None and g_row is None and g_col is None:
         return (None,) * INPUTS
-    x, y, scale, targets, col_bias, row_ids, col_ids, row, col, kept = ctx.saved_tensors
+    row, col, kept, x, y, *tensors = ctx.saved_tensors
     if ctx.same:
         y = x  # hooks on saved tensors may have made two of one
-    asked = ctx.needs_input_grad  # made anew each time
-    needs = [asked[0], asked[1], asked[2], asked[4]]
+    needs = needed(ctx)
     direct = is_plain(x) and not torch.is_grad_enabled()
-    if direct and ctx.same and needs[0] and g_pos is None and not needs[3] and _adds_both(ctx.options):
-        needs = [True, False, needs[2], False, True]
+    if direct and ctx.same and needs[0] and not needs[3]:
+        needs = [True, False, needs[2], False, True]  # the gradients of x and y as one
     run = schema.stats_backward if direct else torch.ops.fused_contrastive.stats_backward
-    dx, dy, dscale, dcol_bias = run(
-        g_pos, g_row, g_col, row, col, kept, needs, x, y, scale, targets, col_bias, row_ids, col_ids, *ctx.options
-    )
-    return (
-        dx if needs[0] else None,
-        dy if needs[1] else None,
-        dscale if needs[2] else None,
-        None,
-        dcol_bias if needs[3] else None,
-        *(None,) * (INPUTS - 5),
-    )
-
-
-def _adds_both(options: list[Any]) -> bool:
-    """Whether the backend can give the gradient of x, where y is x, as one."""
-    return getattr(dispatch.BACKENDS[options[-1]], "JOINT", False)
+    gradients = run(g_pos, g_row, g_col, row, col, kept, needs, x, y, *tensors, *ctx.options)
+    return tuple(by_input(*(g if asked else None for g, asked in zip(gradients, needs[:4], strict=True))))
 
 
 class _Eager(torch.autograd.Function):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import cast
 
 import torch
 
@@ -14,8 +15,9 @@ from fused_contrastive.backends import cpp, reference, triton
 from fused_contrastive.backends.contract import Backend
 from fused_contrastive.core import checks, warn
 from fused_contrastive.core.contexts import Scoped
+from fused_contrastive.core.spec import BackendName
 
-BACKENDS: dict[str, Backend] = {"reference": reference, "cpp": cpp, "triton": triton}
+BACKENDS: dict[str, Backend] = {"reference": reference.BACKEND, "cpp": cpp.BACKEND, "triton": triton.BACKEND}
 _AUTO = {"cpu": "cpp", "cuda": "triton"}  # device types not listed, and dtypes not supported: reference
 
 
@@ -63,7 +65,7 @@ def forced() -> str | None:
     return entries[-1].value.backend
 
 
-def resolve(name: str, device: torch.device, dtype: torch.dtype) -> str:
+def resolve(name: str, device: torch.device, dtype: torch.dtype) -> BackendName:
     """The backend that ``name`` ("auto" included) means for features of ``dtype`` on ``device``."""
     checks.one_of("backend", name, ("auto", *BACKENDS))
     if torch.compiler.is_compiling():
@@ -77,7 +79,7 @@ def resolve(name: str, device: torch.device, dtype: torch.dtype) -> str:
         chosen = _AUTO.get(device.type, "reference")
         if not BACKENDS[chosen].supports(device.type, dtype):
             chosen = "reference"
-        elif chosen == "cpp" and (missing := cpp.unavailable()) is not None:
+        elif chosen == "cpp" and (missing := cpp.BACKEND.unavailable()) is not None:
             warn.once(
                 "no extension",
                 "fused_contrastive: CPU tensors take the reference backend, which is as exact but slower, because "
@@ -85,7 +87,7 @@ def resolve(name: str, device: torch.device, dtype: torch.dtype) -> str:
             )
             chosen = "reference"
     check(chosen, device, dtype)
-    return chosen
+    return cast(BackendName, chosen)
 
 
 def check(chosen: str, device: torch.device, dtype: torch.dtype) -> None:

@@ -20,103 +20,119 @@ from torch import Tensor
 
 from fused_contrastive.core import checks
 from fused_contrastive.core.memory import products_to_keep
-from fused_contrastive.core.spec import Forward, Gradients, Needs, StatsSpec, Upstream, compute_dtype, statistics_dtype
-from fused_contrastive.distributed.agreement import Agreed
-from fused_contrastive.distributed.collectives import gather_rows, merge_log_sums, scatter_sum
+from fused_contrastive.core.spec import (
+    OF_COLS,
+    Forward,
+    Gradients,
+    Needs,
+    StatsSpec,
+    Upstream,
+    compute_dtype,
+    statistics_dtype,
+)
+from fused_contrastive.distributed.collectives import merge_log_sums, scatter_sum
+from fused_contrastive.distributed.shape import GlobalShape
 from fused_contrastive.ops import ring, schema
 from fused_contrastive.ops.dispatch import BACKENDS
 
 
-class Problem(NamedTuple):
+class _Constants(NamedTuple):
     """What does not change from block to block, and is no tensor of the graph."""
 
-    agreed: Agreed
+    shape: GlobalShape
     spec: StatsSpec  # of this process: targets are columns of the whole, ids and bias its own
     budget: int | str
     backend: str
 
 
-def global_stats(x: Tensor, y: Tensor, problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
-    """pos (m,), row (m,) and col (n,) of this process's rows and columns."""
-    spec = problem.spec
-    stats = _Ring if problem.agreed.ring else _Gather
-    pos, row, col = stats.apply(x, y, spec.scale, spec.col_bias, problem)  # type: ignore[no-untyped-call]
+def global_stats(
+    x: Tensor, y: Tensor, shape: GlobalShape, spec: StatsSpec, asked: dict[str, Any], budget: int | str, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """pos (m,), row (m,) and col (n,) of this process's rows and columns; ``asked`` are fields of the spec.
+
+    The rows' whole block is computed: of a triangle, too, whose diagonal is then excluded by ids or as the target.
+    """
+    spec = spec._replace(**{**asked, "upper": False}, targets=shape.columns_of(spec.targets, x.device))
+    if asked.get("upper") and spec.row_ids is None:
+        first = shape.first_row
+        own = torch.arange(first, first + len(x), device=x.device)
+        spec = spec._replace(row_ids=own, col_ids=own)
+    constants = _Constants(shape, spec, budget, backend)
+    stats = _Ring if shape.ring else _Gather
+    pos, row, col = stats.apply(x, y, spec.scale, spec.col_bias, constants)  # type: ignore[no-untyped-call]
     return pos, row, col
 
 
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, y: Tensor, scale: Tensor, col_bias: Tensor | None, problem: Problem
+        ctx: Any, x: Tensor, y: Tensor, scale: Tensor, col_bias: Tensor | None, constants: _Constants
     ) -> tuple[Tensor, ...]:
-        agreed, spec = problem.agreed, problem.spec
-        sizes, group = agreed.cols, agreed.group
-        everything = gather_rows(y, sizes, group)
+        shape = constants.shape
+        everything = shape.gather(y)
         columns = len(everything)
         kept = 0
-        if agreed.differentiable:
-            kept = products_to_keep(x, columns, BACKENDS[problem.backend].kept, problem.budget)
-        spec = spec._replace(
-            scale=scale,
-            col_bias=None if col_bias is None else gather_rows(col_bias, sizes, group),
-            col_ids=None if spec.col_ids is None else gather_rows(spec.col_ids, sizes, group),
-            kept_rows=kept,
-        )
+        if shape.differentiable:
+            kept = products_to_keep(x, columns, BACKENDS[constants.backend].kept, constants.budget)
+        spec = constants.spec._replace(scale=scale, col_bias=col_bias, kept_rows=kept)
+        of_cols = {name: getattr(spec, name) for name in OF_COLS}
+        everywhere: dict[str, Any] = {name: shape.gather(t) for name, t in of_cols.items() if t is not None}
+        spec = spec._replace(**everywhere)
         if spec.targets is not None and len(x):
             checks.target_range(spec.targets, columns)
         if len(x):
-            pos, row, col, products = schema.forward_within(spec, x, everything, problem.backend)
+            pos, row, col, products = schema.forward_within(spec, x, everything, constants.backend)
         else:
             pos, row, col, products = _of_no_rows(spec, x, columns)
-        if spec.cols:
-            col = merge_log_sums(col, x.dtype == torch.float64, group)
+        if spec.want_col:
+            col = merge_log_sums(col, x.dtype == torch.float64, shape.group)
         ctx.set_materialize_grads(False)
-        ctx.problem, ctx.spec, ctx.needs = problem, spec, ctx.needs_input_grad
+        ctx.constants, ctx.spec, ctx.needs = constants, spec, ctx.needs_input_grad
         ctx.save_for_backward(x, everything, row, col, products)
-        return pos, row, col[agreed.own_cols].clone() if spec.cols else col
+        return pos, row, shape.own_cols(col).clone() if spec.want_col else col
 
     @staticmethod
     def backward(ctx: Any, g_pos: Tensor | None, g_row: Tensor | None, g_col: Tensor | None) -> tuple[Any, ...]:
         x, everything, row, col, products = ctx.saved_tensors
-        spec, agreed = ctx.spec, ctx.problem.agreed
-        sizes, group = agreed.cols, agreed.group
-        if spec.cols:
-            g_col = gather_rows(_or_zeros(g_col, sizes[agreed.rank], row), sizes, group)
+        spec, shape = ctx.spec, ctx.constants.shape
+        sizes, rank = shape.cols, shape.rank
+        if spec.want_col:
+            g_col = shape.gather(_or_zeros(g_col, sizes[rank], row))
         needs = Needs(ctx.needs[0], True, ctx.needs[2], spec.col_bias is not None)
         if len(x):
-            saved, upstream = Forward(row, row, col, products), Upstream(g_pos, g_row if spec.rows else None, g_col)
+            saved, upstream = Forward(row, row, col, products), Upstream(g_pos, g_row if spec.want_row else None, g_col)
             dx, dy, dscale, dcol_bias = schema.backward_within(
-                spec, x, everything, saved, upstream, needs, ctx.problem.backend
+                spec, x, everything, saved, upstream, needs, ctx.constants.backend
             )
         else:
             dx, dy, dscale, dcol_bias = _zeros(spec, x, everything)
         assert dy is not None
-        dy = scatter_sum(dy, sizes, agreed.rank, group)
+        dy = scatter_sum(dy, sizes, rank, shape.group)
         if dcol_bias is not None:
-            dcol_bias = scatter_sum(dcol_bias, sizes, agreed.rank, group)
+            dcol_bias = scatter_sum(dcol_bias, sizes, rank, shape.group)
         return dx, dy, dscale if ctx.needs[2] else None, dcol_bias if ctx.needs[3] else None, None
 
 
 class _Ring(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, y: Tensor, scale: Tensor, col_bias: Tensor | None, problem: Problem
+        ctx: Any, x: Tensor, y: Tensor, scale: Tensor, col_bias: Tensor | None, constants: _Constants
     ) -> tuple[Tensor, ...]:
-        spec = problem.spec._replace(scale=scale, col_bias=col_bias)
-        pos, row, col = ring.forward(problem.agreed, spec, problem.backend, x, y)
+        spec = constants.spec._replace(scale=scale, col_bias=col_bias)
+        pos, row, col = ring.forward(constants.shape, spec, constants.backend, x, y)
         ctx.set_materialize_grads(False)
-        ctx.problem, ctx.spec, ctx.needs = problem, spec, ctx.needs_input_grad
+        ctx.constants, ctx.spec, ctx.needs = constants, spec, ctx.needs_input_grad
         ctx.save_for_backward(x, y, row, col)
         return pos, row, col
 
     @staticmethod
     def backward(ctx: Any, g_pos: Tensor | None, g_row: Tensor | None, g_col: Tensor | None) -> tuple[Any, ...]:
         x, y, row, col = ctx.saved_tensors
-        if ctx.spec.cols:
+        if ctx.spec.want_col:
             g_col = _or_zeros(g_col, len(y), row)
         dx, dy, dscale, dcol_bias = ring.backward(
-            ctx.problem.agreed, ctx.spec, ctx.problem.backend, x, y, (row, col),
-            Upstream(g_pos, g_row if ctx.spec.rows else None, g_col),
+            ctx.constants.shape, ctx.spec, ctx.constants.backend, x, y, (row, col),
+            Upstream(g_pos, g_row if ctx.spec.want_row else None, g_col),
         )  # fmt: skip
         needs = ctx.needs
         return dx, dy, dscale if needs[2] else None, dcol_bias if needs[3] else None, None
@@ -128,7 +144,7 @@ def _or_zeros(gradient: Tensor | None, size: int, like: Tensor) -> Tensor:
 
 def _of_no_rows(spec: StatsSpec, x: Tensor, columns: int) -> Forward:
     nothing = x.new_empty(0, dtype=statistics_dtype(x.device))
-    return Forward(nothing, nothing, nothing.new_full((columns if spec.cols else 0,), -torch.inf), nothing)
+    return Forward(nothing, nothing, nothing.new_full((columns if spec.want_col else 0,), -torch.inf), nothing)
 
 
 def _zeros(spec: StatsSpec, x: Tensor, y: Tensor) -> Gradients:

@@ -30,8 +30,8 @@ from fused_contrastive.core.tokens import (
     valid_first,
 )
 from fused_contrastive.ops import dispatch, operands
+from fused_contrastive.ops.problem import autocast
 from fused_contrastive.ops.schema import library, without_autocast
-from fused_contrastive.ops.stats import autocast
 from fused_contrastive.ops.transforms import register_formula, second_backward
 
 REDUCTIONS = ("sum", "mean")

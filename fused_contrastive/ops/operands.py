@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fused_contrastive.core import checks, forks
-from fused_contrastive.core.spec import EqualIds, Forward, Reduction, StatsSpec, Upstream
+from fused_contrastive.core.spec import EqualIds, Forward, Statistic, StatsSpec, Upstream
 from fused_contrastive.core.tokens import MaxSimForward, MaxSimUpstream
 from fused_contrastive.ops import dispatch
 
@@ -30,13 +30,16 @@ def stats(x: Tensor, y: Tensor, spec: StatsSpec, backend: str) -> None:
     if (spec.row_ids is None) != (spec.col_ids is None):
         raise ValueError("row_ids, col_ids: got only one of them, expected both or neither")
     checks.one_of("equal_ids", spec.equal_ids, get_args(EqualIds))
-    checks.one_of("reduction", spec.reduction, get_args(Reduction))
-    if not (spec.rows or spec.cols):
-        raise ValueError("rows, cols: got neither direction, expected at least one")
-    if spec.reduction == "softplus" and spec.cols:
-        raise ValueError("rows, cols: got reduction='softplus', expected rows alone")
-    if spec.upper and m != n:
-        raise ValueError(f"upper: got True for M = {m} and N = {n}, expected as many rows as columns")
+    checks.one_of("statistic", spec.statistic, get_args(Statistic))
+    if not (spec.want_row or spec.want_col):
+        raise ValueError("want_row, want_col: got neither direction, expected at least one")
+    if spec.statistic == "softplus" and spec.want_col:
+        raise ValueError("want_row, want_col: got statistic='softplus', expected rows alone")
+    if spec.upper:
+        if m != n:
+            raise ValueError(f"upper: got True for M = {m} and N = {n}, expected as many rows as columns")
+        if spec.want_col or spec.col_bias is not None or spec.statistic == "softplus":
+            raise ValueError("upper: got True with columns, a bias or statistic='softplus', expected rows alone")
     _kept_rows(spec.kept_rows, m)
 
 
@@ -45,7 +48,7 @@ def stats_saved(
 ) -> None:
     """Likewise, unless this is what the forward of that problem returned, and gradients of it."""
     m, n = x.shape[0], y.shape[0]
-    rows, cols = m if spec.rows else 0, n if spec.cols else 0
+    rows, cols = m if spec.want_row else 0, n if spec.want_col else 0
     _vector("row", saved.row, (rows,), x)
     _vector("col", saved.col, (cols,), x)
     _vector("g_pos", upstream.pos, (m,), x)

@@ -7,11 +7,14 @@ the rows whose positive is in another block.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from fused_contrastive.core.spec import (
+    OF_COLS,
     Forward,
     Gradients,
     Needs,
@@ -20,56 +23,56 @@ from fused_contrastive.core.spec import (
     compute_dtype,
     statistics_dtype,
 )
-from fused_contrastive.distributed.agreement import Agreed
+from fused_contrastive.distributed.shape import GlobalShape
 from fused_contrastive.ops import schema
 
 
-def forward(agreed: Agreed, spec: StatsSpec, backend: str, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def forward(shape: GlobalShape, spec: StatsSpec, backend: str, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """pos (m,), row (m,) and col (n,) of this process's rows and columns."""
     stats, m = statistics_dtype(x.device), len(x)
-    sums = spec.reduction == "softplus"
+    sums = spec.statistic == "softplus"
     pos = x.new_zeros(m, dtype=stats)
-    row = x.new_full((m if spec.rows else 0,), 0 if sums else -torch.inf, dtype=stats)
-    block, size = _block(agreed, spec, y)
-    col = x.new_full((size if spec.cols else 0,), -torch.inf, dtype=stats)
-    for step in range(agreed.world):
-        waiting = None if step == agreed.world - 1 else _pass_on(agreed, block)
-        here, part = _of_block(agreed, spec, step, block)
+    row = x.new_full((m if spec.want_row else 0,), 0 if sums else -torch.inf, dtype=stats)
+    block, size = _block(shape, spec, y)
+    col = x.new_full((size if spec.want_col else 0,), -torch.inf, dtype=stats)
+    for step in range(shape.world):
+        waiting = None if step == shape.world - 1 else _pass_on(shape, block)
+        here, part = _of_block(shape, spec, step, block)
         if m:
             found = schema.forward_within(part, x, block[0], backend)
             pos = torch.where(here, found.pos, pos)
-            if spec.rows:
+            if spec.want_row:
                 row = row + found.row if sums else torch.logaddexp(row, found.row)
-            if spec.cols:
+            if spec.want_col:
                 col = torch.logaddexp(col, found.col)
-        if spec.cols:  # its last step brings it home
-            (col,) = _received(_pass_on(agreed, [col]))
+        if spec.want_col:  # its last step brings it home
+            (col,) = _received(_pass_on(shape, [col]))
         if waiting is not None:
             block = _received(waiting)
-    return pos, row, col[: len(y)].clone() if spec.cols else col
+    return pos, row, col[: len(y)].clone() if spec.want_col else col
 
 
 def backward(
-    agreed: Agreed, spec: StatsSpec, backend: str, x: Tensor, y: Tensor, saved: tuple[Tensor, Tensor],
+    shape: GlobalShape, spec: StatsSpec, backend: str, x: Tensor, y: Tensor, saved: tuple[Tensor, Tensor],
     upstream: Upstream,
 ) -> Gradients:  # fmt: skip
     """Gradients of this process's rows and columns; of scale, the part of its rows."""
     dtype, m = compute_dtype(x.dtype), len(x)
     row, col = saved
-    block, size = _block(agreed, spec, y)
-    if spec.cols:
+    block, size = _block(shape, spec, y)
+    if spec.want_col:
         assert upstream.col is not None
         block += [_padded(col, size, 0.0), _padded(upstream.col, size, 0.0)]
     dx = torch.zeros_like(x, dtype=dtype)
     travelling = [y.new_zeros(size, y.shape[1], dtype=dtype), y.new_zeros(size, dtype=dtype)]
     dscale = x.new_zeros((), dtype=dtype)
-    for step in range(agreed.world):
-        waiting = None if step == agreed.world - 1 else _pass_on(agreed, block)
-        here, part = _of_block(agreed, spec, step, block)
+    for step in range(shape.world):
+        waiting = None if step == shape.world - 1 else _pass_on(shape, block)
+        here, part = _of_block(shape, spec, step, block)
         if m:
             # Rows whose positive is elsewhere have none of its gradient here.
             g_pos = None if upstream.pos is None else torch.where(here, upstream.pos, 0)
-            columns = (block[-2], block[-1]) if spec.cols else (col, None)
+            columns = (block[-2], block[-1]) if spec.want_col else (col, None)
             found = schema.backward_within(
                 part, x, block[0], Forward(row, row, columns[0], x.new_empty(0)),
                 Upstream(g_pos, upstream.row, columns[1]), Needs(True, True, True, True), backend,
@@ -82,7 +85,7 @@ def backward(
             travelling[0] += found.y
             travelling[1] += found.col_bias
             dscale += found.scale
-        travelling = _received(_pass_on(agreed, travelling))
+        travelling = _received(_pass_on(shape, travelling))
         if waiting is not None:
             block = _received(waiting)
     dy, dcol_bias = (t[: len(y)] for t in travelling)
@@ -94,29 +97,31 @@ def _padded(values: Tensor, size: int, fill: float) -> Tensor:
     return torch.cat((values, values.new_full((size - len(values), *rest), fill)))
 
 
-def _block(agreed: Agreed, spec: StatsSpec, y: Tensor) -> tuple[list[Tensor], int]:
-    """What of the columns goes round: features, bias, and ids if there are any; and how many rows each has."""
-    size, dtype = max(agreed.cols) + 1, compute_dtype(y.dtype)
+def _block(shape: GlobalShape, spec: StatsSpec, y: Tensor) -> tuple[list[Tensor], int]:
+    """What of the columns goes round: features, bias, and what else a rule asks for; and how many rows each has."""
+    size, dtype = max(shape.cols) + 1, compute_dtype(y.dtype)
     bias = y.new_zeros(len(y), dtype=dtype) if spec.col_bias is None else spec.col_bias.detach()
     block = [_padded(y, size, 0.0), _padded(bias, size, -torch.inf)]
-    if spec.col_ids is not None:
-        block.append(_padded(spec.col_ids, size, 0))
-    return block, size
+    return block + [_padded(getattr(spec, name), size, 0) for name in _others(spec)], size
 
 
-def _of_block(agreed: Agreed, spec: StatsSpec, step: int, block: list[Tensor]) -> tuple[Tensor, StatsSpec]:
+def _others(spec: StatsSpec) -> list[str]:
+    """The columns' tensors that a rule asks for, beside the bias."""
+    return [name for name in OF_COLS if name != "col_bias" and getattr(spec, name) is not None]
+
+
+def _of_block(shape: GlobalShape, spec: StatsSpec, step: int, block: list[Tensor]) -> tuple[Tensor, StatsSpec]:
     """Which rows have their positive in the block that is here at this step, and its problem."""
-    owner = (agreed.rank - step) % agreed.world
+    owner = (shape.rank - step) % shape.world
     assert spec.targets is not None
-    place = spec.targets - sum(agreed.cols[:owner])
-    here = (place >= 0) & (place < agreed.cols[owner])
+    place = spec.targets - sum(shape.cols[:owner])
+    here = (place >= 0) & (place < shape.cols[owner])
     targets = torch.where(here, place, len(block[0]) - 1)
-    ids = None
-    if spec.col_ids is not None:
-        ids = block[2].clone()
-        if spec.row_ids is not None:  # padding columns get an id that no row has
-            ids[agreed.cols[owner] :] = _no_id_of(spec.row_ids)
-    return here, spec._replace(targets=targets, col_bias=block[1], col_ids=ids, kept_rows=0)
+    others: dict[str, Any] = dict(zip(_others(spec), block[2:], strict=False))
+    if spec.row_ids is not None:  # padding columns get an id that no row has
+        others["col_ids"] = others["col_ids"].clone()
+        others["col_ids"][shape.cols[owner] :] = _no_id_of(spec.row_ids)
+    return here, spec._replace(targets=targets, col_bias=block[1], kept_rows=0, **others)
 
 
 def _no_id_of(ids: Tensor) -> Tensor:
@@ -128,12 +133,12 @@ def _no_id_of(ids: Tensor) -> Tensor:
     return taken.argmin()
 
 
-def _pass_on(agreed: Agreed, tensors: list[Tensor]) -> tuple[list[Tensor], list[dist.Work]]:
+def _pass_on(shape: GlobalShape, tensors: list[Tensor]) -> tuple[list[Tensor], list[dist.Work]]:
     """Starts sending to the next process and receiving from the one before."""
     received = [torch.empty_like(t) for t in tensors]
-    if agreed.world == 1:
+    if shape.world == 1:
         return tensors, []
-    group, world, rank = agreed.group, agreed.world, agreed.rank
+    group, world, rank = shape.group, shape.world, shape.rank
     after, before = (_global_rank(group, (rank + step) % world) for step in (1, -1))
     operations = [
         operation

@@ -11,6 +11,7 @@ from torch import Tensor
 from fused_contrastive.core import checks
 from fused_contrastive.core.modes import is_plain
 from fused_contrastive.core.spec import (
+    FIELDS,
     Forward,
     Gradients,
     Needs,
@@ -24,10 +25,9 @@ from fused_contrastive.ops.dispatch import BACKENDS
 
 library = torch.library.Library("fused_contrastive", "DEF")
 
-_PROBLEM = (
-    "Tensor x, Tensor y, Tensor scale, Tensor? targets, Tensor? col_bias, Tensor? row_ids, Tensor? col_ids, "
-    "bool exclude_self, bool rows, bool cols, bool upper, str equal_ids, str reduction, SymInt kept_rows, str backend"
-)
+_KINDS = {Tensor: "Tensor", Tensor | None: "Tensor?", bool: "bool", int: "SymInt"}  # the others are words
+_SPEC = ", ".join(f"{_KINDS.get(kind, 'str')} {name}" for name, kind in FIELDS.items())
+_PROBLEM = f"Tensor x, Tensor y, {_SPEC}, str backend"
 library.define(f"stats_forward({_PROBLEM}) -> (Tensor pos, Tensor row, Tensor col, Tensor kept)")
 library.define(
     "stats_backward(Tensor? g_pos, Tensor? g_row, Tensor? g_col, Tensor row, Tensor col, Tensor kept, "
@@ -68,7 +68,7 @@ def stats_backward(
     """Calls the backend. A gradient that is not asked comes back with 0 elements: an operator returns tensors."""
     *fields, backend = problem
     spec = StatsSpec(*fields)
-    upstream = Upstream(g_pos, g_row if spec.rows else None, g_col if spec.cols else None)
+    upstream = Upstream(g_pos, g_row if spec.want_row else None, g_col if spec.want_col else None)
     with without_autocast(x):
         gradients = BACKENDS[backend].stats_backward(
             spec, x, y, saved=Forward(row, row, col, kept), upstream=upstream, needs=Needs(*needs)
@@ -120,7 +120,7 @@ def backward_within(
 def _fake_forward(x, y, *problem):  # type: ignore[no-untyped-def]
     *fields, backend = problem
     spec, m, n = StatsSpec(*fields), x.shape[0], y.shape[0]
-    sizes = (m, m if spec.rows else 0, n if spec.cols else 0)
+    sizes = (m, m if spec.want_row else 0, n if spec.want_col else 0)
     pos, row, col = (x.new_empty(size, dtype=statistics_dtype(x.device)) for size in sizes)
     shape, dtype = BACKENDS[backend].kept(spec.kept_rows, n, x.dtype)
     return pos, row, col, x.new_empty(shape, dtype=dtype)

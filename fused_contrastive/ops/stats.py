@@ -5,15 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Generic, Literal, overload
 
-import torch
 from torch import Tensor
 from typing_extensions import NamedTuple, TypeVar
 
-from fused_contrastive.core import checks, memory
-from fused_contrastive.core.spec import BackendName, StatsSpec, autocast_enabled, compute_dtype
-from fused_contrastive.distributed.agreement import Call, Group, collective
-from fused_contrastive.ops import autograd, dispatch, global_stats
-from fused_contrastive.ops.agree import agree
+from fused_contrastive.core import checks
+from fused_contrastive.core.spec import BackendName
+from fused_contrastive.distributed.agreement import Alone, Call, Group, call_of, collective
+from fused_contrastive.ops.problem import (
+    Problem,
+    autocast,
+    checked_bias,
+    checked_ids,
+    checked_pair_of_ids,
+    checked_targets,
+)
 
 Row = TypeVar("Row", bound=Tensor | None, default=Tensor | None, covariant=True)
 Col = TypeVar("Col", bound=Tensor | None, default=Tensor | None, covariant=True)
@@ -134,11 +139,15 @@ def contrastive_stats(
 
     Under autocast, float32 features are cast to autocast's dtype as for a matmul; the products accumulate in float32.
     """
-    rows, cols = checks.directions(directions)
+    want_row, want_col = checks.directions(directions)
     checks.boolean("exclude_self", exclude_self)
-    problem = Problem(x, y, scale, targets, col_bias, row_ids, col_ids, memory_budget, backend, group=group)
-    pos, row, col = problem.run(exclude_self=exclude_self, rows=rows, cols=cols)
-    return ContrastiveStats(pos, row if rows else None, col if cols else None)
+    call = call_of(group)
+    if call.spread and exclude_self:
+        raise NotImplementedError("exclude_self: got True with a group, which is not covered: use self_stats")
+    asked = {"exclude_self": exclude_self, "want_row": want_row, "want_col": want_col}
+    problem = _checked(call, x, y, scale, targets, col_bias, row_ids, col_ids, memory_budget, backend)
+    pos, row, col = problem.run(problem.agree(call, "contrastive_stats", asked), **asked)
+    return ContrastiveStats(pos, row if want_row else None, col if want_col else None)
 
 
 class SigmoidStats(NamedTuple):
@@ -186,8 +195,10 @@ def sigmoid_stats(
     Raises:
         TypeError, ValueError, RuntimeError: as ``contrastive_stats``.
     """
-    problem = Problem(x, y, scale, targets, col_bias, row_ids, col_ids, memory_budget, backend, group=group)
-    pos, row, _ = problem.run(cols=False, equal_ids="negate", reduction="softplus")
+    call = call_of(group)
+    problem = _checked(call, x, y, scale, targets, col_bias, row_ids, col_ids, memory_budget, backend)
+    shape = problem.agree(call, "sigmoid_stats", {})
+    pos, row, _ = problem.run(shape, want_col=False, equal_ids="negate", statistic="softplus")
     return SigmoidStats(pos, row)
 
 
@@ -228,102 +239,27 @@ def self_stats(
     checks.one_of("equal_ids", equal_ids, ("exclude", "only"))
     if ids is None and equal_ids == "only":
         raise ValueError("ids: got None with equal_ids='only', expected an integer tensor of shape (N,)")
-    problem = Problem(x, x, scale, None, None, ids, ids, memory_budget, backend, ("ids", "ids"), group)
-    if group is not None:  # a row's positive, always excluded, is itself
-        return problem.run(cols=False, equal_ids=equal_ids)[1]
-    _, row, col = problem.run(upper=True, equal_ids=equal_ids)
-    return log_add(row, col)
+    call = call_of(group)
+    x = autocast(x)
+    checks.feature_pair("x", x, "y", x, empty=call.spread)
+    ids = checked_ids("ids", ids, x, "one per row")
+    problem = Problem(x, x, scale, row_ids=ids, col_ids=ids, memory_budget=memory_budget, backend=backend)
+    shape = problem.agree(call, "self_stats", {"equal_ids": equal_ids})
+    return problem.run(shape, upper=True, want_col=False, equal_ids=equal_ids)[1]
 
 
-class Problem:
-    """Checked input of one of the above, in the form that the operator takes."""
-
-    def __init__(
-        self, x: Tensor, y: Tensor, scale: float | Tensor, targets: Tensor | None, col_bias: Tensor | None,
-        row_ids: Tensor | None, col_ids: Tensor | None, memory_budget: int | str, backend: str,
-        ids_name: tuple[str, str] = ("row_ids", "col_ids"), group: Group = None,
-    ) -> None:  # fmt: skip
-        same = y is x
-        x = autocast(x)
-        y = x if same else autocast(y)
-        checks.feature_pair("x", x, "y", y, empty=group is not None)
-        m, n, dtype = x.shape[0], y.shape[0], compute_dtype(x.dtype)
-        checks.memory_budget(memory_budget)
-        if targets is not None:
-            targets = checks.vector("targets", targets, m, x, of="one column index per row", integer=True)
-        elif m > n and group is None:
-            raise ValueError(f"targets: got None for M = {m} rows and N = {n} columns, expected targets because M > N")
-        if col_bias is not None:
-            col_bias = checks.vector("col_bias", col_bias, n, x, of="one per column", integer=False).to(dtype)
-        if (row_ids is None) != (col_ids is None):
-            raise ValueError("row_ids, col_ids: got only one of them, expected both or neither")
-        if row_ids is not None:
-            row_ids = checks.vector(ids_name[0], row_ids, m, x, of="one per row", integer=True)
-            col_ids = checks.vector(ids_name[1], col_ids, n, x, of="one per column", integer=True)
-        self.x, self.y = x, y
-        self.spec = StatsSpec(_scale(scale, x, dtype), targets, col_bias, row_ids, col_ids)
-        self.memory_budget, self.backend = memory_budget, dispatch.resolve(backend, x.device, x.dtype)
-        self.group = group
-
-    def run(self, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """pos, row and col; ``options`` are fields of the StatsSpec."""
-        if self.group is not None:
-            if options.get("exclude_self"):
-                raise NotImplementedError("exclude_self: got True with a group, which is not covered: use self_stats")
-            return self._run_globally(options)
-        differentiable = self.is_differentiable()
-        most = memory.TRIANGLE if options.get("upper") else None
-        spec = self.spec._replace(kept_rows=self.rows_to_keep(most) if differentiable else 0, **options)
-        pos, row, col, _ = autograd.stats_forward(self.x, self.y, *spec, self.backend, differentiable=differentiable)
-        return pos, row, col
-
-    def is_differentiable(self) -> bool:
-        scale, bias = self.spec.scale, self.spec.col_bias
-        return torch.is_grad_enabled() and (
-            self.x.requires_grad
-            or self.y.requires_grad
-            or scale.requires_grad
-            or (bias is not None and bias.requires_grad)
-        )
-
-    def rows_to_keep(self, most: memory.Most | None = None) -> int:
-        """How many rows' products the budget lets the forward keep."""
-        kept = dispatch.BACKENDS[self.backend].kept
-        return memory.products_to_keep(self.x, self.y.shape[0], kept, self.memory_budget, most)
-
-    def _run_globally(self, options: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
-        spec = self.spec._replace(**options)
-        said = {
-            "col_bias": "given" if spec.col_bias is not None else None,
-            "ids": "given" if spec.row_ids is not None else None,
-            **options,
-        }
-        made_here = isinstance(self.group, Call) and self.group.agreed is None
-        agreed = agree(
-            self.group, "contrastive_stats", self.x, self.y, said, spec.scale, spec.col_bias, targets=spec.targets,
-            memory_budget=self.memory_budget, backend=self.backend,
-        )  # fmt: skip
-        assert agreed is not None
-        if made_here or spec.targets is None:  # else the loss that agreed made columns of its targets
-            spec = spec._replace(targets=agreed.columns_of(spec.targets, self.x.device))
-        problem = global_stats.Problem(agreed, spec, self.memory_budget, self.backend)
-        return global_stats.global_stats(self.x, self.y, problem)
-
-
-def log_add(a: Tensor, b: Tensor) -> Tensor:
-    """log(exp(a) + exp(b)), elementwise; -inf with zero gradients (not NaN) where both are -inf."""
-    empty = (a == -torch.inf) & (b == -torch.inf)
-    return torch.logaddexp(a.masked_fill(empty, 0), b.masked_fill(empty, 0)).masked_fill(empty, -torch.inf)
-
-
-def autocast(features: Tensor) -> Tensor:
-    """What autocast does to the operands of a matmul."""
-    if not isinstance(features, Tensor) or not autocast_enabled(features.device):
-        return features
-    casts = features.is_floating_point() and features.dtype != torch.float64
-    return features.to(torch.get_autocast_dtype(features.device.type)) if casts else features
-
-
-def _scale(scale: float | Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
-    scale = checks.scalar_beside("scale", scale, x)
-    return scale.to(dtype) if isinstance(scale, Tensor) else x.new_full((), scale, dtype=dtype)
+def _checked(
+    call: Call | Alone, x: Tensor, y: Tensor, scale: float | Tensor, targets: Tensor | None, col_bias: Tensor | None,
+    row_ids: Tensor | None, col_ids: Tensor | None, memory_budget: int | str, backend: str,
+) -> Problem:  # fmt: skip
+    same = y is x
+    x = autocast(x)
+    y = x if same else autocast(y)
+    checks.feature_pair("x", x, "y", y, empty=call.spread)
+    targets = checked_targets(targets, x, y, call.spread)
+    col_bias = checked_bias(col_bias, y)
+    row_ids, col_ids = checked_pair_of_ids(row_ids, col_ids, x, y)
+    return Problem(
+        x, y, scale, targets=targets, col_bias=col_bias, row_ids=row_ids, col_ids=col_ids,
+        memory_budget=memory_budget, backend=backend,
+    )  # fmt: skip

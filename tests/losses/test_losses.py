@@ -249,17 +249,15 @@ def test_compile_fullgraph(loss: str) -> None:
         torch.testing.assert_close(g, h)
 
 
-@pytest.mark.parametrize(
-    "options", [{"upper": True, "equal_ids": "only"}, {"upper": True}, {"reduction": "softplus", "cols": False}]
-)
+@pytest.mark.parametrize("options", [{"upper": True, "equal_ids": "only"}, {"upper": True}, {"statistic": "softplus"}])
 def test_opcheck_of_the_new_forms(options: dict, backend: str) -> None:
     x = torch.randn(6, 3, requires_grad=True)
     ids = torch.arange(6) // 2
-    form = {"upper": False, "equal_ids": "exclude", "reduction": "logsumexp", "cols": True, **options}
+    form = {"upper": False, "equal_ids": "exclude", "statistic": "logsumexp", **options}
     torch.library.opcheck(
         torch.ops.fused_contrastive.stats_forward,
         (x, x if form["upper"] else torch.randn(6, 3, requires_grad=True), torch.tensor(2.0, requires_grad=True), None,
-         None, ids, ids, False, True, form["cols"], form["upper"], form["equal_ids"], form["reduction"], 3, backend),
+         None, ids, ids, False, True, False, form["upper"], form["equal_ids"], form["statistic"], 3, backend),
     )  # fmt: skip
 
 

@@ -22,8 +22,8 @@ def ints(size: int) -> Tensor:
 
 STATS: dict[str, Any] = dict(
     x=features(N, D), y=features(N, D), scale=torch.tensor(1.0), targets=None, col_bias=None, row_ids=None,
-    col_ids=None, exclude_self=False, rows=True, cols=True, upper=False, equal_ids="exclude", reduction="logsumexp",
-    kept_rows=0,
+    col_ids=None, exclude_self=False, want_row=True, want_col=True, upper=False, equal_ids="exclude",
+    statistic="logsumexp", kept_rows=0,
 )  # fmt: skip
 SAVED: dict[str, Any] = dict(
     g_pos=torch.ones(N), g_row=torch.ones(N), g_col=torch.ones(N), row=torch.ones(N).double(),
@@ -56,12 +56,13 @@ BAD_STATS: list[tuple[str, dict[str, Any]]] = [
     ("col_ids", dict(row_ids=ints(N), col_ids=ints(1))),
     ("col_ids", dict(row_ids=ints(N), col_ids=ints(N).float())),
     ("row_ids, col_ids", dict(row_ids=ints(N))),
-    ("rows, cols", dict(rows=False, cols=False)),
-    ("rows, cols", dict(reduction="softplus")),
-    ("rows, cols", dict(reduction="softplus", rows=False)),
-    ("upper", dict(upper=True, y=features(3000, D))),
+    ("want_row, want_col", dict(want_row=False, want_col=False)),
+    ("want_row, want_col", dict(statistic="softplus")),
+    ("want_row, want_col", dict(statistic="softplus", want_row=False)),
+    ("upper", dict(upper=True, want_col=False, y=features(3000, D))),
+    ("upper", dict(upper=True)),
     ("equal_ids", dict(equal_ids="nope")),
-    ("reduction", dict(reduction="nope")),
+    ("statistic", dict(statistic="nope")),
     ("kept_rows", dict(kept_rows=100_000)),
     ("kept_rows", dict(kept_rows=-5)),
     ("backend", dict(backend="nope")),

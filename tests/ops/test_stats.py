@@ -13,7 +13,7 @@ from fused_contrastive import clip_loss, contrastive_stats, nt_xent_loss
 from fused_contrastive.backends import cpp
 
 INF = torch.inf
-NEEDS_CPP = pytest.mark.skipif(cpp.unavailable() is not None, reason="backend cpp cannot run here")
+NEEDS_CPP = pytest.mark.skipif(cpp.BACKEND.unavailable() is not None, reason="backend cpp cannot run here")
 
 
 def one_hot_stats(logits: list[list[float]], backend: str, **options: object):

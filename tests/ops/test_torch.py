@@ -44,11 +44,11 @@ def problem(dtype: torch.dtype, backend: str, **changes: object) -> tuple:
         "row_ids": None,
         "col_ids": None,
         "exclude_self": False,
-        "rows": True,
-        "cols": True,
+        "want_row": True,
+        "want_col": True,
         "upper": False,
         "equal_ids": "exclude",
-        "reduction": "logsumexp",
+        "statistic": "logsumexp",
         "kept_rows": 3,
         "backend": backend,
     }
@@ -59,7 +59,7 @@ def problem(dtype: torch.dtype, backend: str, **changes: object) -> tuple:
 def test_opcheck_forward(dtype: torch.dtype, backend: str) -> None:
     op = torch.ops.fused_contrastive.stats_forward
     torch.library.opcheck(op, problem(dtype, backend))
-    torch.library.opcheck(op, problem(dtype, backend, cols=False, kept_rows=0))
+    torch.library.opcheck(op, problem(dtype, backend, want_col=False, kept_rows=0))
     ids = {"row_ids": torch.arange(5), "col_ids": torch.arange(6) // 2}
     bias = torch.randn(6, requires_grad=True)
     torch.library.opcheck(op, problem(dtype, backend, targets=torch.arange(5), col_bias=bias, **ids))

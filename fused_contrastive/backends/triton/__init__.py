@@ -12,57 +12,93 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fused_contrastive.backends.contract import Backend
 from fused_contrastive.backends.triton import device, storage
 from fused_contrastive.core.reduction import Reduction
-from fused_contrastive.core.spec import Forward, Gradients, Needs, StatsSpec, Upstream
+from fused_contrastive.core.spec import Forward, Gradients, Needs, RowLoss, StatsSpec, Upstream
 from fused_contrastive.core.tokens import MaxSimForward, MaxSimUpstream, TokenSpec, index_dtype
-from fused_contrastive.core.unit import unit_rows
 
 INSTALLED = importlib.util.find_spec("triton") is not None
 OLDEST = (3, 4)
 
 
-SUMS_AT_ONCE = True  # G of the sums of softplus comes with them: keeping products for a backward saves nothing
+class Triton(Backend):
+    def unavailable(self) -> str | None:
+        if not INSTALLED:
+            return "the package triton is not installed; `pip install triton`"
+        found = importlib.metadata.version("triton")
+        if tuple(map(int, found.split(".")[:2])) < OLDEST:
+            return f"it needs Triton {'.'.join(map(str, OLDEST))} or later, and finds {found}; `pip install -U triton`"
+        if device.INTERPRETED or device.stand_in is not None or torch.cuda.is_available():
+            return None
+        return "torch sees no NVIDIA or AMD GPU (TRITON_INTERPRET=1 runs the kernels on the CPU, slowly, for tests)"
 
+    def supports(self, device_type: str, dtype: torch.dtype) -> bool:
+        on_cpu = device.INTERPRETED or device.stand_in is not None
+        return device_type == ("cpu" if on_cpu else "cuda") and dtype != torch.float64
 
-def unavailable() -> str | None:
-    if not INSTALLED:
-        return "the package triton is not installed; `pip install triton`"
-    found = importlib.metadata.version("triton")
-    if tuple(map(int, found.split(".")[:2])) < OLDEST:
-        return f"it needs Triton {'.'.join(map(str, OLDEST))} or later, and finds {found}; `pip install -U triton`"
-    if device.INTERPRETED or device.stand_in is not None or torch.cuda.is_available():
-        return None
-    return "torch sees no NVIDIA or AMD GPU (TRITON_INTERPRET=1 runs the kernels on the CPU, slowly, for tests)"
+    def kept(self, rows: int, n: int, dtype: torch.dtype) -> tuple[tuple[int, ...], torch.dtype]:
+        return storage.layout(rows, n, dtype)
 
+    def stats_forward(self, spec: StatsSpec, x: Tensor, y: Tensor) -> Forward:
+        from fused_contrastive.backends.triton import launch
 
-def supports(device_type: str, dtype: torch.dtype) -> bool:
-    on_cpu = device.INTERPRETED or device.stand_in is not None
-    return device_type == ("cpu" if on_cpu else "cuda") and dtype != torch.float64
+        return launch.forward(spec, x, y)
 
+    def stats_backward(
+        self, spec: StatsSpec, x: Tensor, y: Tensor, saved: Forward, upstream: Upstream, needs: Needs
+    ) -> Gradients:
+        from fused_contrastive.backends.triton import launch
 
-def kept(rows: int, n: int, dtype: torch.dtype) -> tuple[tuple[int, ...], torch.dtype]:
-    return storage.layout(rows, n, dtype)
+        # Hooks on saved tensors may give them back in other strides, or other tensors.
+        saved = Forward(*(t.contiguous() for t in saved))
+        _check_saved("kept", saved.kept, *self.kept(spec.kept_rows, len(y), x.dtype))
+        for name, value, size in (("row", saved.row, len(x)), ("col", saved.col, len(y))):
+            if len(value):
+                _check_saved(name, value, (size,), value.dtype)
+        return launch.backward(spec, x, y, saved, upstream, needs)
 
+    def fuses_loss(self, spec: StatsSpec, m: int) -> bool:
+        """Rows alone. The gradient of a sum of softplus comes with the sum, so keeping products saves it nothing."""
+        alone = not (spec.want_col or spec.upper)
+        return alone and (spec.kept_rows < m or spec.statistic == "softplus")
 
-def stats_forward(spec: StatsSpec, x: Tensor, y: Tensor) -> Forward:
-    from fused_contrastive.backends.triton import launch
+    def loss_and_gradients(
+        self, spec: StatsSpec, x: Tensor, y: Tensor, loss: RowLoss, needs: Needs
+    ) -> tuple[Tensor, Gradients]:
+        from fused_contrastive.backends.triton import at_once
 
-    return launch.forward(spec, x, y)
+        return at_once.loss_and_gradients(spec, x, y, loss, needs)
 
+    def cross_entropy(
+        self, pos: Tensor, normalisers: Sequence[Tensor], decoupled: bool, reduction: Reduction, dtype: torch.dtype
+    ) -> Tensor:
+        from fused_contrastive.backends.triton import loss_node
 
-def stats_backward(
-    spec: StatsSpec, x: Tensor, y: Tensor, saved: Forward, upstream: Upstream, needs: Needs
-) -> Gradients:
-    from fused_contrastive.backends.triton import launch
+        return loss_node.cross_entropy(pos, normalisers, decoupled, reduction, dtype)
 
-    # Hooks on saved tensors may give them back in other strides, or other tensors.
-    saved = Forward(*(t.contiguous() for t in saved))
-    _check_saved("kept", saved.kept, *kept(spec.kept_rows, len(y), x.dtype))
-    for name, value, size in (("row", saved.row, len(x)), ("col", saved.col, len(y))):
-        if len(value):
-            _check_saved(name, value, (size,), value.dtype)
-    return launch.backward(spec, x, y, saved, upstream, needs)
+    def max_sim_forward(self, spec: TokenSpec, x: Tensor, y: Tensor) -> MaxSimForward:
+        from fused_contrastive.backends.triton import max_sim_launch
+
+        return max_sim_launch.forward(spec, x, y)
+
+    def max_sim_backward(
+        self, spec: TokenSpec, x: Tensor, y: Tensor, saved: MaxSimForward, upstream: MaxSimUpstream,
+        needs: tuple[bool, bool],
+    ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+        from fused_contrastive.backends.triton import max_sim_launch
+
+        saved = MaxSimForward(*(t.contiguous() for t in saved))
+        (_, t, _), (n, p, _) = x.shape, y.shape
+        of_y = (spec.kept_rows, n, p) if spec.both else (0, 0, 0)
+        _check_saved("argmax_x", saved.argmax_x, (spec.kept_rows, n, t), index_dtype(p))
+        _check_saved("argmax_y", saved.argmax_y, of_y, index_dtype(t))
+        return max_sim_launch.backward(spec, x, y, saved, upstream, needs)
+
+    def merge_top_k(self, scores: Tensor, first_column: int, values: Tensor, indices: Tensor) -> None:
+        from fused_contrastive.backends.triton import top_k
+
+        top_k.merge_top_k(scores, first_column, values, indices)
 
 
 def _check_saved(name: str, t: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
@@ -70,52 +106,4 @@ def _check_saved(name: str, t: Tensor, shape: tuple[int, ...], dtype: torch.dtyp
         raise ValueError(f"{name}: got {t.dtype} of shape {tuple(t.shape)}, expected {dtype} of shape {shape}")
 
 
-def stats_at_once(
-    spec: StatsSpec, x: Tensor, y: Tensor, weight: float, margin: float, decoupled: bool, normalize: bool, needs: Needs
-) -> tuple[Tensor, Gradients]:
-    from fused_contrastive.backends.triton import at_once
-
-    return at_once.stats_at_once(spec, x, y, weight, margin, decoupled, normalize, needs)
-
-
-def cross_entropy(
-    pos: Tensor, normalisers: Sequence[Tensor], decoupled: bool, reduction: Reduction, dtype: torch.dtype
-) -> Tensor:
-    from fused_contrastive.backends.triton import loss_node
-
-    return loss_node.cross_entropy(pos, normalisers, decoupled, reduction, dtype)
-
-
-def normalize(*views: Tensor) -> Tensor:
-    return unit_rows(torch.cat(views))
-
-
-def max_sim_forward(spec: TokenSpec, x: Tensor, y: Tensor) -> MaxSimForward:
-    from fused_contrastive.backends.triton import max_sim_launch
-
-    return max_sim_launch.forward(spec, x, y)
-
-
-def max_sim_backward(
-    spec: TokenSpec, x: Tensor, y: Tensor, saved: MaxSimForward, upstream: MaxSimUpstream, needs: tuple[bool, bool]
-) -> tuple[Tensor | None, Tensor | None]:
-    from fused_contrastive.backends.triton import max_sim_launch
-
-    saved = MaxSimForward(*(t.contiguous() for t in saved))
-    (_, t, _), (n, p, _) = x.shape, y.shape
-    of_y = (spec.kept_rows, n, p) if spec.both else (0, 0, 0)
-    _check_saved("argmax_x", saved.argmax_x, (spec.kept_rows, n, t), index_dtype(p))
-    _check_saved("argmax_y", saved.argmax_y, of_y, index_dtype(t))
-    return max_sim_launch.backward(spec, x, y, saved, upstream, needs)
-
-
-def merge_top_k(scores: Tensor, first_column: int, values: Tensor, indices: Tensor) -> None:
-    from fused_contrastive.backends.triton import top_k
-
-    top_k.merge_top_k(scores, first_column, values, indices)
-
-
-def count_ahead(scores: Tensor, first_column: int, target_scores: Tensor, targets: Tensor, counts: Tensor) -> None:
-    from fused_contrastive.backends.triton import top_k
-
-    top_k.count_ahead(scores, first_column, target_scores, targets, counts)
+BACKEND = Triton()

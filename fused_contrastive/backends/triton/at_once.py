@@ -15,7 +15,7 @@ from torch import Tensor
 from fused_contrastive.backends.triton import backward as kernels
 from fused_contrastive.backends.triton import configs, device, launch, storage
 from fused_contrastive.backends.triton.problem import Block, Problem, cuts
-from fused_contrastive.core.spec import Gradients, Needs, StatsSpec
+from fused_contrastive.core.spec import Gradients, Needs, RowLoss, StatsSpec
 from fused_contrastive.core.unit import unit_rows
 
 # Of a row of blocks. The products with G are less efficient, the fewer rows it has: at least so many of the largest
@@ -23,11 +23,11 @@ from fused_contrastive.core.unit import unit_rows
 HELD_BYTES, LEAST_TILES = 2**29, 4
 
 
-def _terms(pos: Tensor, row: Tensor, margin: float, softplus: bool, decoupled: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each row (float64): its loss, and the derivatives by its normaliser and by its positive."""
-    z = -pos if softplus else row - (pos - margin)
-    slope = torch.ones_like(z) if decoupled and not softplus else z.sigmoid()
-    loss = z if decoupled and not softplus else torch.logaddexp(z, torch.zeros_like(z))
+def _terms(pos: Tensor, row: Tensor, asked: RowLoss, softplus: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Each row's loss (float64), and its derivatives by the row's normaliser and by its positive."""
+    z = -pos if softplus else row - (pos - asked.margin)
+    slope = torch.ones_like(z) if asked.decoupled and not softplus else z.sigmoid()
+    loss = z if asked.decoupled and not softplus else torch.logaddexp(z, torch.zeros_like(z))
     return (row + loss if softplus else loss), (torch.ones_like(z) if softplus else slope), -slope
 
 
@@ -71,30 +71,25 @@ def _part(direction: kernels.Direction, rows: slice) -> kernels.Direction:
     return kernels.Direction(*(t[rows] for t in direction[:3]), *(t[first:] for t in direction[3:]))
 
 
-def stats_at_once(
-    spec: StatsSpec, x: Tensor, y: Tensor, weight: float, margin: float, decoupled: bool, normalize: bool, needs: Needs
-) -> tuple[Tensor, Gradients]:
-    """``loss_and_gradients`` of the features, or of the features divided by their lengths."""
-    if not normalize:
-        return loss_and_gradients(spec, x, y, weight, margin, decoupled, needs)
-    with torch.enable_grad():
-        raw_x, raw_y = x.detach().requires_grad_(), y.detach().requires_grad_()
-        unit_x, unit_y = unit_rows(raw_x), unit_rows(raw_y)
-    loss, gradients = loss_and_gradients(spec, unit_x.detach(), unit_y.detach(), weight, margin, decoupled, needs)
-    if gradients.x is not None:
-        gradients = gradients._replace(x=torch.autograd.grad(unit_x, raw_x, gradients.x)[0])
-    if gradients.y is not None:
-        gradients = gradients._replace(y=torch.autograd.grad(unit_y, raw_y, gradients.y)[0])
-    return loss, gradients
-
-
-def loss_and_gradients(
-    spec: StatsSpec, x: Tensor, y: Tensor, weight: float, margin: float, decoupled: bool, needs: Needs
-) -> tuple[Tensor, Gradients]:
+def loss_and_gradients(spec: StatsSpec, x: Tensor, y: Tensor, loss: RowLoss, needs: Needs) -> tuple[Tensor, Gradients]:
     """The weighted sum of the rows' losses (), float64, and its gradients; those of features in float32.
 
     The caller has yet to multiply the gradients by that of the loss, which float16 might not hold.
     """
+    if not loss.normalize:
+        return _of_rows(spec, x, y, loss, needs)
+    with torch.enable_grad():
+        raw_x, raw_y = x.detach().requires_grad_(), y.detach().requires_grad_()
+        unit_x, unit_y = unit_rows(raw_x), unit_rows(raw_y)
+    value, gradients = _of_rows(spec, unit_x.detach(), unit_y.detach(), loss, needs)
+    if gradients.x is not None:
+        gradients = gradients._replace(x=torch.autograd.grad(unit_x, raw_x, gradients.x)[0])
+    if gradients.y is not None:
+        gradients = gradients._replace(y=torch.autograd.grad(unit_y, raw_y, gradients.y)[0])
+    return value, gradients
+
+
+def _of_rows(spec: StatsSpec, x: Tensor, y: Tensor, asked: RowLoss, needs: Needs) -> tuple[Tensor, Gradients]:
     p = Problem(spec._replace(kept_rows=0), x, y)
     top = launch.FP16_TOP if p.dtype == torch.float16 else 1.0
     pos, loss, g_pos = (x.new_empty(p.m, dtype=torch.float64) for _ in range(3))
@@ -104,7 +99,7 @@ def loss_and_gradients(
     dy = x.new_empty(p.n if needs.y else 0, p.d, dtype=torch.float32)
     dbias = x.new_zeros(p.n if needs.col_bias else 0, dtype=torch.float32)
     with device.current(x.device):
-        largest = x.new_full((), weight, dtype=torch.float32)  # no row's gradient is larger
+        largest = x.new_full((), asked.weight, dtype=torch.float32)  # no row's gradient is larger
         row, col = launch.Direction(True, p.m, x), launch.Direction(False, p.n, x)
         rows_of = None if p.softplus else launch.direction_of(p.m, x)
         all_rows = list(_rows_of_blocks(p))
@@ -119,8 +114,8 @@ def loss_and_gradients(
                     given = kept.products
                     p.products(b, given.values)
                 launch.block_statistics(p, b, given, kept, pos, row, col, top)
-            loss[rows], g_row, g_pos[rows] = _terms(pos[rows], row.value[rows], margin, p.softplus, decoupled)
-            g_pos[rows] *= weight
+            loss[rows], g_row, g_pos[rows] = _terms(pos[rows], row.value[rows], asked, p.softplus)
+            g_pos[rows] *= asked.weight
             if rows_of is not None:
                 part = _part(rows_of, rows)
                 launch.prepare(p, row.value[rows], g_row, part, None, None, None, None, top)
@@ -140,11 +135,11 @@ def loss_and_gradients(
                 launch.finish(
                     p, dx[: blocks[0].height], gx, p.x, p.y, g_pos, p.mask.targets, rows.start, p.m, largest, top, dots
                 )
-        dbias *= weight / top
+        dbias *= asked.weight / top
         factor: Tensor | None = largest
         paired = p.m
         if needs.y and p.mask.targets is not None:
-            dy *= weight / top
+            dy *= asked.weight / top
             factor = None
         if not launch.add_positives(p, dy, dbias if needs.col_bias else None, g_pos):
             paired = 0
@@ -152,4 +147,4 @@ def loss_and_gradients(
         if needs.y:
             launch.finish(p, dy, gy, p.y, p.x, g_pos, None, 0, paired, factor, top, None if by_rows else dots)
         dscale = torch.cat(dots).sum().float() if dots is not None else None
-    return weight * loss.sum(), Gradients(gx, gy, dscale, dbias if needs.col_bias else None)
+    return asked.weight * loss.sum(), Gradients(gx, gy, dscale, dbias if needs.col_bias else None)

@@ -61,7 +61,7 @@ def forward(spec: StatsSpec, x: Tensor, y: Tensor) -> Forward:
     buffer = x.new_empty(shape, dtype=dtype)
     p = Problem(spec, x, y, buffer)
     pos = x.new_empty(p.m, dtype=torch.float64)
-    row, col = Direction(spec.rows, p.m, x), Direction(spec.cols, p.n, x)
+    row, col = Direction(spec.want_row, p.m, x), Direction(spec.want_col or spec.upper, p.n, x)
     by_vendor = p.source == "given"
     with device.current(x.device):
         p.kept.clear_padding()
@@ -75,7 +75,11 @@ def forward(spec: StatsSpec, x: Tensor, y: Tensor) -> Forward:
                 given = kept.products or storage.block_of(room, b.height, b.width)
                 p.products(b, given.values)
             block_statistics(p, b, given, kept, pos, row, col)
-    return Forward(pos, row.value, col.value, buffer)
+    if not spec.upper:
+        return Forward(pos, row.value, col.value, buffer)
+    if spec.targets is not None:  # of a pair below the diagonal, the other one
+        pos = pos[torch.minimum(spec.targets, torch.arange(p.m, device=x.device))]
+    return Forward(pos, torch.logaddexp(row.value, col.value), col.value.new_empty(0), buffer)
 
 
 def block_statistics(
@@ -278,6 +282,12 @@ class _Backward:
 
 
 def backward(spec: StatsSpec, x: Tensor, y: Tensor, saved: Forward, upstream: Upstream, needs: Needs) -> Gradients:
+    if needs.joint:
+        both = backward(spec, x, y, saved, upstream, needs._replace(y=True, joint=False))
+        assert both.x is not None and both.y is not None
+        return both._replace(x=both.x + both.y, y=None)
+    if spec.upper:  # the lower triangle's pairs are the columns of the upper one
+        saved, upstream = saved._replace(col=saved.row), upstream._replace(col=upstream.row)
     p = Problem(spec, x, y, saved.kept)
     gx = x.new_empty(p.m, p.d) if needs.x else None
     gy = y.new_empty(p.n, p.d) if needs.y else None
@@ -334,7 +344,7 @@ def _work(trial: tune.Trial) -> Callable[[], object]:
     scale = torch.full((), 20.0, device=where)
     spec = StatsSpec(scale, kept_rows=size if trial.kernel == "kept" else 0)
     if trial.kernel == "sums":
-        spec = spec._replace(cols=False, reduction="softplus")
+        spec = spec._replace(want_col=False, statistic="softplus")
     if trial.kernel in ("statistics", "sums"):
         return lambda: forward(spec, x, y)
     saved = forward(spec, x, y)

@@ -115,7 +115,7 @@ class Problem:
         # Of the vendor GEMM's products, and of the positives.
         self.x, self.y = (aligned(x), aligned(y)) if self.source == "tf32" else self.multiplied
         self.half = self.source == "half"
-        self.softplus = spec.reduction == "softplus"
+        self.softplus = spec.statistic == "softplus"
         kept_rows = spec.kept_rows if self.n < storage.LONGEST_ROW else 0
         if kept_rows < self.m:  # blocks begin at multiples of the largest tile
             kept_rows -= kept_rows % configs.TILE

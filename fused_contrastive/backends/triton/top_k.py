@@ -9,8 +9,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fused_contrastive.core.order import ahead
-
 COLUMN_BITS = 32
 COLUMN_MASK = (1 << COLUMN_BITS) - 1
 NAN_BITS = -(1 << 31)  # the smallest integer, below -inf; as bits of a score: NaN again
@@ -38,8 +36,3 @@ def merge_top_k(scores: Tensor, first_column: int, values: Tensor, indices: Tens
         keys = keys.topk(min(k, keys.shape[1]), dim=1).values
     values[:, : keys.shape[1]] = _swap((keys >> COLUMN_BITS).int()).view(torch.float32)
     indices[:, : keys.shape[1]] = COLUMN_MASK - (keys & COLUMN_MASK)
-
-
-def count_ahead(scores: Tensor, first_column: int, target_scores: Tensor, targets: Tensor, counts: Tensor) -> None:
-    columns = torch.arange(first_column, first_column + scores.shape[1], device=scores.device)
-    counts += ahead(scores, columns, target_scores[:, None], targets[:, None]).sum(dim=1)

@@ -1,4 +1,4 @@
-"""Loss and gradients in one walk (ops/at_once.py), against the same loss by forward and backward and in float64."""
+"""Losses whose gradients are formed in the forward (ops/row_loss.py), against the reference in float64."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch import Tensor
 import fused_contrastive as fc
 from fused_contrastive.backends import cpp
 
-pytestmark = pytest.mark.skipif(cpp.unavailable() is not None, reason="backend cpp cannot run here")
+pytestmark = pytest.mark.skipif(cpp.BACKEND.unavailable() is not None, reason="backend cpp cannot run here")
 
 M, N, D = 700, 1300, 34  # several sections of rows, groups of columns and tiles, none of them whole
 
@@ -81,9 +81,9 @@ def test_info_nce(name: str, dtype: torch.dtype, seed: int) -> None:
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     leaves = {k: t.to(dtype if k in ("query", "key") else wide) for k, t in leaves.items()}
     found, graph = run(loss, leaves, {**options, "memory_budget": 0, "backend": "cpp"})
-    assert "AtOnce" in graph
+    assert "LossAndGradients" in graph
     truth, graph = run(loss, {k: t.double() for k, t in leaves.items()}, {**options, "backend": "reference"})
-    assert "AtOnce" not in graph
+    assert "LossAndGradients" not in graph
     assert_close(found, truth, DTYPES[dtype])
 
 
@@ -93,8 +93,8 @@ def test_features_normalised_where_they_are_read(dtype: torch.dtype, level: str,
     code = f"""
 import sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
-import torch, test_at_once
-test_at_once.check_normalised({dtype}, {seed})
+import torch, test_row_loss
+test_row_loss.check_normalised({dtype}, {seed})
 """
     environment = {**os.environ, "FUSED_CONTRASTIVE_CPU_LEVEL": level}
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
@@ -110,7 +110,7 @@ def check_normalised(dtype: torch.dtype, seed: int) -> None:
         leaves = {k: t.to(dtype) for k, t in leaves.items()}
         leaves["query"] = lengths[:, None].to(dtype) * leaves["query"]
         found, graph = run(loss, leaves, {**options, "memory_budget": 0, "backend": "cpp"})
-        assert "AtOnce" in graph
+        assert "LossAndGradients" in graph
         assert "Normalize" not in graph
         truth, _ = run(loss, {k: t.double() for k, t in leaves.items()}, {**options, "backend": "reference"})
         for results in (found, truth):  # gradients of short features are long
@@ -124,7 +124,7 @@ def test_normalised_negatives_are_columns(seed: int) -> None:
     loss, leaves, options = info_nce({}, normalize=True)
     leaves["negatives"] = 5 * torch.randn(90, D)
     found, graph = run(loss, leaves, {**options, "memory_budget": 0, "backend": "cpp"})
-    assert "AtOnce" in graph
+    assert "LossAndGradients" in graph
     truth, _ = run(loss, {k: t.double() for k, t in leaves.items()}, {**options, "backend": "reference"})
     assert_close(found, truth, 3e-6)
 
@@ -136,7 +136,7 @@ def test_siglip(ids: bool, seed: int) -> None:
     leaves |= {"logit_scale": torch.tensor(5.0), "logit_bias": torch.tensor(-3.0)}
     options = {"row_ids": torch.arange(M) // 3, "col_ids": torch.arange(M) // 3} if ids else {}
     found, graph = run(fc.siglip_loss, leaves, {**options, "memory_budget": 0, "backend": "cpp"})
-    assert "AtOnce" in graph
+    assert "LossAndGradients" in graph
     truth, _ = run(fc.siglip_loss, {k: t.double() for k, t in leaves.items()}, {**options, "backend": "reference"})
     assert_close(found, truth, 3e-6)
 
@@ -151,13 +151,43 @@ def test_float16_gradients_survive_a_scaler(seed: int) -> None:
     assert_close(scaled, truth, 2e-3)
 
 
+PAIR = {"image_features": (M, D), "text_features": (M, D)}
+KEPT: dict[str, tuple[Callable[..., Tensor], dict[str, tuple[int, ...]], dict[str, Any]]] = {
+    "clip": (fc.clip_loss, PAIR, {}),
+    "clip decoupled sum": (fc.clip_loss, PAIR, {"decoupled": True, "reduction": "sum"}),
+    "symmetric InfoNCE": (fc.info_nce_loss, {"query": (M, D), "key": (M, D)}, {"symmetric": True, "margin": 0.3}),
+    "with negatives": (
+        fc.info_nce_loss,
+        {"query": (M, D), "key": (M, D), "negatives": (N - M, D)},
+        {"symmetric": True, "normalize": True},
+    ),
+    "NT-Xent": (fc.nt_xent_loss, {"z1": (M, D), "z2": (M, D)}, {"normalize": True}),
+    "NT-Xent decoupled": (fc.nt_xent_loss, {"z1": (M, D), "z2": (M, D)}, {"normalize": False, "decoupled": True}),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", KEPT)
+def test_columns_and_triangles_where_all_products_are_kept(name: str, dtype: torch.dtype, seed: int) -> None:
+    torch.manual_seed(seed)
+    loss, shapes, options = KEPT[name]
+    leaves = {k: F.normalize(torch.randn(shape)).to(dtype) for k, shape in shapes.items()}
+    leaves["logit_scale"] = torch.tensor(9.0, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    found, graph = run(loss, leaves, {**options, "memory_budget": 2**30, "backend": "cpp"})
+    assert "LossAndGradients" in graph
+    truth, _ = run(loss, {k: t.double() for k, t in leaves.items()}, {**options, "backend": "reference"})
+    assert_close(found, truth, DTYPES[dtype])
+    again, graph = run(loss, leaves, {**options, "memory_budget": 0, "backend": "cpp"})
+    assert "LossAndGradients" not in graph
+    assert_close(again, truth, DTYPES[dtype])
+
+
 def test_only_where_it_saves_something() -> None:
     loss, leaves, options = info_nce({}, backend="cpp")
-    assert "AtOnce" not in run(loss, leaves, {**options, "memory_budget": 4 * M * N})[1]  # all products fit
     for more in ({"reduction": "none"}, {"label_smoothing": 0.1}, {"weight": torch.ones(M)}):
         held = {k: t.requires_grad_() for k, t in leaves.items()}
         node = loss(**held, **options, memory_budget=0, **more).grad_fn
-        assert "AtOnce" not in type(node).__name__
+        assert "LossAndGradients" not in type(node).__name__
     with torch.no_grad():
         assert loss(**leaves, **options, memory_budget=0).grad_fn is None
 

@@ -1,0 +1,127 @@
+"""What every backend can do in plain torch, on any device: used unless a backend declares something better."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fused_contrastive.core.order import ahead
+from fused_contrastive.core.reduction import Reduction, reduce
+from fused_contrastive.core.spec import compute_dtype
+from fused_contrastive.core.tokens import MaxSimForward, MaxSimUpstream, TokenSpec, argmaxima, real
+from fused_contrastive.core.unit import unit_rows
+
+CHUNK_PRODUCTS = 2**24  # of tokens, in max_sim
+
+
+def cross_entropy(
+    pos: Tensor, normalisers: Sequence[Tensor], decoupled: bool, reduction: Reduction, dtype: torch.dtype
+) -> Tensor:
+    margins = pos - torch.stack(tuple(normalisers))  # (directions, M)
+    # softplus(x) as -logsigmoid(-x), which keeps full relative precision: F.softplus turns linear above 20.
+    losses = -(margins if decoupled else F.logsigmoid(margins)).mean(dim=0)
+    return reduce(losses, reduction).to(dtype)
+
+
+def _real(lengths: Tensor | None, tokens: Tensor) -> Tensor:
+    """(B,) lengths of (B, L, D) tokens -> (B, L) bool."""
+    return tokens.new_ones(tokens.shape[:2], dtype=torch.bool) if lengths is None else real(lengths, tokens.shape[1])
+
+
+class _Maxima:
+    """Late interaction of x (M, T, D) and y (N, P, D), one chunk of x's items at a time."""
+
+    def __init__(self, spec: TokenSpec, x: Tensor, y: Tensor) -> None:
+        self.x, self.y = x.to(compute_dtype(x.dtype)), y.to(compute_dtype(x.dtype))
+        self.x_real, self.y_real = _real(spec.x_lengths, x), _real(spec.y_lengths, y)  # (M, T), (N, P)
+
+    def chunks(self) -> list[slice]:
+        (m, t, _), (n, p, _) = self.x.shape, self.y.shape
+        size = max(1, CHUNK_PRODUCTS // (n * t * p))
+        return [slice(i, min(i + size, m)) for i in range(0, m, size)]
+
+    def products(self, rows: slice) -> Tensor:  # (R, N, T, P)
+        flat = self.x[rows].flatten(0, 1) @ self.y.flatten(0, 1).T
+        return flat.view(-1, self.x.shape[1], *self.y.shape[:2]).transpose(1, 2)
+
+    def over_y(self, products: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+        """Sums (R, N) and argmaxima (R, N, T) of the direction x."""
+        value, index = products.masked_fill(~self.y_real[None, :, None], -torch.inf).max(dim=3)
+        return value.masked_fill(~self.x_counts(rows), 0).sum(dim=2), index
+
+    def over_x(self, products: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+        """Sums (R, N) and argmaxima (R, N, P) of the direction y."""
+        value, index = products.masked_fill(~self.x_real[rows, None, :, None], -torch.inf).max(dim=2)
+        return value.masked_fill(~self.y_counts(rows), 0).sum(dim=2), index
+
+    def x_counts(self, rows: slice) -> Tensor:
+        """Which tokens of x have a maximum, (R, N, T): real ones, where y has any."""
+        return self.x_real[rows, None] & self.y_real.any(dim=1)[None, :, None]
+
+    def y_counts(self, rows: slice) -> Tensor:
+        """Which tokens of y have a maximum, (R, N, P)."""
+        return self.y_real[None] & self.x_real[rows].any(dim=1)[:, None, None]
+
+
+def normalize(*views: Tensor) -> Tensor:
+    return unit_rows(torch.cat(views))
+
+
+def max_sim_forward(spec: TokenSpec, x: Tensor, y: Tensor) -> MaxSimForward:
+    maxima = _Maxima(spec, x, y)
+    shape = (x.shape[0], y.shape[0])
+    x_sums, y_sums = maxima.x.new_empty(shape), maxima.x.new_empty(shape if spec.both else (0, 0))
+    argmax_x, argmax_y = argmaxima(spec.kept_rows, x, y, spec.both)
+    for rows in maxima.chunks():
+        products = maxima.products(rows)
+        x_sums[rows], index = maxima.over_y(products, rows)
+        argmax_x[rows] = index[: argmax_x[rows].shape[0]].to(argmax_x.dtype)
+        if spec.both:
+            y_sums[rows], index = maxima.over_x(products, rows)
+            argmax_y[rows] = index[: argmax_y[rows].shape[0]].to(argmax_y.dtype)
+    return MaxSimForward(x_sums, y_sums, argmax_x, argmax_y)
+
+
+def max_sim_backward(
+    spec: TokenSpec, x: Tensor, y: Tensor, saved: MaxSimForward, upstream: MaxSimUpstream, needs: tuple[bool, bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    maxima = _Maxima(spec, x, y)
+    t, (n, p, _) = x.shape[1], y.shape
+    dx, dy = torch.zeros_like(maxima.x), torch.zeros_like(maxima.y)
+    for rows in maxima.chunks():
+        kept = rows.stop <= spec.kept_rows
+        products = None if kept else maxima.products(rows)
+        grad = x.new_zeros(rows.stop - rows.start, n, t, p, dtype=dx.dtype)  # of the products: 0 but at the maxima
+        if upstream.x is not None:
+            index = saved.argmax_x[rows] if products is None else maxima.over_y(products, rows)[1]
+            at = index[..., None] == torch.arange(p, device=x.device)
+            grad += torch.where(at & maxima.x_counts(rows)[..., None], upstream.x[rows, :, None, None], 0)
+        if upstream.y is not None:
+            index = saved.argmax_y[rows] if products is None else maxima.over_x(products, rows)[1]
+            at = index[:, :, None] == torch.arange(t, device=x.device)[:, None]
+            grad += torch.where(at & maxima.y_counts(rows)[:, :, None], upstream.y[rows, :, None, None], 0)
+        flat = grad.transpose(1, 2).reshape(-1, n * p)  # (R T, N P)
+        dx[rows] = (flat @ maxima.y.flatten(0, 1)).view_as(dx[rows])
+        dy += (flat.T @ maxima.x[rows].flatten(0, 1)).view_as(dy)
+    dx, dy = dx.masked_fill_(~maxima.x_real[..., None], 0), dy.masked_fill_(~maxima.y_real[..., None], 0)  # 0 times inf
+    return dx.to(x.dtype) if needs[0] else None, dy.to(y.dtype) if needs[1] else None
+
+
+def merge_top_k(scores: Tensor, first_column: int, values: Tensor, indices: Tensor) -> None:
+    (m, n), k = scores.shape, values.shape[1]
+    filled = min(first_column, k)
+    columns = torch.arange(first_column, first_column + n, device=scores.device)
+    scores = torch.cat((values[:, :filled], scores), dim=1)
+    columns = torch.cat((indices[:, :filled], columns.expand(m, n)), dim=1)
+    # Ascending by the negated score, NaN comes last; a stable sort leaves equal scores in the order of their columns.
+    best = torch.sort(0 - scores, dim=1, stable=True).indices[:, :k]
+    values[:, : best.shape[1]] = scores.gather(1, best)
+    indices[:, : best.shape[1]] = columns.gather(1, best)
+
+
+def count_ahead(scores: Tensor, first_column: int, target_scores: Tensor, targets: Tensor, counts: Tensor) -> None:
+    columns = torch.arange(first_column, first_column + scores.shape[1], device=scores.device)
+    counts += ahead(scores, columns, target_scores[:, None], targets[:, None]).sum(dim=1)

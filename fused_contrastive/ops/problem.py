@@ -1,0 +1,126 @@
+"""One problem with its arguments checked, and the one way from it to the statistics, on one process or over a group."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_contrastive.core import checks, memory
+from fused_contrastive.core.spec import StatsSpec, autocast_enabled, compute_dtype
+from fused_contrastive.distributed.agreement import Alone, Call
+from fused_contrastive.distributed.shape import LocalShape, Shape
+from fused_contrastive.ops import autograd, dispatch, global_stats
+from fused_contrastive.ops.normalize import normalized
+
+
+class Problem:
+    """Features and what is asked of them, as the operators take them.
+
+    The caller has checked the tensors under its own names for them. What all functions call alike is checked here:
+    ``scale``, ``memory_budget`` and ``backend``. With ``normalize``, statistics are those of the features' unit rows.
+    """
+
+    def __init__(
+        self, x: Tensor, y: Tensor, scale: float | Tensor, *, targets: Tensor | None = None,
+        col_bias: Tensor | None = None, row_ids: Tensor | None = None, col_ids: Tensor | None = None,
+        memory_budget: int | str, backend: str, normalize: bool = False,
+    ) -> None:  # fmt: skip
+        checks.memory_budget(memory_budget)
+        dtype = compute_dtype(x.dtype)
+        scale = checks.scalar_beside("scale", scale, x)
+        scale = scale.to(dtype) if isinstance(scale, Tensor) else x.new_full((), scale, dtype=dtype)
+        self.x, self.y, self.normalize = x, y, normalize
+        self.spec = StatsSpec(scale, targets, col_bias, row_ids, col_ids)
+        self.memory_budget, self.backend = memory_budget, dispatch.resolve(backend, x.device, x.dtype)
+
+    def agree(
+        self, call: Call | Alone, name: str, options: dict[str, Any], *inputs: object, keys: int | None = None
+    ) -> Shape:
+        """The shape of the whole batch, after which nothing may be refused; see ``Call.agree``."""
+        spec = self.spec
+        given = {"col_bias": spec.col_bias is not None, "ids": spec.row_ids is not None}
+        return call.agree(
+            name, self.x, self.y, {**options, **given}, spec.scale, spec.col_bias, *inputs, targets=spec.targets,
+            keys=keys,
+        )  # fmt: skip
+
+    def unit(self) -> None:
+        """Normalises the features now, where something else needs them, too."""
+        if self.normalize:
+            same, name = self.y is self.x, self.backend
+            self.x = normalized(self.x, backend=name)
+            self.y = self.x if same else normalized(self.y, backend=name)
+            self.normalize = False
+
+    def run(self, shape: Shape, **asked: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """pos, row and col; ``asked`` are fields of the StatsSpec."""
+        self.unit()
+        if not isinstance(shape, LocalShape):
+            return global_stats.global_stats(self.x, self.y, shape, self.spec, asked, self.memory_budget, self.backend)
+        differentiable = self.is_differentiable()
+        spec = self.spec._replace(kept_rows=self.rows_to_keep() if differentiable else 0, **asked)
+        pos, row, col, _ = autograd.stats_forward(self.x, self.y, *spec, self.backend, differentiable=differentiable)
+        return pos, row, col
+
+    def is_differentiable(self) -> bool:
+        scale, bias = self.spec.scale, self.spec.col_bias
+        return torch.is_grad_enabled() and (
+            self.x.requires_grad
+            or self.y.requires_grad
+            or scale.requires_grad
+            or (bias is not None and bias.requires_grad)
+        )
+
+    def rows_to_keep(self) -> int:
+        """How many rows' products the budget lets the forward keep."""
+        kept = dispatch.BACKENDS[self.backend].kept
+        return memory.products_to_keep(self.x, self.y.shape[0], kept, self.memory_budget)
+
+
+def checked_targets(targets: Tensor | None, x: Tensor, y: Tensor, spread: bool) -> Tensor | None:
+    """(M,) int64; None only where t(i) = i has a column for each row. Values are checked by the operator."""
+    m, n = x.shape[0], y.shape[0]
+    if targets is not None:
+        return checks.vector("targets", targets, m, x, of="one column index per row", integer=True)
+    if m > n and not spread:
+        raise ValueError(f"targets: got None for M = {m} rows and N = {n} columns, expected targets because M > N")
+    return None
+
+
+def checked_bias(col_bias: Tensor | None, y: Tensor) -> Tensor | None:
+    """(N,) in the compute dtype."""
+    if col_bias is None:
+        return None
+    return checks.vector("col_bias", col_bias, y.shape[0], y, of="one per column", integer=False).to(
+        compute_dtype(y.dtype)
+    )
+
+
+def checked_ids(name: str, ids: Tensor | None, features: Tensor, of: str) -> Tensor | None:
+    """One int64 id for each row of the features."""
+    return None if ids is None else checks.vector(name, ids, features.shape[0], features, of=of, integer=True)
+
+
+def checked_pair_of_ids(
+    row_ids: Tensor | None, col_ids: Tensor | None, x: Tensor, y: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    """(M,) and (N,) int64, or neither."""
+    if (row_ids is None) != (col_ids is None):
+        raise ValueError("row_ids, col_ids: got only one of them, expected both or neither")
+    return checked_ids("row_ids", row_ids, x, "one per row"), checked_ids("col_ids", col_ids, y, "one per column")
+
+
+def log_add(a: Tensor, b: Tensor) -> Tensor:
+    """log(exp(a) + exp(b)), elementwise; -inf with zero gradients (not NaN) where both are -inf."""
+    empty = (a == -torch.inf) & (b == -torch.inf)
+    return torch.logaddexp(a.masked_fill(empty, 0), b.masked_fill(empty, 0)).masked_fill(empty, -torch.inf)
+
+
+def autocast(features: Tensor) -> Tensor:
+    """What autocast does to the operands of a matmul."""
+    if not isinstance(features, Tensor) or not autocast_enabled(features.device):
+        return features
+    casts = features.is_floating_point() and features.dtype != torch.float64
+    return features.to(torch.get_autocast_dtype(features.device.type)) if casts else features

@@ -1,0 +1,179 @@
+"""From a problem to its loss, the end of most losses. The way is chosen here alone.
+
+A loss that is a sum over rows needs each row's own statistics only; of a small problem all products are kept anyway. In
+both cases a backend can form the gradients of the features in the forward: 3 products in all and one node of the graph.
+What is left of the backward is to multiply by the gradient of the loss. Otherwise the loss is made of the statistics,
+whose backward reads the products that the memory budget kept, or makes them again.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_contrastive.core import checks
+from fused_contrastive.core.modes import is_plain
+from fused_contrastive.core.reduction import Reduction
+from fused_contrastive.core.spec import TENSORS, BackendName, Needs, RowLoss, StatsSpec, compute_dtype
+from fused_contrastive.distributed.shape import LocalShape, Shape
+from fused_contrastive.ops import dispatch
+from fused_contrastive.ops.autograd import by_input, needed
+from fused_contrastive.ops.problem import Problem, log_add
+from fused_contrastive.ops.schema import without_autocast
+from fused_contrastive.ops.transforms import second_backward
+
+
+def row_loss(
+    problem: Problem,
+    shape: Shape,
+    reduction: Reduction,
+    *,
+    decoupled: bool = False,
+    margin: float = 0.0,
+    weight: Tensor | None = None,
+    own_logits: Tensor | None = None,
+    smoothing: tuple[float, Tensor] | None = None,
+    **asked: Any,
+) -> Tensor:
+    """The loss of rows, or the mean with that of columns: -log softmax at the positives, or a sum of softplus.
+
+    With z the masked denominator of a row minus its positive's logit, ``softplus(z + margin)``; see
+    ``cross_entropy``. Of a softplus problem ``row + softplus(-pos)``.
+
+    Args:
+        problem: checked; its rows are those of ``shape``.
+        shape: what ``problem.agree`` returned.
+        reduction: "mean", "sum" or "none"; over a group, of the rows of all processes.
+        decoupled: leave the positive out of the denominator.
+        margin: subtracted from the positives' logits.
+        weight: (M,) weights of the rows; the mean is over their sum, as in ``F.cross_entropy``.
+        own_logits: (M, K) further negatives of each row, -inf for none.
+        smoothing: the share of the target that is spread over all columns, and the (M,) mean logits of those.
+        asked: fields of the StatsSpec. ``want_col`` asks for the columns' loss as well, of the first M.
+
+    Returns:
+        A scalar in the compute dtype, or (M,) with ``reduction="none"``.
+    """
+    asked = {"want_col": False, **asked}
+    plain = weight is None and own_logits is None and smoothing is None
+    if plain and reduction != "none" and isinstance(shape, LocalShape):
+        loss = _in_the_forward(problem, reduction == "mean", RowLoss(1.0, margin, decoupled), asked)
+        if loss is not None:
+            return loss
+    dtype = compute_dtype(problem.x.dtype)
+    pos, row, col = problem.run(shape, **asked)
+    pos = pos - margin if margin else pos
+    if asked.get("statistic") == "softplus":
+        own = cross_entropy(
+            pos, pos.new_zeros(pos.shape[0]), dtype=pos.dtype, reduction="none", backend=problem.backend
+        )
+        return shape.reduce(row + own, reduction).to(dtype)
+    if own_logits is not None:
+        row = log_add(row, own_logits.to(row.dtype).logsumexp(dim=1))
+    normalisers = (row, col[: len(pos)]) if asked["want_col"] else (row,)
+    whole = plain and isinstance(shape, LocalShape)
+    losses = cross_entropy(
+        pos, *normalisers, dtype=dtype if whole else pos.dtype, decoupled=decoupled,
+        reduction=reduction if whole else "none", backend=problem.backend,
+    )  # fmt: skip
+    if whole:
+        return losses
+    if smoothing is not None:
+        share, mean_logit = smoothing
+        losses = losses + share * (pos - mean_logit)
+    if weight is None:
+        return shape.reduce(losses, reduction).to(dtype)
+    total = shape.sum(weight.sum().to(losses.dtype))  # in one dtype, whatever each process's weights are
+    return shape.reduce(losses * weight, reduction, total).to(dtype)
+
+
+def cross_entropy(
+    pos: Tensor,
+    *normalisers: Tensor,
+    dtype: torch.dtype,
+    decoupled: bool = False,
+    reduction: Reduction = "mean",
+    backend: BackendName | str = "auto",
+) -> Tensor:
+    """-log softmax at the positives, the mean over the given directions.
+
+    ``-log(e^pos / (e^pos + e^normaliser)) = softplus(normaliser - pos)``: the normalisers leave the positive out, so
+    nothing cancels when it dominates. ``decoupled`` leaves it out of the denominator: ``normaliser - pos`` (Yeh et al.
+    2022, "Decoupled Contrastive Learning").
+
+    pos and each normaliser are (M,); the result is a scalar of ``dtype``, or (M,) with ``reduction="none"``. Where
+    something traces, it is the plain formula, for the compiler to fuse.
+    """
+    name = "reference"
+    if is_plain(pos):  # a backend that was named takes these vectors whatever the features' dtype
+        name = dispatch.resolve(backend, pos.device, dtype if backend == "auto" else torch.float32)
+    return dispatch.BACKENDS[name].cross_entropy(pos, normalisers, decoupled, reduction, dtype)
+
+
+def _in_the_forward(problem: Problem, mean: bool, loss: RowLoss, asked: dict[str, Any]) -> Tensor | None:
+    """The loss with its gradients formed in the forward; None where that would save nothing, or cannot be had."""
+    x, y, m = problem.x, problem.y, problem.x.shape[0]
+    spec = problem.spec._replace(**asked)
+    if not (is_plain(x, y, *spec[: len(TENSORS)]) and problem.is_differentiable()):
+        return None
+    spec = spec._replace(kept_rows=problem.rows_to_keep())
+    if not dispatch.BACKENDS[problem.backend].fuses_loss(spec, m):
+        return None
+    if problem.normalize and x.dtype not in (torch.float32, torch.float64):
+        problem.unit()
+        x, y = problem.x, problem.y
+    weight = 1 / (m * (1 + spec.want_col)) if mean else 1 / (1 + spec.want_col)
+    loss = loss._replace(weight=weight, normalize=problem.normalize)
+    return LossAndGradients.apply(x, y, *spec, problem.backend, loss)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class LossAndGradients(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, *rest: Any) -> Tensor:
+        tensors, ctx.options = rest[: len(TENSORS)], rest[len(TENSORS) :]
+        ctx.same = y is x
+        ctx.save_for_backward(x, y, *tensors)
+        loss, ctx.gradients = _run(ctx, x, y, tensors)
+        return loss.to(compute_dtype(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+        x, y, *tensors = ctx.saved_tensors  # raises where the graph has been freed
+        # They are handed out, scaled in place: a second backward through a retained graph forms them again.
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:
+            _, gradients = _run(ctx, x, y, tensors)
+        if g.device.type != "cpu" or g != 1:  # on a GPU the question would wait for it
+            for t in gradients:
+                if t is not None:
+                    t.mul_(g)
+        spec = StatsSpec(*tensors)
+        of = (x, y, spec.scale, spec.col_bias)
+        found = [t if t is None else t.to(like.dtype) for t, like in zip(gradients, of, strict=True)]
+        if torch.is_grad_enabled():
+            found = list(_Last.apply(*found, *of))  # type: ignore[no-untyped-call]
+        return *by_input(*found), None
+
+
+def _run(ctx: Any, x: Tensor, y: Tensor, tensors: Any) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    *options, backend, loss = ctx.options
+    spec = StatsSpec(*tensors, *options)
+    if spec.targets is not None:
+        checks.target_range(spec.targets, y.shape[0])
+    needs = Needs(*needed(ctx))
+    if ctx.same and needs.x and not needs.col_bias:
+        y, needs = x, needs._replace(y=False, joint=True)
+    with without_autocast(x):
+        return dispatch.BACKENDS[backend].loss_and_gradients(spec, x, y, loss, needs)
+
+
+class _Last(torch.autograd.Function):
+    """Four gradients as they are, by what they are gradients of; their own gradient raises."""
+
+    @staticmethod
+    def forward(ctx: Any, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+        return tuple(t if t is None else t.view_as(t) for t in tensors[:4])
+
+    backward = staticmethod(second_backward)

@@ -91,7 +91,7 @@ def statistics(source: str, every_option: bool) -> None:
     torch.set_float32_matmul_precision("high" if source == "tf32" else "highest")
     ids = torch.zeros(N, dtype=torch.int64)
     spec = StatsSpec(torch.tensor(1.0))
-    sums = spec._replace(want_col=False, statistic="softplus", equal_ids="negate", col_bias=torch.zeros(()).expand(N))
+    sums = spec._replace(want_col=False, statistic="softplus", equal_ids="negate", col_bias=torch.zeros(()))
     if every_option:
         spec = spec._replace(
             targets=ids,

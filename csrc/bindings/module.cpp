@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "autograd/cross_entropy.h"
+#include "autograd/loss.h"
 #include "max_sim/max_sim.h"
 #include "autograd/normalize.h"
 #include "stats/stats.h"
@@ -58,8 +59,12 @@ fc::Problem problem_of(const at::Tensor& x, const at::Tensor& y, const py::handl
 
 // A RowLoss (core/spec.py).
 fc::RowLoss row_loss_of(const py::handle& loss) {
-  return {loss.attr("weight").cast<double>(), loss.attr("margin").cast<double>(), loss.attr("decoupled").cast<bool>(),
-          loss.attr("normalize").cast<bool>()};
+  return {loss.attr("weight").cast<double>(),
+          loss.attr("margin").cast<double>(),
+          loss.attr("decoupled").cast<bool>(),
+          loss.attr("normalize").cast<bool>(),
+          loss.attr("labels").cast<fc::OptionalTensor>(),
+          loss.attr("over_counted").cast<bool>()};
 }
 
 // A Needs (core/spec.py): of x, y, scale and col_bias; and whether the first two are wanted as one.
@@ -86,15 +91,13 @@ auto stats_backward(const at::Tensor& x, const at::Tensor& y, const py::object& 
   return fc::stats_backward(problem, {row, col, kept}, {g_pos, g_row, g_col}, needs_of(needs), interrupt);
 }
 
-auto loss_and_gradients(const at::Tensor& x, const at::Tensor& y, const py::object& spec, const py::object& loss,
-                        const Needs& needs) {
+at::Tensor row_loss(const at::Tensor& x, const at::Tensor& y, const py::object& spec, const py::object& loss) {
   const fc::Problem problem = problem_of(x, y, spec);
   const fc::RowLoss row_loss = row_loss_of(loss);
   const auto interrupt = python_interrupt();
+  const bool same = x.is_same(y);
   py::gil_scoped_release release;
-  const at::NoGradGuard no_grad;
-  auto [value, grads] = fc::loss_and_gradients(problem, row_loss, needs_of(needs), interrupt);
-  return std::make_tuple(value, grads);
+  return fc::row_loss(problem, row_loss, same, interrupt);
 }
 
 at::Tensor cross_entropy(const at::Tensor& pos, const std::vector<at::Tensor>& normalisers, bool decoupled,
@@ -145,7 +148,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "C++ CPU backend of fused_contrastive";
   m.def("stats_forward", &stats_forward);
   m.def("stats_backward", &stats_backward);
-  m.def("loss_and_gradients", &loss_and_gradients);
+  m.def("row_loss", &row_loss);
   m.def("cross_entropy", &cross_entropy);
   m.def("normalize", &normalize);
   m.def("max_sim_forward", &max_sim_forward);

@@ -1,7 +1,7 @@
 // The walk of a backward over S. A section at a time, first each tile of S becomes the gradient G of its logits, by
 // products that were kept or are computed again; then dx and dy gain G's products with y and x. 2 or 3 products in all.
 #pragma once
-#include <vector>
+#include <functional>
 
 #include "kernels/tile_kernels.h"
 #include "stats/feature_gradients.h"
@@ -20,12 +20,13 @@ struct Direction {
   OptionalTensor grad;
 };
 
-// Gradients in T, or of features in `x_dtype` and `y_dtype`. `kept`: the products of the walk's kept rows.
+// `add_more` adds to the sums dx, if they are asked, what is not a product with G. Gradients in T, or of features in
+// `x_dtype` and `y_dtype`. `kept`: the products of the walk's kept rows.
 template <class E, class T = typename Accumulator<E>::Type>
 FeatureGrads backward_walk(const Prepared<E>& p, const Walk& walk, const T* kept, int64_t kept_rows,
                            const OptionalTensor& pos, const Direction<T>& row, const Direction<T>& col,
                            const Needs& needs, at::ScalarType x_dtype, at::ScalarType y_dtype,
-                           const Interrupt& interrupt) {
+                           const Interrupt& interrupt, const std::function<void(T*)>& add_more = {}) {
   const int64_t n = p.y.rows;
   FeatureGradients<E> gradients(p, walk, needs);
   const bool has_negatives = row.grad || col.grad;
@@ -51,6 +52,7 @@ FeatureGrads backward_walk(const Prepared<E>& p, const Walk& walk, const T* kept
       gradients.end_group();
     }
   }
+  if (add_more) gradients.add_to_x(add_more);
   return gradients.finish(pos, x_dtype, y_dtype);
 }
 

@@ -266,6 +266,12 @@ class FeatureGradients {
     bias_.merge(s.cols.begin);
   }
 
+  // Lets `add` write to the sums that become dx.
+  template <class F>
+  void add_to_x(const F& add) {
+    if (dx_.defined()) add(dx_.mutable_data_ptr<T>());
+  }
+
   // dx and dy in their features' dtypes, dscale and dcol_bias in T; undefined where not needed. `pos`: (M,) gradient of
   // the positives' logits. What only the products needed is given back first.
   std::array<at::Tensor, 4> finish(const OptionalTensor& pos, at::ScalarType x_dtype, at::ScalarType y_dtype) {
@@ -305,7 +311,7 @@ class FeatureGradients {
     else if (needs_[1])
       grads[1] = converted(std::exchange(dy_, {}), y_dtype);
     if (needs_[2]) grads[2] = scalar(dscale);
-    if (dbias.defined()) grads[3] = dbias.to(dtype);
+    if (dbias.defined()) grads[3] = (p_.one_bias ? dbias.sum() : dbias).to(dtype);
     return grads;
   }
 

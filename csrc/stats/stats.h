@@ -16,7 +16,7 @@ struct Problem {
   at::Tensor x, y;          // (M, D), (N, D), one floating dtype, any strides
   at::Tensor scale;         // 0-d
   OptionalTensor targets;   // (M,) int64
-  OptionalTensor col_bias;  // (N,)
+  OptionalTensor col_bias;  // (N,) or ()
   OptionalTensor row_ids;   // (M,) int64, compared with col_ids
   OptionalTensor col_ids;   // (N,) int64
   bool exclude_self;
@@ -60,6 +60,10 @@ struct RowLoss {
   double weight, margin;
   bool decoupled;
   bool normalize;  // x and y, float32 or float64, are divided by their rows' lengths first
+  // (M,) int64, of an upper problem: the loss is row minus the mean logit of the other rows with the same label, and
+  // rows alone with theirs do not count. `over_counted`: the weight is one over the number of those that do.
+  OptionalTensor labels;
+  bool over_counted;
 };
 struct LossAndGradients {
   at::Tensor loss;     // 0-d float64

@@ -57,6 +57,8 @@ def global_stats(
         first = shape.first_row
         own = torch.arange(first, first + len(x), device=x.device)
         spec = spec._replace(row_ids=own, col_ids=own)
+    if spec.col_bias is not None and spec.col_bias.dim() == 0:
+        spec = spec._replace(col_bias=spec.col_bias.expand(len(y)))
     constants = _Constants(shape, spec, budget, backend)
     stats = _Ring if shape.ring else _Gather
     pos, row, col = stats.apply(x, y, spec.scale, spec.col_bias, constants)  # type: ignore[no-untyped-call]

@@ -15,7 +15,7 @@ from fused_contrastive.backends.triton import configs, device, storage, tune
 from fused_contrastive.backends.triton import forward as forward_kernels
 from fused_contrastive.backends.triton import sigmoid as sigmoid_kernels
 from fused_contrastive.backends.triton.problem import Block, Problem, largest
-from fused_contrastive.core.spec import Forward, Gradients, Needs, StatsSpec, Upstream
+from fused_contrastive.core.spec import Forward, Gradients, Needs, StatsSpec, Upstream, summed_like
 
 # Blocks of S, (height, width): partial statistics of 2 x 17 MB; products of 128 MB; G of 512 MB in half precision.
 STATISTICS_BLOCK = (16384, 32768)
@@ -284,7 +284,8 @@ class _Backward:
 def backward(spec: StatsSpec, x: Tensor, y: Tensor, saved: Forward, upstream: Upstream, needs: Needs) -> Gradients:
     if needs.joint:
         both = backward(spec, x, y, saved, upstream, needs._replace(y=True, joint=False))
-        assert both.x is not None and both.y is not None
+        assert both.x is not None
+        assert both.y is not None
         return both._replace(x=both.x + both.y, y=None)
     if spec.upper:  # the lower triangle's pairs are the columns of the upper one
         saved, upstream = saved._replace(col=saved.row), upstream._replace(col=upstream.row)
@@ -328,7 +329,7 @@ def backward(spec: StatsSpec, x: Tensor, y: Tensor, saved: Forward, upstream: Up
             dots = run.dots if needs.scale and not run.by_rows else None
             finish(p, dy, gy, p.y, p.x, run.g_pos, None, 0, paired, factor, run.top, dots)
         dscale = torch.cat(run.dots).sum().float() if needs.scale else None
-    return Gradients(gx, gy, dscale, dbias if needs.col_bias else None)
+    return Gradients(gx, gy, dscale, summed_like(spec.col_bias, dbias) if needs.col_bias else None)
 
 
 TRIAL_SIZE = 8192  # rows and columns of the problem to measure on

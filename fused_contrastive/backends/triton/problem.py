@@ -121,10 +121,9 @@ class Problem:
             kept_rows -= kept_rows % configs.TILE
         self.kept_rows = kept_rows
         self.kept = storage.KeptRows(kept_buffer, kept_rows, self.n, exact=not self.half)
-        one_bias = spec.col_bias is not None and spec.col_bias.stride(0) == 0  # a scalar, expanded: SigLIP's
-        col_bias = spec.col_bias[:1] if one_bias and spec.col_bias is not None else spec.col_bias
+        one_bias = spec.col_bias is not None and spec.col_bias.dim() == 0  # SigLIP's
         targets, col_bias, row_ids, col_ids = (
-            None if t is None else t.contiguous() for t in (spec.targets, col_bias, spec.row_ids, spec.col_ids)
+            None if t is None else t.contiguous() for t in (spec.targets, spec.col_bias, spec.row_ids, spec.col_ids)
         )
         self.mask = Mask(spec.scale, targets, col_bias, row_ids, col_ids)
         self.tma = self.device.tma and self.source != "given"

@@ -61,13 +61,14 @@ variable_list once_differentiable(variable_list grads, const variable_list& inpu
 struct GradientsInTheForward : torch::autograd::Function<GradientsInTheForward> {
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x, const at::Tensor& y, const at::Tensor& scale,
                             const OptionalTensor& col_bias, c10::intrusive_ptr<State> state) {
-    const Problem& p = state->problem;
-    ctx->save_for_backward({x, y, scale, or_undefined(col_bias), or_undefined(p.targets), or_undefined(p.row_ids),
-                            or_undefined(p.col_ids), or_undefined(state->loss.labels)});
+    Problem& p = state->problem;
+    variable_list saved{x, y, scale, or_undefined(col_bias), or_undefined(state->loss.labels)};
+    p.for_each_tensor([&](const char*, const OptionalTensor& t) { saved.push_back(or_undefined(t)); });
+    ctx->save_for_backward(saved);
     auto [value, grads] = loss_and_gradients(p, state->loss, state->needs, state->interrupt);
     state->grads = std::move(grads);
-    state->problem.x = state->problem.y = state->problem.scale = at::Tensor();
-    state->problem.targets = state->problem.col_bias = state->problem.row_ids = state->problem.col_ids = std::nullopt;
+    p.x = p.y = p.scale = at::Tensor();
+    p.for_each_tensor([](const char*, OptionalTensor& t) { t = std::nullopt; });
     state->loss.labels = std::nullopt;
     ctx->saved_data["state"] = c10::IValue::make_capsule(std::move(state));
     return value.to(x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
@@ -81,12 +82,12 @@ struct GradientsInTheForward : torch::autograd::Function<GradientsInTheForward> 
     if (!grads[0].defined() && !grads[1].defined() && !grads[2].defined() && !grads[3].defined()) {
       Problem p = state->problem;
       p.x = saved[0], p.y = state->needs.joint ? saved[0] : saved[1], p.scale = saved[2];
-      p.col_bias = or_none(saved[3]), p.targets = or_none(saved[4]);
-      p.row_ids = or_none(saved[5]), p.col_ids = or_none(saved[6]);
+      RowLoss loss = state->loss;
+      loss.labels = or_none(saved[kDifferentiable]);
+      size_t next = kDifferentiable + 1;
+      p.for_each_tensor([&](const char*, OptionalTensor& t) { t = or_none(saved[next++]); });
       const at::NoGradGuard no_grad;
       const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-      RowLoss loss = state->loss;
-      loss.labels = or_none(saved[7]);
       grads = loss_and_gradients(p, loss, state->needs, state->interrupt).grads;
     }
     const double factor = upstream[0].item<double>();

@@ -39,22 +39,16 @@ fc::Interrupt python_interrupt() {
 fc::Problem problem_of(const at::Tensor& x, const at::Tensor& y, const py::handle& spec) {
   static const std::map<std::string, fc::EqualIds> kEqualIds = {
       {"exclude", fc::EqualIds::kExclude}, {"only", fc::EqualIds::kOnly}, {"negate", fc::EqualIds::kNegate}};
-  const auto tensor = [&](const char* name) { return spec.attr(name).cast<fc::OptionalTensor>(); };
-  const auto flag = [&](const char* name) { return spec.attr(name).cast<bool>(); };
-  return {x,
-          y,
-          spec.attr("scale").cast<at::Tensor>(),
-          tensor("targets"),
-          tensor("col_bias"),
-          tensor("row_ids"),
-          tensor("col_ids"),
-          flag("exclude_self"),
-          flag("want_row"),
-          flag("want_col"),
-          flag("upper"),
-          kEqualIds.at(spec.attr("equal_ids").cast<std::string>()),
-          spec.attr("statistic").cast<std::string>() == "softplus",
-          spec.attr("kept_rows").cast<int64_t>()};
+  fc::Problem p;
+  p.x = x, p.y = y, p.scale = spec.attr("scale").cast<at::Tensor>();
+  p.for_each_tensor([&](const char* name, fc::OptionalTensor& t) { t = spec.attr(name).cast<fc::OptionalTensor>(); });
+  p.exclude_self = spec.attr("exclude_self").cast<bool>();
+  p.want_row = spec.attr("want_row").cast<bool>(), p.want_col = spec.attr("want_col").cast<bool>();
+  p.upper = spec.attr("upper").cast<bool>();
+  p.equal_ids = kEqualIds.at(spec.attr("equal_ids").cast<std::string>());
+  p.softplus = spec.attr("statistic").cast<std::string>() == "softplus";
+  p.kept_rows = spec.attr("kept_rows").cast<int64_t>();
+  return p;
 }
 
 // A RowLoss (core/spec.py).

@@ -144,7 +144,7 @@ template <class E, class T = typename Accumulator<E>::Type>
 struct Prepared {
   Features<E> x, y;
   OptionalTensor targets, col_bias, row_codes, col_codes;  // ids as dense codes that fit a 32-bit lane
-  bool one_bias = false;  // all columns share one: its gradient is one number
+  bool one_bias = false;                                   // all columns share one: its gradient is one number
   LogitRule<T> rule{};
 
   explicit Prepared(const Problem& p, bool unit = false) : x("x", p.x, unit), y("y", p.y, unit) {

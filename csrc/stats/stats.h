@@ -25,6 +25,15 @@ struct Problem {
   EqualIds equal_ids;
   bool softplus;      // sums of softplus, rows alone
   int64_t kept_rows;  // rows of products to keep for the backward
+
+  // Calls f(name, tensor) for every tensor that a rule may ask for: what is read from Python and saved for a backward.
+  template <class F>
+  void for_each_tensor(const F& f) {
+    f("targets", targets);
+    f("col_bias", col_bias);
+    f("row_ids", row_ids);
+    f("col_ids", col_ids);
+  }
 };
 
 using Interrupt = std::function<void()>;  // called between blocks; throws to stop

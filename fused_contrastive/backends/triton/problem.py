@@ -11,7 +11,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fused_contrastive.backends.triton import configs, device, storage
 from fused_contrastive.backends.triton.tiles import Mask, Mode
-from fused_contrastive.core.spec import StatsSpec
+from fused_contrastive.core.spec import TENSORS, StatsSpec
 
 
 class Block(NamedTuple):
@@ -122,10 +122,9 @@ class Problem:
         self.kept_rows = kept_rows
         self.kept = storage.KeptRows(kept_buffer, kept_rows, self.n, exact=not self.half)
         one_bias = spec.col_bias is not None and spec.col_bias.dim() == 0  # SigLIP's
-        targets, col_bias, row_ids, col_ids = (
-            None if t is None else t.contiguous() for t in (spec.targets, spec.col_bias, spec.row_ids, spec.col_ids)
-        )
-        self.mask = Mask(spec.scale, targets, col_bias, row_ids, col_ids)
+        tensors = {name: getattr(spec, name) for name in TENSORS}
+        contiguous: dict[str, Any] = {name: None if t is None else t.contiguous() for name, t in tensors.items()}
+        self.mask = Mask(**contiguous)
         self.tma = self.device.tma and self.source != "given"
         precision = "tf32" if self.source == "tf32" else "ieee"
         self.mode = Mode(self.half, self.tma, precision, spec.exclude_self, spec.upper, spec.equal_ids, one_bias)

@@ -154,11 +154,11 @@ def _of_rows(spec: StatsSpec, x: Tensor, y: Tensor, asked: RowLoss, needs: Needs
         for blocks in all_rows:
             rows = blocks[0].rows
             for b in blocks:
-                kept, given = held.block(b), None
-                if p.source == "given" and kept.products is not None:
-                    given = kept.products
-                    p.products(b, given.values)
-                launch.block_statistics(p, b, given, kept, pos, row, col, top)
+                kept, gemm_products = held.block(b), None
+                if p.source == "gemm" and kept.products is not None:
+                    gemm_products = kept.products
+                    p.products(b, gemm_products.values)
+                launch.block_statistics(p, b, gemm_products, kept, pos, row, col, top)
             loss[rows], g_row, g_pos[rows] = _terms(pos[rows], row.value[rows], asked, p.softplus)
             g_pos[rows] *= asked.weight
             if rows_of is not None:

@@ -91,7 +91,7 @@ def products_from(x: Tensor) -> configs.Source:
     """Float32 at full precision has no matrix units on NVIDIA: the vendor GEMM makes those products, block by block."""
     if x.dtype != torch.float32:
         return "half"
-    return "tf32" if tf32() and not torch.version.hip else "given"
+    return "tf32" if tf32() and not torch.version.hip else "gemm"
 
 
 def multiplied(x: Tensor, y: Tensor, source: configs.Source, on: device.Device) -> tuple[Tensor, Tensor]:
@@ -125,7 +125,7 @@ class Problem:
         tensors = {name: getattr(spec, name) for name in TENSORS}
         contiguous: dict[str, Any] = {name: None if t is None else t.contiguous() for name, t in tensors.items()}
         self.mask = Mask(**contiguous)
-        self.tma = self.device.tma and self.source != "given"
+        self.tma = self.device.tma and self.source != "gemm"
         precision = "tf32" if self.source == "tf32" else "ieee"
         self.mode = Mode(self.half, self.tma, precision, spec.exclude_self, spec.upper, spec.equal_ids, one_bias)
 

@@ -151,7 +151,7 @@ def sigmoid_gradient(
 ):  # fmt: skip
     """G[i, j] = g_row[i] sigmoid(S[i, j]), signed, 0 where excluded, times TOP / largest: one tile of a block of it.
 
-    ``gemm_products`` is the block's products, ``slopes`` its signed sigmoids; without either, the products are made here.
+    ``gemm_products`` is the block's products, ``slopes`` its signed sigmoids; without either, products are made here.
     """
     BM: tl.constexpr = TILE.block_m
     BN: tl.constexpr = TILE.block_n

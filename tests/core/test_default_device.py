@@ -18,11 +18,11 @@ from every_loss import LOSSES, step
 from torch import Tensor
 
 import fused_contrastive as fc
-from fused_contrastive.evaluation.temperature import sweep
+from fused_contrastive.evaluation.sweep import sweep
 from fused_contrastive.testing import harness
-from fused_contrastive.testing.cases import Case, sample
+from fused_contrastive.testing.cases import MEMBERS, Case, sample
 from fused_contrastive.testing.registry import LOSSES as REGISTRY
-from fused_contrastive.testing.registry import MEMBERS, Sizes
+from fused_contrastive.testing.registry import Sizes
 
 DEFAULTS = [("meta", torch.float64), ("meta", torch.float16)]
 CPU = torch.device("cpu")

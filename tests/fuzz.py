@@ -28,8 +28,8 @@ from every_function import FUNCTIONS, PUBLIC
 from torch import Tensor
 
 from fused_contrastive.testing import cases, harness
-from fused_contrastive.testing.cases import Case
-from fused_contrastive.testing.registry import MEMBERS, OPTIONS, Sizes
+from fused_contrastive.testing.cases import MEMBERS, OPTIONS, Case
+from fused_contrastive.testing.registry import Sizes
 
 LIMIT = 60  # seconds for one number
 KINDS = ("raised", "returned", "compared", "problems")

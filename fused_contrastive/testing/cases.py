@@ -13,14 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_contrastive.testing import registry
-from fused_contrastive.testing.registry import MEMBERS, OPTIONS, Leaves, Maker, Sizes
+from fused_contrastive.testing.registry import LOSSES, PRIMITIVES, Leaves, Maker, Member, Sizes
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # 1: nothing left after the positive; 7, 257: one off the vector width and the tile; 1000: several tiles and a part.
 SIZES = (1, 2, 7, 64, 257, 1000)
 DIMS = (1, 3, 64, 513)
 SCALES = (0.01, 1.0, 14.3, 100.0, 1000.0)
+
+MEMBERS = {**LOSSES, **PRIMITIVES}
+OPTIONS = [(name, option) for name, member in LOSSES.items() for option in member.options]
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class Case:
             object.__setattr__(self, "sizes", replace(self.sizes, d=max(self.sizes.d, 16)))
 
     @property
-    def member(self) -> registry.Member:
+    def member(self) -> Member:
         return MEMBERS[self.loss]
 
     @property

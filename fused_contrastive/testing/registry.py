@@ -89,9 +89,15 @@ class Member:
     as_they_are: bool = False
 
 
-def _clip(make: Maker, given: dict[str, Any]) -> tuple[Leaves, dict[str, Any]]:
-    n, scale = make.sizes.n, make.scalar(make.sizes.scale)
-    return {"image_features": make.features(n), "text_features": make.features(n), "logit_scale": scale}, given
+def pair(*names: str) -> Callable[[Maker, dict[str, Any]], tuple[Leaves, dict[str, Any]]]:
+    """Two sets of N features and a scale, by these names; the options are arguments as they are."""
+
+    def make(make: Maker, given: dict[str, Any]) -> tuple[Leaves, dict[str, Any]]:
+        sizes = make.sizes
+        tensors = make.features(sizes.n), make.features(sizes.n), make.scalar(sizes.scale)
+        return dict(zip(names, tensors, strict=True)), dict(given)
+
+    return make
 
 
 def _contrastive_stats(make: Maker, given: dict[str, Any]) -> tuple[Leaves, dict[str, Any]]:
@@ -202,6 +208,25 @@ def positional(function: Callable[..., Any], *names: str) -> Callable[..., Any]:
     return call
 
 
+PRIMITIVES: dict[str, Member] = {
+    "contrastive_stats": Member(
+        {
+            "plain": {},
+            "targets": {"targets": True},
+            "col_bias": {"bias": True},
+            "ids": {"ids": True},
+            "exclude_self": {"exclude_self": True},
+            "row only": {"directions": ["row"]},
+            "col only": {"directions": ["col"]},
+            "recompute": {"memory_budget": 0},
+            "half kept": {"memory_budget": "half"},
+        },
+        _contrastive_stats,
+        contrastive_stats,
+        positional(textbook.contrastive_stats, "x", "y", "scale"),
+        as_they_are=True,
+    ),
+}
 LOSSES: dict[str, Member] = {
     "clip": Member(
         {
@@ -212,7 +237,7 @@ LOSSES: dict[str, Member] = {
             "sum": {"reduction": "sum"},
             "none": {"reduction": "none"},
         },
-        _clip,
+        pair("image_features", "text_features", "logit_scale"),
         clip_loss,
         positional(textbook.clip, "image_features", "text_features", "logit_scale"),
         positional(textbook.clip_stable, "image_features", "text_features", "logit_scale"),
@@ -289,24 +314,3 @@ LOSSES: dict[str, Member] = {
         ),
     ),
 }
-PRIMITIVES: dict[str, Member] = {
-    "contrastive_stats": Member(
-        {
-            "plain": {},
-            "targets": {"targets": True},
-            "col_bias": {"bias": True},
-            "ids": {"ids": True},
-            "exclude_self": {"exclude_self": True},
-            "row only": {"directions": ["row"]},
-            "col only": {"directions": ["col"]},
-            "recompute": {"memory_budget": 0},
-            "half kept": {"memory_budget": "half"},
-        },
-        _contrastive_stats,
-        contrastive_stats,
-        positional(textbook.contrastive_stats, "x", "y", "scale"),
-        as_they_are=True,
-    ),
-}
-MEMBERS = {**LOSSES, **PRIMITIVES}
-OPTIONS = [(name, option) for name, member in LOSSES.items() for option in member.options]

@@ -16,8 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fused_contrastive as fc
 from fused_contrastive.core.modes import is_plain
 from fused_contrastive.testing import harness
-from fused_contrastive.testing.cases import Case
-from fused_contrastive.testing.registry import LOSSES, OPTIONS, Sizes
+from fused_contrastive.testing.cases import OPTIONS, Case
+from fused_contrastive.testing.registry import LOSSES, Sizes
 
 CPU = torch.device("cpu")
 N, D = 6, 16

@@ -18,8 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused_contrastive as fc
 from fused_contrastive.testing import harness
-from fused_contrastive.testing.cases import Case
-from fused_contrastive.testing.registry import OPTIONS, Sizes
+from fused_contrastive.testing.cases import OPTIONS, Case
+from fused_contrastive.testing.registry import Sizes
 
 EXCHANGES = ("gather", "ring")
 

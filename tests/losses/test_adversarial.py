@@ -34,8 +34,8 @@ from torch import Tensor
 import fused_contrastive as fc
 from fused_contrastive.core.budget import allowed, difference
 from fused_contrastive.testing import oracle
-from fused_contrastive.testing.cases import Case
-from fused_contrastive.testing.registry import OPTIONS, Sizes
+from fused_contrastive.testing.cases import OPTIONS, Case
+from fused_contrastive.testing.registry import Sizes
 
 
 def of_tokens(case: Case) -> bool:

@@ -14,8 +14,8 @@ from seeds import SEED
 
 import fused_contrastive as fc
 from fused_contrastive.testing import harness
-from fused_contrastive.testing.cases import DTYPES, Case
-from fused_contrastive.testing.registry import OPTIONS, Sizes
+from fused_contrastive.testing.cases import DTYPES, OPTIONS, Case
+from fused_contrastive.testing.registry import Sizes
 
 INTERPRETED = not torch.cuda.is_available()
 

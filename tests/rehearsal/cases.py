@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 import fused_contrastive as fc
+from fused_contrastive.testing.cases import OPTIONS
 from fused_contrastive.testing.cases import Case as Inputs
-from fused_contrastive.testing.registry import OPTIONS, PRIMITIVES, Sizes
+from fused_contrastive.testing.registry import PRIMITIVES, Sizes
 
 
 class Kind(NamedTuple):

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_contrastive.bench.implementations import (
+from benchmarks.implementations import (
     INTERPRETER,
     CannotRunError,
     CrossEntropy,
@@ -27,7 +27,7 @@ from fused_contrastive.bench.implementations import (
     info_nce_by,
     register,
 )
-from fused_contrastive.bench.workloads import SCALE, TEMPERATURE, Loss, Problem, labels, scores_loss
+from benchmarks.workloads import SCALE, TEMPERATURE, Loss, Problem, labels, scores_loss
 
 GPU = ("cuda",)
 

@@ -180,16 +180,15 @@ def bench(turn: Turn, stage: str, toy: str, *arguments: str) -> Iterator[Entry]:
     where = ("--suite", "toy", "--losses", toy) if turn.toy else ()
     yield command(turn, "-m", "benchmarks", "--out", str(turn.out), "--name", name, *arguments, *where)
     for row in next((json.loads(file.read_text())["rows"] for file in files if file.exists()), []):
-        column = f"{row['loss']} {row['n']} x {row['d']}"
-        entry = {"row": row["implementation"], "column": column, "status": row["status"]}
+        entry = {"row": f"{row['loss']}: {row['implementation']}", "column": f"{row['n']} x {row['d']}"}
+        entry["status"] = row["status"]
         if "both" in row:
             u = f"{1e3 * row['u_seconds']:.2f} ms, {row['unit_tflops']:.0f} TFLOP/s"
-            yield {"row": "u", "column": column, "status": "ok", "value": u, "seconds": row["u_seconds"]}
+            yield entry | {"row": f"{row['loss']}: u", "value": u, "seconds": row["u_seconds"]}
+            yield entry | {"row": f"{entry['row']}, forward", "value": f"{row['forward']['median']:.2f} u"}
             entry |= {"value": f"{row['both']['median']:.2f} u", "seconds": row["seconds"]}
-            forward = {"value": f"{row['forward']['median']:.2f} u", "row": f"{row['implementation']}: forward"}
-            yield entry | forward
         if "extra_bytes" in row:
-            entry |= {"column": f"{column}, memory", "value": f"{row['extra_bytes'] / 2**20:.0f} MB"}
+            entry |= {"row": f"{entry['row']}, memory", "value": f"{row['extra_bytes'] / 2**20:.0f} MB"}
         yield entry
 
 

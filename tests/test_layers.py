@@ -21,7 +21,6 @@ LAYERS = [
     "evaluation",
     "testing",
     "verification",
-    "bench",
     "adapters",
 ]  # each may import earlier
 MODULES = sorted(path.relative_to(ROOT) for path in ROOT.rglob("*.py"))

@@ -1,7 +1,7 @@
 """Compiles what the Triton backend launches, for GPUs that are not there: a table in Markdown, or JSON.
 
-    python benchmarks/configurations.py             # docs/triton-configurations.md
-    python benchmarks/configurations.py --json      # for the tests
+    python tools/configurations.py             # docs/triton-configurations.md
+    python tools/configurations.py --json      # for the tests
 
 Small problems run on CPU tensors that pass for those of a GPU, and Triton compiles each kernel they launch, with the
 arguments that it is launched with, but does not launch it.

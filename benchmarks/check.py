@@ -55,7 +55,7 @@ class Truth:
         }
 
     def wrong(self, found: Results, no_gradient: tuple[str, ...] = ()) -> str | None:
-        """What is wrong with these results; the inputs in ``no_gradient`` need not have one."""
+        """Says what is wrong with these results. The inputs in ``no_gradient`` need no gradient."""
         errors = self.errors(found)
         for name in self.results:
             what = name if name == "loss" else f"the gradient of {name}"
@@ -73,6 +73,6 @@ last_truth = functools.lru_cache(maxsize=1)(Truth)  # problems of one size follo
 
 @functools.cache
 def wrong(implementation: Implementation, problem: Problem) -> str | None:
-    """What is wrong with an implementation; found once for all problems that are checked at one size."""
+    """Says what is wrong with an implementation, once for all problems that are checked at one size."""
     truth = last_truth(problem)
     return truth.wrong(evaluate(implementation.load(problem), truth.leaves), implementation.no_gradient)

@@ -44,7 +44,7 @@ PEERS = (
 
 
 class Turn(NamedTuple):
-    """What a process of a stage is told."""
+    """The arguments of a stage's process."""
 
     until: float  # of time.monotonic
     toy: bool

@@ -1,4 +1,4 @@
-"""Who computes a loss: ours, PyTorch's ways, and in ``peers.py`` the libraries'. One registry, by ``register``."""
+"""The implementations of each loss, in one registry: ours and PyTorch's here, the libraries' in ``peers.py``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from benchmarks.workloads import TEMPERATURE, WORKLOADS, Loss, Problem, rows
 from fused_contrastive.core.memory import total_memory
 
 Load = Callable[[Problem], Loss]
-INTERPRETER = "interpreter"  # Triton's, a device of sorts
+INTERPRETER = "interpreter"  # Triton's interpreter counts as a device
 
 
 class CannotRunError(Exception):
@@ -37,7 +37,7 @@ def broken(status: str) -> bool:
 
 @dataclass(frozen=True)
 class Implementation:
-    """One way to compute one workload's loss. ``load`` imports what it needs; ImportError, CannotRunError: why not."""
+    """One way to compute one workload's loss. ``load`` imports what it needs, and may raise an ImportError."""
 
     name: str
     loss: str
@@ -114,7 +114,7 @@ _matrices = [loss for loss in WORKLOADS if loss != "max_sim"]
 register("ours, everything kept", *_matrices, ours=True, devices=("cuda", INTERPRETER), matrices=1)(
     functools.partial(_ours, memory_budget=2**50)
 )
-# The reference is there to be read and to check by: its time matters to nobody at sizes that take seconds.
+# The reference is there to be read and to check results by: at sizes that take seconds, its time is of no interest.
 _reference = functools.partial(_ours, backend="reference")
 register("ours, backend=reference", *_matrices, ours=True, largest=1024)(_reference)
 register("ours, backend=reference", "max_sim", ours=True, largest=64)(_reference)

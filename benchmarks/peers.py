@@ -1,7 +1,7 @@
 """The libraries' own losses on the same tensors, called as their documentation has it.
 
-A loss of one direction is called for each. What a library cannot do (a gradient of the temperature) is said in its
-registration, never worked round.
+A loss of one direction is called once for each direction. If a library has no gradient of the temperature, its
+registration says so.
 """
 
 from __future__ import annotations

@@ -43,12 +43,12 @@ def test_every_command_without_rich(
     """Plain text: the cells of a line as they stand, in columns."""
     monkeypatch.setitem(sys.modules, "rich", None)
     monkeypatch.setitem(sys.modules, "rich.console", None)
-    figures = r"[\d.]+ +" * 4
+    figures, files = r"[\d.]+ +" * 4, " ".join(features)
     for command, line in (
         ("info", r"^threads  +\d+ of \d+ CPUs$"),
         ("plan --batch 32768 --dim 768 --world 8", rf"^32,768 +8  gather +{figures}fastest of ours$"),
-        ("verify --backend reference", r"^backend    option  +cases  float32 "),
-        (f"temperature {' '.join(features)} --no-picture", r"^ +0\.05 +20 +[\d.]+ +[\d.]+ +[\d.]+% "),
+        (f"verify --backend reference --features {files}", r"^backend    option  +cases  float32 "),
+        (f"temperature {files} --no-picture", r"^ +0\.05 +20 +[\d.]+ +[\d.]+ +[\d.]+% "),
     ):
         assert main(command.split()) == 0
         shown = capsys.readouterr().out

@@ -141,7 +141,7 @@ def measure(architectures: list[str], kinds: list[str]) -> Iterator[dict[str, An
 
 
 def rows(compiled: dict[str, Any], arch: str, source: str, options: str) -> Iterator[dict[str, Any]]:
-    """Of the kernels with tiles compiled since the last call."""
+    """A row for each kernel with tiles that was compiled since the last call."""
     for kernel in list(compiled.values()):
         row = {**described(kernel, arch), "arch": arch, "source": source, "options": options}
         if row["kernel"] not in VECTORS:

@@ -39,7 +39,7 @@ void forward(const at::Tensor& x, T* z, T* norms) {
   for_each_row(x, [&](int64_t i) {
     T* row = z + i * d;
     norms[i] = copy_and_norm(in + i * d, row, d);
-    kernels<T>().finish_row(row, row, nullptr, T(0), inverse_of(norms[i]), d);
+    tile_kernels<T>().add_scale_dot(row, row, nullptr, T(0), inverse_of(norms[i]), d);
   });
 }
 

@@ -35,7 +35,7 @@ fc::Interrupt python_interrupt() {
 }
 
 // A StatsSpec (core/spec.py) and its features. Fields are read by name, so that their order is Python's affair.
-fc::Problem problem_of(const at::Tensor& x, const at::Tensor& y, const py::handle& spec) {
+fc::StatsProblem problem_of(const at::Tensor& x, const at::Tensor& y, const py::handle& spec) {
   static const std::map<std::string, fc::EqualIds> kEqualIds = {
       {"exclude", fc::EqualIds::kExclude}, {"only", fc::EqualIds::kOnly}, {"negate", fc::EqualIds::kNegate}};
   const auto tensor = [&](const char* name) { return spec.attr(name).cast<fc::OptionalTensor>(); };
@@ -69,7 +69,7 @@ fc::Needs needs_of(const Needs& n) {
 }
 
 auto stats_forward(const at::Tensor& x, const at::Tensor& y, const py::object& spec) {
-  const fc::Problem problem = problem_of(x, y, spec);
+  const fc::StatsProblem problem = problem_of(x, y, spec);
   const auto interrupt = python_interrupt();
   py::gil_scoped_release release;
   const at::NoGradGuard no_grad;
@@ -79,7 +79,7 @@ auto stats_forward(const at::Tensor& x, const at::Tensor& y, const py::object& s
 auto stats_backward(const at::Tensor& x, const at::Tensor& y, const py::object& spec, const at::Tensor& row,
                     const at::Tensor& col, const at::Tensor& kept, const fc::OptionalTensor& g_pos,
                     const fc::OptionalTensor& g_row, const fc::OptionalTensor& g_col, const Needs& needs) {
-  const fc::Problem problem = problem_of(x, y, spec);
+  const fc::StatsProblem problem = problem_of(x, y, spec);
   const auto interrupt = python_interrupt();
   py::gil_scoped_release release;
   const at::NoGradGuard no_grad;
@@ -88,7 +88,7 @@ auto stats_backward(const at::Tensor& x, const at::Tensor& y, const py::object& 
 
 auto loss_and_gradients(const at::Tensor& x, const at::Tensor& y, const py::object& spec, const py::object& loss,
                         const Needs& needs) {
-  const fc::Problem problem = problem_of(x, y, spec);
+  const fc::StatsProblem problem = problem_of(x, y, spec);
   const fc::RowLoss row_loss = row_loss_of(loss);
   const auto interrupt = python_interrupt();
   py::gil_scoped_release release;

@@ -1,6 +1,6 @@
-// A loss and its gradients in one call. Of rows alone, some hundred rows of S are held until their normalisers are
+// A loss and its gradients in one call. For rows alone, some hundred rows of S are held until their normalisers are
 // known, become the gradient of their logits, and are forgotten: 3 products, where a forward and a backward that keep
-// no products take 4. Of rows and columns, or a triangle, all products are kept until then.
+// none take 4. For rows and columns, or a triangle, all products are kept until then.
 #include <ATen/ATen.h>
 
 #include <algorithm>
@@ -15,16 +15,15 @@
 #include "stats/forward.h"
 #include "stats/panels.h"
 #include "stats/prepared.h"
-#include "stats/running_stats.h"
+#include "stats/running_statistic.h"
 #include "stats/stats.h"
 #include "stats/tiling.h"
 
 namespace fc {
 namespace {
 
-// Rows held, by the length of one alone: where blocks of rows begin decides how their sums are rounded. Of many groups
-// of columns all of y is packed for each block, and all of dy is read and written. With 256 in place of 512, N = 4096
-// took 1.1 times as long.
+// How many rows are held, by N alone, since where blocks begin decides how sums are rounded. Each block packs all of y,
+// and reads and writes all of dy: with 256 rows in place of 512, N = 4096 took 1.1 times as long.
 int64_t rows_at_once(int64_t n) {
   return std::clamp<int64_t>((int64_t(1) << 24) / n / 128 * 128, 128, 512);
 }
@@ -41,8 +40,8 @@ Term term(double pos, double normaliser, bool is_softplus, const RowLoss& loss) 
 }
 
 template <class E>
-LossAndGradients of_rows(const Problem& problem, const RowLoss& loss, const Needs& needs, const Interrupt& interrupt) {
-  using T = typename Accumulator<E>::Type;
+LossAndGradients from_rows(const StatsProblem& problem, const RowLoss& loss, const Needs& needs, const Interrupt& interrupt) {
+  using T = SumType<E>;
   const Prepared<E> p(problem, loss.normalize);
   const int64_t m = p.x.rows, n = p.y.rows, stride = round_up(n, 32) + 16;
   const at::Tensor pos = at::empty({m}, p.options());
@@ -53,30 +52,30 @@ LossAndGradients of_rows(const Problem& problem, const RowLoss& loss, const Need
   Normaliser<T> norm(problem.softplus ? 0 : m);
   T *s = held.mutable_data_ptr<T>(), *pos_data = pos.mutable_data_ptr<T>();
 
-  const Walk walk(m, n, kGroupCols<E>, 0, false);
-  FeatureGradients<E> gradients(p, walk, needs);
-  // Of several groups each is packed again for every block of rows, and the products with y and y.T share memory.
+  const Tiling tiling(m, n, kPackedCols<E>, 0, false);
+  FeatureGradients<E> gradients(p, tiling, needs);
+  // Several groups of columns are packed again for every block of rows, and panels of y and y.T then share memory.
   Panels<E> whole;
-  Panels<E>& y_transposed = walk.groups().size() > 1 ? gradients.panels() : whole;
+  Panels<E>& y_transposed = tiling.column_groups().size() > 1 ? gradients.panels() : whole;
   for (const Range& rows : all) {
-    const auto products = [&](const Place& at) { return s + (at.row - rows.begin) * stride + at.col; };
+    const auto products = [&](const TileBounds& at) { return s + (at.row - rows.begin) * stride + at.col; };
     at::Tensor units;
-    const Rows<E> x = p.x.read_rows(rows.begin, rows.end, units);
-    Totals<T> row(true, rows.size(), !problem.softplus);
-    for (const Range& group : walk.groups()) {
+    const FeatureRows<E> x = p.x.read_rows(rows.begin, rows.end, units);
+    RunningStatistic<T> row(true, rows.size(), !problem.softplus);
+    for (const Range& group : tiling.column_groups()) {
       const Section section{rows, group, true};
       y_transposed.set_transposed(p.y, group.begin, group.end);
-      row.start(walk.strips(section), rows.size());
-      walk.for_each_tile(
+      row.start(tiling.tile_cols(section), rows.size());
+      tiling.for_each_tile(
           section,
-          [&](const Place& at, int64_t, int64_t strip) {
+          [&](const TileBounds& at, int64_t, int64_t tile_col) {
             T* tile = products(at);
             const int64_t r = at.row - rows.begin;
-            multiply_tile(x, y_transposed, at, at.col - group.begin, tile, stride);
-            kernels<T>().forward(
-                p.rule, {at, tile, stride, pos_data, row.part_max(strip, r), row.part_sum(strip, r), nullptr, nullptr});
+            multiply_tile(x, y_transposed, at, group.begin, tile, stride);
+            tile_kernels<T>().forward(
+                p.rule, {at, tile, stride, pos_data, row.part_max(tile_col, r), row.part_sum(tile_col, r), nullptr, nullptr});
           },
-          [](const Place&, int64_t, int64_t) {});
+          [](const TileBounds&, int64_t, int64_t) {});
       row.merge(0);
       interrupt();
     }
@@ -89,20 +88,20 @@ LossAndGradients of_rows(const Problem& problem, const RowLoss& loss, const Need
       g_row.mutable_data_ptr<T>()[i] = static_cast<T>(t.g_row);
       g_pos.mutable_data_ptr<T>()[i] = static_cast<T>(t.g_pos);
     }
-    for (const Range& group : walk.groups()) {
+    for (const Range& group : tiling.column_groups()) {
       gradients.start_group(group);
-      const auto logits_gradient = [&](const Place& at, T* tile, int64_t tile_stride) {
-        kernels<T>().backward(p.rule, {at, products(at), stride, tile, tile_stride, norm.high.data(), norm.low.data(),
+      const auto logit_gradient = [&](const TileBounds& at, T* tile, int64_t tile_stride) {
+        tile_kernels<T>().backward(p.rule, {at, products(at), stride, tile, tile_stride, norm.high.data(), norm.low.data(),
                                        g_row.const_data_ptr<T>(), nullptr, nullptr, nullptr});
       };
-      gradients.add({rows, group, true}, logits_gradient, s + group.begin, stride);  // where the products were
+      gradients.add({rows, group, true}, logit_gradient, s + group.begin, stride);  // G takes the products' place
       interrupt();
     }
   }
   return {losses.sum(), gradients.finish(g_pos, p.scalar_type(), p.scalar_type())};
 }
 
-// The losses of one direction added up, and their derivatives; pos's are added to g_pos.
+// Returns the sum of one direction's losses. Writes their derivatives, and adds those by pos to g_pos.
 template <class T>
 double add_direction(const at::Tensor& normaliser, int64_t count, const T* pos, const RowLoss& loss, T* g_normaliser,
                      T* g_pos) {
@@ -118,9 +117,9 @@ double add_direction(const at::Tensor& normaliser, int64_t count, const T* pos, 
 }
 
 template <class E>
-LossAndGradients of_kept_products(const Problem& problem, const RowLoss& loss, const Needs& needs,
+LossAndGradients from_kept_products(const StatsProblem& problem, const RowLoss& loss, const Needs& needs,
                                   const Interrupt& interrupt) {
-  using T = typename Accumulator<E>::Type;
+  using T = SumType<E>;
   const Prepared<E> p(problem, loss.normalize);
   const int64_t m = p.x.rows, n = p.y.rows;
   TORCH_CHECK_VALUE(problem.kept_rows == m && (problem.upper || !p.targets),
@@ -128,8 +127,8 @@ LossAndGradients of_kept_products(const Problem& problem, const RowLoss& loss, c
   const at::Tensor kept = reused_matrix(m, n, p.options());
   T* products = kept.mutable_data_ptr<T>();
   Statistics<T> stats(problem, p.options());
-  const Walk walk(m, n, kGroupCols<E>, m, problem.upper);
-  forward_walk<E>(problem, p, walk, stats, products, interrupt);
+  const Tiling tiling(m, n, kPackedCols<E>, m, problem.upper);
+  forward_pass<E>(problem, p, tiling, stats, products, interrupt);
 
   const auto zeros = [&](int64_t size) { return at::zeros({size}, p.options()); };
   const at::Tensor g_pos = zeros(m), g_row = zeros(m), row_value = stats.row_value(problem);
@@ -144,19 +143,19 @@ LossAndGradients of_kept_products(const Problem& problem, const RowLoss& loss, c
   }
   const auto dtype = p.scalar_type();
   return {at::scalar_tensor(sum, at::kDouble),
-          backward_walk<E>(p, walk, products, m, g_pos, row, col, needs, dtype, dtype, interrupt)};
+          backward_pass<E>(p, tiling, products, m, g_pos, row, col, needs, dtype, dtype, interrupt)};
 }
 
 }  // namespace
 
-LossAndGradients loss_and_gradients(const Problem& problem, const RowLoss& loss, const Needs& needs,
+LossAndGradients loss_and_gradients(const StatsProblem& problem, const RowLoss& loss, const Needs& needs,
                                     const Interrupt& interrupt) {
   return with_elements(problem, [&](auto element) {
     using E = decltype(element);
     TORCH_CHECK_VALUE(problem.x.size(0) > 0 && problem.y.size(0) > 0, "x, y: got ", problem.x.size(0), " and ",
                       problem.y.size(0), " rows, expected at least one");
-    if (problem.want_col || problem.upper) return of_kept_products<E>(problem, loss, needs, interrupt);
-    return of_rows<E>(problem, loss, needs, interrupt);
+    if (problem.want_col || problem.upper) return from_kept_products<E>(problem, loss, needs, interrupt);
+    return from_rows<E>(problem, loss, needs, interrupt);
   });
 }
 

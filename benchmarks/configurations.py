@@ -91,7 +91,7 @@ def statistics(source: str, every_option: bool) -> None:
     torch.set_float32_matmul_precision("high" if source == "tf32" else "highest")
     ids = torch.zeros(N, dtype=torch.int64)
     spec = StatsSpec(torch.tensor(1.0))
-    sums = spec._replace(want_col=False, statistic="softplus", equal_ids="negate", col_bias=torch.zeros(()).expand(N))
+    sums = spec._replace(want_col=False, statistic="softplus", equal_ids="negate", col_bias=torch.zeros(()))
     if every_option:
         spec = spec._replace(
             targets=ids,
@@ -127,7 +127,7 @@ def measure(architectures: list[str], kinds: list[str]) -> Iterator[dict[str, An
     compiled = compile_only()
     for arch in architectures:
         pretend(arch)
-        for source in ("half", "tf32", "given"):
+        for source in ("half", "tf32", "gemm"):
             if (arch, source) == ("gfx942", "tf32"):
                 continue
             if "statistics" in kinds:
@@ -162,7 +162,7 @@ def described(kernel: Any, arch: str) -> dict[str, Any]:
     constants = {kernel.src.fn.arg_names[path[0]]: v for path, v in kernel.src.constants.items() if len(path) == 1}
     tile = constants.get("TILE")
     kernel_name = found["kernel"]
-    reads = {"sigmoid_gradient": ("given", "slopes"), "gradient_of_kept": ("kept",)}.get(kernel_name, ("given",))
+    reads = {"sigmoid_gradient": ("gemm", "slopes"), "gradient_of_kept": ("kept",)}.get(kernel_name, ("gemm",))
     there = {argument.split(".")[0] for argument, kind in kernel.src.signature.items() if kind != "constexpr"}
     stores = {"sigmoid_statistics": "slopes", "strip_statistics": "kept", "exact_statistics": "kept"}.get(kernel_name)
     keeps = stores in there or (kernel_name == "sigmoid_statistics" and "products_to" in there)

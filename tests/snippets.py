@@ -11,10 +11,10 @@ BLOCK = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
 
 def run_page(name: str, given: dict[str, Any] | None = None) -> int:
-    """Runs the page's blocks and returns how many there were. An error shows the page and the line."""
+    """Runs the page's blocks in ``given`` and returns how many there were. An error shows the page and the line."""
     path = ROOT / name
     text = path.read_text()
-    session = dict(given or {})
+    session = {} if given is None else given
     blocks = list(BLOCK.finditer(text))
     for block in blocks:
         line = text[: block.start(1)].count("\n")

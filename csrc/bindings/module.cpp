@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "autograd/cross_entropy.h"
+#include "autograd/loss.h"
 #include "max_sim/max_sim.h"
 #include "autograd/normalize.h"
 #include "stats/stats.h"
@@ -38,28 +39,26 @@ fc::Interrupt python_interrupt() {
 fc::StatsProblem problem_of(const at::Tensor& x, const at::Tensor& y, const py::handle& spec) {
   static const std::map<std::string, fc::EqualIds> kEqualIds = {
       {"exclude", fc::EqualIds::kExclude}, {"only", fc::EqualIds::kOnly}, {"negate", fc::EqualIds::kNegate}};
-  const auto tensor = [&](const char* name) { return spec.attr(name).cast<fc::OptionalTensor>(); };
-  const auto flag = [&](const char* name) { return spec.attr(name).cast<bool>(); };
-  return {x,
-          y,
-          spec.attr("scale").cast<at::Tensor>(),
-          tensor("targets"),
-          tensor("col_bias"),
-          tensor("row_ids"),
-          tensor("col_ids"),
-          flag("exclude_self"),
-          flag("want_row"),
-          flag("want_col"),
-          flag("upper"),
-          kEqualIds.at(spec.attr("equal_ids").cast<std::string>()),
-          spec.attr("statistic").cast<std::string>() == "softplus",
-          spec.attr("kept_rows").cast<int64_t>()};
+  fc::StatsProblem p;
+  p.x = x, p.y = y, p.scale = spec.attr("scale").cast<at::Tensor>();
+  p.for_each_tensor([&](const char* name, fc::OptionalTensor& t) { t = spec.attr(name).cast<fc::OptionalTensor>(); });
+  p.exclude_self = spec.attr("exclude_self").cast<bool>();
+  p.want_row = spec.attr("want_row").cast<bool>(), p.want_col = spec.attr("want_col").cast<bool>();
+  p.upper = spec.attr("upper").cast<bool>();
+  p.equal_ids = kEqualIds.at(spec.attr("equal_ids").cast<std::string>());
+  p.softplus = spec.attr("statistic").cast<std::string>() == "softplus";
+  p.kept_rows = spec.attr("kept_rows").cast<int64_t>();
+  return p;
 }
 
 // A RowLoss (core/spec.py).
 fc::RowLoss row_loss_of(const py::handle& loss) {
-  return {loss.attr("weight").cast<double>(), loss.attr("margin").cast<double>(), loss.attr("decoupled").cast<bool>(),
-          loss.attr("normalize").cast<bool>()};
+  return {loss.attr("weight").cast<double>(),
+          loss.attr("margin").cast<double>(),
+          loss.attr("decoupled").cast<bool>(),
+          loss.attr("normalize").cast<bool>(),
+          loss.attr("labels").cast<fc::OptionalTensor>(),
+          loss.attr("over_counted").cast<bool>()};
 }
 
 // A Needs (core/spec.py): of x, y, scale and col_bias; and whether the first two are wanted as one.
@@ -86,15 +85,13 @@ auto stats_backward(const at::Tensor& x, const at::Tensor& y, const py::object& 
   return fc::stats_backward(problem, {row, col, kept}, {g_pos, g_row, g_col}, needs_of(needs), interrupt);
 }
 
-auto loss_and_gradients(const at::Tensor& x, const at::Tensor& y, const py::object& spec, const py::object& loss,
-                        const Needs& needs) {
+at::Tensor row_loss(const at::Tensor& x, const at::Tensor& y, const py::object& spec, const py::object& loss) {
   const fc::StatsProblem problem = problem_of(x, y, spec);
   const fc::RowLoss row_loss = row_loss_of(loss);
   const auto interrupt = python_interrupt();
+  const bool same = x.is_same(y);
   py::gil_scoped_release release;
-  const at::NoGradGuard no_grad;
-  auto [value, grads] = fc::loss_and_gradients(problem, row_loss, needs_of(needs), interrupt);
-  return std::make_tuple(value, grads);
+  return fc::row_loss(problem, row_loss, same, interrupt);
 }
 
 at::Tensor cross_entropy(const at::Tensor& pos, const std::vector<at::Tensor>& normalisers, bool decoupled,
@@ -145,7 +142,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "C++ CPU backend of fused_contrastive";
   m.def("stats_forward", &stats_forward);
   m.def("stats_backward", &stats_backward);
-  m.def("loss_and_gradients", &loss_and_gradients);
+  m.def("row_loss", &row_loss);
   m.def("cross_entropy", &cross_entropy);
   m.def("normalize", &normalize);
   m.def("max_sim_forward", &max_sim_forward);

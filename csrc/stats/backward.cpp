@@ -9,7 +9,7 @@ namespace {
 
 template <class E>
 Gradients backward(const StatsProblem& problem, const Saved& saved, const Upstream& upstream, const Needs& needs,
-                      const Interrupt& interrupt) {
+                   const Interrupt& interrupt) {
   using T = SumType<E>;
   constexpr auto dtype = Prepared<E>::scalar_type();
   const Prepared<E> p(problem);
@@ -44,7 +44,7 @@ Gradients backward(const StatsProblem& problem, const Saved& saved, const Upstre
 }  // namespace
 
 Gradients stats_backward(const StatsProblem& problem, const Saved& saved, const Upstream& upstream, const Needs& needs,
-                            const Interrupt& interrupt) {
+                         const Interrupt& interrupt) {
   return with_elements(
       problem, [&](auto element) { return backward<decltype(element)>(problem, saved, upstream, needs, interrupt); });
 }

@@ -1,7 +1,8 @@
-// The gradients in a second pass over S, a section at a time. First each tile becomes the gradient G of its logits, from
-// products that were kept or are computed again; then dx and dy gain G's products with y and x. Two or three products.
+// The gradients in a second pass over S, a section at a time. First each tile becomes the gradient G of its logits,
+// from products that were kept or are computed again; then dx and dy gain G's products with y and x. Two or three
+// products.
 #pragma once
-#include <vector>
+#include <functional>
 
 #include "kernels/tile_kernels.h"
 #include "stats/feature_gradients.h"
@@ -22,11 +23,12 @@ struct Direction {
 
 // Gradients of features are in `x_dtype` and `y_dtype`, the others in T. `kept` has the products of the tiling's kept
 // rows, `kept_rows` of them; `pos` is the gradient of the positives' logits.
+// `add_more` adds to the sums that become dx, if they are asked, what is not a product with G.
 template <class E, class T = SumType<E>>
 Gradients backward_pass(const Prepared<E>& p, const Tiling& tiling, const T* kept, int64_t kept_rows,
-                           const OptionalTensor& pos, const Direction<T>& row, const Direction<T>& col,
-                           const Needs& needs, at::ScalarType x_dtype, at::ScalarType y_dtype,
-                           const Interrupt& interrupt) {
+                        const OptionalTensor& pos, const Direction<T>& row, const Direction<T>& col, const Needs& needs,
+                        at::ScalarType x_dtype, at::ScalarType y_dtype, const Interrupt& interrupt,
+                        const std::function<void(T*)>& add_more = {}) {
   const int64_t n = p.y.rows;
   FeatureGradients<E> gradients(p, tiling, needs);
   const bool has_negatives = row.grad || col.grad;
@@ -42,16 +44,17 @@ Gradients backward_pass(const Prepared<E>& p, const Tiling& tiling, const T* kep
       for (const Section& s : tiling.sections(group)) {
         gradients.add(s, [&](const TileBounds& at, T* tile, int64_t stride) {
           if (!s.kept) multiply_tile(x, y_transposed, at, group.begin, tile, stride);
-          tile_kernels<T>().backward(p.rule,
-                                {at, s.kept ? kept + kept_offset(at, n) : tile, s.kept ? at.cols : stride, tile, stride,
-                                 row.grad ? row.norm.high.data() : nullptr, row.norm.low.data(), data<T>(row.grad),
-                                 col.grad ? col.norm.high.data() : nullptr, col.norm.low.data(), data<T>(col.grad)});
+          tile_kernels<T>().backward(
+              p.rule, {at, s.kept ? kept + kept_offset(at, n) : tile, s.kept ? at.cols : stride, tile, stride,
+                       row.grad ? row.norm.high.data() : nullptr, row.norm.low.data(), data<T>(row.grad),
+                       col.grad ? col.norm.high.data() : nullptr, col.norm.low.data(), data<T>(col.grad)});
         });
         interrupt();
       }
       gradients.end_group();
     }
   }
+  if (add_more) gradients.add_to_x(add_more);
   return gradients.finish(pos, x_dtype, y_dtype);
 }
 

@@ -19,8 +19,8 @@
 
 namespace fc {
 
-// The most rows of dx, or of dy, that one task adds to. It reads all panels of y, or of x, and for each of them its rows
-// of G again: these stay in a core's second cache while the panels pass through.
+// The most rows of dx, or of dy, that one task adds to. It reads all panels of y, or of x, and for each of them its
+// rows of G again: these stay in a core's second cache while the panels pass through.
 constexpr int64_t kChunkRows = 64;
 static_assert(kLeastTileRows % kChunkRows == 0);  // all rows of a chunk skip the same tiles
 
@@ -49,11 +49,12 @@ inline std::vector<Chunk> merged(const std::vector<Chunk>& of_x, const std::vect
 // dx += G y and dy += G.T x for one section, at the same time unless dx and dy are the same memory. dy begins with the
 // gradient of column `first_of_y`.
 template <class E, class T = SumType<E>>
-void add_products(const Tiling& tiling, const Section& s, const LogitGradients<E>& g, const Panels<E>& y, const Panels<E>& x,
-                  T* dx, T* dy, int64_t first_of_y, int64_t d) {
+void add_products(const Tiling& tiling, const Section& s, const LogitGradients<E>& g, const Panels<E>& y,
+                  const Panels<E>& x, T* dx, T* dy, int64_t first_of_y, int64_t d) {
   const auto add = [&](const Chunk& chunk) {
     const auto [of_x, rows] = chunk;
-    const Range whole = of_x ? tiling.cols_of(s, s.rows.begin + rows.begin) : tiling.rows_of(s, s.cols.begin + rows.begin);
+    const Range whole =
+        of_x ? tiling.cols_of(s, s.rows.begin + rows.begin) : tiling.rows_of(s, s.cols.begin + rows.begin);
     const int64_t first = of_x ? s.cols.begin : s.rows.begin;
     const Range k{whole.begin - first, whole.end - first};
     if (k.size() == 0) return;
@@ -75,9 +76,9 @@ void add_products(const Tiling& tiling, const Section& s, const LogitGradients<E
   }
 }
 
-// Finishes sums over the negatives, `grad`, to the gradient of `features` from row `first` on: row i gains g[i] times row
-// other_row(i) of `others`, unless that is negative, and is multiplied by `scale`. Unit features get the gradient of the
-// raw ones. Returns sum(features * grad) before the factor, the scale's own gradient.
+// Finishes sums over the negatives, `grad`, to the gradient of `features` from row `first` on: row i gains g[i] times
+// row other_row(i) of `others`, unless that is negative, and is multiplied by `scale`. Unit features get the gradient
+// of the raw ones. Returns sum(features * grad) before the factor, the scale's own gradient.
 template <class E, class F, class T = SumType<E>>
 double finish_rows(const at::Tensor& grad, int64_t first, const Features<E>& features, const Features<E>& others,
                    const T* g, T scale, const F& other_row) {
@@ -119,8 +120,8 @@ class FeatureGradients {
     if (joint_) start_joint();
   }
 
-  // For callers that come to each group of columns once. dy in another dtype than T is then finished group by group, and
-  // only one group of it is held in T. `pos` is the gradient that `finish` takes.
+  // For callers that come to each group of columns once. dy in another dtype than T is then finished group by group,
+  // and only one group of it is held in T. `pos` is the gradient that `finish` takes.
   void round_groups(const OptionalTensor& pos, at::ScalarType y_dtype) {
     if (!needs_[1] || y_dtype == Prepared<E>::scalar_type()) return;
     pos_ = data<T>(pos);
@@ -140,8 +141,8 @@ class FeatureGradients {
   }
   // Lends the panels that `start_group` packs; it overwrites what the caller packs into them.
   Panels<E>& panels() { return y_; }
-  // Adds a section. `logit_gradient(bounds, tile, stride)` writes a tile of G to `tile`. `memory`, if given, may hold G,
-  // with `memory_stride` elements from row to row; products that lie there are read before they are written over.
+  // Adds a section. `logit_gradient(bounds, tile, stride)` writes a tile of G to `tile`. `memory`, if given, may hold
+  // G, with `memory_stride` elements from row to row; products that lie there are read before they are written over.
   template <class F>
   void add(const Section& s, const F& logit_gradient, T* memory = nullptr, int64_t memory_stride = 0) {
     if (dy_.defined()) x_.set(p_.x, s.rows.begin, s.rows.end);
@@ -162,8 +163,14 @@ class FeatureGradients {
     bias_.merge(s.cols.begin);
   }
 
-  // Returns dx and dy in their features' dtypes, dscale and dcol_bias in T; undefined where not needed. `pos` (M,) is the
-  // gradient of the positives' logits. Memory that only the products needed is given back first.
+  // Calls add(sums) for the sums that become dx, if they are asked.
+  template <class F>
+  void add_to_x(const F& add) {
+    if (dx_.defined()) add(dx_.mutable_data_ptr<T>());
+  }
+
+  // Returns dx and dy in their features' dtypes, dscale and dcol_bias in T; undefined where not needed. `pos` (M,) is
+  // the gradient of the positives' logits. Memory that only the products needed is given back first.
   Gradients finish(const OptionalTensor& pos, at::ScalarType x_dtype, at::ScalarType y_dtype) {
     constexpr auto dtype = Prepared<E>::scalar_type();
     x_ = y_ = Panels<E>();
@@ -201,7 +208,7 @@ class FeatureGradients {
     else if (needs_[1])
       grads[1] = converted(std::exchange(dy_, {}), y_dtype);
     if (needs_[2]) grads[2] = scalar(dscale);
-    if (dbias.defined()) grads[3] = dbias.to(dtype);
+    if (dbias.defined()) grads[3] = (p_.one_bias ? dbias.sum() : dbias).to(dtype);
     return grads;
   }
 

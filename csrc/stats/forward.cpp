@@ -11,7 +11,8 @@ namespace fc {
 namespace {
 
 template <class E>
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> forward(const StatsProblem& problem, const Interrupt& interrupt) {
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> forward(const StatsProblem& problem,
+                                                                   const Interrupt& interrupt) {
   using T = SumType<E>;
   const Prepared<E> p(problem);
   const int64_t n = p.y.rows;

@@ -43,8 +43,8 @@ struct Statistics {
 
 // Fills `stats`, and `kept` with the products of the tiling's kept rows.
 template <class E, class T = SumType<E>>
-void forward_pass(const StatsProblem& problem, const Prepared<E>& p, const Tiling& tiling, Statistics<T>& stats, T* kept,
-                  const Interrupt& interrupt) {
+void forward_pass(const StatsProblem& problem, const Prepared<E>& p, const Tiling& tiling, Statistics<T>& stats,
+                  T* kept, const Interrupt& interrupt) {
   const int64_t n = p.y.rows;
   const TileScratch<T> scratch(tiling, p.options());
   T* pos = stats.pos.template mutable_data_ptr<T>();
@@ -63,9 +63,9 @@ void forward_pass(const StatsProblem& problem, const Prepared<E>& p, const Tilin
             T* tile = s.kept ? kept + kept_offset(at, n) : scratch.get();
             const int64_t stride = s.kept ? at.cols : kTileCols;
             multiply_tile(x, y, at, s.cols.begin, tile, stride);
-            tile_kernels<T>().forward(p.rule,
-                                 {at, tile, stride, pos, stats.row.part_max(tile_col, r), stats.row.part_sum(tile_col, r),
-                                  stats.col.part_max(tile_row, c), stats.col.part_sum(tile_row, c)});
+            tile_kernels<T>().forward(
+                p.rule, {at, tile, stride, pos, stats.row.part_max(tile_col, r), stats.row.part_sum(tile_col, r),
+                         stats.col.part_max(tile_row, c), stats.col.part_sum(tile_row, c)});
           },
           [&](const TileBounds& at, int64_t tile_row, int64_t tile_col) {
             stats.row.skip(tile_col, at.row - s.rows.begin, at.rows);

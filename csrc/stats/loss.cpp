@@ -5,12 +5,14 @@
 
 #include <algorithm>
 #include <cmath>
+#include <functional>
 #include <vector>
 
 #include "autograd/cross_entropy.h"
 #include "common/memory.h"
 #include "kernels/tile_kernels.h"
 #include "stats/backward.h"
+#include "stats/class_means.h"
 #include "stats/feature_gradients.h"
 #include "stats/forward.h"
 #include "stats/panels.h"
@@ -40,7 +42,8 @@ Term term(double pos, double normaliser, bool is_softplus, const RowLoss& loss) 
 }
 
 template <class E>
-LossAndGradients from_rows(const StatsProblem& problem, const RowLoss& loss, const Needs& needs, const Interrupt& interrupt) {
+LossAndGradients from_rows(const StatsProblem& problem, const RowLoss& loss, const Needs& needs,
+                           const Interrupt& interrupt) {
   using T = SumType<E>;
   const Prepared<E> p(problem, loss.normalize);
   const int64_t m = p.x.rows, n = p.y.rows, stride = round_up(n, 32) + 16;
@@ -72,8 +75,8 @@ LossAndGradients from_rows(const StatsProblem& problem, const RowLoss& loss, con
             T* tile = products(at);
             const int64_t r = at.row - rows.begin;
             multiply_tile(x, y_transposed, at, group.begin, tile, stride);
-            tile_kernels<T>().forward(
-                p.rule, {at, tile, stride, pos_data, row.part_max(tile_col, r), row.part_sum(tile_col, r), nullptr, nullptr});
+            tile_kernels<T>().forward(p.rule, {at, tile, stride, pos_data, row.part_max(tile_col, r),
+                                               row.part_sum(tile_col, r), nullptr, nullptr});
           },
           [](const TileBounds&, int64_t, int64_t) {});
       row.merge(0);
@@ -91,8 +94,8 @@ LossAndGradients from_rows(const StatsProblem& problem, const RowLoss& loss, con
     for (const Range& group : tiling.column_groups()) {
       gradients.start_group(group);
       const auto logit_gradient = [&](const TileBounds& at, T* tile, int64_t tile_stride) {
-        tile_kernels<T>().backward(p.rule, {at, products(at), stride, tile, tile_stride, norm.high.data(), norm.low.data(),
-                                       g_row.const_data_ptr<T>(), nullptr, nullptr, nullptr});
+        tile_kernels<T>().backward(p.rule, {at, products(at), stride, tile, tile_stride, norm.high.data(),
+                                            norm.low.data(), g_row.const_data_ptr<T>(), nullptr, nullptr, nullptr});
       };
       gradients.add({rows, group, true}, logit_gradient, s + group.begin, stride);  // G takes the products' place
       interrupt();
@@ -116,9 +119,24 @@ double add_direction(const at::Tensor& normaliser, int64_t count, const T* pos, 
   return sum;
 }
 
+// SupCon: each row's loss is its log-sum-exp over all others minus the mean logit of its class; rows alone in theirs do
+// not count. Returns the loss; writes its derivative by the rows' log-sum-exps, the same weight for all that count.
+template <class E, class T = SumType<E>>
+double add_classes(const ClassMeans<E>& classes, const at::Tensor& normaliser, double scale, double weight,
+                   T* g_normaliser) {
+  const double* value = normaliser.const_data_ptr<double>();
+  double sum = 0;
+  for (int64_t i = 0; i < normaliser.numel(); ++i) {
+    if (classes.positives(i) == 0) continue;
+    sum += weight * (value[i] - classes.logit(i, scale));
+    g_normaliser[i] = static_cast<T>(weight);
+  }
+  return sum;
+}
+
 template <class E>
 LossAndGradients from_kept_products(const StatsProblem& problem, const RowLoss& loss, const Needs& needs,
-                                  const Interrupt& interrupt) {
+                                    const Interrupt& interrupt) {
   using T = SumType<E>;
   const Prepared<E> p(problem, loss.normalize);
   const int64_t m = p.x.rows, n = p.y.rows;
@@ -131,19 +149,30 @@ LossAndGradients from_kept_products(const StatsProblem& problem, const RowLoss& 
   forward_pass<E>(problem, p, tiling, stats, products, interrupt);
 
   const auto zeros = [&](int64_t size) { return at::zeros({size}, p.options()); };
-  const at::Tensor g_pos = zeros(m), g_row = zeros(m), row_value = stats.row_value(problem);
-  const T* pos = stats.pos.template const_data_ptr<T>();
-  double sum = add_direction<T>(row_value, m, pos, loss, g_row.mutable_data_ptr<T>(), g_pos.mutable_data_ptr<T>());
-  const Direction<T> row{Normaliser<T>(row_value), g_row};
-  Direction<T> col = row;  // the lower triangle's rows are the upper one's columns
-  if (!problem.upper) {
-    const at::Tensor g_col = zeros(n), col_value = stats.col.value();
-    sum += add_direction<T>(col_value, m, pos, loss, g_col.mutable_data_ptr<T>(), g_pos.mutable_data_ptr<T>());
-    col = {Normaliser<T>(col_value), g_col};
-  }
+  const at::Tensor g_row = zeros(m), row_value = stats.row_value(problem);
   const auto dtype = p.scalar_type();
-  return {at::scalar_tensor(sum, at::kDouble),
-          backward_pass<E>(p, tiling, products, m, g_pos, row, col, needs, dtype, dtype, interrupt)};
+  const auto gradients = [&](double sum, const OptionalTensor& g_pos, const Direction<T>& row, const Direction<T>& col,
+                             const std::function<void(T*)>& add_more) {
+    return LossAndGradients{
+        at::scalar_tensor(sum, at::kDouble),
+        backward_pass<E>(p, tiling, products, m, g_pos, row, col, needs, dtype, dtype, interrupt, add_more)};
+  };
+  const Direction<T> row{Normaliser<T>(row_value), g_row};
+  if (loss.labels) {
+    const ClassMeans<E> classes(p.x, *loss.labels);
+    const double weight = loss.over_counted ? 1. / std::max<int64_t>(1, classes.counted()) : loss.weight;
+    const double sum = add_classes<E>(classes, row_value, p.rule.scale, weight, g_row.mutable_data_ptr<T>());
+    const double factor = needs.joint ? -2 * weight : -weight;  // each pair of a class is in the loss of both its rows
+    return gradients(sum, std::nullopt, row, row, [&](T* dx) { classes.add_to(dx, factor); });
+  }
+  const at::Tensor g_pos = zeros(m);
+  const T* pos = stats.pos.template const_data_ptr<T>();
+  T* g_pos_data = g_pos.mutable_data_ptr<T>();
+  double sum = add_direction<T>(row_value, m, pos, loss, g_row.mutable_data_ptr<T>(), g_pos_data);
+  if (problem.upper) return gradients(sum, g_pos, row, row, {});  // the lower triangle's rows are the upper's columns
+  const at::Tensor g_col = zeros(n), col_value = stats.col.value();
+  sum += add_direction<T>(col_value, m, pos, loss, g_col.mutable_data_ptr<T>(), g_pos_data);
+  return gradients(sum, g_pos, row, {Normaliser<T>(col_value), g_col}, {});
 }
 
 }  // namespace
@@ -152,6 +181,7 @@ LossAndGradients loss_and_gradients(const StatsProblem& problem, const RowLoss& 
                                     const Interrupt& interrupt) {
   return with_elements(problem, [&](auto element) {
     using E = decltype(element);
+    TORCH_CHECK_VALUE(!loss.labels || problem.upper, "labels: expected a problem of features against themselves");
     TORCH_CHECK_VALUE(problem.x.size(0) > 0 && problem.y.size(0) > 0, "x, y: got ", problem.x.size(0), " and ",
                       problem.y.size(0), " rows, expected at least one");
     if (problem.want_col || problem.upper) return from_kept_products<E>(problem, loss, needs, interrupt);

@@ -31,7 +31,7 @@ inline void check(const StatsProblem& p) {
   TORCH_CHECK_VALUE(p.kept_rows >= 0 && p.kept_rows <= m, "kept_rows: got ", p.kept_rows, ", expected 0 to ", m);
   TORCH_CHECK_VALUE(p.row_ids.has_value() == p.col_ids.has_value(), "row_ids, col_ids: expected both or neither");
   if (p.targets) check_sizes("targets", *p.targets, {m});
-  if (p.col_bias) check_sizes("col_bias", *p.col_bias, {n});
+  if (p.col_bias && p.col_bias->dim()) check_sizes("col_bias", *p.col_bias, {n});
   for (const auto& [name, t, size] : {std::tuple("row_ids", &p.row_ids, m), std::tuple("col_ids", &p.col_ids, n)}) {
     if (!*t) continue;
     check_sizes(name, **t, {size});
@@ -40,8 +40,8 @@ inline void check(const StatsProblem& p) {
 }
 
 // Checks a problem and calls f(E{}) for the E that its products are made of. bfloat16 features are multiplied as they
-// are where the CPU can and D is even, since an odd D would leave half a pair. Otherwise they are multiplied in float32,
-// as float16 ones are.
+// are where the CPU can and D is even, since an odd D would leave half a pair. Otherwise they are multiplied in
+// float32, as float16 ones are.
 template <class F>
 auto with_elements(const StatsProblem& problem, const F& f) {
   check(problem);
@@ -56,11 +56,14 @@ template <class E, class T = SumType<E>>
 struct Prepared {
   Features<E> x, y;
   OptionalTensor targets, col_bias, row_codes, col_codes;  // ids as dense codes that fit a 32-bit lane
+  bool one_bias = false;                                   // all columns share one: its gradient is one number
   LogitRule<T> rule{};
 
   explicit Prepared(const StatsProblem& p, bool unit = false) : x("x", p.x, unit), y("y", p.y, unit) {
     if (p.targets) targets = indices("targets", *p.targets, y.rows);
     col_bias = readable("col_bias", p.col_bias, scalar_type());
+    one_bias = col_bias && col_bias->dim() == 0;
+    if (one_bias) col_bias = col_bias->expand({y.rows}).contiguous();
     if (p.row_ids) encode_ids(readable("row_ids", *p.row_ids, at::kLong), readable("col_ids", *p.col_ids, at::kLong));
     rule = {readable("scale", p.scale, scalar_type()).template item<T>(),
             data<T>(col_bias),

@@ -16,7 +16,7 @@ struct StatsProblem {
   at::Tensor x, y;          // (M, D), (N, D), one floating dtype, any strides
   at::Tensor scale;         // 0-d
   OptionalTensor targets;   // (M,) int64
-  OptionalTensor col_bias;  // (N,)
+  OptionalTensor col_bias;  // (N,) or ()
   OptionalTensor row_ids;   // (M,) int64, compared with col_ids
   OptionalTensor col_ids;   // (N,) int64
   bool exclude_self;
@@ -25,6 +25,15 @@ struct StatsProblem {
   EqualIds equal_ids;
   bool softplus;      // `row` is the sum of softplus(s), not a log-sum-exp; there are no columns then
   int64_t kept_rows;  // rows of products to keep for the backward
+
+  // Calls f(name, tensor) for every tensor that a rule may ask for: what is read from Python and saved for a backward.
+  template <class F>
+  void for_each_tensor(const F& f) {
+    f("targets", targets);
+    f("col_bias", col_bias);
+    f("row_ids", row_ids);
+    f("col_ids", col_ids);
+  }
 };
 
 using Interrupt = std::function<void()>;  // called between blocks; throws to stop
@@ -61,6 +70,10 @@ struct RowLoss {
   double weight, margin;
   bool decoupled;
   bool normalize;  // x and y, float32 or float64, are divided by their rows' lengths first
+  // (M,) int64, of an upper problem: the loss is row minus the mean logit of the other rows with the same label, and
+  // rows alone with theirs do not count. `over_counted`: the weight is one over the number of those that do.
+  OptionalTensor labels;
+  bool over_counted;
 };
 struct LossAndGradients {
   at::Tensor loss;  // 0-d float64

@@ -112,8 +112,8 @@ class Tiling {
   int64_t tile_rows_, tile_cols_, threads_;
 };
 
-// Where a tile begins in the (rows, N) products that are kept. Each tile lies by itself, as rows of `at.cols`: rows of S
-// may be a power of 2 apart and would fall into the same few sets of the cache.
+// Where a tile begins in the (rows, N) products that are kept. Each tile lies by itself, as rows of `at.cols`: rows of
+// S may be a power of 2 apart and would fall into the same few sets of the cache.
 inline int64_t kept_offset(const TileBounds& at, int64_t n) {
   return at.row * n + at.col * at.rows;
 }

@@ -44,18 +44,16 @@ class Backend(ABC):
         """Gradients given those of the statistics. ``saved.pos`` may hold anything. Must not write to ``saved``."""
 
     def fuses_loss(self, spec: StatsSpec, m: int) -> bool:
-        """Whether ``loss_and_gradients`` is its best way for a problem of m rows.
+        """Whether ``row_loss`` is its best way for a problem of m rows. Default: it has none.
 
         ``spec.kept_rows`` says how many rows of products the memory budget allows.
         """
         return False
 
-    def loss_and_gradients(
-        self, spec: StatsSpec, x: Tensor, y: Tensor, loss: RowLoss, needs: Needs
-    ) -> tuple[Tensor, Gradients]:
-        """The loss (), float64, and its gradients, formed in one call without a backward.
+    def row_loss(self, spec: StatsSpec, x: Tensor, y: Tensor, loss: RowLoss) -> Tensor:
+        """The loss () in the compute dtype, once differentiable, its gradients formed in the forward.
 
-        Those of the features are in the compute dtype. Only called where ``fuses_loss`` says so.
+        Only called for what ``fuses_loss`` takes.
         """
         raise NotImplementedError
 

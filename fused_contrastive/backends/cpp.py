@@ -95,12 +95,9 @@ class Cpp(Backend):
         """Rows alone are walked once; columns, and triangles, need all products before any gradient."""
         return spec.kept_rows == m or not (spec.want_col or spec.upper)
 
-    def loss_and_gradients(
-        self, spec: StatsSpec, x: Tensor, y: Tensor, loss: RowLoss, needs: Needs
-    ) -> tuple[Tensor, Gradients]:
+    def row_loss(self, spec: StatsSpec, x: Tensor, y: Tensor, loss: RowLoss) -> Tensor:
         forks.guard()
-        value, gradients = _C.loss_and_gradients(x, y, spec, loss, needs)
-        return value, Gradients(*gradients)
+        return _C.row_loss(x, y, spec, loss)
 
     def cross_entropy(
         self, pos: Tensor, normalisers: Sequence[Tensor], decoupled: bool, reduction: Reduction, dtype: torch.dtype

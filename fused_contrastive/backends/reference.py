@@ -10,7 +10,16 @@ import torch
 from torch import Tensor
 
 from fused_contrastive.backends.contract import Backend
-from fused_contrastive.core.spec import Forward, Gradients, Needs, StatsSpec, Upstream, compute_dtype, statistics_dtype
+from fused_contrastive.core.spec import (
+    Forward,
+    Gradients,
+    Needs,
+    StatsSpec,
+    Upstream,
+    compute_dtype,
+    statistics_dtype,
+    summed_like,
+)
 
 CHUNK_ROWS = 1024
 
@@ -79,7 +88,7 @@ class Reference(Backend):
             x=(spec.scale * dx).to(x_dtype) if needs.x else None,
             y=(spec.scale * dy).to(y_dtype) if needs.y else None,
             scale=dscale,
-            col_bias=dbias if needs.col_bias else None,
+            col_bias=summed_like(spec.col_bias, dbias) if needs.col_bias else None,
         )
 
 

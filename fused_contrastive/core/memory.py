@@ -28,7 +28,6 @@ LEAST_D = 160
 CPU_BYTES = 64 << 20  # of products, that "auto" keeps at most on a CPU
 
 Kept = tuple[tuple[int, ...], torch.dtype]  # shape and dtype of what is kept
-Layout = Callable[[int], Kept]  # what so many rows take
 
 
 @functools.cache
@@ -55,12 +54,12 @@ def products_to_keep(x: Tensor, columns: int, kept: Callable[..., Kept], budget:
             return 0
         if x.device.type == "cpu":
             budget = CPU_BYTES
-    return rows_to_keep(x.shape[0], functools.partial(kept, n=columns, dtype=x.dtype), budget, x.device)
+    return rows_to_keep(x.shape[0], kept(64, columns, x.dtype), budget, x.device)
 
 
-def rows_to_keep(m: int, layout: Layout, budget: int | str, device: torch.device) -> int:
+def rows_to_keep(m: int, of_64_rows: Kept, budget: int | str, device: torch.device) -> int:
     """How many of m rows fit the budget; none where the backend keeps none."""
-    shape, dtype = layout(64)
+    shape, dtype = of_64_rows
     of_64 = math.prod(shape) * dtype.itemsize
     if not of_64:
         return 0

@@ -69,6 +69,13 @@ def _refuse_tangents(values: tuple[Any, ...]) -> None:
         raise RuntimeError(NO_FORWARD_MODE)
 
 
+def second_backward(ctx: Any, *_: Tensor) -> None:
+    raise RuntimeError(
+        "fused_contrastive: double backward is not supported (the gradients' own gradient was asked, for example by "
+        "create_graph=True or a gradient penalty); use the eager formula for that term"
+    )
+
+
 def unwrapped(t: Tensor) -> Tensor:
     """The tensor below all transforms of torch.func, with the elements of all their batches."""
     functorch = torch._C._functorch

@@ -29,7 +29,7 @@ class StatsSpec(NamedTuple):
 
     scale: Tensor  # () in the compute dtype
     targets: Tensor | None = None  # (M,) int64 column of each row's positive; None: t(i) = i
-    col_bias: Tensor | None = None  # (N,) in the compute dtype
+    col_bias: Tensor | None = None  # (N,), or () for all columns, in the compute dtype
     row_ids: Tensor | None = None  # (M,) int64
     col_ids: Tensor | None = None  # (N,) int64
     exclude_self: bool = False
@@ -80,7 +80,7 @@ class Gradients(NamedTuple):
     x: Tensor | None  # (M, D) in the dtype of x
     y: Tensor | None  # (N, D) in the dtype of y
     scale: Tensor | None  # ()
-    col_bias: Tensor | None  # (N,)
+    col_bias: Tensor | None  # of its shape
 
 
 class RowLoss(NamedTuple):
@@ -95,6 +95,15 @@ class RowLoss(NamedTuple):
     margin: float = 0.0
     decoupled: bool = False
     normalize: bool = False  # x and y, float32 or float64, are divided by their rows' lengths first
+    # (M,) int64, of an ``upper`` problem: the loss is ``row`` minus the mean logit of the other rows with the same
+    # label; rows alone with theirs do not count. ``over_counted``: the weight is one over the number of those that do.
+    labels: Tensor | None = None
+    over_counted: bool = False
+
+
+def summed_like(col_bias: Tensor | None, gradient: Tensor) -> Tensor:
+    """(N,) gradients of the columns' biases -> that of the bias, in its shape."""
+    return gradient.sum() if col_bias is not None and col_bias.dim() == 0 else gradient
 
 
 def compute_dtype(features: torch.dtype) -> torch.dtype:

@@ -15,7 +15,7 @@ Group = dist.ProcessGroup | None
 all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
-def gather_rows(rows: Tensor, sizes: Sequence[int], group: Group) -> Tensor:
+def all_gather_rows(rows: Tensor, sizes: Sequence[int], group: Group) -> Tensor:
     """(n, ...) here, ``sizes`` everywhere -> (N, ...), process by process."""
     most, rest = max(sizes), rows.shape[1:]
     ours = rows.contiguous()
@@ -28,7 +28,7 @@ def gather_rows(rows: Tensor, sizes: Sequence[int], group: Group) -> Tensor:
     return torch.cat([part[:size] for part, size in zip(everywhere.split(most), sizes, strict=True)])
 
 
-def scatter_sum(rows: Tensor, sizes: Sequence[int], rank: int, group: Group) -> Tensor:
+def reduce_scatter_rows(rows: Tensor, sizes: Sequence[int], rank: int, group: Group) -> Tensor:
     """(N, ...) here and in every process -> (n, ...): the sum over processes of the rows that are this one's.
 
     As many bytes as a reduce-scatter, but rows of half precision are summed in float32, and in one order.
@@ -57,18 +57,18 @@ def merge_log_sums(partial: Tensor, exact: bool, group: Group) -> Tensor:
     return sums.to(partial.dtype).log() + reference
 
 
-class _Gathered(torch.autograd.Function):
+class _AllGather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, sizes: Sequence[int], rank: int, group: Group) -> Tensor:
         ctx.options = sizes, rank, group
-        return gather_rows(rows, sizes, group)
+        return all_gather_rows(rows, sizes, group)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
-        return scatter_sum(gradient, *ctx.options), None, None, None
+        return reduce_scatter_rows(gradient, *ctx.options), None, None, None
 
 
-class _Summed(torch.autograd.Function):
+class _AllReduce(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, value: Tensor, group: Group) -> Tensor:
         ctx.group = group
@@ -83,7 +83,7 @@ class _Summed(torch.autograd.Function):
         return gradient, None
 
 
-class _Merged(torch.autograd.Function):
+class _MergeLogSums(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, partial: Tensor, exact: bool, group: Group) -> Tensor:
         ctx.group = group
@@ -100,7 +100,7 @@ class _Merged(torch.autograd.Function):
         return gradient * share, None, None
 
 
-class _Reported(torch.autograd.Function):
+class _ReportLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, part: Tensor, factor: float, group: Group) -> Tensor:
         ctx.factor = factor
@@ -113,25 +113,25 @@ class _Reported(torch.autograd.Function):
         return gradient * ctx.factor, None, None
 
 
-def gathered(rows: Tensor, sizes: Sequence[int], rank: int, group: Group) -> Tensor:
-    """``gather_rows`` with a gradient: each row gets the sum of what all processes have for it."""
-    result: Tensor = _Gathered.apply(rows, sizes, rank, group)  # type: ignore[no-untyped-call]
+def all_gather_with_gradient(rows: Tensor, sizes: Sequence[int], rank: int, group: Group) -> Tensor:
+    """``all_gather_rows`` with a gradient: each row gets the sum of what all processes have for it."""
+    result: Tensor = _AllGather.apply(rows, sizes, rank, group)  # type: ignore[no-untyped-call]
     return result
 
 
-def summed(value: Tensor, group: Group) -> Tensor:
+def all_reduce(value: Tensor, group: Group) -> Tensor:
     """The sum over processes, which all of them use: the gradient is the sum of theirs."""
-    result: Tensor = _Summed.apply(value, group)  # type: ignore[no-untyped-call]
+    result: Tensor = _AllReduce.apply(value, group)  # type: ignore[no-untyped-call]
     return result
 
 
-def merged(partial: Tensor, exact: bool, group: Group) -> Tensor:
+def merge_log_sums_with_gradient(partial: Tensor, exact: bool, group: Group) -> Tensor:
     """``merge_log_sums`` with a gradient."""
-    result: Tensor = _Merged.apply(partial, exact, group)  # type: ignore[no-untyped-call]
+    result: Tensor = _MergeLogSums.apply(partial, exact, group)  # type: ignore[no-untyped-call]
     return result
 
 
-def reported(part: Tensor, factor: float, group: Group) -> Tensor:
+def report_loss(part: Tensor, factor: float, group: Group) -> Tensor:
     """The sum over processes of their parts of the loss; the gradient goes to the own part, times ``factor``."""
-    result: Tensor = _Reported.apply(part, factor, group)  # type: ignore[no-untyped-call]
+    result: Tensor = _ReportLoss.apply(part, factor, group)  # type: ignore[no-untyped-call]
     return result

@@ -11,7 +11,13 @@ from torch import Tensor
 
 from fused_contrastive.core.reduction import Reduction, reduce
 from fused_contrastive.distributed.batch import GlobalBatch
-from fused_contrastive.distributed.collectives import gather_rows, gathered, merged, reported, summed
+from fused_contrastive.distributed.collectives import (
+    all_gather_rows,
+    all_gather_with_gradient,
+    all_reduce,
+    merge_log_sums_with_gradient,
+    report_loss,
+)
 
 
 class LocalShape(NamedTuple):
@@ -114,26 +120,26 @@ class GlobalShape:
         part = losses.sum()
         if reduction == "mean":
             part = part / (self.all_rows if count is None else count)
-        return reported(part, self.world if self.batch.gradients == "mean" else 1, self.group)
+        return report_loss(part, self.world if self.batch.gradients == "mean" else 1, self.group)
 
     def sum(self, value: Tensor) -> Tensor:
-        return summed(value, self.group)
+        return all_reduce(value, self.group)
 
     def counted(self, share: Tensor) -> Tensor:
         return self.reduce(share[None] / self.world, "sum")
 
     def gather(self, rows: Tensor) -> Tensor:
-        return gather_rows(rows, self.cols, self.group)
+        return all_gather_rows(rows, self.cols, self.group)
 
     def gather_with_gradient(self, rows: Tensor) -> Tensor:
         """As ``gather``; each row's gradient is the sum of what all processes have for it."""
-        return gathered(rows, self.cols, self.rank, self.group)
+        return all_gather_with_gradient(rows, self.cols, self.rank, self.group)
 
     def own_cols(self, everything: Tensor) -> Tensor:
         return everything[self.own_range]
 
     def merge(self, partial: Tensor, exact: bool) -> Tensor:
-        return merged(partial, exact, self.group)
+        return merge_log_sums_with_gradient(partial, exact, self.group)
 
 
 Shape = LocalShape | GlobalShape

@@ -116,11 +116,14 @@ def info_nce_loss(
             )
         negatives_mask = checks.mask("negatives_mask", negatives_mask, negatives.shape[:2], "negatives", negatives)
     columns = torch.cat((key, negatives)) if negatives is not None and shared else key
+    if targets is not None:
+        targets = checks.vector("targets", targets, query.shape[0], query, of="one key per query", integer=True)
+        if shared and not call.spread:
+            targets = _keys_alone(targets, key.shape[0], columns.shape[0])
     row_ids, col_ids = checked_pair_of_ids(row_ids, col_ids, query, columns)
     problem = Problem(
-        query, columns, scale, targets=_checked_targets(targets, query, key, columns, call.spread),
-        col_bias=checked_bias(col_bias, columns), row_ids=row_ids, col_ids=col_ids, memory_budget=memory_budget,
-        backend=backend, normalize=normalize,
+        query, columns, scale, targets=targets, col_bias=checked_bias(col_bias, columns), row_ids=row_ids,
+        col_ids=col_ids, memory_budget=memory_budget, backend=backend, normalize=normalize,
     )  # fmt: skip
     options = {
         "symmetric": symmetric, "decoupled": decoupled, "margin": margin, "label_smoothing": label_smoothing,
@@ -167,20 +170,12 @@ def _mean_over_queries(problem: Problem, shape: Shape, keys: int, margin: float)
     return mean if problem.spec.col_bias is None else mean + problem.spec.col_bias[:keys]
 
 
-def _checked_targets(
-    targets: Tensor | None, query: Tensor, key: Tensor, columns: Tensor, spread: bool
-) -> Tensor | None:
-    """(M,) int64; a shared negative, which the operator would take for a key, is no target."""
-    if targets is None:
-        return None
-    targets = checks.vector("targets", targets, query.shape[0], query, of="one key per query", integer=True)
-    if spread or columns is key:
-        return targets
+def _keys_alone(targets: Tensor, keys: int, columns: int) -> Tensor:
+    """Targets that no shared negative may be, which the operator would take for a key."""
     if is_plain(targets):
-        checks.target_range(targets, key.shape[0])
+        checks.target_range(targets, keys)
         return targets
-    # The operator's check, which sees the values, is to refuse them.
-    return targets.masked_fill(targets >= key.shape[0], columns.shape[0])
+    return targets.masked_fill(targets >= keys, columns)  # the operator's check, which sees the values, refuses these
 
 
 def _checked_negatives(negatives: object, query: Tensor, empty: bool) -> Tensor:

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from fused_contrastive.core import checks
 from fused_contrastive.core.observing import observed
 from fused_contrastive.core.reduction import REDUCTIONS, Reduction
-from fused_contrastive.core.spec import BackendName, compute_dtype
+from fused_contrastive.core.spec import BackendName
 from fused_contrastive.distributed.agreement import Group, call_of, collective
 from fused_contrastive.losses import terms
-from fused_contrastive.ops.problem import Problem, autocast, checked_pair_of_ids
+from fused_contrastive.ops.problem import Problem, autocast, checked_pair_of_ids, scalar_tensor
 from fused_contrastive.ops.row_loss import row_loss
 
 
@@ -67,8 +67,7 @@ def siglip_loss(
     bias = None
     if logit_bias is not None:
         logit_bias = checks.scalar_beside("logit_bias", logit_bias, image_features)
-        zero = image_features.new_zeros((), dtype=compute_dtype(image_features.dtype))
-        bias = (zero + logit_bias).to(zero.dtype).expand(text_features.shape[0])
+        bias = scalar_tensor(logit_bias, image_features)
     row_ids, col_ids = checked_pair_of_ids(row_ids, col_ids, image_features, text_features)
     problem = Problem(
         image_features, text_features, logit_scale, col_bias=bias, row_ids=row_ids, col_ids=col_ids,

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from fused_contrastive.core import checks
 from fused_contrastive.core.observing import observed
 from fused_contrastive.core.reduction import REDUCTIONS, Reduction
-from fused_contrastive.core.spec import BackendName, compute_dtype
+from fused_contrastive.core.spec import BackendName, RowLoss, compute_dtype
 from fused_contrastive.distributed.agreement import Group, call_of, collective
-from fused_contrastive.distributed.shape import Shape
+from fused_contrastive.distributed.shape import LocalShape, Shape
 from fused_contrastive.losses import terms
 from fused_contrastive.ops.problem import Problem, autocast
-from fused_contrastive.ops.row_loss import cross_entropy
+from fused_contrastive.ops.row_loss import cross_entropy, in_the_forward
 
 VARIANTS = ("out", "in")
 NO_POSITIVE = ("skip", "zero", "nan")
@@ -81,7 +81,12 @@ def supcon_loss(
     problem = Problem(z, z, scale, memory_budget=memory_budget, backend=backend, normalize=normalize)
     options = {"views": count, "variant": variant, "no_positive": no_positive}
     shape = problem.agree(call, "supcon_loss", {**options, "reduction": reduction, "normalize": normalize})
-
+    if variant == "out" and reduction != "none" and no_positive != "nan" and isinstance(shape, LocalShape):
+        over_counted = reduction == "mean" and no_positive == "skip"
+        each = RowLoss(1 / len(z) if reduction == "mean" else 1.0, labels=labels, over_counted=over_counted)
+        loss = in_the_forward(problem, each, {"upper": True, "want_col": False})
+        if loss is not None:
+            return loss
     everyone = shape.gather(labels)
     codes = torch.searchsorted(everyone.sort().values, everyone)  # below N, the same for equal labels
     code = shape.own_cols(codes)

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from fused_contrastive.core import spec
-from fused_contrastive.core.modes import is_plain
+from fused_contrastive.core.modes import is_plain, second_backward
 from fused_contrastive.core.spec import Forward, StatsSpec
 from fused_contrastive.ops import schema
-from fused_contrastive.ops.transforms import register_formula, second_backward
+from fused_contrastive.ops.transforms import register_formula
 
 SPEC, TENSORS = len(StatsSpec._fields), len(spec.TENSORS)
 INPUTS = 2 + SPEC + 1  # of stats_forward: x, y, the problem, the backend
@@ -36,32 +36,23 @@ def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
     ctx.save_for_backward(row, col, kept, x, y, *tensors)
 
 
-def needed(ctx: Any) -> list[bool]:
-    """Which of x, y, scale and col_bias need a gradient."""
-    asked = ctx.needs_input_grad  # made anew each time
-    return [asked[0], asked[1], asked[SCALE], asked[COL_BIAS]]
-
-
-def by_input(dx: Tensor | None, dy: Tensor | None, dscale: Tensor | None, dcol_bias: Tensor | None) -> list[Any]:
-    """The gradients in the order of the operator's inputs."""
-    found: list[Any] = [None] * INPUTS
-    found[0], found[1], found[SCALE], found[COL_BIAS] = dx, dy, dscale, dcol_bias
-    return found
-
-
 def backward(ctx: Any, g_pos: Tensor | None, g_row: Tensor | None, g_col: Tensor | None, _: None) -> tuple[Any, ...]:
     if g_pos is None and g_row is None and g_col is None:
         return (None,) * INPUTS
     row, col, kept, x, y, *tensors = ctx.saved_tensors
     if ctx.same:
         y = x  # hooks on saved tensors may have made two of one
-    needs = needed(ctx)
+    asked = ctx.needs_input_grad  # made anew each time
+    needs = [asked[0], asked[1], asked[SCALE], asked[COL_BIAS]]
     direct = is_plain(x) and not torch.is_grad_enabled()
     if direct and ctx.same and needs[0] and not needs[3]:
         needs = [True, False, needs[2], False, True]  # the gradients of x and y as one
     run = schema.stats_backward if direct else torch.ops.fused_contrastive.stats_backward
     gradients = run(g_pos, g_row, g_col, row, col, kept, needs, x, y, *tensors, *ctx.options)
-    return tuple(by_input(*(g if asked else None for g, asked in zip(gradients, needs[:4], strict=True))))
+    by_input: list[Any] = [None] * INPUTS
+    for place, gradient, needed in zip((0, 1, SCALE, COL_BIAS), gradients, needs[:4], strict=True):
+        by_input[place] = gradient if needed else None
+    return tuple(by_input)
 
 
 class _Eager(torch.autograd.Function):

@@ -30,7 +30,7 @@ from fused_contrastive.core.spec import (
     compute_dtype,
     statistics_dtype,
 )
-from fused_contrastive.distributed.collectives import merge_log_sums, scatter_sum
+from fused_contrastive.distributed.collectives import merge_log_sums, reduce_scatter_rows
 from fused_contrastive.distributed.shape import GlobalShape
 from fused_contrastive.ops import ring, schema
 from fused_contrastive.ops.dispatch import BACKENDS
@@ -57,6 +57,8 @@ def global_stats(
         first = shape.first_row
         own = torch.arange(first, first + len(x), device=x.device)
         spec = spec._replace(row_ids=own, col_ids=own)
+    if spec.col_bias is not None and spec.col_bias.dim() == 0:
+        spec = spec._replace(col_bias=spec.col_bias.expand(len(y)))
     constants = _Constants(shape, spec, budget, backend)
     stats = _Ring if shape.ring else _Gather
     pos, row, col = stats.apply(x, y, spec.scale, spec.col_bias, constants)  # type: ignore[no-untyped-call]
@@ -107,9 +109,9 @@ class _Gather(torch.autograd.Function):
         else:
             dx, dy, dscale, dcol_bias = _zeros(spec, x, everything)
         assert dy is not None
-        dy = scatter_sum(dy, sizes, rank, shape.group)
+        dy = reduce_scatter_rows(dy, sizes, rank, shape.group)
         if dcol_bias is not None:
-            dcol_bias = scatter_sum(dcol_bias, sizes, rank, shape.group)
+            dcol_bias = reduce_scatter_rows(dcol_bias, sizes, rank, shape.group)
         return dx, dy, dscale if ctx.needs[2] else None, dcol_bias if ctx.needs[3] else None, None
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from fused_contrastive.core import checks
 from fused_contrastive.core.forks import guarded
 from fused_contrastive.core.memory import rows_to_keep
-from fused_contrastive.core.modes import is_plain
+from fused_contrastive.core.modes import is_plain, second_backward
 from fused_contrastive.core.spec import BackendName, compute_dtype
 from fused_contrastive.core.tokens import (
     MaxSimForward,
@@ -32,7 +32,7 @@ from fused_contrastive.core.tokens import (
 from fused_contrastive.ops import dispatch, operands
 from fused_contrastive.ops.problem import autocast
 from fused_contrastive.ops.schema import library, without_autocast
-from fused_contrastive.ops.transforms import register_formula, second_backward
+from fused_contrastive.ops.transforms import register_formula
 
 REDUCTIONS = ("sum", "mean")
 DIRECTIONS = ("x", "y", "both")
@@ -250,7 +250,7 @@ def _sums(
     kept = 0
     if differentiable:
         row = bytes_of_row(x, y, both)
-        kept = rows_to_keep(x.shape[0], lambda rows: ((rows, row), torch.uint8), budget, x.device)
+        kept = rows_to_keep(x.shape[0], ((64, row), torch.uint8), budget, x.device)
     inputs = (x, y, x_mask, y_mask, both, kept, backend)
     if not is_plain(x, y, x_mask, y_mask):
         x_sums, y_sums, _, _ = torch.ops.fused_contrastive.max_sim_forward(*inputs)

@@ -26,7 +26,7 @@ def stats(x: Tensor, y: Tensor, spec: StatsSpec, backend: str) -> None:
     _vector("targets", spec.targets, (m,), x, torch.int64)
     _vector("row_ids", spec.row_ids, (m,), x, torch.int64)
     _vector("col_ids", spec.col_ids, (n,), x, torch.int64)
-    _vector("col_bias", spec.col_bias, (n,), x)
+    _vector("col_bias", spec.col_bias, (n,) if spec.col_bias is None or spec.col_bias.dim() else (), x)
     if (spec.row_ids is None) != (spec.col_ids is None):
         raise ValueError("row_ids, col_ids: got only one of them, expected both or neither")
     checks.one_of("equal_ids", spec.equal_ids, get_args(EqualIds))

@@ -28,10 +28,8 @@ class Problem:
         memory_budget: int | str, backend: str, normalize: bool = False,
     ) -> None:  # fmt: skip
         checks.memory_budget(memory_budget)
-        dtype = compute_dtype(x.dtype)
-        scale = checks.scalar_beside("scale", scale, x)
-        scale = scale.to(dtype) if isinstance(scale, Tensor) else x.new_full((), scale, dtype=dtype)
         self.x, self.y, self.normalize = x, y, normalize
+        scale = scalar_tensor(checks.scalar_beside("scale", scale, x), x)
         self.spec = StatsSpec(scale, targets, col_bias, row_ids, col_ids)
         self.memory_budget, self.backend = memory_budget, dispatch.resolve(backend, x.device, x.dtype)
 
@@ -77,6 +75,12 @@ class Problem:
         """How many rows' products the budget lets the forward keep."""
         kept = dispatch.BACKENDS[self.backend].kept
         return memory.products_to_keep(self.x, self.y.shape[0], kept, self.memory_budget)
+
+
+def scalar_tensor(value: float | Tensor, x: Tensor) -> Tensor:
+    """() in the compute dtype of the features x, on their device if it was a number."""
+    dtype = compute_dtype(x.dtype)
+    return value.to(dtype) if isinstance(value, Tensor) else x.new_full((), value, dtype=dtype)
 
 
 def checked_targets(targets: Tensor | None, x: Tensor, y: Tensor, spread: bool) -> Tensor | None:

@@ -16,13 +16,11 @@ from torch import Tensor
 from fused_contrastive.core import checks
 from fused_contrastive.core.modes import is_plain
 from fused_contrastive.core.reduction import Reduction
-from fused_contrastive.core.spec import TENSORS, BackendName, Needs, RowLoss, StatsSpec, compute_dtype
+from fused_contrastive.core.spec import TENSORS, BackendName, RowLoss, compute_dtype
 from fused_contrastive.distributed.shape import LocalShape, Shape
 from fused_contrastive.ops import dispatch
-from fused_contrastive.ops.autograd import by_input, needed
 from fused_contrastive.ops.problem import Problem, log_add
 from fused_contrastive.ops.schema import without_autocast
-from fused_contrastive.ops.transforms import second_backward
 
 
 def row_loss(
@@ -59,7 +57,9 @@ def row_loss(
     asked = {"want_col": False, **asked}
     plain = weight is None and own_logits is None and smoothing is None
     if plain and reduction != "none" and isinstance(shape, LocalShape):
-        loss = _in_the_forward(problem, reduction == "mean", RowLoss(1.0, margin, decoupled), asked)
+        directions = 1 + asked["want_col"]
+        weight_of_each = 1 / (directions * problem.x.shape[0]) if reduction == "mean" else 1 / directions
+        loss = in_the_forward(problem, RowLoss(weight_of_each, margin, decoupled), asked)
         if loss is not None:
             return loss
     dtype = compute_dtype(problem.x.dtype)
@@ -112,7 +112,7 @@ def cross_entropy(
     return dispatch.BACKENDS[name].cross_entropy(pos, normalisers, decoupled, reduction, dtype)
 
 
-def _in_the_forward(problem: Problem, mean: bool, loss: RowLoss, asked: dict[str, Any]) -> Tensor | None:
+def in_the_forward(problem: Problem, loss: RowLoss, asked: dict[str, Any]) -> Tensor | None:
     """The loss with its gradients formed in the forward; None where that would save nothing, or cannot be had."""
     x, y, m = problem.x, problem.y, problem.x.shape[0]
     spec = problem.spec._replace(**asked)
@@ -124,56 +124,8 @@ def _in_the_forward(problem: Problem, mean: bool, loss: RowLoss, asked: dict[str
     if problem.normalize and x.dtype not in (torch.float32, torch.float64):
         problem.unit()
         x, y = problem.x, problem.y
-    weight = 1 / (m * (1 + spec.want_col)) if mean else 1 / (1 + spec.want_col)
-    loss = loss._replace(weight=weight, normalize=problem.normalize)
-    return LossAndGradients.apply(x, y, *spec, problem.backend, loss)  # type: ignore[no-any-return, no-untyped-call]
-
-
-class LossAndGradients(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor, *rest: Any) -> Tensor:
-        tensors, ctx.options = rest[: len(TENSORS)], rest[len(TENSORS) :]
-        ctx.same = y is x
-        ctx.save_for_backward(x, y, *tensors)
-        loss, ctx.gradients = _run(ctx, x, y, tensors)
-        return loss.to(compute_dtype(x.dtype))
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
-        x, y, *tensors = ctx.saved_tensors  # raises where the graph has been freed
-        # They are handed out, scaled in place: a second backward through a retained graph forms them again.
-        gradients, ctx.gradients = ctx.gradients, None
-        if gradients is None:
-            _, gradients = _run(ctx, x, y, tensors)
-        if g.device.type != "cpu" or g != 1:  # on a GPU the question would wait for it
-            for t in gradients:
-                if t is not None:
-                    t.mul_(g)
-        spec = StatsSpec(*tensors)
-        of = (x, y, spec.scale, spec.col_bias)
-        found = [t if t is None else t.to(like.dtype) for t, like in zip(gradients, of, strict=True)]
-        if torch.is_grad_enabled():
-            found = list(_Last.apply(*found, *of))  # type: ignore[no-untyped-call]
-        return *by_input(*found), None
-
-
-def _run(ctx: Any, x: Tensor, y: Tensor, tensors: Any) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-    *options, backend, loss = ctx.options
-    spec = StatsSpec(*tensors, *options)
+    loss = loss._replace(normalize=problem.normalize)
     if spec.targets is not None:
         checks.target_range(spec.targets, y.shape[0])
-    needs = Needs(*needed(ctx))
-    if ctx.same and needs.x and not needs.col_bias:
-        y, needs = x, needs._replace(y=False, joint=True)
     with without_autocast(x):
-        return dispatch.BACKENDS[backend].loss_and_gradients(spec, x, y, loss, needs)
-
-
-class _Last(torch.autograd.Function):
-    """Four gradients as they are, by what they are gradients of; their own gradient raises."""
-
-    @staticmethod
-    def forward(ctx: Any, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-        return tuple(t if t is None else t.view_as(t) for t in tensors[:4])
-
-    backward = staticmethod(second_backward)
+        return dispatch.BACKENDS[problem.backend].row_loss(spec, x, y, loss)

@@ -127,6 +127,8 @@ def _fake_forward(x, y, *problem):  # type: ignore[no-untyped-def]
 
 
 @torch.library.register_fake("fused_contrastive::stats_backward", lib=library)
-def _fake_backward(g_pos, g_row, g_col, row, col, kept, needs, x, y, scale, *rest):  # type: ignore[no-untyped-def]
-    like = (x, y, scale, scale.new_empty(y.shape[0]))
-    return tuple(t.new_empty(t.shape) if asked else scale.new_empty(0) for t, asked in zip(like, needs, strict=True))
+def _fake_backward(g_pos, g_row, g_col, row, col, kept, needs, x, y, *problem):  # type: ignore[no-untyped-def]
+    spec = StatsSpec(*problem[:-1])
+    like = (x, y, spec.scale, spec.scale if spec.col_bias is None else spec.col_bias)
+    nothing = spec.scale.new_empty(0)
+    return tuple(t.new_empty(t.shape) if asked else nothing for t, asked in zip(like, needs, strict=True))

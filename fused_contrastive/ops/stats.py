@@ -116,9 +116,8 @@ def contrastive_stats(
         directions: which of "row" and "col" to compute.
         memory_budget: bytes to keep for the backward: 0 recomputes all products (4 matrix products for forward and
             backward), enough for M * N of them (4 bytes each; on a GPU 2 for half-precision features) saves one
-            product, anything between saves a part of it. "auto" is on a CPU a fifth of them, or 12 MB where that is
-            more (of bfloat16 features 4 MB, less the larger M is, and soon nothing), and at most a sixteenth of the
-            machine's memory; on a GPU a sixty-fourth of its memory, of half-precision features with D < 160 nothing.
+            product, anything between saves a part of it. "auto" keeps up to 64 MB of products on a CPU; on a GPU a
+            sixty-fourth of its memory, of half-precision features with D < 160 nothing.
         backend: "cpp" (CPU), "triton" (NVIDIA and AMD GPUs; not float64), "reference" (plain torch, any device), or
             "auto": "cpp" for CPU tensors ("reference", after a warning, where the extension was not built), "triton"
             for GPU tensors but "reference" for float64 ones, elsewhere "reference".

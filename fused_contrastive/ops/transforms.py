@@ -77,10 +77,3 @@ def register_constant(name: str) -> None:
 def _is_functionalized() -> bool:
     functorch = torch._C._functorch
     return bool(functorch.peek_interpreter_stack().key() == functorch.TransformType.Functionalize)
-
-
-def second_backward(ctx: Any, *_: Tensor) -> None:
-    raise RuntimeError(
-        "fused_contrastive: double backward is not supported (the gradients' own gradient was asked, for example by "
-        "create_graph=True or a gradient penalty); use the eager formula for that term"
-    )

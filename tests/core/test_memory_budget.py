@@ -35,5 +35,5 @@ def test_auto_is_64_mb_of_products(dtype: torch.dtype) -> None:
 
 
 def test_auto_of_argmaxima_is_a_sixteenth_of_the_machine() -> None:
-    rows = memory.rows_to_keep(1 << 20, lambda rows: ((rows, 4 << 20), torch.uint8), "auto", torch.device("cpu"))
+    rows = memory.rows_to_keep(1 << 20, ((64, 4 << 20), torch.uint8), "auto", torch.device("cpu"))
     assert rows == (1 << 30) // (4 << 20)

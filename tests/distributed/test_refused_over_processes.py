@@ -26,7 +26,8 @@ from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import fused_contrastive as fc
-from fused_contrastive.ops import dispatch, global_stats
+from fused_contrastive.distributed.shape import GlobalShape
+from fused_contrastive.ops import dispatch
 
 WORLDS, N, D = (2, 3), 4, 8
 LIMIT = 5  # seconds; a refusal takes milliseconds, but the machine may be busy
@@ -316,10 +317,10 @@ def leave(rank: int) -> tuple[str, str, float]:
     def out_of_memory(*_: object) -> None:
         raise RuntimeError("out of memory")
 
-    whole = global_stats.gather_rows
-    global_stats.gather_rows = out_of_memory if rank == 1 else whole
+    whole = GlobalShape.gather
+    GlobalShape.gather = out_of_memory if rank == 1 else whole  # type: ignore[method-assign]
     first, _ = outcome(lambda: fc.clip_loss(x, x, 1.0, group=group))
-    global_stats.gather_rows = whole
+    GlobalShape.gather = whole  # type: ignore[method-assign]
     following, seconds = outcome(lambda: fc.clip_loss(x, x, 1.0, group=group)) if rank == 1 else ("", 0.0)
     dist.barrier()
     return first, following, seconds

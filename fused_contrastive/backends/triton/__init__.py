@@ -63,12 +63,10 @@ class Triton(Backend):
         alone = not (spec.want_col or spec.upper)
         return alone and (spec.kept_rows < m or spec.statistic == "softplus")
 
-    def loss_and_gradients(
-        self, spec: StatsSpec, x: Tensor, y: Tensor, loss: RowLoss, needs: Needs
-    ) -> tuple[Tensor, Gradients]:
+    def row_loss(self, spec: StatsSpec, x: Tensor, y: Tensor, loss: RowLoss) -> Tensor:
         from fused_contrastive.backends.triton import at_once
 
-        return at_once.loss_and_gradients(spec, x, y, loss, needs)
+        return at_once.row_loss(spec, x, y, loss)
 
     def cross_entropy(
         self, pos: Tensor, normalisers: Sequence[Tensor], decoupled: bool, reduction: Reduction, dtype: torch.dtype

@@ -7,6 +7,7 @@ softplus need no normalisers: what is held is G already, but for the rows' one w
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import triton
@@ -15,7 +16,8 @@ from torch import Tensor
 from fused_contrastive.backends.triton import backward as kernels
 from fused_contrastive.backends.triton import configs, device, launch, storage
 from fused_contrastive.backends.triton.problem import Block, Problem, cuts
-from fused_contrastive.core.spec import Gradients, Needs, RowLoss, StatsSpec
+from fused_contrastive.core.modes import second_backward
+from fused_contrastive.core.spec import TENSORS, Gradients, Needs, RowLoss, StatsSpec, summed_like
 from fused_contrastive.core.unit import unit_rows
 
 # Of a row of blocks. The products with G are less efficient, the fewer rows it has: at least so many of the largest
@@ -29,6 +31,49 @@ def _terms(pos: Tensor, row: Tensor, asked: RowLoss, softplus: bool) -> tuple[Te
     slope = torch.ones_like(z) if asked.decoupled and not softplus else z.sigmoid()
     loss = z if asked.decoupled and not softplus else torch.logaddexp(z, torch.zeros_like(z))
     return (row + loss if softplus else loss), (torch.ones_like(z) if softplus else slope), -slope
+
+
+class _GradientsInTheForward(torch.autograd.Function):
+    """A loss with the gradients of x, y, scale and col_bias. Those two are fields of the spec, too."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, y: Tensor, scale: Tensor, col_bias: Tensor | None, spec: StatsSpec, loss: RowLoss
+    ) -> Tensor:
+        ctx.options, ctx.loss = spec[len(TENSORS) :], loss
+        ctx.save_for_backward(x, y, *spec[: len(TENSORS)])
+        value, ctx.gradients = loss_and_gradients(spec, x, y, loss, Needs(*ctx.needs_input_grad[:4]))
+        return value.to(torch.float32)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+        x, y, *tensors = ctx.saved_tensors  # raises where the graph has been freed
+        spec = StatsSpec(*tensors, *ctx.options)
+        # They are handed out, scaled in place: a second backward through a retained graph forms them again.
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:
+            with torch.autocast(x.device.type, enabled=False):
+                _, gradients = loss_and_gradients(spec, x, y, ctx.loss, Needs(*ctx.needs_input_grad[:4]))
+        of = (x, y, spec.scale, spec.col_bias)
+        found = tuple(t if t is None else t.mul_(g).to(like.dtype) for t, like in zip(gradients, of, strict=True))
+        if torch.is_grad_enabled():
+            found = _OnceDifferentiable.apply(*found, *of)  # type: ignore[no-untyped-call]
+        return *found, None, None
+
+
+class _OnceDifferentiable(torch.autograd.Function):
+    """Four gradients as they are, by what they are gradients of; their own gradient raises."""
+
+    @staticmethod
+    def forward(ctx: Any, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+        return tuple(t if t is None else t.view_as(t) for t in tensors[:4])
+
+    backward = staticmethod(second_backward)
+
+
+def row_loss(spec: StatsSpec, x: Tensor, y: Tensor, loss: RowLoss) -> Tensor:
+    """As the contract has it."""
+    return _GradientsInTheForward.apply(x, y, spec.scale, spec.col_bias, spec, loss)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _Held:
@@ -109,11 +154,11 @@ def _of_rows(spec: StatsSpec, x: Tensor, y: Tensor, asked: RowLoss, needs: Needs
         for blocks in all_rows:
             rows = blocks[0].rows
             for b in blocks:
-                kept, given = held.block(b), None
-                if p.source == "given" and kept.products is not None:
-                    given = kept.products
-                    p.products(b, given.values)
-                launch.block_statistics(p, b, given, kept, pos, row, col, top)
+                kept, gemm_products = held.block(b), None
+                if p.source == "gemm" and kept.products is not None:
+                    gemm_products = kept.products
+                    p.products(b, gemm_products.values)
+                launch.block_statistics(p, b, gemm_products, kept, pos, row, col, top)
             loss[rows], g_row, g_pos[rows] = _terms(pos[rows], row.value[rows], asked, p.softplus)
             g_pos[rows] *= asked.weight
             if rows_of is not None:
@@ -147,4 +192,6 @@ def _of_rows(spec: StatsSpec, x: Tensor, y: Tensor, asked: RowLoss, needs: Needs
         if needs.y:
             launch.finish(p, dy, gy, p.y, p.x, g_pos, None, 0, paired, factor, top, None if by_rows else dots)
         dscale = torch.cat(dots).sum().float() if dots is not None else None
-    return asked.weight * loss.sum(), Gradients(gx, gy, dscale, dbias if needs.col_bias else None)
+    return asked.weight * loss.sum(), Gradients(
+        gx, gy, dscale, summed_like(spec.col_bias, dbias) if needs.col_bias else None
+    )

@@ -188,12 +188,12 @@ def _weights(s, direction, i, inside, AXIS: tl.constexpr, MODE: tl.constexpr):
 
 @triton.jit(do_not_specialize=["M", "N", "stride_references", "row_begin", "row_end", "col_begin", "col_end"])
 def exact_gradient(
-    x, y, given, stride_given, references, stride_references, mask, rows, cols, out, stride_out,
+    x, y, gemm_products, stride_gemm, references, stride_references, mask, rows, cols, out, stride_out,
     M, N, D, stride_x, stride_y, row_begin, row_end, col_begin, col_end,
     ONLY_FAR: tl.constexpr, MODE: tl.constexpr, TILE: tl.constexpr, SEGMENT: tl.constexpr,
 ):  # fmt: skip
-    """G with an exponential for each direction: of float32 features, their products ``given`` or made here, or of
-    those tiles of half-precision features (ONLY_FAR) that the kernels above cannot do.
+    """G with an exponential for each direction, of float32 features, or of those tiles of half-precision features
+    (ONLY_FAR) that the kernels above cannot do. Products are ``gemm_products``, or made here.
 
     Axis 0 of the grid: rows of tiles. Axis 1: the programs that share the tiles of a row.
     """
@@ -231,9 +231,9 @@ def exact_gradient(
                     (col0 - col_begin) // CELL, SEGMENT,
                 )  # fmt: skip
         if asked:
-            if given is not None:
+            if gemm_products is not None:
                 acc = load_tile(
-                    given, stride_given, row0 - row_begin, col0 - col_begin, row_end - row_begin, BM, BN, False
+                    gemm_products, stride_gemm, row0 - row_begin, col0 - col_begin, row_end - row_begin, BM, BN, False
                 )
             else:
                 acc = products(x, y, row0, col0, (M, N, D, stride_x, stride_y), MODE, TILE)

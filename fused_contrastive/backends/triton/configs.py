@@ -6,7 +6,7 @@ from typing import Any, Literal, NamedTuple
 
 from fused_contrastive.backends.triton.device import Device
 
-Source = Literal["half", "tf32", "given"]
+Source = Literal["half", "tf32", "gemm"]
 """How the kernels get products: their own from half precision or, as tf32, from float32; or from a vendor GEMM."""
 
 
@@ -78,9 +78,9 @@ CONFIGS: dict[tuple[str, Source, Kernel], Config] = {
     ("interpreter", "tf32", "gradient"): Config(64, 64, 32, warps=4, stages=1, group=2),
 }
 for _architecture in ("sm_80", "sm_90", "sm_100", "gfx942", "interpreter"):  # no matrix units, so no difference
-    CONFIGS[_architecture, "given", "statistics"] = Config(64, 64, 32, warps=4, stages=1, strip=4)
-    CONFIGS[_architecture, "given", "sums"] = Config(64, 64, 32, warps=4, stages=1)
-    CONFIGS[_architecture, "given", "gradient"] = Config(64, 64, 32, warps=4, stages=1)
+    CONFIGS[_architecture, "gemm", "statistics"] = Config(64, 64, 32, warps=4, stages=1, strip=4)
+    CONFIGS[_architecture, "gemm", "sums"] = Config(64, 64, 32, warps=4, stages=1)
+    CONFIGS[_architecture, "gemm", "gradient"] = Config(64, 64, 32, warps=4, stages=1)
 
 
 def default(device: Device, source: Source, kernel: Kernel) -> Config:

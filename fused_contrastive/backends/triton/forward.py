@@ -215,16 +215,16 @@ def _is_lost(mask, rows_from, cols_from, strip, tile_n, row0, col0, tiles, row_b
     return found > 0
 
 
-@triton.jit(do_not_specialize=["M", "N", "stride_given", "row_begin", "row_end", "col_begin", "col_end"])
+@triton.jit(do_not_specialize=["M", "N", "stride_gemm", "row_begin", "row_end", "col_begin", "col_end"])
 def exact_statistics(
-    x, y, given, stride_given, mask, pos, rows_to, cols_to, lost, kept, stride_kept,
+    x, y, gemm_products, stride_gemm, mask, pos, rows_to, cols_to, lost, kept, stride_kept,
     M, N, D, stride_x, stride_y, row_begin, row_end, col_begin, col_end, MODE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Statistics against every row's and column's own maximum. The results are those of ``strip_statistics``.
 
     Where ``lost`` is None, all strips, one per program: this is how float32 features are done, their products from
-    ``given`` (height, width) or made here, and then written to ``kept`` (height, width) if that is not None. Else only
-    strips whose sums are lost, by as many programs as there are tiles across.
+    ``gemm_products`` (height, width) or made here, and then written to ``kept`` (height, width) if that is not None.
+    Else only strips whose sums are lost, by as many programs as there are tiles across.
     """
     BM: tl.constexpr = TILE.block_m
     BN: tl.constexpr = TILE.block_n
@@ -262,9 +262,9 @@ def exact_statistics(
         if lost is not None:
             last = tl.where(tiles > 0, col_end, col_begin)
         for _ in range(tiles):
-            if given is not None:
+            if gemm_products is not None:
                 acc = load_tile(
-                    given, stride_given, row0 - row_begin, col0 - col_begin, row_end - row_begin, BM, BN, False
+                    gemm_products, stride_gemm, row0 - row_begin, col0 - col_begin, row_end - row_begin, BM, BN, False
                 )
             else:
                 acc = products(x, y, row0, col0, shape, MODE, TILE)

@@ -15,7 +15,7 @@ from fused_contrastive.backends.triton import configs, device, storage, tune
 from fused_contrastive.backends.triton import forward as forward_kernels
 from fused_contrastive.backends.triton import sigmoid as sigmoid_kernels
 from fused_contrastive.backends.triton.problem import Block, Problem, largest
-from fused_contrastive.core.spec import Forward, Gradients, Needs, StatsSpec, Upstream
+from fused_contrastive.core.spec import Forward, Gradients, Needs, StatsSpec, Upstream, summed_like
 
 # Blocks of S, (height, width): partial statistics of 2 x 17 MB; products of 128 MB; G of 512 MB in half precision.
 STATISTICS_BLOCK = (16384, 32768)
@@ -62,7 +62,7 @@ def forward(spec: StatsSpec, x: Tensor, y: Tensor) -> Forward:
     p = Problem(spec, x, y, buffer)
     pos = x.new_empty(p.m, dtype=torch.float64)
     row, col = Direction(spec.want_row, p.m, x), Direction(spec.want_col or spec.upper, p.n, x)
-    by_vendor = p.source == "given"
+    by_vendor = p.source == "gemm"
     with device.current(x.device):
         p.kept.clear_padding()
         all_blocks = p.blocks(*(FLOAT32_BLOCK if by_vendor else STATISTICS_BLOCK))
@@ -70,11 +70,11 @@ def forward(spec: StatsSpec, x: Tensor, y: Tensor) -> Forward:
         if by_vendor:
             room = storage.scratch(x, *largest([b for b in all_blocks if b.row1 > p.kept_rows]), torch.float32)
         for b in all_blocks:
-            kept, given = p.kept.block(b.rows, b.cols), None
+            kept, gemm_products = p.kept.block(b.rows, b.cols), None
             if room is not None:
-                given = kept.products or storage.block_of(room, b.height, b.width)
-                p.products(b, given.values)
-            block_statistics(p, b, given, kept, pos, row, col)
+                gemm_products = kept.products or storage.block_of(room, b.height, b.width)
+                p.products(b, gemm_products.values)
+            block_statistics(p, b, gemm_products, kept, pos, row, col)
     if not spec.upper:
         return Forward(pos, row.value, col.value, buffer)
     if spec.targets is not None:  # of a pair below the diagonal, the other one
@@ -83,17 +83,17 @@ def forward(spec: StatsSpec, x: Tensor, y: Tensor) -> Forward:
 
 
 def block_statistics(
-    p: Problem, b: Block, given: storage.Matrix | None, kept: storage.Kept, pos: Tensor, row: Direction,
+    p: Problem, b: Block, gemm_products: storage.Matrix | None, kept: storage.Kept, pos: Tensor, row: Direction,
     col: Direction, top: float = 1.0,
 ) -> None:  # fmt: skip
     """A block's statistics, added to those of the blocks before it. ``top``: what kept sigmoids are multiplied by."""
     c = config(p, "sums" if p.softplus else "statistics")
     strips, across = b.tiles(c)
     row_parts, col_parts = row.partials(across, b.height), col.partials(strips, b.width)
-    products_to = (None, 0) if given is not None or kept.products is None else _plain(kept.products)
+    products_to = (None, 0) if gemm_products is not None or kept.products is None else _plain(kept.products)
     if p.softplus:
         sigmoid_kernels.sigmoid_statistics[(strips * across,)](
-            *p.features(c), *_plain(given), p.mask, pos, row_parts, *p.tile(kept.exponentials, c), *products_to,
+            *p.features(c), *_plain(gemm_products), p.mask, pos, row_parts, *p.tile(kept.exponentials, c), *products_to,
             *p.sizes, *b, TOP=top, MODE=p.mode, TILE=c, **c.options,
         )  # fmt: skip
     elif p.half:
@@ -108,7 +108,7 @@ def block_statistics(
         )  # fmt: skip
     else:
         forward_kernels.exact_statistics[(strips * across,)](
-            *p.features(c), *_plain(given), p.mask, pos, row_parts, col_parts, None, *products_to, *p.sizes, *b,
+            *p.features(c), *_plain(gemm_products), p.mask, pos, row_parts, col_parts, None, *products_to, *p.sizes, *b,
             MODE=p.mode, TILE=c, **(c.options | UNFUSED),
         )  # fmt: skip
     longest = max(b.height if row.asked else 0, b.width if col.asked else 0)
@@ -148,11 +148,11 @@ def block_of_weights(
 
     ``out`` may be the memory of what is kept: each tile is read before it is overwritten.
     """
-    given = kept.products
+    gemm_products = kept.products
     if p.half:
         exact = config(p, "statistics").exact
     else:
-        exact = config(p, "gradient") if given is None else configs.default(p.device, "given", "gradient")
+        exact = config(p, "gradient") if gemm_products is None else configs.default(p.device, "gemm", "gradient")
     if kept.exponentials is not None:
         c = config(p, "kept")
         backward_kernels.gradient_of_kept[(math.prod(b.tiles(c)),)](
@@ -167,7 +167,7 @@ def block_of_weights(
         )  # fmt: skip
     down, across = b.tiles(exact._replace(strip=1))
     backward_kernels.exact_gradient[(down, 1 if p.half else across)](
-        *p.features(exact), *_plain(given), kept.references, _stride(kept.references), p.mask, rows, cols,
+        *p.features(exact), *_plain(gemm_products), kept.references, _stride(kept.references), p.mask, rows, cols,
         *_plain(out), *p.sizes, *b, ONLY_FAR=p.half, MODE=p.mode, TILE=exact, SEGMENT=configs.TILE,
         **(exact.options | UNFUSED),
     )  # fmt: skip
@@ -270,21 +270,22 @@ class _Backward:
     def gradient(self, b: Block, room: Tensor) -> Tensor:
         """G of a block, its positives 0, times top / largest."""
         p, kept = self.p, self.p.kept.block(b.rows, b.cols)
-        out, given = storage.block_of(room, b.height, b.width), kept.products
-        if p.source == "given" and given is None:
-            given = out  # each tile is read before it is overwritten
-            p.products(b, given.values)
+        out, gemm_products = storage.block_of(room, b.height, b.width), kept.products
+        if p.source == "gemm" and gemm_products is None:
+            gemm_products = out  # each tile is read before it is overwritten
+            p.products(b, gemm_products.values)
         if p.softplus:
-            block_of_sigmoids(p, b, kept._replace(products=given), self.g_row, self.largest, self.top, out)
+            block_of_sigmoids(p, b, kept._replace(products=gemm_products), self.g_row, self.largest, self.top, out)
         else:
-            block_of_weights(p, b, kept._replace(products=given), self.rows, self.cols, out)
+            block_of_weights(p, b, kept._replace(products=gemm_products), self.rows, self.cols, out)
         return out.values
 
 
 def backward(spec: StatsSpec, x: Tensor, y: Tensor, saved: Forward, upstream: Upstream, needs: Needs) -> Gradients:
     if needs.joint:
         both = backward(spec, x, y, saved, upstream, needs._replace(y=True, joint=False))
-        assert both.x is not None and both.y is not None
+        assert both.x is not None
+        assert both.y is not None
         return both._replace(x=both.x + both.y, y=None)
     if spec.upper:  # the lower triangle's pairs are the columns of the upper one
         saved, upstream = saved._replace(col=saved.row), upstream._replace(col=upstream.row)
@@ -328,7 +329,7 @@ def backward(spec: StatsSpec, x: Tensor, y: Tensor, saved: Forward, upstream: Up
             dots = run.dots if needs.scale and not run.by_rows else None
             finish(p, dy, gy, p.y, p.x, run.g_pos, None, 0, paired, factor, run.top, dots)
         dscale = torch.cat(run.dots).sum().float() if needs.scale else None
-    return Gradients(gx, gy, dscale, dbias if needs.col_bias else None)
+    return Gradients(gx, gy, dscale, summed_like(spec.col_bias, dbias) if needs.col_bias else None)
 
 
 TRIAL_SIZE = 8192  # rows and columns of the problem to measure on

@@ -50,11 +50,11 @@ class Tiles(NamedTuple):
 
 
 def tiles(architecture: str, source: configs.Source) -> Tiles:
-    """Chosen by what they compile to, not by timing. "given" here is float32 at full precision, without matrix units
+    """Chosen by what they compile to, not by timing. "gemm" here is float32 at full precision, without matrix units
     on NVIDIA, by these kernels all the same."""
     if architecture == "interpreter":  # small, so that small problems have several
         return Tiles(32, 16, 16, 4, 1, own=16, other=16, d=16)
-    small = source == "given" or (source, architecture) == ("tf32", "sm_80")  # where larger blocks spill registers
+    small = source == "gemm" or (source, architecture) == ("tf32", "sm_80")  # where larger blocks spill registers
     k, own = 64 if source == "half" else 32, 32 if small else 64
     return Tiles(128, 64, k, warps=8, stages=2 if architecture == "gfx942" else 3, own=own, other=32, d=64)
 

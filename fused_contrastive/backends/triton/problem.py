@@ -11,7 +11,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fused_contrastive.backends.triton import configs, device, storage
 from fused_contrastive.backends.triton.tiles import Mask, Mode
-from fused_contrastive.core.spec import StatsSpec
+from fused_contrastive.core.spec import TENSORS, StatsSpec
 
 
 class Block(NamedTuple):
@@ -91,7 +91,7 @@ def products_from(x: Tensor) -> configs.Source:
     """Float32 at full precision has no matrix units on NVIDIA: the vendor GEMM makes those products, block by block."""
     if x.dtype != torch.float32:
         return "half"
-    return "tf32" if tf32() and not torch.version.hip else "given"
+    return "tf32" if tf32() and not torch.version.hip else "gemm"
 
 
 def multiplied(x: Tensor, y: Tensor, source: configs.Source, on: device.Device) -> tuple[Tensor, Tensor]:
@@ -121,13 +121,11 @@ class Problem:
             kept_rows -= kept_rows % configs.TILE
         self.kept_rows = kept_rows
         self.kept = storage.KeptRows(kept_buffer, kept_rows, self.n, exact=not self.half)
-        one_bias = spec.col_bias is not None and spec.col_bias.stride(0) == 0  # a scalar, expanded: SigLIP's
-        col_bias = spec.col_bias[:1] if one_bias and spec.col_bias is not None else spec.col_bias
-        targets, col_bias, row_ids, col_ids = (
-            None if t is None else t.contiguous() for t in (spec.targets, col_bias, spec.row_ids, spec.col_ids)
-        )
-        self.mask = Mask(spec.scale, targets, col_bias, row_ids, col_ids)
-        self.tma = self.device.tma and self.source != "given"
+        one_bias = spec.col_bias is not None and spec.col_bias.dim() == 0  # SigLIP's
+        tensors = {name: getattr(spec, name) for name in TENSORS}
+        contiguous: dict[str, Any] = {name: None if t is None else t.contiguous() for name, t in tensors.items()}
+        self.mask = Mask(**contiguous)
+        self.tma = self.device.tma and self.source != "gemm"
         precision = "tf32" if self.source == "tf32" else "ieee"
         self.mode = Mode(self.half, self.tma, precision, spec.exclude_self, spec.upper, spec.equal_ids, one_bias)
 

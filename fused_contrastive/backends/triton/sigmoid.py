@@ -111,7 +111,7 @@ def _signed(slope, mask, rows, row_end, cols, col_end):
 
 @triton.jit(do_not_specialize=["M", "N", "row_begin", "row_end", "col_begin", "col_end"])
 def sigmoid_statistics(
-    x, y, given, stride_given, mask, pos, rows_to, slopes, stride_slopes, products_to, stride_products,
+    x, y, gemm_products, stride_gemm, mask, pos, rows_to, slopes, stride_slopes, products_to, stride_products,
     M, N, D, stride_x, stride_y, row_begin, row_end, col_begin, col_end,
     TOP: tl.constexpr, MODE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
@@ -125,8 +125,8 @@ def sigmoid_statistics(
     height = row_end - row_begin
     i, j = corner(height, col_end - col_begin, TILE)
     row0, col0 = row_begin + i, col_begin + j
-    if given is not None:
-        acc = load_tile(given, stride_given, i, j, height, BM, BN, False)
+    if gemm_products is not None:
+        acc = load_tile(gemm_products, stride_gemm, i, j, height, BM, BN, False)
     else:
         acc = products(x, y, row0, col0, (M, N, D, stride_x, stride_y), MODE, TILE)
         if products_to is not None:
@@ -145,13 +145,13 @@ def sigmoid_statistics(
 
 @triton.jit(do_not_specialize=["M", "N", "row_begin", "row_end", "col_begin", "col_end"])
 def sigmoid_gradient(
-    x, y, given, stride_given, slopes, stride_slopes, mask, g_row, largest, out, stride_out,
+    x, y, gemm_products, stride_gemm, slopes, stride_slopes, mask, g_row, largest, out, stride_out,
     M, N, D, stride_x, stride_y, row_begin, row_end, col_begin, col_end,
     TOP: tl.constexpr, MODE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """G[i, j] = g_row[i] sigmoid(S[i, j]), signed, 0 where excluded, times TOP / largest: one tile of a block of it.
 
-    ``given`` is the block's products, ``slopes`` its signed sigmoids; without either, the products are made here.
+    ``gemm_products`` is the block's products, ``slopes`` its signed sigmoids; without either, products are made here.
     """
     BM: tl.constexpr = TILE.block_m
     BN: tl.constexpr = TILE.block_n
@@ -162,8 +162,8 @@ def sigmoid_gradient(
     if slopes is not None:
         slope = load_tile(slopes, stride_slopes, i, j, height, BM, BN, MODE.tma).to(tl.float32)
     else:
-        if given is not None:
-            acc = load_tile(given, stride_given, i, j, height, BM, BN, False)
+        if gemm_products is not None:
+            acc = load_tile(gemm_products, stride_gemm, i, j, height, BM, BN, False)
         else:
             acc = products(x, y, row0, col0, (M, N, D, stride_x, stride_y), MODE, TILE)
         s, c = logits(acc, mask, None, row0, row_end, col0, col_end, MODE)

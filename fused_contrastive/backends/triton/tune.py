@@ -35,7 +35,7 @@ CANDIDATES: dict[str, list[Config]] = {
         for stages in (2, 3, 4)
     ],
     "tf32": [Config(m, n, 32, 8, stages) for m, n in ((128, 128), (128, 64), (64, 128)) for stages in (2, 3, 4)],
-    "given": [Config(m, n, 32, warps, 1) for m, n, warps in ((64, 64, 4), (32, 128, 4), (128, 64, 8))],
+    "gemm": [Config(m, n, 32, warps, 1) for m, n, warps in ((64, 64, 4), (32, 128, 4), (128, 64, 8))],
     "interpreter": [Config(64, 32, 32, 4, 1, group=2), Config(32, 32, 32, 4, 1, group=2)],
 }
 

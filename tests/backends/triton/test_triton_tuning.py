@@ -72,7 +72,7 @@ def tune(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
 def trial_of(tune: Any, kernel: str = "statistics") -> Any:
     from fused_contrastive.backends.triton import device
 
-    return tune.Trial(device._INTERPRETER, "given", kernel, torch.float32, 64)
+    return tune.Trial(device._INTERPRETER, "gemm", kernel, torch.float32, 64)
 
 
 def tuned(tune: Any, kernel: str = "statistics") -> configs.Config:

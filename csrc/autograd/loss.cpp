@@ -21,7 +21,8 @@ OptionalTensor or_none(const at::Tensor& t) {
   return t.defined() ? OptionalTensor(t) : std::nullopt;
 }
 
-// What the node holds beside the saved tensors: the problem without its tensors, and the gradients until they are used.
+// What the node holds beside the saved tensors: the problem without its tensors, and the gradients until a backward
+// takes them.
 struct State : torch::CustomClassHolder {
   StatsProblem problem;
   RowLoss loss;
@@ -30,7 +31,8 @@ struct State : torch::CustomClassHolder {
   Gradients grads;
 };
 
-// `count` gradients as they are, by what they are gradients of; their own gradient raises.
+// Returns the first `count` tensors, gradients, as functions of the others, their inputs. Asking for the gradient of
+// that raises.
 struct OnceDifferentiable : torch::autograd::Function<OnceDifferentiable> {
   static variable_list forward(AutogradContext*, at::TensorList grads_and_inputs, size_t count) {
     variable_list grads;
@@ -77,7 +79,7 @@ struct GradientsInTheForward : torch::autograd::Function<GradientsInTheForward> 
   static variable_list backward(AutogradContext* ctx, const variable_list& upstream) {
     const variable_list saved = ctx->get_saved_variables();  // throws where the graph has been freed
     const auto state = c10::static_intrusive_pointer_cast<State>(ctx->saved_data["state"].toCapsule());
-    // The gradients are handed out, scaled in place: a second backward through a retained graph forms them again.
+    // The gradients are scaled in place and handed out. A second backward through a retained graph forms them again.
     Gradients grads = std::exchange(state->grads, {});
     if (!grads[0].defined() && !grads[1].defined() && !grads[2].defined() && !grads[3].defined()) {
       StatsProblem p = state->problem;

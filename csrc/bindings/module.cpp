@@ -1,4 +1,4 @@
-// The Python face of the C++ backend (fused_contrastive/backends/cpp.py calls it).
+// The extension's functions, as fused_contrastive/backends/cpp.py calls them.
 #include <torch/csrc/autograd/grad_mode.h>
 #include <torch/csrc/utils/pybind.h>
 
@@ -24,7 +24,7 @@ namespace py = pybind11;
 
 namespace {
 
-// Lets Ctrl-C through: at most every 50 ms, takes the GIL for a moment and raises what a signal handler raised.
+// Lets Ctrl-C through: at most every 50 ms it takes the GIL for a moment and raises what a signal handler raised.
 fc::Interrupt python_interrupt() {
   using Clock = std::chrono::steady_clock;
   return [last = Clock::now()]() mutable {
@@ -35,7 +35,7 @@ fc::Interrupt python_interrupt() {
   };
 }
 
-// A StatsSpec (core/spec.py) and its features. Fields are read by name, so that their order is Python's affair.
+// Makes a problem of a StatsSpec (core/spec.py) and its features. Fields are read by name, whatever their order.
 fc::StatsProblem problem_of(const at::Tensor& x, const at::Tensor& y, const py::handle& spec) {
   static const std::map<std::string, fc::EqualIds> kEqualIds = {
       {"exclude", fc::EqualIds::kExclude}, {"only", fc::EqualIds::kOnly}, {"negate", fc::EqualIds::kNegate}};
@@ -51,7 +51,7 @@ fc::StatsProblem problem_of(const at::Tensor& x, const at::Tensor& y, const py::
   return p;
 }
 
-// A RowLoss (core/spec.py).
+// Makes a RowLoss of core/spec.py's.
 fc::RowLoss row_loss_of(const py::handle& loss) {
   return {loss.attr("weight").cast<double>(),
           loss.attr("margin").cast<double>(),
@@ -61,7 +61,7 @@ fc::RowLoss row_loss_of(const py::handle& loss) {
           loss.attr("over_counted").cast<bool>()};
 }
 
-// A Needs (core/spec.py): of x, y, scale and col_bias; and whether the first two are wanted as one.
+// A Needs (core/spec.py): whether the gradients of x, y, scale and col_bias are asked, and `joint`.
 using Needs = std::array<bool, 5>;
 fc::Needs needs_of(const Needs& n) {
   return {{n[0], n[1], n[2], n[3]}, n[4]};

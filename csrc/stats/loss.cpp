@@ -8,8 +8,8 @@
 #include <functional>
 #include <vector>
 
-#include "autograd/cross_entropy.h"
 #include "common/memory.h"
+#include "common/loss_term.h"
 #include "kernels/tile_kernels.h"
 #include "stats/backward.h"
 #include "stats/class_means.h"
@@ -30,15 +30,16 @@ int64_t rows_at_once(int64_t n) {
   return std::clamp<int64_t>((int64_t(1) << 24) / n / 128 * 128, 128, 512);
 }
 
-struct Term {
-  double loss, g_row, g_pos;
+struct WeightedTerm {
+  double loss, g_normaliser, g_pos;
 };
 
 // One row's or column's loss, and its derivatives by its normaliser and its positive's logit.
-Term term(double pos, double normaliser, bool is_softplus, const RowLoss& loss) {
+WeightedTerm weighted_term(double pos, double normaliser, bool is_softplus, const RowLoss& loss) {
   const double z = is_softplus ? -pos : normaliser - (pos - loss.margin), w = loss.weight;
   if (is_softplus) return {w * (normaliser + softplus(z)), w, -w * sigmoid(z)};
-  return loss.decoupled ? Term{w * z, w, -w} : Term{w * softplus(z), w * sigmoid(z), -w * sigmoid(z)};
+  const double g = w * loss_term_gradient(z, loss.decoupled);
+  return {w * loss_term(z, loss.decoupled), g, -g};
 }
 
 template <class E>
@@ -86,9 +87,10 @@ LossAndGradients from_rows(const StatsProblem& problem, const RowLoss& loss, con
     const at::Tensor value = row.value();
     if (!problem.softplus) norm.set(rows.begin, value);
     for (int64_t i = rows.begin; i < rows.end; ++i) {
-      const Term t = term(pos_data[i], value.const_data_ptr<double>()[i - rows.begin], problem.softplus, loss);
+      const WeightedTerm t =
+          weighted_term(pos_data[i], value.const_data_ptr<double>()[i - rows.begin], problem.softplus, loss);
       losses.mutable_data_ptr<double>()[i] = t.loss;
-      g_row.mutable_data_ptr<T>()[i] = static_cast<T>(t.g_row);
+      g_row.mutable_data_ptr<T>()[i] = static_cast<T>(t.g_normaliser);
       g_pos.mutable_data_ptr<T>()[i] = static_cast<T>(t.g_pos);
     }
     for (const Range& group : tiling.column_groups()) {
@@ -111,16 +113,16 @@ double add_direction(const at::Tensor& normaliser, int64_t count, const T* pos, 
   const double* value = normaliser.const_data_ptr<double>();
   double sum = 0;
   for (int64_t i = 0; i < count; ++i) {
-    const Term t = term(pos[i], value[i], false, loss);
+    const WeightedTerm t = weighted_term(pos[i], value[i], false, loss);
     sum += t.loss;
-    g_normaliser[i] = static_cast<T>(t.g_row);
+    g_normaliser[i] = static_cast<T>(t.g_normaliser);
     g_pos[i] += static_cast<T>(t.g_pos);
   }
   return sum;
 }
 
-// SupCon: each row's loss is its log-sum-exp over all others minus the mean logit of its class; rows alone in theirs do
-// not count. Returns the loss; writes its derivative by the rows' log-sum-exps, the same weight for all that count.
+// The loss of SupCon: each row's log-sum-exp over all others minus the mean logit of its class. Rows alone in their
+// class do not count. Returns the loss and writes its derivative by the rows' log-sum-exps.
 template <class E, class T = SumType<E>>
 double add_classes(const ClassMeans<E>& classes, const at::Tensor& normaliser, double scale, double weight,
                    T* g_normaliser) {

@@ -80,7 +80,7 @@ struct Prepared {
   at::TensorOptions options() const { return x.tensor.options().dtype(scalar_type()); }
 
  private:
-  // A column's code is the rank of its id among the columns' ids; a row's is that of the equal column id, or -1.
+  // A column's code is the rank of its id among the columns' ids. A row's code is its equal column's, or -1.
   void encode_ids(const at::Tensor& row_ids, const at::Tensor& col_ids) {
     const at::Tensor sorted = std::get<0>(at::sort(col_ids));
     col_codes = at::searchsorted(sorted, col_ids, /*out_int32=*/true);

@@ -3,10 +3,10 @@
 #include <ATen/core/Tensor.h>
 
 #include <array>
-#include <functional>
 #include <tuple>
 
 #include "common/input.h"
+#include "common/interrupt.h"
 #include "kernels/tile_kernels.h"
 
 namespace fc {
@@ -26,7 +26,7 @@ struct StatsProblem {
   bool softplus;      // `row` is the sum of softplus(s), not a log-sum-exp; there are no columns then
   int64_t kept_rows;  // rows of products to keep for the backward
 
-  // Calls f(name, tensor) for every tensor that a rule may ask for: what is read from Python and saved for a backward.
+  // Calls f(name, tensor) for every tensor that a rule may need. These are read from Python and saved for a backward.
   template <class F>
   void for_each_tensor(const F& f) {
     f("targets", targets);
@@ -35,8 +35,6 @@ struct StatsProblem {
     f("col_ids", col_ids);
   }
 };
-
-using Interrupt = std::function<void()>;  // called between blocks; throws to stop
 
 // pos (M,), row (M,) and col (N,) in float64, of which one that is not asked has 0 elements; and the products x @ y.T
 // of the first `kept_rows` rows, (kept_rows, N) elements in float32 (float64 for float64 features). Their layout is by
@@ -70,10 +68,10 @@ struct RowLoss {
   double weight, margin;
   bool decoupled;
   bool normalize;  // x and y, float32 or float64, are divided by their rows' lengths first
-  // (M,) int64, of an upper problem: the loss is row minus the mean logit of the other rows with the same label, and
-  // rows alone with theirs do not count. `over_counted`: the weight is one over the number of those that do.
+  // (M,) int64, for an upper problem: the loss is row minus the mean logit of the other rows with the same label. Rows
+  // alone with their label do not count.
   OptionalTensor labels;
-  bool over_counted;
+  bool over_counted;  // with labels: the weight is one over the number of rows that count
 };
 struct LossAndGradients {
   at::Tensor loss;  // 0-d float64

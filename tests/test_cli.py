@@ -46,13 +46,13 @@ def test_verify_holds(capsys: pytest.CaptureFixture[str], seed: int) -> None:
 def test_verify_notices_a_wrong_backend(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
-    right = cpp.stats_forward
+    right = cpp.BACKEND.stats_forward
 
     def wrong(spec, x, y):
         result = right(spec, x, y)
         return result._replace(row=result.row + 0.3)
 
-    monkeypatch.setattr(cpp, "stats_forward", wrong)
+    monkeypatch.setattr(cpp.BACKEND, "stats_forward", wrong)
     assert main(["verify", "--device", "cpu", "--backend", "reference", "cpp", "--seed", str(seed)]) == 1
     assert "BREACHED" in capsys.readouterr().out
 

@@ -83,8 +83,8 @@ def supcon_loss(
     shape = problem.agree(call, "supcon_loss", {**options, "reduction": reduction, "normalize": normalize})
     if variant == "out" and reduction != "none" and no_positive != "nan" and isinstance(shape, LocalShape):
         over_counted = reduction == "mean" and no_positive == "skip"
-        each = RowLoss(1 / len(z) if reduction == "mean" else 1.0, labels=labels, over_counted=over_counted)
-        loss = in_the_forward(problem, each, {"upper": True, "want_col": False})
+        each = RowLoss(labels=labels, over_counted=over_counted)
+        loss = in_the_forward(problem, each, reduction == "mean", {"upper": True, "want_col": False})
         if loss is not None:
             return loss
     everyone = shape.gather(labels)

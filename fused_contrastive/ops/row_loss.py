@@ -57,9 +57,8 @@ def row_loss(
     asked = {"want_col": False, **asked}
     plain = weight is None and own_logits is None and smoothing is None
     if plain and reduction != "none" and isinstance(shape, LocalShape):
-        directions = 1 + asked["want_col"]
-        weight_of_each = 1 / (directions * problem.x.shape[0]) if reduction == "mean" else 1 / directions
-        loss = in_the_forward(problem, RowLoss(weight_of_each, margin, decoupled), asked)
+        each = RowLoss(0.5 if asked["want_col"] else 1.0, margin, decoupled)
+        loss = in_the_forward(problem, each, reduction == "mean", asked)
         if loss is not None:
             return loss
     dtype = compute_dtype(problem.x.dtype)
@@ -72,7 +71,7 @@ def row_loss(
         return shape.reduce(row + own, reduction).to(dtype)
     if own_logits is not None:
         row = log_add(row, own_logits.to(row.dtype).logsumexp(dim=1))
-    normalisers = (row, col[: len(pos)]) if asked["want_col"] else (row,)
+    normalisers = (row, col[: pos.shape[0]]) if asked["want_col"] else (row,)
     whole = plain and isinstance(shape, LocalShape)
     losses = cross_entropy(
         pos, *normalisers, dtype=dtype if whole else pos.dtype, decoupled=decoupled,
@@ -112,8 +111,11 @@ def cross_entropy(
     return dispatch.BACKENDS[name].cross_entropy(pos, normalisers, decoupled, reduction, dtype)
 
 
-def in_the_forward(problem: Problem, loss: RowLoss, asked: dict[str, Any]) -> Tensor | None:
-    """The loss with its gradients formed in the forward; None where that would save nothing, or cannot be had."""
+def in_the_forward(problem: Problem, loss: RowLoss, mean: bool, asked: dict[str, Any]) -> Tensor | None:
+    """The loss, or its mean over the rows, with its gradients formed in the forward.
+
+    None where that would save nothing, or cannot be had.
+    """
     x, y, m = problem.x, problem.y, problem.x.shape[0]
     spec = problem.spec._replace(**asked)
     if not (is_plain(x, y, *spec[: len(TENSORS)]) and problem.is_differentiable()):
@@ -124,7 +126,7 @@ def in_the_forward(problem: Problem, loss: RowLoss, asked: dict[str, Any]) -> Te
     if problem.normalize and x.dtype not in (torch.float32, torch.float64):
         problem.unit()
         x, y = problem.x, problem.y
-    loss = loss._replace(normalize=problem.normalize)
+    loss = loss._replace(weight=loss.weight / m if mean else loss.weight, normalize=problem.normalize)
     if spec.targets is not None:
         checks.target_range(spec.targets, y.shape[0])
     with without_autocast(x):

@@ -252,7 +252,7 @@ def test_what_is_kept_is_one_byte_for_each_of_the_tokens(backend: str) -> None:
     _, _, argmax_x, argmax_y = op(x, torch.cat([y, y[:, :1]], dim=1), None, None, False, 2, backend)
     assert argmax_x.dtype == torch.int16
     assert argmax_y.numel() == 0
-    assert rows_to_keep(8, lambda rows: ((rows, 2 * 4), torch.uint8), 3 * 8 + 1, x.device) == 3
+    assert rows_to_keep(8, ((64, 2 * 4), torch.uint8), 3 * 8 + 1, x.device) == 3
 
 
 def test_indices_beyond_a_byte(backend: str) -> None:

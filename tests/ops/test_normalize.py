@@ -18,7 +18,7 @@ SHAPES = [(1, 1), (65, 37), (7, 64), (3, 5, 8), (0, 4)]
 def both(x: Tensor, g: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """(value, gradient) of ours, and of F.normalize in float64."""
     found = []
-    for function, dtype in ((cpp.normalize, x.dtype), (lambda t: F.normalize(t, dim=-1), torch.float64)):
+    for function, dtype in ((cpp.BACKEND.normalize, x.dtype), (lambda t: F.normalize(t, dim=-1), torch.float64)):
         leaf = x.detach().to(dtype).requires_grad_()
         value = function(leaf)
         (gradient,) = torch.autograd.grad(value, leaf, g.to(dtype).clone())
@@ -55,7 +55,7 @@ def test_nan_and_inf_stay_in_their_rows() -> None:
     x = torch.randn(5, 33)
     x[1, 3], x[2, 4], x[3, 32] = torch.nan, torch.inf, -torch.inf
     leaf = x.requires_grad_()
-    value = cpp.normalize(leaf)
+    value = cpp.BACKEND.normalize(leaf)
     expected = F.normalize(leaf, dim=-1)
     torch.testing.assert_close(value, expected, equal_nan=True)
     g = torch.randn(5, 33)
@@ -68,7 +68,7 @@ def test_nan_and_inf_stay_in_their_rows() -> None:
 def test_single_numbers_whose_squares_overflow(dtype: torch.dtype) -> None:
     x = torch.tensor([[3e19], [-3e19], [0.5], [-torch.finfo(dtype).max]], dtype=dtype)
     signs = x.sign()
-    torch.testing.assert_close(cpp.normalize(x), signs)
+    torch.testing.assert_close(cpp.BACKEND.normalize(x), signs)
     found = fc.nt_xent_loss(x, x.flip(0), normalize=True, memory_budget=0)
     torch.testing.assert_close(found, fc.nt_xent_loss(signs, signs.flip(0), normalize=False))
 
@@ -92,7 +92,7 @@ def test_second_derivative(views: int) -> None:
     leaves = [torch.randn(3, 5, dtype=torch.float64, requires_grad=True) for _ in range(views)]
 
     def value(*leaves: Tensor) -> Tensor:
-        return cpp.normalize(*leaves) * 1.0  # a gradient of its own, which may be written to
+        return cpp.BACKEND.normalize(*leaves) * 1.0  # a gradient of its own, which may be written to
 
     assert torch.autograd.gradcheck(value, leaves)
     assert torch.autograd.gradgradcheck(value, leaves)
@@ -101,17 +101,17 @@ def test_second_derivative(views: int) -> None:
 def test_views_come_one_after_the_other() -> None:
     leaves = [torch.randn(n, 9, requires_grad=True) for n in (70, 1, 33)]
     g = torch.randn(104, 9)
-    value = cpp.normalize(*leaves)
-    assert torch.equal(value, torch.cat([cpp.normalize(x) for x in leaves]))
+    value = cpp.BACKEND.normalize(*leaves)
+    assert torch.equal(value, torch.cat([cpp.BACKEND.normalize(x) for x in leaves]))
     found = torch.autograd.grad(value, leaves, g.clone())
     for x, dx, own in zip(leaves, found, g.split([70, 1, 33]), strict=True):
-        assert torch.equal(dx, torch.autograd.grad(cpp.normalize(x), x, own.clone())[0])
+        assert torch.equal(dx, torch.autograd.grad(cpp.BACKEND.normalize(x), x, own.clone())[0])
 
 
 def test_what_is_given_is_not_written_to() -> None:
     x = torch.randn(70, 9, requires_grad=True)
     before = x.detach().clone()
-    value = cpp.normalize(x)
+    value = cpp.BACKEND.normalize(x)
     kept = value.detach().clone()
     torch.autograd.grad(value, x, torch.randn(70, 9))
     assert torch.equal(x.detach(), before)

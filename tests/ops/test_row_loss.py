@@ -159,7 +159,7 @@ KEPT: dict[str, tuple[Callable[..., Tensor], dict[str, tuple[int, ...]], dict[st
     "with negatives": (
         fc.info_nce_loss,
         {"query": (M, D), "key": (M, D), "negatives": (N - M, D)},
-        {"symmetric": True, "normalize": True},
+        {"symmetric": True},
     ),
     "NT-Xent": (fc.nt_xent_loss, {"z1": (M, D), "z2": (M, D)}, {"normalize": True}),
     "SupCon": (fc.supcon_loss, {"features": (M, D)}, {"normalize": True, "labels": torch.arange(M) ** 2 // 3000}),

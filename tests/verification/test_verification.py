@@ -25,12 +25,17 @@ def features(n: int = 30, d: int = 8, dtype: torch.dtype = torch.float32) -> Ten
 @pytest.fixture
 def broken(monkeypatch: pytest.MonkeyPatch) -> None:
     """The C++ backend's gradients are 1% too large."""
-    right = cpp.stats_backward
+    right_backward, right_loss = cpp.BACKEND.stats_backward, cpp.BACKEND.row_loss
 
-    def wrong(*args: object, **options: object) -> Gradients:
-        return Gradients(*(None if g is None else 1.01 * g for g in right(*args, **options)))
+    def wrong_backward(*args: object, **options: object) -> Gradients:
+        return Gradients(*(None if g is None else 1.01 * g for g in right_backward(*args, **options)))
 
-    monkeypatch.setattr(cpp, "stats_backward", wrong)
+    def wrong_loss(*args: object) -> Tensor:
+        loss = right_loss(*args)
+        return 1.01 * loss - 0.01 * loss.detach()
+
+    monkeypatch.setattr(cpp.BACKEND, "stats_backward", wrong_backward)
+    monkeypatch.setattr(cpp.BACKEND, "row_loss", wrong_loss)
 
 
 LOSSES = {

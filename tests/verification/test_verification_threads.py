@@ -18,7 +18,6 @@ from torch import Tensor
 import fused_contrastive as fc
 from fused_contrastive.backends import cpp
 from fused_contrastive.core import observing
-from fused_contrastive.core.spec import Forward
 from fused_contrastive.ops import dispatch
 
 X, Y = (F.normalize(torch.randn(16, 8), dim=1) for _ in range(2))
@@ -111,13 +110,13 @@ def test_a_loss_in_a_thread_of_its_own_is_not_taken_for_verified(loss_fn: Callab
 def test_a_loss_in_a_thread_with_a_copy_of_the_context_is_verified(
     loss_fn: Callable[..., Tensor], wrong: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right, main = cpp.stats_forward, threading.get_ident()
+    right, main = cpp.BACKEND.row_loss, threading.get_ident()
 
-    def forward(*args: Any) -> Forward:
+    def row_loss(*args: Any) -> Tensor:
         found = right(*args)
-        return found._replace(row=found.row * 1.5) if wrong and threading.get_ident() != main else found
+        return 1.5 * found if wrong and threading.get_ident() != main else found
 
-    monkeypatch.setattr(cpp, "stats_forward", forward)
+    monkeypatch.setattr(cpp.BACKEND, "row_loss", row_loss)
     assert fc.verify(loss_fn, X, Y).held != wrong
 
 

@@ -19,12 +19,15 @@ from fused_contrastive.verification.script import script
 
 # Gradients of the C++ backend three times too large.
 BREAK = """
-from fused_contrastive.backends import cpp
+from fused_contrastive.backends.cpp import BACKEND
 from fused_contrastive.core.spec import Gradients
-right = cpp.stats_backward
-def wrong(*args, **options):
-    return Gradients(*(None if g is None else 3 * g for g in right(*args, **options)))
-cpp.stats_backward = wrong
+right_backward, right_loss = BACKEND.stats_backward, BACKEND.row_loss
+def wrong_backward(*args, **options):
+    return Gradients(*(None if g is None else 3 * g for g in right_backward(*args, **options)))
+def wrong_loss(*args):
+    loss = right_loss(*args)
+    return 3 * loss - 2 * loss.detach()
+BACKEND.stats_backward, BACKEND.row_loss = wrong_backward, wrong_loss
 """
 
 
@@ -81,7 +84,8 @@ def test_script_of_own_features(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 @pytest.fixture
 def broken(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpp, "stats_backward", cpp.stats_backward)  # which puts it back
+    for name in ("stats_backward", "row_loss"):  # which puts them back
+        monkeypatch.setattr(cpp.BACKEND, name, getattr(cpp.BACKEND, name))
     exec(BREAK, {})
 
 

@@ -34,7 +34,7 @@ def test_rows_too_long_to_keep_cost_nothing() -> None:
     def layout(rows: int) -> tuple[tuple[int, ...], torch.dtype]:
         return storage.layout(rows, storage.LONGEST_ROW, torch.bfloat16)
 
-    assert rows_to_keep(1000, layout, 10**12, torch.device("cpu")) == 0
+    assert rows_to_keep(1000, layout(64), 10**12, torch.device("cpu")) == 0
     kept = storage.KeptRows(torch.empty(layout(1000)[0], dtype=torch.bfloat16), 0, storage.LONGEST_ROW, exact=False)
     assert kept.block(slice(0, 256), slice(0, 256)) == (None, None, None)
 

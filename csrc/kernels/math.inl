@@ -1,5 +1,6 @@
-// Exponential functions of vectors; levels.cpp includes this after vector.inl. A result's error is stated in ULP, the
-// distance of two neighbouring numbers of its dtype at the exact value. tests/backends/test_vector_math.py measures it.
+// Exponential functions of vectors; levels.cpp includes this after vector.inl. "Max ULP" is the largest error, in units
+// of the distance of neighbouring numbers at the exact value: over every float32 of the range, and random float64s.
+// tests/backends/cpp/test_vector_math.py measures it.
 
 template <class T>
 struct ExpConstants;
@@ -18,12 +19,13 @@ struct ExpConstants<double> {
   static constexpr int kTerms = 13, kLogTerms = 16, kMantissa = 52, kExponentBias = 1023;
 };
 
-// Up to which |x| exp_shifted is as accurate as it says.
+// With references (maxima, log-normalisers) up to this size, exp_shifted stays as accurate as it says.
 template <class T>
 constexpr T kMaxReference = T(1e4);
 
-// exp(x - low) * 2^shift, but 0 where x < lowest and NaN where x is NaN. With x = n ln2 + r and |r| <= ln2 / 2 it is
-// Taylor's polynomial of exp(r) times 2^(n + shift), which must be a normal number.
+// exp(x - low) * 2^shift, but 0 where x < lowest and NaN where x is NaN. With x = n ln2 + r, |r| <= ln2 / 2, it is
+// Taylor's polynomial of exp(r - low) times 2^(n + shift), which must be a normal number. Max ULP 3 (float64: 5) for
+// |x| <= 10100 and |low| up to half an ULP of x.
 template <class T>
 static inline Vec<T> exp_shifted(Vec<T> x, Vec<T> low, int shift, T lowest) {
   using C = ExpConstants<T>;
@@ -45,13 +47,14 @@ static inline Vec<T> exp_shifted(Vec<T> x, Vec<T> low, int shift, T lowest) {
   return x < lowest ? Vec<T>{} : p * power;
 }
 
-// exp(x) for x <= 0 (up to rounding), -inf or NaN; 0 below kLowest.
+// exp(x) for x <= 0 (up to rounding), -inf or NaN; 0 below kLowest. Max ULP 1.3 (float64: 1.3) from kLowest on.
 template <class T>
 static inline Vec<T> exp_nonpositive(Vec<T> x) {
   return exp_shifted<T>(x, Vec<T>{}, 0, ExpConstants<T>::kLowest);
 }
 
 // log(1 + u) for u in [0, 1] or NaN. With z = u / (2 + u) <= 1/3 it is 2 (z + z^3 / 3 + z^5 / 5 + ...).
+// Max ULP 3 (float64: 3) for u = 0 and from the smallest normal number on.
 template <class T>
 static inline Vec<T> log1p_unit(Vec<T> u) {
   const Vec<T> z = u / (u + T(2)), z2 = z * z;
@@ -67,13 +70,13 @@ static inline Vec<T> exp_minus_abs(Vec<T> s) {
   return exp_nonpositive<T>(s < T(0) ? s : -s);
 }
 
-// log(1 + exp(s)).
+// log(1 + exp(s)); 0 below kLowest. Max ULP 4 (float64: 3) from kLowest on.
 template <class T>
 static inline Vec<T> softplus(Vec<T> s) {
   return (s > T(0) ? s : Vec<T>{}) + log1p_unit<T>(exp_minus_abs<T>(s));
 }
 
-// 1 / (1 + exp(-s)).
+// 1 / (1 + exp(-s)); 0 below kLowest. Max ULP 2.5 (float64: 2.5) from kLowest on.
 template <class T>
 static inline Vec<T> sigmoid(Vec<T> s) {
   const Vec<T> u = exp_minus_abs<T>(s);

@@ -16,8 +16,12 @@ from fused_contrastive.bench import check, memory, timing
 from fused_contrastive.bench.implementations import failure, named, reason_not_to
 from fused_contrastive.bench.run import release
 from fused_contrastive.bench.workloads import DTYPES, WORKLOADS, Problem
+from fused_contrastive.core.budget import Deviation
 from fused_contrastive.core.memory import total_memory
-from fused_contrastive.testing import budget, cases, family
+from fused_contrastive.testing import harness
+from fused_contrastive.testing.cases import Case
+from fused_contrastive.testing.registry import LOSSES as REGISTRY
+from fused_contrastive.testing.registry import Sizes
 
 if TYPE_CHECKING:
     from gpu_day import Entry, Turn
@@ -28,7 +32,7 @@ LARGE = 2**50  # a memory budget that keeps everything
 ROUNDS, FEWEST, LONG = 15, 5, 3.0  # fewer where they take longer than so many seconds
 
 Results = dict[str, Tensor]
-Judge = Callable[[Results], list[budget.Deviation]]
+Judge = Callable[[Results], list[Deviation]]
 
 
 def attempt(turn: Turn, row: str, column: str, work: Callable[[], Entry]) -> Entry:
@@ -56,7 +60,7 @@ def correctness(turn: Turn) -> Iterator[Entry]:
 
 def checked(turn: Turn, loss: str, dtype: str, **how: Any) -> Entry:
     """The largest part of its error budget that a value or gradient uses."""
-    kind = {"max_sim": of_tokens, "clip": of_clip}.get(loss, functools.partial(of_family, loss))
+    kind = of_tokens if loss == "max_sim" else functools.partial(of_case, loss)
     evaluate, judge = kind(turn, dtype.replace("tf32", "fp32"), how)
     results, again = evaluate(), evaluate()
     worst = max(judge(results), key=lambda deviation: deviation.share)
@@ -73,27 +77,13 @@ def size(turn: Turn) -> tuple[int, int]:
     return (20, 20) if turn.toy else (2100, 512)
 
 
-def of_clip(turn: Turn, dtype: str, how: dict[str, Any]) -> tuple[Callable[[], Results], Judge]:
+def of_case(loss: str, turn: Turn, dtype: str, how: dict[str, Any]) -> tuple[Callable[[], Results], Judge]:
     n, d = size(turn)
-    case = cases.Case(DTYPES[dtype], n, n, d, SCALE, "clip", seed=0)
-    inputs = case.inputs().on(torch.device(turn.device))
-
-    def clip(given: cases.Inputs) -> Results:
-        return {"loss": clip_loss(given.x, given.y, given.scale, **how, **given.options)}
-
-    def judge(results: Results) -> list[budget.Deviation]:
-        return budget.deviations(case, "triton", inputs, budget.expected(case, inputs), results)
-
-    return lambda: budget.evaluate(clip, inputs), judge
-
-
-def of_family(loss: str, turn: Turn, dtype: str, how: dict[str, Any]) -> tuple[Callable[[], Results], Judge]:
-    member, device, (n, d) = family.FAMILY[loss], torch.device(turn.device), size(turn)
-    case = family.FamilyCase(loss, next(iter(member.options)), family.Sizes(n, d, DTYPES[dtype], SCALE), seed=0)
-    leaves, options = case.inputs(device)
+    case = Case(loss, next(iter(REGISTRY[loss].options)), Sizes(n, d, DTYPES[dtype], SCALE), seed=0)
+    leaves, options = case.inputs(turn.device)
     return (
-        lambda: family.evaluate(functools.partial(member.ours, **how), leaves, options),
-        lambda results: family.deviations(case, "triton", device, results),
+        lambda: harness.evaluate(functools.partial(case.member.ours, **how), leaves, options),
+        lambda results: harness.expected(case, turn.device).deviations(results),
     )
 
 
@@ -101,9 +91,9 @@ def of_tokens(turn: Turn, dtype: str, how: dict[str, Any]) -> tuple[Callable[[],
     """max_sim, judged as the benchmark does."""
     truth = check.Truth(Problem("max_sim", *((2, 16) if turn.toy else (96, 128)), dtype, turn.device))
 
-    def judge(results: Results) -> list[budget.Deviation]:
+    def judge(results: Results) -> list[Deviation]:
         errors = truth.errors(results)
-        return [budget.Deviation(name, error, 0.0, truth.allowed[name]) for name, error in errors.items()]
+        return [Deviation(name, error, 0.0, truth.allowed[name]) for name, error in errors.items()]
 
     return lambda: check.evaluate(functools.partial(WORKLOADS["max_sim"].ours, **how), truth.leaves), judge
 

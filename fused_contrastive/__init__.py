@@ -1,5 +1,6 @@
 """Exact contrastive losses for PyTorch at any batch size, without the N x N similarity matrix."""
 
+from fused_contrastive.core.budget import Deviation
 from fused_contrastive.distributed.batch import GlobalBatch
 from fused_contrastive.evaluation.diagnosis import Diagnosis, diagnose
 from fused_contrastive.evaluation.retrieval import median_rank, recall_at_k
@@ -15,7 +16,6 @@ from fused_contrastive.ops import flops
 from fused_contrastive.ops.max_sim import MaxSimScores, max_sim
 from fused_contrastive.ops.ranking import Ranking, rank, target_ranks
 from fused_contrastive.ops.stats import ContrastiveStats, SigmoidStats, contrastive_stats, self_stats, sigmoid_stats
-from fused_contrastive.testing.budget import Deviation
 from fused_contrastive.verification.compare import Verification, verify
 from fused_contrastive.verification.watch import verify_against_reference
 

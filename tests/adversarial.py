@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from seeds import SEED
 from torch import Tensor
 
-from fused_contrastive.testing import budget
+from fused_contrastive.core.budget import difference
 
 Results = dict[str, Tensor]
 BACKENDS = st.sampled_from(["reference", "cpp"])
@@ -129,5 +129,5 @@ def tiny(dtype: torch.dtype, *factors: float) -> float:
 
 def largest_error(eager: list[Results], name: str, truth: Tensor) -> float:
     """Eager's; a NaN of it allows nothing."""
-    errors = [budget.difference(e[name], truth) for e in eager]
+    errors = [difference(e[name], truth) for e in eager]
     return max(0.0 if error != error else error for error in errors)

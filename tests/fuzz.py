@@ -27,7 +27,9 @@ import torch
 from every_function import FUNCTIONS, PUBLIC
 from torch import Tensor
 
-from fused_contrastive.testing import budget, cases, family
+from fused_contrastive.testing import cases, harness
+from fused_contrastive.testing.cases import MEMBERS, OPTIONS, Case
+from fused_contrastive.testing.registry import Sizes
 
 LIMIT = 60  # seconds for one number
 KINDS = ("raised", "returned", "compared", "problems")
@@ -170,20 +172,18 @@ def size(rng: random.Random, least: int, most: int) -> int:
 def problem(number: int) -> tuple[str, str | None]:
     """A random problem by the C++ backend against float64."""
     rng = random.Random(number)
-    cpu = torch.device("cpu")
     if rng.random() < 0.5:
-        loss, variant = rng.choice(family.OPTIONS)
-        shape = size(rng, 2, 300), size(rng, 1, 100)
-        sizes = family.Sizes(*shape, rng.choice(cases.DTYPES), rng.choice((0.5, 14.3, 100.0)), rng.random() < 0.1)
-        case: Any = family.FamilyCase(loss, variant, sizes, number)
-        found = family.deviations(case, "cpp", cpu)
+        loss, variant = rng.choice(OPTIONS)
+        n, d, scale = size(rng, 2, 300), size(rng, 1, 100), rng.choice((0.5, 14.3, 100.0))
+        sizes = Sizes(n, d, rng.choice(cases.DTYPES), scale, rng.random() < 0.1)
     else:
-        option = rng.choice((*cases.STATS_OPTIONS, *cases.CLIP_OPTIONS))
-        m, n = size(rng, 1, 300), size(rng, 1, 600)
-        n = m if option in cases.CLIP_OPTIONS else n
-        case = cases.Case(rng.choice(cases.DTYPES), m, n, size(rng, 1, 600), rng.choice(cases.SCALES), option, number)
-        inputs = case.inputs()
-        found = budget.deviations(case, "cpp", inputs, budget.expected(case, inputs))
+        loss = rng.choice(("contrastive_stats", "contrastive_stats", "clip"))
+        variant = rng.choice(list(MEMBERS[loss].options))
+        n, d = size(rng, 1 + ("decoupled" in variant), 600), size(rng, 1, 600)
+        rows = size(rng, 1, 300) if loss == "contrastive_stats" else None
+        sizes = Sizes(n, d, rng.choice(cases.DTYPES), rng.choice(cases.SCALES), m=rows)
+    case = Case(loss, variant, sizes, number)
+    found = harness.deviations(case, "cpp")
     breach = [each for each in found if each.share > 1]
     return "problems", f"{case}: {breach}" if breach else None
 

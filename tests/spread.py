@@ -11,7 +11,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fused_contrastive import GlobalBatch
-from fused_contrastive.testing import family
+from fused_contrastive.testing import harness
+from fused_contrastive.testing.cases import Case
 
 # The samples of each process, in parts of the whole; the last one gets what is left. A process may have none.
 SPLITS = {"even": (1, 1, 1, 1), "ragged": (1, 3, 2, 1), "one empty": (2, 0, 1, 3)}
@@ -28,9 +29,9 @@ def part_of(t: Tensor, sizes: list[int], rank: int) -> Tensor:
     return t.split(sizes)[rank]
 
 
-def cut(case: family.FamilyCase, split: str, rank: int, world: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def cut(case: Case, split: str, rank: int, world: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """This process's leaves and options of a case."""
-    leaves, options = case.inputs(torch.device("cpu"))
+    leaves, options = case.inputs()
     rows = next(iter(leaves.values()))
     row_sizes = sizes_of(len(rows), split, world)
     keys = leaves.get("key", rows)
@@ -60,12 +61,12 @@ def cut(case: family.FamilyCase, split: str, rank: int, world: int) -> tuple[dic
     return {k: of(k, t) for k, t in leaves.items()}, {k: of(k, t) for k, t in options.items()}
 
 
-def evaluate(case: family.FamilyCase, split: str, rank: int, world: int, exchange: str) -> dict[str, Tensor]:
+def evaluate(case: Case, split: str, rank: int, world: int, exchange: str) -> dict[str, Tensor]:
     """This process's loss and gradients: the features' own, of the rest its part."""
     leaves, options = cut(case, split, rank, world)
     held = {name: t.clone().requires_grad_() for name, t in leaves.items()}
     group = GlobalBatch(exchange=exchange, gradients="sum")
-    loss = family.FAMILY[case.loss].ours(**held, **options, group=group)
+    loss = case.member.ours(**held, **options, group=group)
     weights = 0.5 if loss.dim() == 0 else weights_of(case, split, rank, world)
     gradients = torch.autograd.grad((loss.double() * weights).sum(), list(held.values()), allow_unused=True)
     results = {"loss": loss.detach()}
@@ -74,16 +75,16 @@ def evaluate(case: family.FamilyCase, split: str, rank: int, world: int, exchang
     return results
 
 
-def weights_of(case: family.FamilyCase, split: str, rank: int, world: int) -> Tensor:
-    """Of the weights that the whole problem's losses have in ``family.evaluate``, this process's."""
-    leaves, _ = case.inputs(torch.device("cpu"))
+def weights_of(case: Case, split: str, rank: int, world: int) -> Tensor:
+    """Of the weights that the whole problem's losses have in ``harness.evaluate``, this process's."""
+    leaves, _ = case.inputs()
     n = len(next(iter(leaves.values())))
     views = len(leaves) - 1 if case.loss == "nt_xent" else 1
-    whole = torch.linspace(0.5, 1.5, n * views, dtype=torch.float64).view(views, n)
+    whole = harness.weights(0, n * views, "cpu").view(views, n)
     return whole.split(sizes_of(n, split, world), dim=1)[rank].reshape(-1)
 
 
-def put_together(case: family.FamilyCase, parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+def put_together(case: Case, parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """The whole problem's loss and gradients, in float64."""
     whole: dict[str, Tensor] = {}
     for name in parts[0]:
@@ -105,7 +106,7 @@ def put_together(case: family.FamilyCase, parts: list[dict[str, Tensor]]) -> dic
     return whole
 
 
-def _columns(case: family.FamilyCase, each: list[Tensor], parts: list[dict[str, Tensor]]) -> Tensor:
+def _columns(case: Case, each: list[Tensor], parts: list[dict[str, Tensor]]) -> Tensor:
     """Keys of all processes, then their shared negatives."""
     keys = [len(part["dkey"]) for part in parts]
     return torch.cat(

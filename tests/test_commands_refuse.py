@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from fused_contrastive.__main__ import main
-from fused_contrastive.testing import budget
+from fused_contrastive.core.budget import Deviation
+from fused_contrastive.testing import harness
 
 COMMANDS = ("info", "verify", "bench", "compare", "temperature", "plan")
 
@@ -252,7 +253,7 @@ def test_scripts_that_cannot_be_written(
 ) -> None:
     """They are shown, and so is what was found, before --save is named."""
     np.save(tmp_path / "a.npy", A)
-    monkeypatch.setattr(budget, "deviations", lambda *_: [budget.Deviation("loss", 1.0, 0.0, 0.1)])
+    monkeypatch.setattr(harness.Expected, "deviations", lambda *_: [Deviation("loss", 1.0, 0.0, 0.1)])
     for number in (1, 2, 3):
         (tmp_path / "scripts" / f"breach_{number}.py").mkdir(parents=True)
     arguments = ["verify", "--backend", "reference", "--features", *[str(tmp_path / "a.npy")] * 2]
@@ -272,7 +273,7 @@ def test_a_command_that_fails_has_a_status_of_its_own(
     def broken(*_: object) -> None:
         raise RuntimeError("the backend fell over")
 
-    monkeypatch.setattr(budget, "expected", broken)
+    monkeypatch.setattr(harness, "expected", broken)
     assert main(["verify", "--device", "cpu", "--backend", "reference"]) == 3
     error = capsys.readouterr().err
     assert error.startswith("Traceback")

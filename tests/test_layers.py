@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -27,27 +28,57 @@ LAYERS = [
 MODULES = sorted(path.relative_to(ROOT) for path in ROOT.rglob("*.py"))
 
 
-def imported(path: Path) -> set[tuple[str, ...]]:
-    """Modules of this package that a file imports, as parts without the package's name."""
+def imports(source: str) -> set[str]:
+    """The names that a file imports anywhere in it: ``a.b.c`` for ``from a.b import c``, too."""
     found = set()
-    for node in ast.walk(ast.parse((ROOT / path).read_text())):
+    for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: relative import"
-            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            assert node.level == 0, "a relative import"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
         elif isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        else:
-            continue
-        found |= {tuple(name.split(".")[1:]) for name in names if name.startswith("fused_contrastive.")}
+            found |= {alias.name for alias in node.names}
     return found
+
+
+def cycle(sources: dict[str, str]) -> list[str]:
+    """Modules that import each other in a circle, the first one again at its end; none where there is no circle."""
+    graph = {}
+    for name, source in sources.items():
+        targets = {target if target in sources else target.rpartition(".")[0] for target in imports(source)}
+        graph[name] = targets & set(sources)
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return list(error.args[1])
+    return []
+
+
+def test_no_modules_import_each_other() -> None:
+    files = [*ROOT.rglob("*.py"), *ROOT.rglob("*.pyi")]
+    names = [".".join(path.relative_to(ROOT.parent).with_suffix("").parts).removesuffix(".__init__") for path in files]
+    assert not cycle({name: path.read_text() for name, path in zip(names, files, strict=True)})
+
+
+@pytest.mark.parametrize(
+    "back", ["import p.a", "def f():\n    from p.a import x", "import p as q", "def f():\n    from p import loss"]
+)
+def test_a_circle_is_seen(back: str) -> None:
+    assert cycle({"p": "from p.a import loss", "p.a": "from p import b", "p.b": back})
+    assert not cycle({"p": "from p.a import loss", "p.a": "from p import b", "p.b": "import torch"})
 
 
 @pytest.mark.parametrize("path", [path for path in MODULES if len(path.parts) > 1], ids=str)
 def test_imports_point_down(path: Path) -> None:
     layer = path.parts[0]
-    for target in imported(path):
-        if target[0] == "_C":
+    for name in imports((ROOT / path).read_text()):
+        package, *target = name.split(".")
+        if package != "fused_contrastive":
+            continue
+        if target == ["_C"]:
             assert path == Path("backends/cpp.py"), f"{path} imports the extension"
+            continue
+        if not target or target[0] not in LAYERS:
+            assert LAYERS.index(layer) > LAYERS.index("verification"), f"{path} imports the package, a layer above"
             continue
         assert LAYERS.index(target[0]) <= LAYERS.index(layer), f"{path} imports {'.'.join(target)}, a layer above"
         if layer == "backends" and target[0] == "backends":
@@ -72,6 +103,15 @@ fused_contrastive.clip_loss(x, torch.randn(6, 4), 2.0, backend="reference").back
 assert x.grad.isfinite().all()
 """
     result = run_blocking("numpy rich triton fused_contrastive._C", code)
+    assert result.returncode == 0, result.stderr
+
+
+def test_importing_the_package_does_not_load_its_test_harness() -> None:
+    code = """
+import fused_contrastive
+assert not [name for name in sys.modules if name.startswith("fused_contrastive.testing")]
+"""
+    result = run_blocking("", code)
     assert result.returncode == 0, result.stderr
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fused_contrastive.bench.implementations import Implementation
 from fused_contrastive.bench.workloads import PER_LABEL, WORKLOADS, Loss, Problem
+from fused_contrastive.core.budget import allowed
 
 CHECKED = 4096**2  # similarities at most: the float64 truth writes its matrix many times
 
@@ -39,10 +40,10 @@ class Truth:
         self.work, self.leaves = work, work.inputs(problem)
         wide = {name: t.detach().double().requires_grad_() for name, t in self.leaves.items()}
         self.results = evaluate(work.truth, wide)
-        eps = torch.finfo(problem.torch_dtype).eps
         eager = self.errors(evaluate(work.eager, self.leaves))
         self.allowed = {
-            name: 2 * error + 4 * eps + (0 if name == "loss" else work.slack) for name, error in eager.items()
+            name: allowed(error, problem.torch_dtype, 1.0, roundings=4) + (0 if name == "loss" else work.slack)
+            for name, error in eager.items()
         }
 
     def errors(self, found: Results) -> dict[str, float]:

@@ -11,7 +11,7 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from fused_contrastive.evaluation.temperature import HARDEST, Row
+from fused_contrastive.evaluation.sweep import HARDEST, Row
 
 INK, FAINT, ACCENT = "#1f2933", "#7b8794", "#7c3aed"
 BANDS = ("#b91c1c", "#f97316", "#fcd34d", "#e2e8f0")  # hardest first, then all the rest

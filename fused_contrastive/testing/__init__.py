@@ -1,1 +1,1 @@
-"""The oracle, seeded inputs and the error budget that the tests and the verifier share."""
+"""The registry of losses, seeded cases and the harness that the tests and the verifier share."""

@@ -1,8 +1,4 @@
-"""The textbook formulas on the materialised matrix, in whatever dtype they are given.
-
-In float64 they are the oracle every backend is measured against; in the features' own dtype they are eager PyTorch,
-whose error the budget allows. Independent of the backends: nothing here is shared with them.
-"""
+"""What the formulas of ``textbook`` are made of: ways to write the logits, and a log-sum-exp."""
 
 from __future__ import annotations
 
@@ -11,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 Logits = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -43,7 +38,8 @@ def _blocked(a: Tensor, b: Tensor) -> Tensor:
     return total
 
 
-def _oracle_logits(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
+def exact(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
+    """scale * x @ y.T for float64, as the oracle computes it."""
     return scale * _Matmul.apply(x, y.T)  # type: ignore[no-any-return, no-untyped-call]
 
 
@@ -61,97 +57,3 @@ def logsumexp(logits: Tensor, dim: int) -> Tensor:
     any_left = (logits != -torch.inf).any(dim=dim)
     finite = torch.where(any_left.unsqueeze(dim), logits, 0)
     return torch.where(any_left, finite.logsumexp(dim=dim), -torch.inf)
-
-
-def stats(
-    x: Tensor,
-    y: Tensor,
-    scale: Tensor,
-    *,
-    targets: Tensor | None = None,
-    col_bias: Tensor | None = None,
-    row_ids: Tensor | None = None,
-    col_ids: Tensor | None = None,
-    exclude_self: bool = False,
-    form: str | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """pos (M,), row (M,), col (N,) of contrastive_stats. ``form`` None is the oracle, else one of ``LOGITS``."""
-    m, n = len(x), len(y)
-    logits = (LOGITS[form] if form else _oracle_logits)(x, y, scale)
-    if col_bias is not None:
-        logits = logits + col_bias
-    i = torch.arange(m, device=x.device)
-    t = i if targets is None else targets
-    excluded = torch.zeros(m, n, dtype=torch.bool, device=x.device)
-    excluded[i, t] = True
-    if row_ids is not None and col_ids is not None:
-        excluded |= row_ids[:, None] == col_ids[None, :]
-    if exclude_self:
-        excluded |= i[:, None] == torch.arange(n, device=x.device)
-    negatives = logits.masked_fill(excluded, -torch.inf)
-    return logits[i, t], logsumexp(negatives, 1), logsumexp(negatives, 0)
-
-
-def clip_eager(
-    image_features: Tensor,
-    text_features: Tensor,
-    logit_scale: Tensor,
-    *,
-    decoupled: bool = False,
-    label_smoothing: float = 0.0,
-    reduction: str = "mean",
-    form: str | None = "rows",
-) -> Tensor:
-    """The CLIP loss as training code writes it; for DCL, the diagonal filled out of the denominator."""
-    logits = (LOGITS[form] if form else _oracle_logits)(image_features, text_features, logit_scale)
-    labels = torch.arange(len(logits), device=logits.device)
-    if not decoupled:
-        rows, cols = (
-            F.cross_entropy(s, labels, label_smoothing=label_smoothing, reduction="none") for s in (logits, logits.T)
-        )
-    else:
-        rows, cols = (_dcl(s, label_smoothing) for s in (logits, logits.T))
-    loss = (rows + cols) / 2
-    return _reduce(loss, reduction)
-
-
-def _reduce(loss: Tensor, reduction: str) -> Tensor:
-    if reduction == "none":
-        return loss
-    return loss.mean() if reduction == "mean" else loss.sum()
-
-
-def _dcl(logits: Tensor, label_smoothing: float) -> Tensor:
-    n = len(logits)
-    denominator = logsumexp(logits.masked_fill(torch.eye(n, dtype=torch.bool, device=logits.device), -torch.inf), 1)
-    goal = (1 - label_smoothing) * logits.diagonal() + label_smoothing * logits.mean(dim=1)
-    return denominator - goal
-
-
-def clip_stable(
-    image_features: Tensor,
-    text_features: Tensor,
-    logit_scale: Tensor,
-    *,
-    decoupled: bool = False,
-    label_smoothing: float = 0.0,
-    reduction: str = "mean",
-) -> Tensor:
-    """The same loss without cancellation when the positives dominate: the oracle, in float64."""
-    if decoupled:
-        return clip_eager(
-            image_features,
-            text_features,
-            logit_scale,
-            decoupled=True,
-            label_smoothing=label_smoothing,
-            reduction=reduction,
-            form=None,
-        )
-    pos, row, col = stats(image_features, text_features, logit_scale)
-    zero = pos.new_zeros(())
-    loss = (torch.logaddexp(row - pos, zero) + torch.logaddexp(col - pos, zero)) / 2
-    if label_smoothing:
-        logits = _oracle_logits(image_features, text_features, logit_scale)
-        loss = loss + label_smoothing * (pos - (logits.mean(dim=0) + logits.mean(dim=1)) / 2)
-    return _reduce(loss, reduction)

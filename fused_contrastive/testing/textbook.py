@@ -1,16 +1,100 @@
-"""The papers' formulas on materialised matrices, in whatever dtype they are given: float64 is the oracle.
+"""The papers' formulas on materialised matrices, in whatever dtype they are given.
 
-``logits`` is how x, y and a scale become scale * x @ y.T: a form of ``oracle.LOGITS``, or the oracle's own. Nothing
-here is shared with the losses under test.
+In float64 they are the oracle that every backend is measured against; in the features' own dtype they are eager
+PyTorch, whose error the budget allows. ``logits`` is how x, y and a scale become scale * x @ y.T: ``oracle.exact``, or
+a form of ``oracle.LOGITS``. Nothing here is shared with the losses under test.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fused_contrastive.testing.oracle import Logits, _reduce, logsumexp
+from fused_contrastive.testing.oracle import Logits, logsumexp
+
+
+def contrastive_stats(
+    logits: Logits,
+    x: Tensor,
+    y: Tensor,
+    scale: Tensor,
+    *,
+    targets: Tensor | None = None,
+    col_bias: Tensor | None = None,
+    row_ids: Tensor | None = None,
+    col_ids: Tensor | None = None,
+    exclude_self: bool = False,
+    directions: Sequence[str] = ("row", "col"),
+) -> dict[str, Tensor]:
+    """ "pos" (M,), and of the ``directions`` "row" (M,) and "col" (N,)."""
+    m, n = len(x), len(y)
+    s = logits(x, y, scale)
+    if col_bias is not None:
+        s = s + col_bias
+    i = torch.arange(m, device=x.device)
+    t = i if targets is None else targets
+    excluded = torch.zeros(m, n, dtype=torch.bool, device=x.device)
+    excluded[i, t] = True
+    if row_ids is not None and col_ids is not None:
+        excluded |= row_ids[:, None] == col_ids
+    if exclude_self:
+        excluded |= i[:, None] == torch.arange(n, device=x.device)
+    negatives = s.masked_fill(excluded, -torch.inf)
+    denominators = {"row": logsumexp(negatives, 1), "col": logsumexp(negatives, 0)}
+    return {"pos": s[i, t], **{name: denominators[name] for name in directions}}
+
+
+def clip(
+    logits: Logits,
+    image: Tensor,
+    text: Tensor,
+    logit_scale: Tensor,
+    *,
+    decoupled: bool = False,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+) -> Tensor:
+    """As training code writes it; for DCL, the diagonal filled out of the denominator."""
+    s = logits(image, text, logit_scale)
+    t = torch.arange(len(s), device=s.device)
+    nothing = torch.zeros_like(s, dtype=torch.bool)
+    rows, cols = (
+        _softmax_loss(each, t, nothing, True, label_smoothing)
+        if decoupled
+        else F.cross_entropy(each, t, label_smoothing=label_smoothing, reduction="none")
+        for each in (s, s.T)
+    )
+    return _reduce((rows + cols) / 2, reduction)
+
+
+def clip_stable(
+    logits: Logits,
+    image: Tensor,
+    text: Tensor,
+    logit_scale: Tensor,
+    *,
+    decoupled: bool = False,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+) -> Tensor:
+    """The same without cancellation where the positives dominate."""
+    pos, *denominators = contrastive_stats(logits, image, text, logit_scale).values()
+    zero = pos.new_zeros(())
+    rows, cols = (d - pos if decoupled else torch.logaddexp(d - pos, zero) for d in denominators)
+    loss = (rows + cols) / 2
+    if label_smoothing:
+        s = logits(image, text, logit_scale)
+        loss = loss + label_smoothing * (pos - (s.mean(dim=0) + s.mean(dim=1)) / 2)
+    return _reduce(loss, reduction)
+
+
+def _reduce(loss: Tensor, reduction: str) -> Tensor:
+    if reduction == "none":
+        return loss
+    return loss.mean() if reduction == "mean" else loss.sum()
 
 
 def _unit(x: Tensor) -> Tensor:

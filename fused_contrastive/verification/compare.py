@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from fused_contrastive.core import hints, observing
+from fused_contrastive.core.budget import Deviation, allowed, difference, largest_finite
 from fused_contrastive.core.forks import guarded
 from fused_contrastive.ops import dispatch
-from fused_contrastive.testing.budget import Deviation, difference
 
 ROUNDINGS = 32  # allowed, in eps of the largest element, beside twice the reference's own error in the same dtype
 
@@ -77,13 +77,12 @@ def compare(
         raise ValueError(
             f"loss_fn: {function!r} calls none of fused_contrastive's losses, so there is nothing to verify"
         )
-    eps = torch.finfo(dtype).eps
     deviations = []
     for name, value in ours.items():
         right = exact[name]
         theirs, error = (_difference(found, right) for found in (plain[name], value))
-        largest = right[right.isfinite()].abs().max().item() if right.isfinite().any() else 0.0
-        deviations.append(Deviation(name, error, theirs, 2 * theirs + ROUNDINGS * eps * largest))
+        most = allowed(theirs, dtype, largest_finite(right), ROUNDINGS)
+        deviations.append(Deviation(name, error, theirs, most))
     return Verification(tuple(deviations))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
 
@@ -15,17 +15,19 @@ from rich.progress import track
 from rich.table import Table
 
 from fused_contrastive.core import hints
+from fused_contrastive.core.budget import Deviation, largest_finite
 from fused_contrastive.core.errors import InputError
 from fused_contrastive.core.files import load_pairs
 from fused_contrastive.core.spec import BackendName, compute_dtype
 from fused_contrastive.ops import dispatch
-from fused_contrastive.testing import budget, family
-from fused_contrastive.testing.cases import CLIP_OPTIONS, DIMS, DTYPES, SCALES, SIZES, Case, Inputs, grid, sample
+from fused_contrastive.testing import harness
+from fused_contrastive.testing.cases import DIMS, DTYPES, SCALES, SIZES, Case, grid, sample, sample_of_grid
+from fused_contrastive.testing.registry import LOSSES, Sizes
 from fused_contrastive.verification.script import script
 
 GRIDS = ("quick", "full")
 QUICK_CASES = 400
-FAMILY_CASES = {"quick": 210, "full": 2100}
+LOSS_CASES = {"quick": 246, "full": 2460}
 SCRIPTS = 3  # of breaches, that are shown
 SMALL = 2**26  # multiplications: below it, one thread computes what is plain torch
 
@@ -37,10 +39,10 @@ class Cell:
     cases: int = 0
     checks: int = 0
     breaches: int = 0
-    worst: budget.Deviation | None = None
+    worst: Deviation | None = None
     worst_case: str = ""
 
-    def add(self, case: Case | family.FamilyCase, deviations: Sequence[budget.Deviation]) -> None:
+    def add(self, case: Case, deviations: Sequence[Deviation]) -> None:
         self.cases += 1
         for deviation in deviations:
             self.checks += 1
@@ -60,7 +62,7 @@ class Report:
     """Cells by (backend, option) and dtype."""
 
     rows: dict[tuple[str, str], dict[torch.dtype, Cell]] = field(default_factory=dict)
-    failed: list[tuple[Case | family.FamilyCase, str]] = field(default_factory=list)  # and the backend
+    failed: list[tuple[Case, str]] = field(default_factory=list)  # and the backend
 
     @property
     def cells(self) -> list[Cell]:
@@ -70,15 +72,15 @@ class Report:
     def breaches(self) -> int:
         return sum(cell.breaches for cell in self.cells)
 
-    def add(self, case: Case | family.FamilyCase, backend: str, deviations: Sequence[budget.Deviation]) -> None:
+    def add(self, case: Case, backend: str, deviations: Sequence[Deviation]) -> None:
         row = self.rows.setdefault((backend, case.option), {dtype: Cell() for dtype in DTYPES})
         row[case.dtype].add(case, deviations)
         if any(deviation.share > 1 for deviation in deviations):
             self.failed.append((case, backend))
 
-    def simplest(self) -> list[tuple[Case | family.FamilyCase, str]]:
+    def simplest(self) -> list[tuple[Case, str]]:
         """Of the cases that failed the smallest of each backend and option, smaller ones first."""
-        best: dict[tuple[str, str], tuple[Case | family.FamilyCase, str]] = {}
+        best: dict[tuple[str, str], tuple[Case, str]] = {}
         for case, backend in sorted(self.failed, key=lambda failure: failure[0].size):
             best.setdefault((backend, case.option), (case, backend))
         return list(best.values())
@@ -153,31 +155,18 @@ def _threads(size: int, backend: str = "reference") -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def check(cases: Iterable[tuple[Case, Inputs]], where: Target, report: Report) -> None:
+def check(cases: Iterable[Case], where: Target, report: Report) -> None:
     """Every case on every backend; the oracle and eager are evaluated once per case."""
-    for case, inputs in cases:
+    for case in cases:
         backends = where.backends_for(case.dtype)
         if not backends:
             continue
-        inputs = inputs.on(where.device)
         with _threads(case.size):
-            expectation = budget.expected(case, inputs)
+            expectation = harness.expected(case, where.device)
         for backend in backends:
             with _threads(case.size, backend):
-                results = budget.evaluate(budget.ours(case, backend), inputs)
-            with _threads(case.size):
-                report.add(case, backend, budget.deviations(case, backend, inputs, expectation, results))
-
-
-def check_family(cases: Iterable[family.FamilyCase], where: Target, report: Report) -> None:
-    """The same for the losses on top of the primitives."""
-    for case in cases:
-        with _threads(case.size):
-            expectation = family.expected(case, where.device)
-        for backend in where.backends_for(case.dtype):
-            with _threads(case.size, backend):
-                results = family.ours(case, backend, where.device)
-            report.add(case, backend, family.deviations(case, backend, where.device, results, expectation))
+                results = harness.ours(case, backend, where.device)
+            report.add(case, backend, expectation.deviations(results))
 
 
 def verify_grid(which: str, seed: int, where: Target, console: Console, save: Path | None = None) -> bool:
@@ -185,14 +174,13 @@ def verify_grid(which: str, seed: int, where: Target, console: Console, save: Pa
 
     ``save``: a folder for these scripts.
     """
-    cases = list(sample(QUICK_CASES, seed)) if which == "quick" else list(grid(DTYPES, SIZES, DIMS, SCALES, seed))
-    losses = list(family.sample(FAMILY_CASES[which], seed))
+    quick = which == "quick"
+    cases = list(sample_of_grid(QUICK_CASES, seed) if quick else grid(DTYPES, SIZES, DIMS, SCALES, seed))
+    losses = list(sample(LOSS_CASES[which], seed))
     console.print(str(where), markup=False, highlight=False, soft_wrap=True)
-    console.print(f"{len(cases)} cases of the primitive and CLIP, {len(losses)} of other losses, seed {seed}")
+    console.print(f"{len(cases)} cases of the primitive and CLIP, {len(losses)} of all losses, seed {seed}")
     report = Report()
-    shown = track(cases, description="verify", console=console, transient=True)
-    check(((case, case.inputs()) for case in shown), where, report)
-    check_family(track(losses, description="losses", console=console, transient=True), where, report)
+    check(track([*cases, *losses], description="verify", console=console, transient=True), where, report)
     return _conclude(report, where, console, save)
 
 
@@ -212,20 +200,15 @@ def verify_features(
     console.print(str(where), markup=False, highlight=False, soft_wrap=True)
     if (hint := hints.hint({str(x_path): x, str(y_path): y}, "--scale", scale)) is not None:
         console.print(f"hint: {hint.text}", style="yellow", markup=False, soft_wrap=True)
-    cases = {
-        case: replace(case.inputs(), x=x, y=y)
-        for option in CLIP_OPTIONS
-        for case in [Case(x.dtype, len(x), len(y), x.shape[1], scale, option, seed=0)]
-    }
+    sizes = Sizes(len(x), x.shape[1], x.dtype, scale)
+    cases = [Case("clip", option, sizes, seed=0, features=(x, y)) for option in LOSSES["clip"].options]
     report = Report()
     with _fitting(len(x)):
-        check(cases.items(), where, report)
-        failed = {case for case, _ in report.failed}
-        for case, inputs in cases.items():
-            truths = budget.expected(case, inputs.on(where.device)).truth if case in failed else {}
-            for name, truth in truths.items():
-                dtype = x.dtype if name in ("dx", "dy") else compute_dtype(x.dtype)
-                _refuse_overflow(name, truth.masked_fill(~truth.isfinite(), 0).abs().max().item(), dtype)
+        check(cases, where, report)
+        for case in {case for case, _ in report.failed}:
+            for name, truth in harness.expected(case, where.device).truth.items():
+                dtype = x.dtype if name.endswith("_features") else compute_dtype(x.dtype)
+                _refuse_overflow(name, largest_finite(truth), dtype)
     return _conclude(report, where, console, save, (x_path, y_path))
 
 

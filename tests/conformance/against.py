@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fused_contrastive.testing.budget import difference
-from fused_contrastive.testing.family import evaluate
+from fused_contrastive.core.budget import allowed, difference
+from fused_contrastive.testing.harness import evaluate
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]
 
@@ -38,12 +38,12 @@ def assert_same(
         term = 4 * scale if leaf is None else 4.0 if leaf.dim() < 2 else 4 * scale / len(matrix)
         if matrix.dtype == torch.float64:  # whose truth is float64 itself
             term *= max(1.0, scale, len(matrix) ** 0.5)
+        off_by = difference(eager[name], truth[name])
+        most = allowed(off_by, matrix.dtype, truth[name].abs().max().item() + term)
         if leaf is None and eps > 1e-3:
-            allowed = eps * scale
-        else:
-            allowed = 2 * difference(eager[name], truth[name]) + 8 * eps * (truth[name].abs().max().item() + term)
+            most = eps * scale
         error = difference(value, truth[name])
-        assert error <= allowed, f"{name}: off by {error:.2g}, {allowed:.2g} allowed"
+        assert error <= most, f"{name}: off by {error:.2g}, {most:.2g} allowed"
 
 
 def assert_close_results(theirs: Tensor | dict | tuple, ours: Tensor | dict | tuple) -> None:

@@ -18,9 +18,11 @@ from every_loss import LOSSES, step
 from torch import Tensor
 
 import fused_contrastive as fc
-from fused_contrastive.evaluation.temperature import sweep
-from fused_contrastive.testing import budget, family
-from fused_contrastive.testing.cases import CLIP_OPTIONS, STATS_OPTIONS, Case
+from fused_contrastive.evaluation.sweep import sweep
+from fused_contrastive.testing import harness
+from fused_contrastive.testing.cases import MEMBERS, Case, sample
+from fused_contrastive.testing.registry import LOSSES as REGISTRY
+from fused_contrastive.testing.registry import Sizes
 
 DEFAULTS = [("meta", torch.float64), ("meta", torch.float16)]
 CPU = torch.device("cpu")
@@ -104,58 +106,37 @@ def whole_numbers(below: int, count: int) -> Tensor:
     return torch.randint(below, (count,), generator=generator, device="cpu").to(torch.get_default_device())
 
 
-@pytest.mark.parametrize("option", [*STATS_OPTIONS, *CLIP_OPTIONS])
-def test_inputs_of_cases(option: str, seed: int) -> None:
-    case = Case(torch.bfloat16, 7, 7, 5, 14.3, option, seed)
-    assert_defaults_do_not_matter(lambda: vars(case.inputs()))
-    for device in ("meta", "cpu"):
-        with torch.device("meta"):
-            inputs = case.inputs().on(torch.device(device))
-        assert {t.device.type for t in tensors(vars(inputs)) if t.dim()} == {device}
+OPTIONS = [(name, option) for name, member in MEMBERS.items() for option in member.options]
 
 
-@pytest.mark.parametrize(("loss", "option"), family.OPTIONS)
-def test_inputs_of_losses(loss: str, option: str, seed: int) -> None:
+@pytest.mark.parametrize(("loss", "option"), OPTIONS)
+def test_inputs_of_cases(loss: str, option: str, seed: int) -> None:
     for duplicates in (False, True):
-        case = family.FamilyCase(loss, option, family.Sizes(6, 5, torch.float16, 14.3, duplicates), seed)
-        assert_defaults_do_not_matter(lambda case=case: case.inputs(CPU))
+        case = Case(loss, option, Sizes(6, 5, torch.float16, 14.3, duplicates), seed)
+        assert_defaults_do_not_matter(lambda case=case: case.inputs())
         with torch.device("cpu"):
-            leaves, options = case.inputs(torch.device("meta"))
+            leaves, options = case.inputs("meta")
         assert {t.device.type for t in (*leaves.values(), *options.values()) if isinstance(t, Tensor)} == {"meta"}
 
 
 def test_samples_of_losses(seed: int) -> None:
-    ordinary = list(family.sample(40, seed))
+    ordinary = list(sample(40, seed))
     with torch.device("meta"):
-        assert list(family.sample(40, seed)) == ordinary
+        assert list(sample(40, seed)) == ordinary
 
 
-@pytest.mark.parametrize(("loss", "option"), family.OPTIONS)
+@pytest.mark.parametrize(("loss", "option"), OPTIONS)
 def test_textbooks(loss: str, option: str, seed: int) -> None:
-    case = family.FamilyCase(loss, option, family.Sizes(6, 16, torch.float32, 14.3), seed)
-    assert_defaults_do_not_matter(lambda: astuple(family.expected(case, CPU)))
+    case = Case(loss, option, Sizes(6, 16, torch.float32, 14.3), seed)
+    assert_defaults_do_not_matter(lambda: astuple(harness.expected(case)))
 
 
-@pytest.mark.parametrize("option", [*STATS_OPTIONS, *CLIP_OPTIONS])
-def test_oracle(option: str, seed: int) -> None:
-    case = Case(torch.float32, 7, 7, 5, 14.3, option, seed)
-    assert_defaults_do_not_matter(lambda: astuple(budget.expected(case, case.inputs())))
-
-
-@pytest.mark.parametrize(("loss", "option"), family.OPTIONS)
+@pytest.mark.parametrize(("loss", "option"), OPTIONS)
 @pytest.mark.parametrize("backend", ["reference", "cpp"], indirect=True)
-def test_every_option_of_the_losses(loss: str, option: str, backend: str, seed: int) -> None:
+def test_every_option(loss: str, option: str, backend: str, seed: int) -> None:
     device = torch.get_default_device()
-    case = family.FamilyCase(loss, option, family.Sizes(9, 16, torch.float32, 14.3), seed)
-    assert_defaults_do_not_matter(lambda: family.ours(case, backend, device))
-
-
-@pytest.mark.parametrize("option", [*STATS_OPTIONS, *CLIP_OPTIONS])
-@pytest.mark.parametrize("backend", ["reference", "cpp"], indirect=True)
-def test_every_option_of_the_statistics(option: str, backend: str, seed: int) -> None:
-    case = Case(torch.float32, 12, 12, 8, 14.3, option, seed)
-    inputs = case.inputs().on(torch.get_default_device())
-    assert_defaults_do_not_matter(lambda: budget.evaluate(budget.ours(case, backend), inputs))
+    case = Case(loss, option, Sizes(9, 16, torch.float32, 14.3), seed)
+    assert_defaults_do_not_matter(lambda: harness.ours(case, backend, device))
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -165,12 +146,12 @@ def test_losses_of_half_precision(loss: str) -> None:
     assert_defaults_do_not_matter(lambda: step(loss, [x, y, scale]))
 
 
-@pytest.mark.parametrize("loss", [*family.FAMILY])
+@pytest.mark.parametrize("loss", [*REGISTRY])
 @pytest.mark.parametrize("backend", ["triton"], indirect=True)
 def test_losses_by_kernels(loss: str, backend: str, seed: int) -> None:
-    device, option = torch.get_default_device(), next(iter(family.FAMILY[loss].options))
-    case = family.FamilyCase(loss, option, family.Sizes(4, 16, torch.float32, 14.3), seed)
-    assert_defaults_do_not_matter(lambda: family.ours(case, backend, device))
+    device, option = torch.get_default_device(), next(iter(REGISTRY[loss].options))
+    case = Case(loss, option, Sizes(4, 16, torch.float32, 14.3), seed)
+    assert_defaults_do_not_matter(lambda: harness.ours(case, backend, device))
 
 
 def test_statistics_of_one_set_and_of_logistic_losses(backend: str) -> None:

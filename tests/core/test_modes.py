@@ -15,7 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused_contrastive as fc
 from fused_contrastive.core.modes import is_plain
-from fused_contrastive.testing import family
+from fused_contrastive.testing import harness
+from fused_contrastive.testing.cases import OPTIONS, Case
+from fused_contrastive.testing.registry import LOSSES, Sizes
 
 CPU = torch.device("cpu")
 N, D = 6, 16
@@ -24,18 +26,18 @@ on_cpu = pytest.mark.parametrize("backend", ["reference", "cpp"], indirect=True)
 Call = Callable[..., Tensor]
 
 
-def case_of(loss: str, option: str | None = None, seed: int = 0) -> family.FamilyCase:
-    option = option or next(iter(family.FAMILY[loss].options))
-    return family.FamilyCase(loss, option, family.Sizes(N, D, torch.float32, 5.0), seed)
+def case_of(loss: str, option: str | None = None, seed: int = 0) -> Case:
+    option = option or next(iter(LOSSES[loss].options))
+    return Case(loss, option, Sizes(N, D, torch.float32, 5.0), seed)
 
 
 def objective(loss: str, options: dict, names: list[str], backend: str) -> Call:
-    """The loss as a function of its tensors by position; of several losses, the sum that ``family.evaluate`` takes."""
+    """The loss as a function of its tensors by position; of several losses, the sum that ``harness.evaluate`` takes."""
 
     def of(*leaves: Tensor) -> Tensor:
         named = dict(zip(names, leaves, strict=True))
-        value = family.FAMILY[loss].ours(**named, **options, backend=backend).double().reshape(-1)
-        return (value * torch.linspace(0.5, 1.5, value.shape[0], dtype=torch.float64)).sum()
+        value = LOSSES[loss].ours(**named, **options, backend=backend).double().reshape(-1)
+        return (value * harness.weights(0, len(value), value.device)).sum()
 
     return of
 
@@ -50,7 +52,6 @@ def tokens(x: Tensor) -> Tensor:
 
 
 PRIMITIVES: dict[str, Callable[..., Tensor]] = {
-    "clip_loss": fc.clip_loss,
     "contrastive_stats": lambda x, y, s, **o: sum(t.sum() for t in fc.contrastive_stats(x, y, s, **o)),
     "sigmoid_stats": lambda x, y, s, **o: sum(t.sum() for t in fc.sigmoid_stats(x, y, s, **o)),
     "self_stats": lambda x, y, s, **o: fc.self_stats(x + y, s, **o).sum(),
@@ -60,7 +61,6 @@ RANKINGS: dict[str, Callable[..., Tensor]] = {
     "rank": lambda x, y, s, **o: fc.rank(x, y, 3, scale=s, **o).scores,
     "target_ranks": lambda x, y, s, **o: fc.target_ranks(x, y, **o),
 }
-LOSSES = list(family.FAMILY)
 DIFFERENTIABLE = [*LOSSES, *PRIMITIVES]
 EVERYTHING = [*DIFFERENTIABLE, *RANKINGS]
 
@@ -93,7 +93,7 @@ class Seen(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize(("loss", "option"), family.OPTIONS)
+@pytest.mark.parametrize(("loss", "option"), OPTIONS)
 @on_cpu
 def test_gradients_by_transforms_keep_the_budget(loss: str, option: str, backend: str, seed: int) -> None:
     case = case_of(loss, option, seed)
@@ -101,7 +101,7 @@ def test_gradients_by_transforms_keep_the_budget(loss: str, option: str, backend
     of = objective(loss, options, list(leaves), backend)
     gradients, _ = grad_and_value(of, tuple(range(len(leaves))))(*leaves.values())
     results = {f"d{name}": gradient.double() for name, gradient in zip(leaves, gradients, strict=True)}
-    for deviation in family.deviations(case, backend, CPU, results):
+    for deviation in harness.deviations(case, backend, CPU, results):
         assert deviation.error <= deviation.allowed, f"{case}: {deviation}"
 
 
@@ -248,7 +248,7 @@ def test_compiled_transforms(name: str, backend: str) -> None:
 
 @on_cpu
 def test_function_modes_see_the_operator_and_a_default_device_is_none(backend: str) -> None:
-    function, leaves = call("clip_loss", backend)
+    function, leaves = call("clip", backend)
     seen = []
 
     class Functions(TorchFunctionMode):

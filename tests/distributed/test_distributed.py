@@ -17,23 +17,25 @@ from spread import SPLITS, evaluate, put_together, start
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused_contrastive as fc
-from fused_contrastive.testing import family
+from fused_contrastive.testing import harness
+from fused_contrastive.testing.cases import OPTIONS, Case
+from fused_contrastive.testing.registry import Sizes
 
 EXCHANGES = ("gather", "ring")
 
 
-def all_cases(seed: int, world: int) -> list[tuple[family.FamilyCase, str, str]]:
+def all_cases(seed: int, world: int) -> list[tuple[Case, str, str]]:
     """Every loss and option, with dtype, split and exchange taking turns so that each pair of them is met.
 
     Two processes meet them all, more of them every second or third.
     """
     cases = []
     dtypes = (torch.float32, torch.float64, torch.bfloat16)
-    for k, (loss, option) in enumerate(family.OPTIONS):
+    for k, (loss, option) in enumerate(OPTIONS):
         for j, exchange in enumerate(EXCHANGES):
             for i, split in enumerate(SPLITS):
-                sizes = family.Sizes(13, 16, dtypes[(k + i + j) % 3], (1.0, 14.3, 100.0)[(k + i) % 3])
-                cases.append((family.FamilyCase(loss, option, sizes, seed + k), split, exchange))
+                sizes = Sizes(13, 16, dtypes[(k + i + j) % 3], (1.0, 14.3, 100.0)[(k + i) % 3])
+                cases.append((Case(loss, option, sizes, seed + k), split, exchange))
     return cases[seed % (world - 1) :: world - 1]
 
 
@@ -55,7 +57,7 @@ def test_whole_batch(world: int) -> None:
         of_ranks = [torch.load(f"{folder}/{rank}.pt") for rank in range(world)]
     for (case, split, exchange), *parts in zip(all_cases(SEED, world), *of_ranks, strict=True):
         results = put_together(case, parts)
-        for deviation in family.deviations(case, "cpp", torch.device("cpu"), results):
+        for deviation in harness.deviations(case, "cpp", results=results):
             assert deviation.share <= 1, f"{world} processes, {split}, {exchange}, {case}: {deviation}"
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fused_contrastive import clip_loss, diagnose, recall_at_k
 from fused_contrastive.evaluation import negatives
-from fused_contrastive.evaluation.temperature import sweep
+from fused_contrastive.evaluation.sweep import sweep
 
 # test_hints.py has these: most of the scales and some of the features here are not what a training has.
 pytestmark = pytest.mark.filterwarnings("ignore:.*expected 1")

@@ -32,19 +32,22 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import fused_contrastive as fc
-from fused_contrastive.testing import budget, family, oracle
+from fused_contrastive.core.budget import allowed, difference
+from fused_contrastive.testing import oracle
+from fused_contrastive.testing.cases import OPTIONS, Case
+from fused_contrastive.testing.registry import Sizes
 
 
-def of_tokens(case: family.FamilyCase) -> bool:
+def of_tokens(case: Case) -> bool:
     return case.loss == "filip" or "tokens" in case.variant
 
 
 def problem(
-    case: family.FamilyCase, fill: str, of_all: bool, fills: dict[str, Callable[[Tensor], Tensor]]
+    case: Case, fill: str, of_all: bool, fills: dict[str, Callable[[Tensor], Tensor]]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The case's tensors, the features of all sides or of one of them changed."""
     torch.manual_seed(case.seed)
-    leaves, options = case.inputs(torch.device("cpu"))
+    leaves, options = case.inputs()
     features = [name for name, t in leaves.items() if t.dim() > 1]
     for name in features if of_all else features[: 1 + case.seed % len(features)][-1:]:
         leaves[name] = fills[fill](leaves[name])
@@ -52,7 +55,7 @@ def problem(
 
 
 DRAWN = {
-    "option": st.sampled_from(family.OPTIONS),
+    "option": st.sampled_from(OPTIONS),
     "n": st.integers(1, 12),
     "d": st.integers(1, 20),
     "of_all": st.booleans(),
@@ -66,16 +69,16 @@ def check_budget(
 ) -> None:  # fmt: skip
     if option[1] == "regularised" or "decoupled" in option[1]:
         n = max(n, 2)  # of a single sample, NaN (a mean over nothing) or -inf (an empty denominator)
-    case = family.FamilyCase(*option, family.Sizes(n, d, dtype, scale), seed)
+    case = Case(*option, Sizes(n, d, dtype, scale), seed)
     leaves, options = problem(case, fill, of_all, FINITE)
     sides = {f"d{name}": t.double() for name, t in leaves.items() if t.dim() > 1}
     features = list(sides.values())
     if not all(t.isfinite().all() for t in features):
         return  # float16 has no such values
-    member = family.FAMILY[case.loss]
+    member = case.member
     ours = evaluate(lambda **a: member.ours(**a, backend=backend), leaves, options)
     truth = evaluate(
-        lambda **a: member.textbook(oracle._oracle_logits, **a),
+        lambda **a: (member.stable or member.textbook)(oracle.exact, **a),
         {name: t.double() for name, t in leaves.items()},
         options,
     )
@@ -84,7 +87,7 @@ def check_budget(
         evaluate(lambda form=form, **a: member.textbook(form, **a), same, options) for form in oracle.LOGITS.values()
     ]
 
-    # As in budget.largest_terms, of features of any norm; where they are normalised, of norm 1, and their gradient is
+    # As in the harness, of features of any norm; where they are normalised, of norm 1, and their gradient is
     # divided by what it was (F.normalize: at least 1e-12).
     normalised = ("plain" in case.option and case.loss == "nt_xent") or case.option in NORMALISED
     norms = torch.cat([t.norm(dim=-1).flatten() for t in features])
@@ -116,9 +119,9 @@ def check_budget(
         if name.startswith("d") and (equal_products or logit > SHARED):
             assert value.isfinite().all(), f"{case} {fill} of_all={of_all} {backend} {name}: {value}"
             continue
-        allowed = 2 * error + 8 * torch.finfo(dtype).eps * largest + tiny(dtype, scale / shrink, norm)
-        difference = budget.difference(value, exact)
-        assert difference <= allowed, f"{case} {fill} of_all={of_all} {backend} {name}: {difference} > {allowed}"
+        most = allowed(error, dtype, largest) + tiny(dtype, scale / shrink, norm)
+        off_by = difference(value, exact)
+        assert off_by <= most, f"{case} {fill} of_all={of_all} {backend} {name}: {off_by} > {most}"
 
 
 NORMALISED = {
@@ -151,9 +154,9 @@ def has_empty_row(z: Tensor, scale: float) -> bool:
 
 
 def check_kinds(backend: str, option: tuple[str, str], n: int, d: int, fill: str, of_all: bool, seed: int) -> None:
-    case = family.FamilyCase(*option, family.Sizes(n, d, torch.float32, 3.0), seed)
+    case = Case(*option, Sizes(n, d, torch.float32, 3.0), seed)
     leaves, options = problem(case, fill, of_all, BEYOND)
-    member = family.FAMILY[case.loss]
+    member = case.member
     results = {
         name: evaluate(lambda name=name, **a: member.ours(**a, backend=name), leaves, options)
         for name in (backend, "reference")
@@ -192,11 +195,11 @@ def test_losses_are_nan_and_inf_in_the_same_places(**drawn) -> None:  # type: ig
 @given(fill=st.sampled_from([f for f in BEYOND if f not in ("largest", "products overflow")]), **DRAWN)
 def test_no_loss_is_finite_that_is_not(option, n, d, fill, of_all, seed) -> None:  # type: ignore[no-untyped-def]
     """Of NaN and inf in the features themselves, against the formula in float64."""
-    case = family.FamilyCase(*option, family.Sizes(n, d, torch.float32, 3.0), seed)
+    case = Case(*option, Sizes(n, d, torch.float32, 3.0), seed)
     leaves, options = problem(case, fill, of_all, BEYOND)
-    member = family.FAMILY[case.loss]
+    member = case.member
     double = {name: t.double() for name, t in leaves.items()}
-    truth = member.textbook(oracle._oracle_logits, **double, **options).isfinite()
+    truth = member.textbook(oracle.exact, **double, **options).isfinite()
     for backend in ("reference", "cpp"):
         loss = member.ours(**leaves, **options, backend=backend)
         assert (truth | ~loss.isfinite()).all(), f"{case} {fill} of_all={of_all} {backend}: {loss}"
@@ -224,12 +227,12 @@ def test_a_positive_beyond_float32_is_no_loss_of_0(backend: str) -> None:
 )  # fmt: skip
 def test_layouts_do_not_matter(backend, layouts, option, n, d, of_all, seed) -> None:  # type: ignore[no-untyped-def]
     """The same as of plain copies: bit for bit in C++; a GEMM of strided operands may round otherwise."""
-    case = family.FamilyCase(*option, family.Sizes(n, d, torch.float32, 3.0), seed)
-    leaves, options = case.inputs(torch.device("cpu"))
+    case = Case(*option, Sizes(n, d, torch.float32, 3.0), seed)
+    leaves, options = case.inputs()
     names = [name for name, t in leaves.items() if t.dim() > 1]
     viewed = {**leaves, **{name: LAYOUTS[how](leaves[name]) for name, how in zip(names, layouts, strict=False)}}
     plain = {name: t.resolve_neg().clone(memory_format=torch.contiguous_format) for name, t in viewed.items()}
-    member = family.FAMILY[case.loss]
+    member = case.member
     found, expected = (
         evaluate(lambda **a: member.ours(**a, backend=backend), tensors, options) for tensors in (viewed, plain)
     )

@@ -1,4 +1,4 @@
-"""The primitives and ``clip_loss`` on values that training never means to make, against float64, within the budget."""
+"""The primitives on values that training never means to make, against float64, within the budget."""
 
 from __future__ import annotations
 
@@ -26,8 +26,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import fused_contrastive as fc
+from fused_contrastive.core.budget import allowed, difference
 from fused_contrastive.core.order import ahead
-from fused_contrastive.testing import budget, cases, oracle, textbook
+from fused_contrastive.testing import harness, oracle, textbook
+from fused_contrastive.testing.cases import Case
+from fused_contrastive.testing.registry import PRIMITIVES, Sizes
 
 SCALES = st.sampled_from((0.01, 1.0, 100.0))
 PAIRS = st.tuples(st.sampled_from(list(FINITE)), st.sampled_from(list(FINITE)))
@@ -35,21 +38,19 @@ PAIRS = st.tuples(st.sampled_from(list(FINITE)), st.sampled_from(list(FINITE)))
 
 @examples(150)
 @given(
-    backend=BACKENDS, option=st.sampled_from((*cases.STATS_OPTIONS, *cases.CLIP_OPTIONS)), m=st.integers(1, 12),
+    backend=BACKENDS, option=st.sampled_from(list(PRIMITIVES["contrastive_stats"].options)), m=st.integers(1, 12),
     n=st.integers(1, 12), d=st.integers(1, 20), dtype=st.sampled_from(DTYPES), scale=SCALES,
     fills=PAIRS, seed=SEEDS,
 )  # fmt: skip
 def test_statistics_keep_the_budget(backend, option, m, n, d, dtype, scale, fills, seed) -> None:  # type: ignore[no-untyped-def]
-    n = max(n, 2) if "decoupled" in option else n  # of a single pair -inf, the denominator being empty
-    m = n if option in cases.CLIP_OPTIONS else m
-    case = cases.Case(dtype, m, n, d, scale, option, seed)
+    case = Case("contrastive_stats", option, Sizes(n, d, dtype, scale, m=m), seed)
     torch.manual_seed(seed)
-    made = case.inputs()
-    inputs = replace(made, x=FINITE[fills[0]](made.x), y=FINITE[fills[1]](made.y))
-    if not (inputs.x.isfinite().all() and inputs.y.isfinite().all()):
+    x, y, *_ = case.inputs()[0].values()
+    x, y = FINITE[fills[0]](x), FINITE[fills[1]](y)
+    if not (x.isfinite().all() and y.isfinite().all()):
         return  # float16 has no such values
-    norms = [t.double().norm(dim=1).max().item() for t in (inputs.x, inputs.y)]
-    for found in budget.deviations(case, backend, inputs, budget.expected(case, inputs)):
+    norms = [t.double().norm(dim=1).max().item() for t in (x, y)]
+    for found in harness.deviations(replace(case, features=(x, y)), backend):
         if found.quantity.startswith("d") and scale * norms[0] * norms[1] > SHARED:
             assert found.error < torch.inf, f"{case} {fills}: {found}"
         elif found.allowed < torch.finfo(dtype).max / 4:
@@ -60,7 +61,7 @@ def denominators(
     x: Tensor, y: Tensor, scale: Tensor, ids: Tensor | None = None, equal_ids: str = "exclude", form: str | None = None
 ) -> Tensor:
     """self_stats on the whole matrix."""
-    logits = (oracle.LOGITS[form] if form else oracle._oracle_logits)(x, y, scale)
+    logits = (oracle.LOGITS[form] if form else oracle.exact)(x, y, scale)
     excluded = torch.eye(len(x), dtype=torch.bool)
     if ids is not None:
         equal = ids[:, None] == ids
@@ -110,7 +111,7 @@ def test_sigmoid_stats_keep_the_budget(backend, m, n, d, ids, scale, fills, seed
 
     def whole(form: str | None) -> Callable[..., Any]:
         def stats(x: Tensor, y: Tensor, scale: Tensor) -> fc.SigmoidStats:
-            logits = (oracle.LOGITS[form] if form else oracle._oracle_logits)(x, y, scale)
+            logits = (oracle.LOGITS[form] if form else oracle.exact)(x, y, scale)
             signs = torch.where(row_ids[:, None] == col_ids, -1.0, 1.0).to(x) if ids else torch.ones_like(logits)
             pairs = -torch.nn.functional.logsigmoid(-signs * logits)
             own = torch.arange(n) == targets[:, None]
@@ -139,8 +140,8 @@ def assert_close(
             continue
         error = largest_error(eager, name, exact)
         largest = exact.abs().max().item() + terms.get(name, 2 * scale * x * y)
-        allowed = 2 * error + 8 * torch.finfo(torch.float32).eps * largest + tiny(torch.float32, scale, x, y)
-        assert budget.difference(value, exact) <= allowed, (of, name, value, exact, allowed)
+        most = allowed(error, torch.float32, largest) + tiny(torch.float32, scale, x, y)
+        assert difference(value, exact) <= most, (of, name, value, exact, most)
 
 
 def of_norm_1(*shape: int) -> Tensor:
@@ -166,7 +167,7 @@ def test_max_sim_keeps_the_budget(backend, sizes, d, fills, seed) -> None:  # ty
 
         return scores
 
-    truth = evaluate(whole(oracle._oracle_logits), {name: v.double() for name, v in leaves.items()}, {})
+    truth = evaluate(whole(oracle.exact), {name: v.double() for name, v in leaves.items()}, {})
     eager = [evaluate(whole(form), leaves, {}) for form in oracle.LOGITS.values()]
     x, y = (v.norm(dim=-1).max().item() for v in leaves.values())
     terms = {"x": t * x * y, "y": p * x * y, "dx": 1.5 * n * p * y, "dy": 1.5 * m * t * x}
@@ -176,8 +177,9 @@ def test_max_sim_keeps_the_budget(backend, sizes, d, fills, seed) -> None:  # ty
             assert value.isfinite().all()
             continue
         error = largest_error(eager, name, truth[name])
-        allowed = 2 * error + 8 * torch.finfo(torch.float32).eps * (truth[name].abs().max().item() + terms[name])
-        assert budget.difference(value, truth[name]) <= allowed + tiny(torch.float32, d, x, y), (sizes, d, fills, name)
+        most = allowed(error, torch.float32, truth[name].abs().max().item() + terms[name])
+        most += tiny(torch.float32, d, x, y)
+        assert difference(value, truth[name]) <= most, (sizes, d, fills, name)
 
 
 @examples(80)

@@ -13,18 +13,19 @@ from hypothesis import strategies as st
 from seeds import SEED
 
 import fused_contrastive as fc
-from fused_contrastive.testing import family
-from fused_contrastive.testing.cases import DTYPES
+from fused_contrastive.testing import harness
+from fused_contrastive.testing.cases import DTYPES, OPTIONS, Case
+from fused_contrastive.testing.registry import Sizes
 
 INTERPRETED = not torch.cuda.is_available()
 
 
-def assert_within_budget(case: family.FamilyCase, backend: str) -> None:
-    for deviation in family.deviations(case, backend, torch.get_default_device()):
+def assert_within_budget(case: Case, backend: str) -> None:
+    for deviation in harness.deviations(case, backend, torch.get_default_device()):
         assert deviation.share <= 1, f"{case}: {deviation}"
 
 
-@pytest.mark.parametrize(("loss", "option"), family.OPTIONS)
+@pytest.mark.parametrize(("loss", "option"), OPTIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_budget(loss: str, option: str, dtype: torch.dtype, backend: str, seed: int) -> None:
     if backend == "triton" and dtype == torch.float64:
@@ -34,11 +35,11 @@ def test_budget(loss: str, option: str, dtype: torch.dtype, backend: str, seed: 
         if backend == "triton" and INTERPRETED:  # slow: one dtype across tiles, few pairs of items with tokens
             tokens = loss == "filip" or "tokens" in option
             n = min(n, 5 if tokens else 70 if dtype == torch.bfloat16 else 20)
-        assert_within_budget(family.FamilyCase(loss, option, family.Sizes(n, d, dtype, scale), seed), backend)
+        assert_within_budget(Case(loss, option, Sizes(n, d, dtype, scale), seed), backend)
 
 
 DRAWN = {
-    "option": st.sampled_from(family.OPTIONS),
+    "option": st.sampled_from(OPTIONS),
     "d": st.integers(1, 40),
     "dtype": st.sampled_from(DTYPES),
     "scale": st.floats(0.01, 1000.0),
@@ -47,7 +48,7 @@ DRAWN = {
 }
 
 
-def drawn_case(option, n, d, dtype, scale, duplicates, seed) -> family.FamilyCase:  # type: ignore[no-untyped-def]
+def drawn_case(option, n, d, dtype, scale, duplicates, seed) -> Case:  # type: ignore[no-untyped-def]
     loss, variant = option
     if variant == "regularised" or "decoupled" in variant:
         n = max(n, 2)  # of a single sample, NaN (a mean over nothing) or -inf (an empty denominator)
@@ -55,7 +56,7 @@ def drawn_case(option, n, d, dtype, scale, duplicates, seed) -> family.FamilyCas
         duplicates = False  # equal tokens tie, and their gradient is anyone's
     if duplicates:
         scale *= 0.3  # of equal rows all of eager's forms round alike, and may be exact: that would allow nothing
-    return family.FamilyCase(loss, variant, family.Sizes(n, d, dtype, scale, duplicates), seed)
+    return Case(loss, variant, Sizes(n, d, dtype, scale, duplicates), seed)
 
 
 @hypothesis_seed(SEED)

@@ -123,6 +123,13 @@ MUTANTS = [
         (WHOLE,), "2",
     ),
     Mutant(
+        "mean logit of a group", "CLIP's label smoothing divides the sum over all processes by one process's rows",
+        f"{PACKAGE}/losses/clip.py",
+        "terms.mean_logit(logit_scale, image_features, text_features, shape)",
+        "terms.mean_logit(logit_scale, image_features, text_features, shape, len(text_features))",
+        (WHOLE,), "2",
+    ),
+    Mutant(
         "gradients of a mean", "what DDP is going to average is not multiplied by the processes",
         f"{PACKAGE}/distributed/agreement.py",
         'self.world if self.batch.gradients == "mean" else 1',

@@ -12,7 +12,9 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 import fused_contrastive as fc
-from fused_contrastive.testing import family
+from fused_contrastive.testing import harness
+from fused_contrastive.testing.cases import Case
+from fused_contrastive.testing.registry import LOSSES, Sizes
 
 CPU = torch.device("cpu")
 N, D = 12, 8
@@ -154,7 +156,7 @@ def other_strides(t: Tensor) -> Tensor:
 # By Triton's kernels one option of each loss.
 CASES = [
     (backend, loss, option)
-    for loss, member in family.FAMILY.items()
+    for loss, member in LOSSES.items()
     for place, option in enumerate(member.options)
     for backend in ("reference", "cpp", "triton")
     if backend != "triton" or place == 0
@@ -163,10 +165,10 @@ CASES = [
 
 @pytest.mark.parametrize(("backend", "loss", "option"), CASES, indirect=["backend"])
 def test_hooks_that_give_back_other_strides(loss: str, option: str, backend: str, seed: int) -> None:
-    case = family.FamilyCase(loss, option, family.Sizes(40, 16, torch.float32, 5.0), seed)
-    plain = family.ours(case, backend, CPU)
+    case = Case(loss, option, Sizes(40, 16, torch.float32, 5.0), seed)
+    plain = harness.ours(case, backend)
     with saved_tensors_hooks(lambda t: t, other_strides):
-        hooked = family.ours(case, backend, CPU)
+        hooked = harness.ours(case, backend)
     for name, value in plain.items():
         torch.testing.assert_close(hooked[name], value, rtol=1e-5, atol=1e-6, msg=name)
 

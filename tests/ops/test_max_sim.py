@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fused_contrastive import MaxSimScores, max_sim
+from fused_contrastive.core.budget import allowed
 from fused_contrastive.core.memory import rows_to_keep
 
 NAN, INF = float("nan"), float("inf")
@@ -111,9 +112,9 @@ def check(case: Case, reduction: str, direction: str, backend: str, budget: obje
     for result, exact, other, term in zip(results, truth, eager, terms, strict=True):
         assert result.shape == exact.shape
         error = (result.cpu().double() - exact).abs().max().item()
-        allowed = 2 * (other.double() - exact).abs().max().item()
-        allowed += 8 * torch.finfo(result.dtype).eps * (exact.abs().max().item() + term)
-        assert error <= allowed, (tuple(case.x.shape), tuple(case.y.shape), reduction, direction, error, allowed)
+        off_by = (other.double() - exact).abs().max().item()
+        most = allowed(off_by, result.dtype, exact.abs().max().item() + term)
+        assert error <= most, (tuple(case.x.shape), tuple(case.y.shape), reduction, direction, error, most)
 
 
 @pytest.fixture(autouse=True)

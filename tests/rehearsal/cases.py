@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 import fused_contrastive as fc
-from fused_contrastive.testing import cases, family
+from fused_contrastive.testing.cases import OPTIONS
+from fused_contrastive.testing.cases import Case as Inputs
+from fused_contrastive.testing.registry import PRIMITIVES, Sizes
 
 
 class Kind(NamedTuple):
@@ -57,40 +59,18 @@ def leaf(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
 Call = Callable[[Kind, str], None]  # for a kind of features, keeping a part for the backward
 
 
-def loss(name: str, option: str) -> Call:
-    def run(kind: Kind, kept: str) -> None:
-        case = family.FamilyCase(name, option, family.Sizes(600, 64, kind.dtype, 14.3), seed=0)
-        leaves, options = case.inputs(torch.device("cpu"))
-        held = {key: t.requires_grad_() for key, t in leaves.items()}
-        options |= {"memory_budget": budget(kept, 600, 600, kind.dtype.itemsize), "backend": "triton"}
-        step(family.FAMILY[name].ours(**held, **options), list(held.values()))
-
-    return run
-
-
-def clip(option: str) -> Call:
-    def run(kind: Kind, kept: str) -> None:
-        inputs = cases.Case(kind.dtype, 600, 600, 64, 14.3, option, seed=0).inputs()
-        leaves = [t.requires_grad_() for t in (inputs.x, inputs.y, inputs.scale)]
-        kept_bytes = budget(kept, 600, 600, kind.dtype.itemsize)
-        step(fc.clip_loss(*leaves, **inputs.options, memory_budget=kept_bytes, backend="triton"), leaves)
-
-    return run
-
-
-def stats(function: Callable[..., Any], option: str, shape: tuple[int, int, int] = SMALL) -> Call:
+def of_case(
+    name: str, option: str, shape: tuple[int, int, int] = (600, 600, 64), function: Callable[..., Any] | None = None
+) -> Call:
+    """A loss or primitive, or a function that takes its arguments."""
     m, n, d = shape
 
     def run(kind: Kind, kept: str) -> None:
-        inputs = cases.Case(kind.dtype, m, n, d, 14.3, option, seed=0).inputs()
-        given = dict(inputs.options, memory_budget=budget(kept, m, n, kind.dtype.itemsize), backend="triton")
-        leaves = [t.requires_grad_() for t in (inputs.x, inputs.y, inputs.scale)]
-        if inputs.col_bias is not None:
-            given["col_bias"] = inputs.col_bias.requires_grad_()
-            leaves.append(given["col_bias"])
-        if option in ("row only", "col only"):
-            given["directions"] = [option.removesuffix(" only")]
-        step(function(*leaves[:3], **given), leaves)
+        case = Inputs(name, option, Sizes(n, d, kind.dtype, 14.3, m=m), seed=0)
+        leaves, options = case.inputs()
+        held = {key: t.requires_grad_() for key, t in leaves.items()}
+        options |= {"memory_budget": budget(kept, m, n, kind.dtype.itemsize), "backend": "triton"}
+        step((function or case.member.ours)(**held, **options), list(held.values()))
 
     return run
 
@@ -142,15 +122,17 @@ def ranking(kind: Kind, kept: str) -> None:
 
 
 CALLS: dict[str, Call] = {
-    **{f"{name} {option!r}": loss(name, option) for name, option in family.OPTIONS},
-    **{f"clip {option!r}": clip(option) for option in cases.CLIP_OPTIONS},
-    **{f"contrastive_stats {option!r}": stats(fc.contrastive_stats, option) for option in cases.STATS_OPTIONS[:-2]},
+    **{f"{name} {option!r}": of_case(name, option) for name, option in OPTIONS},
+    **{
+        f"contrastive_stats {option!r}": of_case("contrastive_stats", option, SMALL)
+        for option in list(PRIMITIVES["contrastive_stats"].options)[:-2]
+    },
     "contrastive_stats, every option": every_option,
     **{
-        f"sigmoid_stats {option!r}": stats(fc.sigmoid_stats, option)
+        f"sigmoid_stats {option!r}": of_case("contrastive_stats", option, SMALL, fc.sigmoid_stats)
         for option in ("plain", "targets", "col_bias", "ids")
     },
-    **{f"contrastive_stats {m} x {n} x {d}": stats(fc.contrastive_stats, "plain", (m, n, d)) for m, n, d in SHAPES},
+    **{f"contrastive_stats {m} x {n} x {d}": of_case("contrastive_stats", "plain", (m, n, d)) for m, n, d in SHAPES},
     "self_stats": self_stats(),
     "self_stats, ids": self_stats(equal_ids="exclude"),
     "self_stats, equal ids only": self_stats(equal_ids="only"),

@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fused_contrastive.testing import budget
-from fused_contrastive.testing.cases import CLIP_OPTIONS, DTYPES, STATS_OPTIONS, Case, sample
+from fused_contrastive.core.budget import Deviation
+from fused_contrastive.testing import harness
+from fused_contrastive.testing.cases import DTYPES, Case, sample_of_grid
+from fused_contrastive.testing.registry import LOSSES, PRIMITIVES, Sizes
 
 # (M, N, D): one row; a row more than a group of 16; one past the 256-wide tile both ways; odd feature sizes; two blocks
 # of rows, of unequal size; wide and tall.
@@ -20,34 +22,33 @@ INTERPRETED = not torch.cuda.is_available()
 def assert_within_budget(case: Case, backend: str) -> None:
     if backend == "triton" and case.dtype == torch.float64:
         pytest.skip("float64 is the reference's on a GPU")
-    inputs = case.inputs().on(torch.get_default_device())
-    for deviation in budget.deviations(case, backend, inputs, budget.expected(case, inputs)):
+    for deviation in harness.deviations(case, backend, torch.get_default_device()):
         assert deviation.share <= 1, f"{case}: {deviation}"
 
 
-@pytest.mark.parametrize("option", STATS_OPTIONS)
+@pytest.mark.parametrize("option", PRIMITIVES["contrastive_stats"].options)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("backend", "m", "n", "d"), PAIRS, indirect=["backend"])
 def test_stats(m: int, n: int, d: int, dtype: torch.dtype, option: str, backend: str, seed: int) -> None:
     for scale in (0.01, 1000.0):
-        assert_within_budget(Case(dtype, m, n, d, scale, option, seed), backend)
+        assert_within_budget(Case("contrastive_stats", option, Sizes(n, d, dtype, scale, m=m), seed), backend)
 
 
-@pytest.mark.parametrize("option", CLIP_OPTIONS)
+@pytest.mark.parametrize("option", LOSSES["clip"].options)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("n", "d", "scale"), [(2, 3, 1000.0), (7, 64, 14.3), (257, 3, 100.0), (1100, 16, 14.3)])
 def test_clip(n: int, d: int, scale: float, dtype: torch.dtype, option: str, backend: str, seed: int) -> None:
     if backend == "triton" and INTERPRETED:
         n = min(n, 140)
-    assert_within_budget(Case(dtype, n, n, d, scale, option, seed), backend)
+    assert_within_budget(Case("clip", option, Sizes(n, d, dtype, scale), seed), backend)
 
 
 def test_random_cases(backend: str, seed: int) -> None:
-    cases = list(sample(150, seed))
+    cases = list(sample_of_grid(150, seed))
     if backend == "triton":
         cases = [case for case in cases if case.dtype != torch.float64]
     if backend == "triton" and INTERPRETED:
-        cases = [case for case in cases if case.m * case.n < 20_000][:50]
+        cases = [case for case in cases if (case.sizes.m or case.sizes.n) * case.sizes.n < 20_000][:50]
     for case in cases:
         assert_within_budget(case, backend)
 
@@ -59,12 +60,9 @@ def test_matched_features_keep_relative_accuracy(n: int, dim: int, backend: str,
     if backend == "triton" and INTERPRETED:
         n = min(n, 140)
     features = torch.nn.functional.normalize(torch.randn(n, dim, dtype=torch.float64), dim=1).float()
-    case = Case(torch.float32, n, n, dim, 50.0, "clip", seed)
-    inputs = case.inputs().on(torch.get_default_device())
-    matched = budget.Inputs(**{**inputs.__dict__, "x": features, "y": features.clone()})
-    truth = budget.evaluate(budget.textbook(case, None), matched.to(torch.float64))
-    results = budget.evaluate(budget.ours(case, backend), matched)
-    for name, value in results.items():
+    case = Case("clip", "plain", Sizes(n, dim, torch.float32, 50.0), seed, features=(features, features.clone()))
+    truth = harness.expected(case, torch.get_default_device()).truth
+    for name, value in harness.ours(case, backend, torch.get_default_device()).items():
         error = (value - truth[name]).abs().max() / truth[name].abs().max()
         assert error < 5e-4, f"{name}: relative error {error:.1e}, loss {truth['loss']:.1e}"
 
@@ -84,4 +82,4 @@ def test_matched_features_keep_relative_accuracy(n: int, dim: int, backend: str,
     ],
 )
 def test_a_share_is_a_number(error: float, eager_error: float, allowed: float, share: float) -> None:
-    assert budget.Deviation("loss", error, eager_error, allowed).share == share
+    assert Deviation("loss", error, eager_error, allowed).share == share

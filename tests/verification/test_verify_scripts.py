@@ -13,7 +13,7 @@ import torch
 from fused_contrastive.__main__ import main
 from fused_contrastive.backends import cpp
 from fused_contrastive.testing.cases import Case
-from fused_contrastive.testing.family import FamilyCase, Sizes
+from fused_contrastive.testing.registry import Sizes
 from fused_contrastive.verification import run
 from fused_contrastive.verification.script import script
 
@@ -55,8 +55,8 @@ def assert_repeats(path: Path) -> None:
 
 
 CASES = {
-    "clip": Case(torch.bfloat16, 17, 17, 64, 14.3, "clip decoupled smoothed", 2**31 + 7),
-    "loss": FamilyCase("nt_xent", "three views", Sizes(17, 3, torch.float64, 14.3, duplicates=True), 11),
+    "clip": Case("clip", "decoupled smoothed", Sizes(17, 64, torch.bfloat16, 14.3), 2**31 + 7),
+    "loss": Case("nt_xent", "three views", Sizes(17, 3, torch.float64, 14.3, duplicates=True), 11),
 }
 
 
@@ -74,7 +74,7 @@ def test_script_of_own_features(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         np.save(tmp_path / f"{name}.npy", np.random.default_rng().normal(size=(20, 4)).astype(np.float32))
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "breach.py"
-    case = Case(torch.float32, 20, 20, 4, 2.0, "clip", 0)
+    case = Case("clip", "plain", Sizes(20, 4, torch.float32, 2.0), 0)
     path.write_text(script(case, "cpp", torch.device("cpu"), (Path("a.npy"), Path("b.npy"))))
     monkeypatch.undo()
     assert_repeats(path)
@@ -92,7 +92,7 @@ def broken(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def few_cases(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "QUICK_CASES", 40)
-    monkeypatch.setattr(run, "FAMILY_CASES", {"quick": 20})
+    monkeypatch.setattr(run, "LOSS_CASES", {"quick": 20})
 
 
 def test_verify_prints_and_saves(
@@ -112,12 +112,12 @@ def test_verify_prints_and_saves(
 
 def test_scripts_are_of_the_smallest_cases_of_each_option(broken: None) -> None:
     sizes = (64, 7, 17)
-    cases = [Case(torch.float32, n, n, 3, 1.0, option, 0) for n in sizes for option in ("clip", "clip sum")]
+    cases = [Case("clip", option, Sizes(n, 3, torch.float32, 1.0), 0) for n in sizes for option in ("plain", "sum")]
     report = run.Report()
-    run.check(((case, case.inputs()) for case in cases), run.target("cpu", ["cpp", "reference"]), report)
+    run.check(cases, run.target("cpu", ["cpp", "reference"]), report)
     assert len(report.failed) == 6
-    assert [(case.n, case.option, backend) for case, backend in report.simplest()] == [
-        (7, "clip", "cpp"), (7, "clip sum", "cpp"),
+    assert [(case.sizes.n, case.option, backend) for case, backend in report.simplest()] == [
+        (7, "clip plain", "cpp"), (7, "clip sum", "cpp"),
     ]  # fmt: skip
 
 

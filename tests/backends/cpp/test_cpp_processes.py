@@ -49,12 +49,11 @@ def test_every_vector_level_keeps_the_budget(level: str, seed: int) -> None:
         pytest.skip(f"this CPU has {cpp.vector_level()} at most")
     code = f"""
 from fused_contrastive.backends import cpp
-from fused_contrastive.testing import cases, family
-from fused_contrastive.verification.run import Report, check, check_family, target
+from fused_contrastive.testing import cases
+from fused_contrastive.verification.run import Report, check, target
 assert cpp.vector_level() == {level!r}
 report, here = Report(), target("cpu", ["cpp"])
-check(((case, case.inputs()) for case in cases.sample(150, {seed})), here, report)
-check_family(family.sample(140, {seed}), here, report)
+check([*cases.sample_of_grid(150, {seed}), *cases.sample(164, {seed})], here, report)
 assert report.breaches == 0, [(cell.worst_case, cell.worst) for cell in report.cells if cell.breaches]
 """
     result = run(code, FUSED_CONTRASTIVE_CPU_LEVEL=level)
@@ -68,11 +67,13 @@ def test_sums_of_equal_terms(level: str, seed: int) -> None:
         pytest.skip(f"this CPU has {cpp.vector_level()} at most")
     code = f"""
 import torch
-from fused_contrastive.testing import family
+from fused_contrastive.testing import harness
+from fused_contrastive.testing.cases import Case
+from fused_contrastive.testing.registry import Sizes
 for n, dtype in ((257, torch.float32), (257, torch.float64), (1500, torch.float32), (2500, torch.float64)):
     for variant, scale in (("plain", 0.5), ("plain", 1.0), ("none", 1.0)):
-        case = family.FamilyCase("siglip", variant, family.Sizes(n, 1, dtype, scale), {seed})
-        for deviation in family.deviations(case, "cpp", torch.device("cpu")):
+        case = Case("siglip", variant, Sizes(n, 1, dtype, scale), {seed})
+        for deviation in harness.deviations(case, "cpp"):
             assert deviation.share <= 1, f"{{case}}: {{deviation}}"
 """
     result = run(code, FUSED_CONTRASTIVE_CPU_LEVEL=level)

@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 
 from fused_contrastive import ClipLoss, clip_loss, contrastive_stats, info_nce_loss, nt_xent_loss, siglip_loss
-from fused_contrastive.testing import budget
-from fused_contrastive.testing.cases import CLIP_OPTIONS, STATS_OPTIONS, Case
+from fused_contrastive.testing import harness
+from fused_contrastive.testing.cases import MEMBERS, Case
+from fused_contrastive.testing.registry import Sizes
 
 pytestmark = pytest.mark.gpu
 
@@ -34,19 +35,20 @@ def agree(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
 
 
 @pytest.mark.parametrize("tf32", [False, True])
-@pytest.mark.parametrize("option", [*STATS_OPTIONS, *CLIP_OPTIONS])
+@pytest.mark.parametrize(
+    ("loss", "option"), [(loss, option) for loss in ("contrastive_stats", "clip") for option in MEMBERS[loss].options]
+)
 @pytest.mark.parametrize("dtype", [*HALF, torch.float32], ids=str)
 @pytest.mark.parametrize(("m", "n", "d"), [(1000, 1000, 513), (300, 2101, 100), (2101, 300, 1), (4097, 4097, 64)])
-def test_budget(m: int, n: int, d: int, dtype: torch.dtype, option: str, tf32: bool, seed: int) -> None:
+def test_budget(m: int, n: int, d: int, dtype: torch.dtype, loss: str, option: str, tf32: bool, seed: int) -> None:
     """Across the real tiles and alignments: one past them, D of 1, 64, 100 and 513."""
-    if (option in CLIP_OPTIONS and m != n) or (tf32 and dtype != torch.float32):
+    if (loss == "clip" and m != n) or (tf32 and dtype != torch.float32):
         pytest.skip("CLIP takes M = N, and tf32 is of float32")
     torch.set_float32_matmul_precision("high" if tf32 else "highest")
     try:
         for scale in (14.3, 1000.0):
-            case = Case(dtype, m, n, d, scale, option, seed)
-            inputs = case.inputs().on(torch.device("cuda"))
-            for deviation in budget.deviations(case, "triton", inputs, budget.expected(case, inputs)):
+            case = Case(loss, option, Sizes(n, d, dtype, scale, m=m), seed)
+            for deviation in harness.deviations(case, "triton", "cuda"):
                 assert deviation.share <= 1, f"{case}: {deviation}"
     finally:
         torch.set_float32_matmul_precision("highest")

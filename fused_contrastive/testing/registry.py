@@ -1,22 +1,27 @@
-"""Every loss with its options, seeded problems and textbook formula: what holds the family to the error budget.
+"""Every loss with its options, seeded tensors and textbook formula: what is held to the error budget.
 
-A loss is added here by one entry of ``FAMILY``: how to make its tensors, and the two functions to compare.
+A loss is added by one entry of ``LOSSES``: how to make its tensors, and the two functions to compare.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import fused_contrastive as fc
+from fused_contrastive.losses.clip import clip_loss
+from fused_contrastive.losses.filip import filip_loss
+from fused_contrastive.losses.info_nce import info_nce_loss
+from fused_contrastive.losses.nt_xent import nt_xent_loss
+from fused_contrastive.losses.siglip import siglip_loss
+from fused_contrastive.losses.supcon import supcon_loss
+from fused_contrastive.losses.x_clip import x_clip_loss
+from fused_contrastive.ops.stats import contrastive_stats
 from fused_contrastive.testing import oracle, textbook
-from fused_contrastive.testing.budget import Deviation, Expected, difference, with_rounded_weights
-from fused_contrastive.testing.cases import DTYPES
 
 Leaves = dict[str, Tensor]
 
@@ -30,6 +35,7 @@ class Sizes:
     dtype: torch.dtype
     scale: float
     duplicates: bool = False
+    m: int | None = None  # rows, of a primitive; default: n
 
 
 class Maker:
@@ -63,12 +69,53 @@ class Maker:
 
 @dataclass(frozen=True)
 class Member:
-    """One loss. ``make`` gives leaves (with gradients) and other arguments, for one of its options."""
+    """One loss or primitive.
+
+    Attributes:
+        options: the variants of its arguments that are tried, by name.
+        make: of one of them the leaves, which get gradients, and the other arguments.
+        ours: the function under test.
+        textbook: its formula; takes the way to write logits first.
+        stable: the formula in float64, where the textbook's cancels.
+        as_they_are: the first two leaves are multiplied as they are, of whatever norm, and by the third: the largest
+            terms of its sums are theirs.
+    """
 
     options: dict[str, dict[str, Any]]
     make: Callable[[Maker, dict[str, Any]], tuple[Leaves, dict[str, Any]]]
-    ours: Callable[..., Tensor]
-    textbook: Callable[..., Tensor]
+    ours: Callable[..., Any]
+    textbook: Callable[..., Any]
+    stable: Callable[..., Any] | None = None
+    as_they_are: bool = False
+
+
+def pair(*names: str) -> Callable[[Maker, dict[str, Any]], tuple[Leaves, dict[str, Any]]]:
+    """Two sets of N features and a scale, by these names; the options are arguments as they are."""
+
+    def make(make: Maker, given: dict[str, Any]) -> tuple[Leaves, dict[str, Any]]:
+        sizes = make.sizes
+        tensors = make.features(sizes.n), make.features(sizes.n), make.scalar(sizes.scale)
+        return dict(zip(names, tensors, strict=True)), dict(given)
+
+    return make
+
+
+def _contrastive_stats(make: Maker, given: dict[str, Any]) -> tuple[Leaves, dict[str, Any]]:
+    n, options = make.sizes.n, dict(given)
+    m = make.sizes.m or n
+    leaves = {"x": make.features(m), "y": make.features(n), "scale": make.scalar(make.sizes.scale)}
+    if options.pop("targets", False) or m > n:
+        options["targets"] = make.ids(m, n)
+    if options.pop("bias", False):
+        empty = make.vector(n) < 0.2
+        empty[options.get("targets", slice(m))] = False  # a positive in an empty slot would be -inf
+        leaves["col_bias"] = (4 * make.vector(n) - 2).masked_fill(empty, -torch.inf)
+    if options.pop("ids", False):  # few enough ids that some rows have nothing left
+        high = max(2, n // 8)
+        options["row_ids"], options["col_ids"] = make.ids(m, high) - high // 2, make.ids(n, high) - high // 2
+    if options.get("memory_budget") == "half":
+        options["memory_budget"] = (m // 2) * n * leaves["scale"].itemsize
+    return leaves, options
 
 
 def _info_nce(make: Maker, given: dict[str, Any]) -> tuple[Leaves, dict[str, Any]]:
@@ -99,7 +146,7 @@ def _nt_xent(make: Maker, given: dict[str, Any]) -> tuple[Leaves, dict[str, Any]
 
 
 def _ours_nt_xent(z1: Tensor, z2: Tensor, temperature: Tensor, z3: Tensor | None = None, **options: Any) -> Tensor:
-    return fc.nt_xent_loss(z1, z2, temperature, views=() if z3 is None else (z3,), **{"normalize": True, **options})
+    return nt_xent_loss(z1, z2, temperature, views=() if z3 is None else (z3,), **{"normalize": True, **options})
 
 
 def _textbook_nt_xent(
@@ -151,16 +198,51 @@ def _x_clip(make: Maker, given: dict[str, Any]) -> tuple[Leaves, dict[str, Any]]
     return {**leaves, "logit_scale": make.scalar(make.sizes.scale)}, options
 
 
-def _positional(function: Callable[..., Tensor], *names: str) -> Callable[..., Tensor]:
+def positional(function: Callable[..., Any], *names: str) -> Callable[..., Any]:
     """The textbook's function, its tensors given by the names of our arguments."""
 
-    def call(logits: oracle.Logits, **arguments: Any) -> Tensor:
+    def call(logits: oracle.Logits, **arguments: Any) -> Any:
+        arguments.pop("memory_budget", None)  # which changes no result
         return function(logits, *(arguments.pop(name, None) for name in names), **arguments)
 
     return call
 
 
-FAMILY: dict[str, Member] = {
+PRIMITIVES: dict[str, Member] = {
+    "contrastive_stats": Member(
+        {
+            "plain": {},
+            "targets": {"targets": True},
+            "col_bias": {"bias": True},
+            "ids": {"ids": True},
+            "exclude_self": {"exclude_self": True},
+            "row only": {"directions": ["row"]},
+            "col only": {"directions": ["col"]},
+            "recompute": {"memory_budget": 0},
+            "half kept": {"memory_budget": "half"},
+        },
+        _contrastive_stats,
+        contrastive_stats,
+        positional(textbook.contrastive_stats, "x", "y", "scale"),
+        as_they_are=True,
+    ),
+}
+LOSSES: dict[str, Member] = {
+    "clip": Member(
+        {
+            "plain": {},
+            "decoupled": {"decoupled": True},
+            "smoothed": {"label_smoothing": 0.1},
+            "decoupled smoothed": {"decoupled": True, "label_smoothing": 0.1},
+            "sum": {"reduction": "sum"},
+            "none": {"reduction": "none"},
+        },
+        pair("image_features", "text_features", "logit_scale"),
+        clip_loss,
+        positional(textbook.clip, "image_features", "text_features", "logit_scale"),
+        positional(textbook.clip_stable, "image_features", "text_features", "logit_scale"),
+        as_they_are=True,
+    ),
     "info_nce": Member(
         {
             "plain": {},
@@ -176,8 +258,8 @@ FAMILY: dict[str, Member] = {
             "sum": {"reduction": "sum"},
         },
         _info_nce,
-        fc.info_nce_loss,
-        _positional(textbook.info_nce, "query", "key", "logit_scale"),
+        info_nce_loss,
+        positional(textbook.info_nce, "query", "key", "logit_scale"),
     ),
     "nt_xent": Member(
         {
@@ -201,20 +283,20 @@ FAMILY: dict[str, Member] = {
             "sum": {"reduction": "sum"},
         },
         _supcon,
-        fc.supcon_loss,
-        _positional(textbook.supcon, "features", "temperature"),
+        supcon_loss,
+        positional(textbook.supcon, "features", "temperature"),
     ),
     "siglip": Member(
         {"plain": {}, "no bias": {"bias": False}, "ids": {"ids": True}, "none": {"reduction": "none"}},
         _siglip,
-        fc.siglip_loss,
-        _positional(textbook.siglip, "image_features", "text_features", "logit_scale", "logit_bias"),
+        siglip_loss,
+        positional(textbook.siglip, "image_features", "text_features", "logit_scale", "logit_bias"),
     ),
     "filip": Member(
         {"plain": {}, "masks": {"masks": True}, "x_clip": {"masks": True, "compat": "x_clip", "decoupled": True}},
         _filip,
-        fc.filip_loss,
-        _positional(textbook.filip, "image_tokens", "text_tokens", "logit_scale"),
+        filip_loss,
+        positional(textbook.filip, "image_tokens", "text_tokens", "logit_scale"),
     ),
     "x_clip": Member(
         {
@@ -226,134 +308,9 @@ FAMILY: dict[str, Member] = {
             "tokens extra": {"use_all_token_embeds": True, "mask": True, "extra": True},
         },
         _x_clip,
-        fc.x_clip_loss,
-        _positional(
+        x_clip_loss,
+        positional(
             textbook.x_clip, "text_latents", "image_latents", "logit_scale", "text_latents_extra", "image_latents_extra"
         ),
     ),
 }
-OPTIONS = [(name, option) for name, member in FAMILY.items() for option in member.options]
-
-
-@dataclass(frozen=True)
-class FamilyCase:
-    """One problem of one loss. The tensors are made anew, the same each time."""
-
-    loss: str
-    variant: str
-    sizes: Sizes
-    seed: int
-
-    def __post_init__(self) -> None:
-        if "tokens" in self.option or self.loss == "filip":  # at small D maxima tie, and their gradient is anyone's
-            object.__setattr__(self, "sizes", replace(self.sizes, d=max(self.sizes.d, 16)))
-
-    @property
-    def option(self) -> str:
-        return f"{self.loss} {self.variant}"
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.sizes.dtype
-
-    @property
-    def size(self) -> int:
-        """Multiplications of its products, more or less."""
-        return self.sizes.n**2 * self.sizes.d
-
-    def __str__(self) -> str:
-        return f"{self.option!r} {self.sizes} seed={self.seed}"
-
-    def inputs(self, device: torch.device) -> tuple[Leaves, dict[str, Any]]:
-        member = FAMILY[self.loss]
-        leaves, options = member.make(Maker(self.sizes, self.seed), member.options[self.variant])
-        moved = {name: t.to(device) if isinstance(t, Tensor) else t for name, t in options.items()}
-        return {name: t.to(device) for name, t in leaves.items()}, moved
-
-
-def evaluate(function: Callable[..., Tensor], leaves: Leaves, options: dict[str, Any]) -> dict[str, Tensor]:
-    """The loss and its gradients, in float64; of more than one loss, those of a fixed weighted sum."""
-    held = {name: t.clone().requires_grad_() for name, t in leaves.items()}
-    loss = function(**held, **options)
-    weights = torch.linspace(0.5, 1.5, max(1, loss.numel()), dtype=torch.float64, device=loss.device)
-    objective = (loss.double().reshape(-1) * weights).sum()
-    gradients = torch.autograd.grad(objective, list(held.values()), allow_unused=True)
-    results = {"loss": loss.detach().double()}
-    for (name, leaf), gradient in zip(held.items(), gradients, strict=True):
-        results[f"d{name}"] = (torch.zeros_like(leaf) if gradient is None else gradient).double()
-    return results
-
-
-def ours(case: FamilyCase, backend: str, device: torch.device) -> dict[str, Tensor]:
-    """The loss and every gradient of one backend."""
-    leaves, options = case.inputs(device)
-    return evaluate(lambda **a: FAMILY[case.loss].ours(**a, backend=backend), leaves, options)
-
-
-def expected(case: FamilyCase, device: torch.device) -> Expected:
-    """The textbook's results in float64, and its largest errors in the case's dtype."""
-    member = FAMILY[case.loss]
-    leaves, options = case.inputs(device)
-    double = {name: t.double() for name, t in leaves.items()}
-    truth = evaluate(lambda **a: member.textbook(oracle._oracle_logits, **a), double, options)
-    errors = dict.fromkeys(truth, 0.0)
-    same = {name: t.to(case.dtype) for name, t in leaves.items()}
-    for form in oracle.LOGITS.values():
-        found = evaluate(lambda form=form, **a: member.textbook(form, **a), same, options)
-        errors = {name: max(error, difference(found[name], truth[name])) for name, error in errors.items()}
-    return Expected(truth, errors)
-
-
-def deviations(
-    case: FamilyCase,
-    backend: str,
-    device: torch.device,
-    results: dict[str, Tensor] | None = None,
-    expectation: Expected | None = None,
-) -> list[Deviation]:
-    """The loss and every gradient of one backend, or those given, against the budget."""
-    if results is None:
-        results = ours(case, backend, device)
-    truth, eager = (found := expectation or expected(case, device)).truth, found.eager_error
-    terms = _largest_terms(case, truth)
-    deviations = []
-    for name, value in results.items():
-        largest = truth[name].abs().max().item()
-        allowed = 2 * eager[name] + 8 * torch.finfo(case.dtype).eps * (largest + terms[name])
-        deviations.append(Deviation(name, difference(value, truth[name]), eager[name], allowed))
-    return deviations
-
-
-def _largest_terms(case: FamilyCase, truth: dict[str, Tensor]) -> dict[str, float]:
-    """As in ``budget``, for features of norm 1: a logit, scale * weight, M * weight; by temperature, scale^2 more."""
-    scale, n = case.sizes.scale, case.sizes.n
-    mean = truth["loss"].dim() == 0 and "sum" not in case.variant
-    weight = 1.5 / n if mean else 1.5
-    logit = 2.0 * scale
-    # The regulariser's gradient is a mean over pairs of differences of similarities, whatever the scale.
-    regularised = weight if case.variant == "regularised" else 0.0
-    terms = dict.fromkeys(truth, weight * scale + regularised)  # feature gradients, and those of a bias
-    terms |= {
-        "loss": logit + FAMILY[case.loss].options[case.variant].get("margin", 0.0),
-        "dlogit_scale": weight * n,
-        "dlogit_bias": weight * n,
-        "dtemperature": weight * n * scale**2,
-    }
-    rounded = with_rounded_weights(case.dtype, logit, n)
-    return {name: term * rounded if name != "loss" else term for name, term in terms.items()}
-
-
-def sample(count: int, seed: int) -> Iterator[FamilyCase]:
-    """Every option in turn, at random sizes, dtypes and scales."""
-    generator = torch.Generator("cpu").manual_seed(seed)
-
-    def drawn(below: int) -> int:
-        return int(torch.randint(below, (), generator=generator, device="cpu"))
-
-    def one_of(values: Any) -> Any:
-        return values[drawn(len(values))]
-
-    for k in range(count):
-        loss, variant = OPTIONS[k % len(OPTIONS)]
-        sizes = Sizes(one_of((2, 5, 17, 64, 130)), one_of((1, 3, 16, 65)), one_of(DTYPES), one_of((0.5, 14.3, 100.0)))
-        yield FamilyCase(loss, variant, sizes, drawn(2**31))

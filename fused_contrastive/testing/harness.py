@@ -1,0 +1,150 @@
+"""Holds a case to the error budget of ``core/budget.py``: our results, the oracle's, and how far eager's are off.
+
+One evaluation can be exact by luck, so eager's error is the largest over the equal ways to write the logits
+(oracle.LOGITS).
+
+The largest term of a feature gradient is scale * weight (1/N for a mean) * max |feature|, times the rows per column
+where they are more than one; that of the scale's gradient is the positives' part, M * weight * max |x||y|, which the
+negatives' part cancels. A logit is held in the precision it is computed in, float32 for half-precision features, and
+its rounding is a relative error of the weight that is its exponential: eps / 2 * max |logit| of the largest term is
+allowed in a gradient. Without it eager's luck decides where one weight dominates (2 rows at scale 1000). For float64
+the oracle is no more exact than what it measures: 8 eps * max |logit| is allowed, and sqrt(N) eps in a sum over N.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_contrastive.core.budget import Deviation, allowed, difference, largest_finite
+from fused_contrastive.core.spec import compute_dtype
+from fused_contrastive.testing import oracle
+from fused_contrastive.testing.cases import Case
+from fused_contrastive.testing.registry import Leaves
+
+Results = dict[str, Tensor]  # outputs and, as "d" and the leaf's name, gradients; in float64
+Device = torch.device | str
+
+
+def weights(place: int, count: int, device: Device) -> Tensor:
+    """(count,) what an output is multiplied by in the objective: 0.5 to 1.5, of all but the first with either sign."""
+    size = torch.linspace(0.5, 1.5, count, dtype=torch.float64, device=device)
+    return size * torch.arange(place, place + count, device=device).double().cos() if place else size
+
+
+def evaluate(function: Callable[..., Any], leaves: Leaves, options: dict[str, Any]) -> Results:
+    """What it returns, a tensor or a tuple or dict of them, and the gradients of the weighted sum of what is finite."""
+    held = {name: t.clone().requires_grad_() for name, t in leaves.items()}
+    found = function(**held, **options)
+    if isinstance(found, Tensor):
+        found = {"loss": found}
+    outputs = {name: t for name, t in (found if isinstance(found, dict) else found._asdict()).items() if t is not None}
+    objective = torch.zeros((), dtype=torch.float64, device=next(iter(held.values())).device)
+    for place, t in enumerate(outputs.values()):
+        finite = torch.where(t.detach().isfinite(), t.double(), 0).reshape(-1)
+        objective = objective + (finite * weights(place, len(finite), t.device)).sum()
+    gradients = torch.autograd.grad(objective, list(held.values()), allow_unused=True)
+    results = {name: t.detach().double() for name, t in outputs.items()}
+    for (name, leaf), gradient in zip(held.items(), gradients, strict=True):
+        results[f"d{name}"] = (torch.zeros_like(leaf) if gradient is None else gradient).double()
+    return results
+
+
+def ours(case: Case, backend: str, device: Device = "cpu") -> Results:
+    """The values and every gradient of one backend."""
+    leaves, options = case.inputs(device)
+    return evaluate(case.member.ours, leaves, {**options, "backend": backend})
+
+
+@dataclass(frozen=True)
+class Expected:
+    """The formula's results in float64, its largest errors in the case's dtype, and the errors that are allowed."""
+
+    truth: Results
+    eager_error: dict[str, float]
+    allowed: dict[str, float]
+
+    def deviations(self, results: Results) -> list[Deviation]:
+        return [
+            Deviation(name, difference(value, self.truth[name]), self.eager_error[name], self.allowed[name])
+            for name, value in results.items()
+        ]
+
+
+def expected(case: Case, device: Device = "cpu") -> Expected:
+    leaves, options = case.inputs(device)
+    member = case.member
+
+    def by(formula: Callable[..., Any], logits: oracle.Logits, dtype: torch.dtype) -> Results:
+        given = {name: t.to(dtype) for name, t in leaves.items()}
+        return evaluate(lambda **arguments: formula(logits, **arguments), given, options)
+
+    truth = by(member.stable or member.textbook, oracle.exact, torch.float64)
+    errors = dict.fromkeys(truth, 0.0)
+    for form in oracle.LOGITS.values():
+        for name, value in by(member.textbook, form, case.dtype).items():
+            errors[name] = max(errors[name], difference(value, truth[name]))  # a NaN of eager's allows us nothing
+    terms = (_terms_of_features if member.as_they_are else _terms_of_norm_1)(case, leaves, options, truth)
+    most = {
+        name: allowed(errors[name], case.dtype, largest_finite(value) + terms[name]) for name, value in truth.items()
+    }
+    return Expected(truth, errors, most)
+
+
+def deviations(case: Case, backend: str, device: Device = "cpu", results: Results | None = None) -> list[Deviation]:
+    """Every value and gradient of one backend, or those given, against the budget."""
+    return expected(case, device).deviations(ours(case, backend, device) if results is None else results)
+
+
+def _terms_of_features(case: Case, leaves: Leaves, options: dict[str, Any], truth: Results) -> dict[str, float]:
+    """Per quantity, the largest single term of the sums that make it, before they cancel."""
+    (of_x, x), (of_y, y), (of_scale, scale), *_ = leaves.items()
+    m, n = len(x), len(y)
+    largest_x, largest_y, factor = x.abs().max().item(), y.abs().max().item(), scale.abs().item()
+    bias = largest_finite(leaves["col_bias"]) if "col_bias" in leaves else 0.0
+    weight = 1.5
+    if "loss" in truth and truth["loss"].dim() == 0:
+        weight = 0.5 / m if options.get("reduction", "mean") == "mean" else 0.5
+    across, down = max(1.0, n / m), max(1.0, m / n)
+    terms = {
+        f"d{of_x}": weight * factor * largest_y * across,
+        f"d{of_y}": weight * factor * largest_x * down,
+        f"d{of_scale}": weight * m * largest_x * largest_y * across,
+        "dcol_bias": weight * down,
+    }
+    largest_logit = (scale * (x.double() @ y.double().T)).abs().max().item() + bias
+    rounded = _with_rounded_weights(case.dtype, largest_logit, max(m, n))
+    logit = factor * largest_x * largest_y + bias
+    return {name: terms[name] * rounded if name in terms else logit for name in truth}
+
+
+def _terms_of_norm_1(case: Case, leaves: Leaves, options: dict[str, Any], truth: Results) -> dict[str, float]:
+    """The same for features of norm 1: a logit, scale * weight, M * weight; by temperature, scale^2 more."""
+    scale, n = case.sizes.scale, case.sizes.n
+    weight = 1.5 / n if options.get("reduction", "mean") == "mean" else 1.5
+    logit = 2.0 * scale
+    # The regulariser's gradient is a mean over pairs of differences of similarities, whatever the scale.
+    regularised = weight if options.get("sim_reg_loss_weight") else 0.0
+    terms = dict.fromkeys(truth, weight * scale + regularised)  # feature gradients, and those of a bias
+    terms |= dict.fromkeys(("dlogit_scale", "dlogit_bias"), weight * n) | {"dtemperature": weight * n * scale**2}
+    rounded = _with_rounded_weights(case.dtype, logit, n)
+    return {name: term * rounded for name, term in terms.items()} | {"loss": logit + options.get("margin", 0.0)}
+
+
+def _with_rounded_weights(dtype: torch.dtype, logit: float, count: int) -> float:
+    """What a gradient's largest term is multiplied by, for the rounding of the logits in its weights."""
+    if dtype == torch.float64:
+        return max(1.0, logit, math.sqrt(count))
+    held, given = torch.finfo(compute_dtype(dtype)).eps, torch.finfo(dtype).eps
+    return 1.0 + logit * held / 2 / (8 * given)
+
+
+def farthest(a: Tensor, b: Tensor) -> tuple[float, float]:
+    """Where two tensors differ most, NaN before all: what each has there."""
+    at = torch.where(a == b, 0, (a - b).abs()).flatten().argmax()
+    return a.flatten()[at].item(), b.flatten()[at].item()

@@ -1,13 +1,12 @@
-// As single operations, six forward and eight backward, this takes longer than the products of a batch of 100 pairs.
+// One node, because as single operations, six forward and eight backward, this takes longer than the products of a
+// batch of 100 pairs.
 #include "autograd/cross_entropy.h"
 
 #include <ATen/ATen.h>
 #include <torch/csrc/autograd/custom_function.h>
 
-#include <algorithm>
-#include <cmath>
-
 #include "common/input.h"
+#include "common/loss_term.h"
 
 namespace fc {
 namespace {
@@ -15,7 +14,7 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-at::Tensor vector_of(const char* name, const at::Tensor& t, int64_t size) {
+at::Tensor double_vector(const char* name, const at::Tensor& t, int64_t size) {
   check_sizes(name, t, {size});
   return readable(name, t, at::kDouble);
 }
@@ -31,13 +30,13 @@ struct CrossEntropy : torch::autograd::Function<CrossEntropy> {
     ctx->saved_data["averaged"] = averaged;
     ctx->saved_data["decoupled"] = decoupled;
 
-    const at::Tensor positive = vector_of("pos", pos, m), loss = at::zeros({m}, positive.options());
+    const at::Tensor positive = double_vector("pos", pos, m), loss = at::zeros({m}, positive.options());
     const double* p = positive.const_data_ptr<double>();
     double* out = loss.mutable_data_ptr<double>();
     for (const at::Tensor& t : normalisers) {
-      const at::Tensor normaliser = vector_of("normaliser", t, m);
+      const at::Tensor normaliser = double_vector("normaliser", t, m);
       const double* n = normaliser.const_data_ptr<double>();
-      for (int64_t i = 0; i < m; ++i) out[i] += decoupled ? n[i] - p[i] : softplus(n[i] - p[i]);
+      for (int64_t i = 0; i < m; ++i) out[i] += loss_term(n[i] - p[i], decoupled);
     }
     return (reduction == "none" ? loss : loss.sum()).div_(averaged).to(dtype);
   }
@@ -48,7 +47,7 @@ struct CrossEntropy : torch::autograd::Function<CrossEntropy> {
     const auto averaged = static_cast<double>(ctx->saved_data["averaged"].toInt());
     if (at::GradMode::is_enabled()) return recorded(saved, decoupled, upstream[0] / averaged);
     const int64_t m = saved[0].numel(), step = upstream[0].dim() ? 1 : 0;  // a scalar's gradient is every row's
-    const at::Tensor positive = vector_of("pos", saved[0], m), g_pos = at::zeros_like(positive);
+    const at::Tensor positive = double_vector("pos", saved[0], m), g_pos = at::zeros_like(positive);
     const at::Tensor g = readable("gradient", upstream[0], at::kDouble);
     TORCH_CHECK_VALUE(g.numel() == (step ? m : 1), "gradient: got shape ", g.sizes());
     const double *p = positive.const_data_ptr<double>(), *g_loss = g.const_data_ptr<double>();
@@ -56,11 +55,11 @@ struct CrossEntropy : torch::autograd::Function<CrossEntropy> {
 
     variable_list grads{g_pos};
     for (size_t k = 1; k < saved.size(); ++k) {
-      const at::Tensor normaliser = vector_of("normaliser", saved[k], m), g_normaliser = at::empty_like(normaliser);
+      const at::Tensor normaliser = double_vector("normaliser", saved[k], m), g_normaliser = at::empty_like(normaliser);
       const double* n = normaliser.const_data_ptr<double>();
       double* out = g_normaliser.mutable_data_ptr<double>();
       for (int64_t i = 0; i < m; ++i) {
-        out[i] = g_loss[i * step] / averaged * (decoupled ? 1 : sigmoid(n[i] - p[i]));
+        out[i] = g_loss[i * step] / averaged * loss_term_gradient(n[i] - p[i], decoupled);
         out_pos[i] -= out[i];
       }
       grads.push_back(g_normaliser);
@@ -72,7 +71,7 @@ struct CrossEntropy : torch::autograd::Function<CrossEntropy> {
  private:
   static constexpr size_t kOptions = 3;  // inputs without a gradient: decoupled, reduction, dtype
 
-  // The same for create_graph=True, as operations that autograd records.
+  // The same as operations that autograd records, for create_graph=True.
   static variable_list recorded(const variable_list& saved, bool decoupled, const at::Tensor& g) {
     variable_list grads{at::zeros_like(saved[0])};
     for (size_t k = 1; k < saved.size(); ++k) {

@@ -1,21 +1,11 @@
 // The last step of most losses, on vectors of statistics, as one node of the autograd graph.
 #pragma once
-#include <algorithm>
-#include <cmath>
 #include <ATen/core/Tensor.h>
 
 #include <string>
 #include <vector>
 
 namespace fc {
-
-inline double softplus(double x) {
-  return std::max(x, 0.) + std::log1p(std::exp(-std::abs(x)));
-}
-
-inline double sigmoid(double x) {
-  return 1 / (1 + std::exp(-x));
-}
 
 // The formula of backends/reference.py: the mean over the normalisers of softplus(normaliser - pos), or of the
 // difference itself where decoupled, reduced over the rows. pos and each normaliser are (M,) on the CPU.

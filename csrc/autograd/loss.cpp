@@ -21,16 +21,18 @@ OptionalTensor or_none(const at::Tensor& t) {
   return t.defined() ? OptionalTensor(t) : std::nullopt;
 }
 
-// What the node holds beside the saved tensors: the problem without its tensors, and the gradients until they are used.
+// What the node holds beside the saved tensors: the problem without its tensors, and the gradients until a backward
+// takes them.
 struct State : torch::CustomClassHolder {
-  Problem problem;
+  StatsProblem problem;
   RowLoss loss;
   Needs needs;
   Interrupt interrupt;
-  FeatureGrads grads;
+  Gradients grads;
 };
 
-// `count` gradients as they are, by what they are gradients of; their own gradient raises.
+// Returns the first `count` tensors, gradients, as functions of the others, their inputs. Asking for the gradient of
+// that raises.
 struct OnceDifferentiable : torch::autograd::Function<OnceDifferentiable> {
   static variable_list forward(AutogradContext*, at::TensorList grads_and_inputs, size_t count) {
     variable_list grads;
@@ -61,7 +63,7 @@ variable_list once_differentiable(variable_list grads, const variable_list& inpu
 struct GradientsInTheForward : torch::autograd::Function<GradientsInTheForward> {
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x, const at::Tensor& y, const at::Tensor& scale,
                             const OptionalTensor& col_bias, c10::intrusive_ptr<State> state) {
-    Problem& p = state->problem;
+    StatsProblem& p = state->problem;
     variable_list saved{x, y, scale, or_undefined(col_bias), or_undefined(state->loss.labels)};
     p.for_each_tensor([&](const char*, const OptionalTensor& t) { saved.push_back(or_undefined(t)); });
     ctx->save_for_backward(saved);
@@ -77,10 +79,10 @@ struct GradientsInTheForward : torch::autograd::Function<GradientsInTheForward> 
   static variable_list backward(AutogradContext* ctx, const variable_list& upstream) {
     const variable_list saved = ctx->get_saved_variables();  // throws where the graph has been freed
     const auto state = c10::static_intrusive_pointer_cast<State>(ctx->saved_data["state"].toCapsule());
-    // The gradients are handed out, scaled in place: a second backward through a retained graph forms them again.
-    FeatureGrads grads = std::exchange(state->grads, {});
+    // The gradients are scaled in place and handed out. A second backward through a retained graph forms them again.
+    Gradients grads = std::exchange(state->grads, {});
     if (!grads[0].defined() && !grads[1].defined() && !grads[2].defined() && !grads[3].defined()) {
-      Problem p = state->problem;
+      StatsProblem p = state->problem;
       p.x = saved[0], p.y = state->needs.joint ? saved[0] : saved[1], p.scale = saved[2];
       RowLoss loss = state->loss;
       loss.labels = or_none(saved[kDifferentiable]);
@@ -108,7 +110,7 @@ struct GradientsInTheForward : torch::autograd::Function<GradientsInTheForward> 
 
 }  // namespace
 
-at::Tensor row_loss(const Problem& problem, const RowLoss& loss, bool same, const Interrupt& interrupt) {
+at::Tensor row_loss(const StatsProblem& problem, const RowLoss& loss, bool same, const Interrupt& interrupt) {
   const auto needed = [](const at::Tensor& t) { return t.defined() && t.requires_grad(); };
   Needs needs{{needed(problem.x), needed(problem.y), needed(problem.scale), needed(or_undefined(problem.col_bias))},
               false};

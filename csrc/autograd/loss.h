@@ -6,7 +6,8 @@
 
 namespace fc {
 
-// 0-d, in float32 (float64 for float64 features). Differentiable once in x, y, scale and col_bias. `same`: y is x.
-at::Tensor row_loss(const Problem& problem, const RowLoss& loss, bool same, const Interrupt& interrupt);
+// The loss, 0-d, in float32 (float64 for float64 features). It can be differentiated once, by x, y, scale and col_bias.
+// `same`: y is x.
+at::Tensor row_loss(const StatsProblem& problem, const RowLoss& loss, bool same, const Interrupt& interrupt);
 
 }  // namespace fc

@@ -1,4 +1,4 @@
-// F.normalize's backward is eight passes over the features: of a batch of 1000 they take a third of a matrix product.
+// F.normalize's backward is eight passes over the features; for a batch of 1000 they take a third of a matrix product.
 // Here a row stays in L1 from its norm to its result, and its gradient likewise.
 #include "autograd/normalize.h"
 
@@ -31,7 +31,7 @@ void for_each_row(const at::Tensor& x, const F& f) {
   });
 }
 
-// z and the norms, as they are before the least one, of some rows.
+// Writes z = x / |x| and the norms. Norms are as they are, also those below kLeastNorm.
 template <class T>
 void forward(const at::Tensor& x, T* z, T* norms) {
   const int64_t d = x.size(-1);
@@ -39,11 +39,11 @@ void forward(const at::Tensor& x, T* z, T* norms) {
   for_each_row(x, [&](int64_t i) {
     T* row = z + i * d;
     norms[i] = copy_and_norm(in + i * d, row, d);
-    kernels<T>().finish_row(row, row, nullptr, T(0), inverse_of(norms[i]), d);
+    tile_kernels<T>().add_scale_dot(row, row, nullptr, T(0), inverse_of(norms[i]), d);
   });
 }
 
-// The gradient of z becomes that of x.
+// Turns `grad`, the gradient of z, into the gradient of x.
 template <class T>
 void backward(const T* z, const T* norms, const at::Tensor& grad) {
   const int64_t d = grad.size(-1);
@@ -57,7 +57,7 @@ void with_dtype(const at::Tensor& t, const F& f) {
   t.scalar_type() == at::kDouble ? f(double{}) : f(float{});
 }
 
-// The views are normalised straight into one tensor: put together first, they would be held twice.
+// The views are normalised straight into one tensor. Put together first, they would be held twice.
 struct Normalize : torch::autograd::Function<Normalize> {
   static at::Tensor forward(AutogradContext* ctx, at::TensorList views) {
     std::vector<int64_t> shape = views[0].sizes().vec();
@@ -100,7 +100,7 @@ struct Normalize : torch::autograd::Function<Normalize> {
       }
       return grads;
     }
-    const at::Tensor dx = readable("gradient", upstream[0], dtype);  // z's gradient, and then x's
+    const at::Tensor dx = readable("gradient", upstream[0], dtype);  // holds z's gradient first
     with_dtype(z, [&](auto zero) {
       using T = decltype(zero);
       fc::backward<T>(z.const_data_ptr<T>(), norms.const_data_ptr<T>(), dx);
@@ -115,7 +115,7 @@ struct Normalize : torch::autograd::Function<Normalize> {
   }
 
  private:
-  // The same for create_graph=True, as operations that autograd records.
+  // The same as operations that autograd records, for create_graph=True.
   static at::Tensor recorded(const at::Tensor& x, const at::Tensor& g) {
     const at::Tensor norm = at::linalg_vector_norm(x, 2, at::IntArrayRef{-1}, /*keepdim=*/true);
     const at::Tensor least = norm.clamp_min(kLeastNorm), z = x / least;

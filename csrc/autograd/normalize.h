@@ -4,8 +4,8 @@
 
 namespace fc {
 
-// x / max(|x|, 1e-12) along the last dimension, as F.normalize has it, of all views one after the other. float32 or
-// float64, on the CPU. The backward writes to the gradient that it is given.
+// Returns x / max(|x|, 1e-12) along the last dimension, as F.normalize does, for all views one after the other in one
+// tensor. They are float32 or float64, on the CPU. The backward writes to the gradient that it is given.
 at::Tensor normalize(at::TensorList views);
 
 }  // namespace fc

@@ -1,4 +1,4 @@
-// The Python face of the C++ backend (fused_contrastive/backends/cpp.py calls it).
+// The extension's functions, as fused_contrastive/backends/cpp.py calls them.
 #include <torch/csrc/autograd/grad_mode.h>
 #include <torch/csrc/utils/pybind.h>
 
@@ -24,7 +24,7 @@ namespace py = pybind11;
 
 namespace {
 
-// Lets Ctrl-C through: at most every 50 ms, takes the GIL for a moment and raises what a signal handler raised.
+// Lets Ctrl-C through: at most every 50 ms it takes the GIL for a moment and raises what a signal handler raised.
 fc::Interrupt python_interrupt() {
   using Clock = std::chrono::steady_clock;
   return [last = Clock::now()]() mutable {
@@ -35,11 +35,11 @@ fc::Interrupt python_interrupt() {
   };
 }
 
-// A StatsSpec (core/spec.py) and its features. Fields are read by name, so that their order is Python's affair.
-fc::Problem problem_of(const at::Tensor& x, const at::Tensor& y, const py::handle& spec) {
+// Makes a problem of a StatsSpec (core/spec.py) and its features. Fields are read by name, whatever their order.
+fc::StatsProblem problem_of(const at::Tensor& x, const at::Tensor& y, const py::handle& spec) {
   static const std::map<std::string, fc::EqualIds> kEqualIds = {
       {"exclude", fc::EqualIds::kExclude}, {"only", fc::EqualIds::kOnly}, {"negate", fc::EqualIds::kNegate}};
-  fc::Problem p;
+  fc::StatsProblem p;
   p.x = x, p.y = y, p.scale = spec.attr("scale").cast<at::Tensor>();
   p.for_each_tensor([&](const char* name, fc::OptionalTensor& t) { t = spec.attr(name).cast<fc::OptionalTensor>(); });
   p.exclude_self = spec.attr("exclude_self").cast<bool>();
@@ -51,7 +51,7 @@ fc::Problem problem_of(const at::Tensor& x, const at::Tensor& y, const py::handl
   return p;
 }
 
-// A RowLoss (core/spec.py).
+// Makes a RowLoss of core/spec.py's.
 fc::RowLoss row_loss_of(const py::handle& loss) {
   return {loss.attr("weight").cast<double>(),
           loss.attr("margin").cast<double>(),
@@ -61,14 +61,14 @@ fc::RowLoss row_loss_of(const py::handle& loss) {
           loss.attr("over_counted").cast<bool>()};
 }
 
-// A Needs (core/spec.py): of x, y, scale and col_bias; and whether the first two are wanted as one.
+// A Needs (core/spec.py): whether the gradients of x, y, scale and col_bias are asked, and `joint`.
 using Needs = std::array<bool, 5>;
 fc::Needs needs_of(const Needs& n) {
   return {{n[0], n[1], n[2], n[3]}, n[4]};
 }
 
 auto stats_forward(const at::Tensor& x, const at::Tensor& y, const py::object& spec) {
-  const fc::Problem problem = problem_of(x, y, spec);
+  const fc::StatsProblem problem = problem_of(x, y, spec);
   const auto interrupt = python_interrupt();
   py::gil_scoped_release release;
   const at::NoGradGuard no_grad;
@@ -78,7 +78,7 @@ auto stats_forward(const at::Tensor& x, const at::Tensor& y, const py::object& s
 auto stats_backward(const at::Tensor& x, const at::Tensor& y, const py::object& spec, const at::Tensor& row,
                     const at::Tensor& col, const at::Tensor& kept, const fc::OptionalTensor& g_pos,
                     const fc::OptionalTensor& g_row, const fc::OptionalTensor& g_col, const Needs& needs) {
-  const fc::Problem problem = problem_of(x, y, spec);
+  const fc::StatsProblem problem = problem_of(x, y, spec);
   const auto interrupt = python_interrupt();
   py::gil_scoped_release release;
   const at::NoGradGuard no_grad;
@@ -86,7 +86,7 @@ auto stats_backward(const at::Tensor& x, const at::Tensor& y, const py::object& 
 }
 
 at::Tensor row_loss(const at::Tensor& x, const at::Tensor& y, const py::object& spec, const py::object& loss) {
-  const fc::Problem problem = problem_of(x, y, spec);
+  const fc::StatsProblem problem = problem_of(x, y, spec);
   const fc::RowLoss row_loss = row_loss_of(loss);
   const auto interrupt = python_interrupt();
   const bool same = x.is_same(y);

@@ -41,7 +41,7 @@ inline OptionalTensor readable(const char* name, const OptionalTensor& t, at::Sc
   return t ? OptionalTensor(readable(name, *t, dtype)) : std::nullopt;
 }
 
-// A copy of indices, which nobody else can change, each in [0, limit).
+// Returns a copy of indices, each in [0, limit), which nobody else can change.
 inline at::Tensor indices(const char* name, const at::Tensor& t, int64_t limit) {
   check_dtype(name, t, at::kLong);
   const at::Tensor source = readable(name, t, at::kLong), copy = source.clone();

@@ -1,4 +1,4 @@
-// Whole numbers of something.
+// Integer division helpers.
 #pragma once
 #include <cstdint>
 

@@ -1,7 +1,6 @@
-// A training step keeps a matrix of products from forward to backward and frees it; the next step wants the same again.
-// malloc returns blocks of that size to the system again and again, and the page faults of getting them back cost a
-// third of a matrix product. So the last block given back is held here, marked MADV_FREE: the kernel takes its pages,
-// without writing them anywhere, as soon as anything else needs memory.
+// A training step frees its kept products and the next one wants as many. The page faults of getting such a block back
+// from the system cost a third of a matrix product, so the last one is held here, marked MADV_FREE: Linux takes its
+// pages, without writing them anywhere, as soon as anything else needs memory.
 #include "common/memory.h"
 
 #include <ATen/ATen.h>
@@ -37,11 +36,11 @@ size_t page_size() {
 #if defined(__linux__) && defined(MADV_FREE)
 namespace {
 
-constexpr size_t kSmall = 1 << 20;  // larger blocks malloc may return to the system, by what else has been freed
+constexpr size_t kSmall = 1 << 20;  // up to here malloc keeps the memory
 constexpr size_t kHugePage = 2 << 20;
 
-// Whole pages, in huge ones as far as they fill such, if the system has them to give: a thousand small ones cost up to
-// a twentieth of a step that keeps 4 MB, to be marked as free and to be found again. Null where there is no memory.
+// Maps whole pages, aligned so that they can be huge: a thousand small ones, marked as free and found again, cost up to
+// a twentieth of a step that keeps 4 MB. Returns null where there is no memory.
 void* map_pages(size_t bytes) {
   const auto map = [](size_t size) {
     void* memory = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
@@ -80,7 +79,7 @@ class Spare {
     madvise(slab.memory, slab.bytes, MADV_HUGEPAGE);
     return slab;
   }
-  // The kernel's thread that gathers small pages to huge ones would take them for used again: it is not to come here.
+  // MADV_NOHUGEPAGE, because the kernel's thread that gathers small pages into huge ones would use the pages again.
   void give_back(Slab slab) {
     madvise(slab.memory, slab.bytes, MADV_NOHUGEPAGE);
     madvise(slab.memory, slab.bytes, MADV_FREE);
@@ -120,7 +119,7 @@ at::Tensor reused_matrix(int64_t rows, int64_t cols, const at::TensorOptions& op
 
 namespace {
 
-// The whole pages of [begin, end), the contents of which are lost.
+// Gives the whole pages of [begin, end) back to the system. Their contents are lost.
 void release_pages(void* begin, void* end) {
 #ifdef __linux__
   const uintptr_t page = page_size(), first = round_up(reinterpret_cast<uintptr_t>(begin), page);
@@ -129,7 +128,7 @@ void release_pages(void* begin, void* end) {
 #endif
 }
 
-// Bytes. Up to kWhole in one call.
+// Matrices up to kWhole bytes are converted in one call, larger ones kPart bytes at a time.
 constexpr int64_t kPart = 256 << 10, kWhole = 4 << 20;
 
 int64_t bytes_of(const at::Tensor& t) {
@@ -140,19 +139,19 @@ int64_t element_size(at::ScalarType dtype) {
   return static_cast<int64_t>(c10::elementSize(dtype));
 }
 
-// Whether nobody else reads it, and converting it is to leave no copy.
+// Whether nobody else reads a matrix, and it is large enough to be converted without a copy.
 bool is_own_and_large(const at::Tensor& t) {
   return t.use_count() == 1 && t.storage().use_count() == 1 && bytes_of(t) > kWhole;
 }
 
-// A tensor of the block's memory, `offset` bytes on. Not a view: its storage is its own, as an operator's outputs' are.
+// Returns a tensor in the block's memory, `offset` bytes on. It is no view: outputs of an operator own their storages.
 at::Tensor within(const at::Tensor& block, int64_t offset, at::IntArrayRef sizes, at::ScalarType dtype) {
   auto* begin = static_cast<char*>(block.mutable_data_ptr()) + offset;
   return at::from_blob(begin, sizes, [block](void*) {}, block.options().dtype(dtype));
 }
 
-// To half as many bytes, at the front of the same memory. Rows [r, 2r) go where rows [r/2, r) were, which are
-// converted.
+// Converts to half as many bytes, at the front of the same memory. Rows [r, 2r) go where rows [r/2, r) were, which have
+// been converted before.
 at::Tensor halved_in_place(const at::Tensor& matrix, at::ScalarType dtype) {
   const int64_t rows = matrix.size(0);
   at::Tensor out = within(matrix, 0, matrix.sizes(), dtype);
@@ -182,24 +181,24 @@ at::Tensor converted(at::Tensor matrix, at::ScalarType dtype) {
 
 std::pair<at::Tensor, at::Tensor> converted(at::Tensor a, at::Tensor b, at::ScalarType a_dtype,
                                             at::ScalarType b_dtype) {
-  // Whether the first leaves room for the second when it is halved, and not for much more.
-  const auto makes_room = [](const at::Tensor& t, at::ScalarType dtype, const at::Tensor& other,
-                             at::ScalarType other_dtype) {
+  // Whether the second fits where the first one's other half was, and fills at least half of that.
+  const auto fits_beside = [](const at::Tensor& t, at::ScalarType dtype, const at::Tensor& other,
+                              at::ScalarType other_dtype) {
     const int64_t left = bytes_of(t) / 2, bytes = other.numel() * element_size(other_dtype);
     return is_own_and_large(t) && dtype == other_dtype && 2 * element_size(dtype) == t.element_size() &&
            bytes <= left && bytes >= left / 2;
   };
-  if (makes_room(a, a_dtype, b, b_dtype)) {
+  if (fits_beside(a, a_dtype, b, b_dtype)) {
     const at::Tensor first = halved_in_place(a, a_dtype);
     const at::Tensor second = within(a, bytes_of(first), b.sizes(), b_dtype);
     second.copy_(b);
     return {first, second};
   }
-  if (makes_room(b, b_dtype, a, a_dtype)) {
+  if (fits_beside(b, b_dtype, a, a_dtype)) {
     const auto [second, first] = converted(std::move(b), std::move(a), b_dtype, a_dtype);
     return {first, second};
   }
-  at::Tensor first = converted(std::move(a), a_dtype);  // before the other's is made
+  at::Tensor first = converted(std::move(a), a_dtype);  // gives its memory back before the second is made
   return {first, converted(std::move(b), b_dtype)};
 }
 

@@ -1,4 +1,4 @@
-// Memory for the kept products, and of gradients that change their dtype.
+// Memory for the kept products, and for gradients that change their dtype.
 #pragma once
 #include <ATen/core/Tensor.h>
 
@@ -6,15 +6,15 @@
 
 namespace fc {
 
-// An uninitialised (rows, cols) matrix, from memory that an earlier one gave back where there is such.
+// Returns an uninitialised (rows, cols) matrix, in memory that an earlier one gave back if there is some.
 at::Tensor reused_matrix(int64_t rows, int64_t cols, const at::TensorOptions& options);
 
-// (rows, cols) in another dtype. Of a matrix above 4 MB that nobody else reads, memory goes back to the system as it is
-// converted, so that the two are never resident together.
+// Converts a matrix (rows, cols) to another dtype. If it is above 4 MB and nobody else reads it, its memory goes back
+// to the system meanwhile, so that the two are never resident together.
 at::Tensor converted(at::Tensor matrix, at::ScalarType dtype);
 
-// Two such matrices. In half as many bytes both fit where the larger one is, and are put there: no memory goes back to
-// the system, which would be page faults of the next step. It is free again when both are.
+// Converts two such matrices. Where both then fit into the memory of one, they are put there, and it is freed with the
+// later of them. No memory goes back to the system, which would be page faults of the next step.
 std::pair<at::Tensor, at::Tensor> converted(at::Tensor a, at::Tensor b, at::ScalarType a_dtype, at::ScalarType b_dtype);
 
 }  // namespace fc

@@ -8,9 +8,9 @@
 
 namespace fc {
 
-// Calls f(0) to f(tasks - 1), each once, on at most `threads` threads. Each thread begins with a share of its own, the
-// same in every call of as many tasks on as many threads, so that what it wrote it finds in its own cache; then it
-// helps the others: tasks differ in length, and so do cores in speed.
+// Calls f(0) to f(tasks - 1), each once, on at most `threads` threads. A thread begins with a share of its own, the
+// same in every call with as many tasks and threads, so that it finds in its cache what it wrote before. Then it helps
+// the others, since tasks differ in length and cores in speed.
 template <class F>
 void for_each_task(int64_t tasks, const F& f, int64_t threads = at::get_num_threads()) {
   const int64_t workers = std::min<int64_t>({tasks, threads, at::get_num_threads()});
@@ -30,7 +30,7 @@ void for_each_task(int64_t tasks, const F& f, int64_t threads = at::get_num_thre
   at::parallel_for(0, workers, 1, [&](int64_t own, int64_t) {
     for (int64_t i = 0; i < workers; ++i) {
       Share& share = shares[(own + i) % workers];
-      if (share.next >= share.end) continue;  // read before it is written to: others look too
+      if (share.next >= share.end) continue;  // a read first: a write would take the line from threads that look, too
       for (int64_t task = share.next++; task < share.end; task = share.next++) f(task);
     }
   });

@@ -18,19 +18,8 @@
 
 #include "kernels/max_sim_kernels.h"
 #include "kernels/product_kernels.h"
+#include "kernels/target.h"
 #include "kernels/tile_kernels.h"
-
-// FC_TARGET_BEGIN(sets) compiles what follows, up to FC_TARGET_END, for the instruction sets in the string `sets`. The
-// pragmas are made of tokens, which the preprocessor turns into one string: formatters split a long literal, and
-// _Pragma takes only one.
-#define FC_PRAGMA(...) _Pragma(#__VA_ARGS__)
-#ifdef __clang__
-#define FC_TARGET_BEGIN(sets) FC_PRAGMA(clang attribute push(__attribute__((target(sets))), apply_to = function))
-#define FC_TARGET_END FC_PRAGMA(clang attribute pop)
-#else
-#define FC_TARGET_BEGIN(sets) FC_PRAGMA(GCC push_options) FC_PRAGMA(GCC target(sets))
-#define FC_TARGET_END FC_PRAGMA(GCC pop_options)
-#endif
 
 namespace fc {
 
@@ -99,7 +88,7 @@ namespace {
 enum Level { kBaseline, kAvx2, kAvx512, kAvx512Bf16, kAmxBf16 };
 constexpr const char* kNames[] = {"baseline", "avx2", "avx512", "avx512_bf16", "amx_bf16"};
 
-// The system keeps AMX's large registers from a process that has not asked for them.
+// Linux lets a process use AMX's large registers only once it has asked for them.
 bool has_amx() {
 #ifdef FC_AMX
   constexpr unsigned kTile = 1u << 24, kBf16 = 1u << 22;
@@ -146,11 +135,12 @@ const char* vector_level() {
 
 // Levels above avx512 differ from it in the products of bfloat16 alone.
 template <class T>
-const Kernels<T>& kernels() {
+const TileKernels<T>& tile_kernels() {
 #ifdef __x86_64__
-  static const Kernels<T> tables[] = {baseline::table<T>(), avx2::table<T>(), avx512::table<T>()};
+  static const TileKernels<T> tables[] = {baseline::tile_kernel_table<T>(), avx2::tile_kernel_table<T>(),
+                                          avx512::tile_kernel_table<T>()};
 #else
-  static const Kernels<T> tables[] = {baseline::table<T>()};
+  static const TileKernels<T> tables[] = {baseline::tile_kernel_table<T>()};
 #endif
   return tables[std::min(chosen_level(), kAvx512)];
 }
@@ -158,20 +148,20 @@ const Kernels<T>& kernels() {
 template <class T>
 const MaxSimKernels<T>& max_sim_kernels() {
 #ifdef __x86_64__
-  static const MaxSimKernels<T> tables[] = {baseline::max_sim_table<T>(), avx2::max_sim_table<T>(),
-                                            avx512::max_sim_table<T>()};
+  static const MaxSimKernels<T> tables[] = {baseline::max_sim_kernel_table<T>(), avx2::max_sim_kernel_table<T>(),
+                                            avx512::max_sim_kernel_table<T>()};
 #else
-  static const MaxSimKernels<T> tables[] = {baseline::max_sim_table<T>()};
+  static const MaxSimKernels<T> tables[] = {baseline::max_sim_kernel_table<T>()};
 #endif
   return tables[std::min(chosen_level(), kAvx512)];
 }
 
 // The baseline leaves the products of whole blocks to the vendor's library, which knows the CPU better.
 template <class E>
-const Products<E>& products() {
-  static const Products<E> none{};
+const ProductKernels<E>& product_kernels() {
+  static const ProductKernels<E> none{};
 #ifdef __x86_64__
-  static const Products<E> tables[] = {none, avx2::product_table<E>(), avx512::product_table<E>()};
+  static const ProductKernels<E> tables[] = {none, avx2::product_kernel_table<E>(), avx512::product_kernel_table<E>()};
   return tables[std::min(chosen_level(), kAvx512)];
 #else
   return none;
@@ -179,23 +169,23 @@ const Products<E>& products() {
 }
 
 template <>
-const Products<Bf16Pair>& products<Bf16Pair>() {
-  static const Products<Bf16Pair> none{};
+const ProductKernels<Bf16Pair>& product_kernels<Bf16Pair>() {
+  static const ProductKernels<Bf16Pair> none{};
 #ifdef FC_AMX
-  static const Products<Bf16Pair> amx = amx_bf16::amx_table();
+  static const ProductKernels<Bf16Pair> amx = amx_bf16::amx_kernel_table();
   if (chosen_level() == kAmxBf16) return amx;
 #endif
 #ifdef __x86_64__
-  static const Products<Bf16Pair> pairs = avx512_bf16::product_table<Bf16Pair>();
+  static const ProductKernels<Bf16Pair> pairs = avx512_bf16::product_kernel_table<Bf16Pair>();
   if (chosen_level() == kAvx512Bf16) return pairs;
 #endif
   return none;
 }
 
-template const Kernels<float>& kernels<float>();
-template const Kernels<double>& kernels<double>();
-template const Products<float>& products<float>();
-template const Products<double>& products<double>();
+template const TileKernels<float>& tile_kernels<float>();
+template const TileKernels<double>& tile_kernels<double>();
+template const ProductKernels<float>& product_kernels<float>();
+template const ProductKernels<double>& product_kernels<double>();
 template const MaxSimKernels<float>& max_sim_kernels<float>();
 template const MaxSimKernels<double>& max_sim_kernels<double>();
 

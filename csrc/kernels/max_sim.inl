@@ -1,9 +1,6 @@
-// The vector kernels of late interaction; levels.cpp includes this after tile.inl, whose vectors it uses.
+// The vector kernels of late interaction; levels.cpp includes this after tile_sweeps.inl, whose row access it uses.
 
-template <class T>
-constexpr T kNaN = T(__builtin_nan(""));
-
-// The index lanes of n columns, n at most one vector.
+// n indices, at most one vector of them, as integers of the lanes' width.
 template <class T>
 static inline IntVec<T> load_index(const int32_t* index, int64_t n) {
   IntVec<T> v{};
@@ -15,10 +12,10 @@ static inline void store_index(int32_t* index, int64_t n, IntVec<T> v) {
   for (int64_t l = 0; l < n; ++l) index[l] = static_cast<int32_t>(v[l]);
 }
 
-// kVecs whole vectors of columns, or one with only `cols` of them (kTail).
+// column_maxima of kVecs whole vectors of columns, or of one vector with only `cols` of them (kTail).
 template <class T, int kVecs, bool kTail>
-static inline void down_strip(const T* products, int64_t stride, int64_t rows, int64_t cols, int64_t first, T* best,
-                              int32_t* index) {
+static inline void column_maxima_of(const T* products, int64_t stride, int64_t rows, int64_t cols, int64_t first,
+                                    T* best, int32_t* index) {
   using Int = typename Lanes<T>::Int;
   constexpr int64_t kL = kLanes<T>;
   const int64_t width = kTail ? cols : kVecs * kL;
@@ -49,15 +46,15 @@ static inline void down_strip(const T* products, int64_t stride, int64_t rows, i
 }
 
 template <class T>
-static void down(const T* products, int64_t stride, int64_t rows, int64_t cols, int64_t first, T* best,
-                 int32_t* index) {
+static void column_maxima(const T* products, int64_t stride, int64_t rows, int64_t cols, int64_t first, T* best,
+                          int32_t* index) {
   constexpr int kVecs = 4;
   int64_t j = 0;
   for (; j + kVecs * kLanes<T> <= cols; j += kVecs * kLanes<T>)
-    down_strip<T, kVecs, false>(products + j, stride, rows, 0, first, best + j, index + j);
+    column_maxima_of<T, kVecs, false>(products + j, stride, rows, 0, first, best + j, index + j);
   for (; j + kLanes<T> <= cols; j += kLanes<T>)
-    down_strip<T, 1, false>(products + j, stride, rows, 0, first, best + j, index + j);
-  if (j < cols) down_strip<T, 1, true>(products + j, stride, rows, cols - j, first, best + j, index + j);
+    column_maxima_of<T, 1, false>(products + j, stride, rows, 0, first, best + j, index + j);
+  if (j < cols) column_maxima_of<T, 1, true>(products + j, stride, rows, cols - j, first, best + j, index + j);
 }
 
 // Column l of a square of as many rows as a vector has lanes.
@@ -70,11 +67,11 @@ static inline V column(const T* square, int64_t l) {
   return v;
 }
 
-// As many rows at a time as a vector has lanes. Of each row every lane finds the best of its columns; then the lanes
-// are compared, a lane of all rows at once. Of equal maxima the lowest column wins.
+// As many rows at a time as a vector has lanes. In each row every lane finds the best of its columns; then a square of
+// these is compared column by column, all rows at once. Of equal maxima the lowest column wins.
 template <class T>
-static void across(const T* products, int64_t stride, int64_t rows, int64_t cols, int64_t first, T* best,
-                   int32_t* index) {
+static void row_maxima(const T* products, int64_t stride, int64_t rows, int64_t cols, int64_t first, T* best,
+                       int32_t* index) {
   using Int = typename Lanes<T>::Int;
   constexpr int64_t kL = kLanes<T>;
   alignas(64) T tops[kL * kL] = {};
@@ -108,7 +105,7 @@ static void across(const T* products, int64_t stride, int64_t rows, int64_t cols
       nan |= s != s;
     }
     at += static_cast<Int>(first);
-    if (first) {  // what was before wins where equal, and where it is NaN
+    if (first) {  // the maximum so far wins where it is equal, or NaN
       const Vec<T> before = load_row(best, i, i + count);
       const IntVec<T> higher = top > before;
       at = higher ? at : load_index<T>(index + i, count);
@@ -120,7 +117,7 @@ static void across(const T* products, int64_t stride, int64_t rows, int64_t cols
   }
 }
 
-// out += g * in
+// out += g * in, for rows d long
 template <class T>
 static inline void add_row(T* out, const T* in, int64_t d, T g) {
   int64_t j = 0;
@@ -139,6 +136,6 @@ static void scatter(T* out, const T* in, const int32_t* index, int64_t count, in
 }
 
 template <class T>
-static MaxSimKernels<T> max_sim_table() {
-  return {down<T>, across<T>, gather<T>, scatter<T>};
+static MaxSimKernels<T> max_sim_kernel_table() {
+  return {column_maxima<T>, row_maxima<T>, gather<T>, scatter<T>};
 }

@@ -1,17 +1,13 @@
-// Matrix products of one thread, written once with the compiler's vector types; included like tile.inl.
-//
-// A micro-tile of C, kMicroRows x 2 vectors, stays in registers while k runs: per step two loads of a panel of B, and
-// one element of A for each row, broadcast. Sums run over kDepth steps at a time and are then added to C: a panel's
-// part of that length stays in L1, and the rounding error of a long sum grows with the length and number of the parts.
-// Vendor libraries sum products of few rows or columns in many lanes. Such a C takes as long as reading B takes, so
-// shorter parts are summed here, and our error is no larger.
+// Matrix products of one thread, with the compiler's vector types; included after vector.inl. A micro-tile of C,
+// kMicroRows by 2 vectors, stays in registers while k runs. Each step loads two vectors of a panel of B and broadcasts
+// one element of A for each row.
 
+// Sums run over so many steps of k and are then added to C: that part of a panel stays in L1, and short parts have
+// smaller rounding errors. C of few rows, or narrower than a panel, waits for memory anyway and has shorter ones.
 constexpr int64_t kDepth = 256, kFlatDepth = 64, kNarrowDepth = 16;
 
 template <class E>
-using Sum = typename Accumulator<E>::Type;
-template <class E>
-constexpr int64_t kPanel = 2 * kLanes<Sum<E>>;
+constexpr int64_t kPanel = 2 * kLanes<SumType<E>>;
 #if FC_VECTOR_BYTES == 64
 constexpr int kMicroRows = 8;  // of 32 registers 16 hold sums: no more are needed to hide a multiplication's latency
 #else
@@ -32,11 +28,11 @@ static inline void multiply_add(Vec<float>& sum, Bf16Pair a, Vec<float> b) {
 #endif
 
 template <class E, int kRows>
-static void micro_tile(const Product<E>& p, int64_t steps, const E* a, const E* b, Sum<E>* c, bool add) {
-  using T = Sum<E>;
+static void micro_tile(const MatrixProduct<E>& p, int64_t steps, const E* a, const E* b, SumType<E>* c, bool add) {
+  using T = SumType<E>;
   Vec<T> sum[kRows][2] = {};
 #pragma GCC unroll 8
-  for (int i = 0; i < kRows; ++i) {  // C comes while k runs
+  for (int i = 0; i < kRows; ++i) {  // C is fetched while k runs
     __builtin_prefetch(c + i * p.c_row, 1);
     __builtin_prefetch(c + i * p.c_row + kPanel<E> - 1, 1);
   }
@@ -60,17 +56,18 @@ static void micro_tile(const Product<E>& p, int64_t steps, const E* a, const E* 
 }
 
 template <class E, int kRows>
-static void micro_rows(const Product<E>& p, int64_t rows, int64_t steps, const E* a, const E* b, Sum<E>* c, bool add) {
+static void micro_rows(const MatrixProduct<E>& p, int64_t rows, int64_t steps, const E* a, const E* b, SumType<E>* c,
+                       bool add) {
   if constexpr (kRows > 0) {
     if (rows == kRows) return micro_tile<E, kRows>(p, steps, a, b, c, add);
     micro_rows<E, kRows - 1>(p, rows, steps, a, b, c, add);
   }
 }
 
-// One panel's columns of C, for all rows: the panel's part stays in L1, and A comes a few rows at a time.
+// One panel's columns of C, for all rows.
 template <class E>
-static void multiply_panel(const Product<E>& p, int64_t k, int64_t steps, int64_t column, bool add) {
-  using T = Sum<E>;
+static void multiply_panel(const MatrixProduct<E>& p, int64_t k, int64_t steps, int64_t column, bool add) {
+  using T = SumType<E>;
   const int64_t tiles = (p.m + kMicroRows - 1) / kMicroRows;
   const E* b = p.b + column / kPanel<E> * p.b_panel + k * kPanel<E>;
   const int64_t columns = p.n - column;
@@ -83,7 +80,7 @@ static void multiply_panel(const Product<E>& p, int64_t k, int64_t steps, int64_
       continue;
     }
     alignas(64) T whole[kMicroRows * kPanel<E>];  // C's rows end before the panel does
-    Product<E> padded = p;
+    MatrixProduct<E> padded = p;
     padded.c_row = kPanel<E>;
     micro_rows<E, kMicroRows>(padded, rows, steps, a, b, whole, false);
     for (int64_t i = 0; i < rows; ++i)
@@ -95,7 +92,7 @@ static void multiply_panel(const Product<E>& p, int64_t k, int64_t steps, int64_
 }
 
 template <class E>
-static void multiply(const Product<E>& p) {
+static void multiply(const MatrixProduct<E>& p) {
   const int64_t depth = p.n < kPanel<E> ? kNarrowDepth : p.m <= 2 * kMicroRows ? kFlatDepth : kDepth;
   for (int64_t k = 0; k < p.k; k += depth)
     for (int64_t column = 0; column < p.n; column += kPanel<E>)
@@ -106,7 +103,7 @@ static void multiply(const Product<E>& p) {
 }
 
 template <class E>
-static void pack(const typename Stored<E>::Type* b, int64_t b_row, int64_t rows, int64_t columns, E* panel) {
+static void pack(const StoredType<E>* b, int64_t b_row, int64_t rows, int64_t columns, E* panel) {
   for (int64_t s = 0; s < rows; ++s, b += b_row, panel += kPanel<E>) {
     if (columns == kPanel<E>) {
       __builtin_memcpy(panel, b, kPanel<E> * sizeof(E));
@@ -124,17 +121,18 @@ static void pack(const typename Stored<E>::Type* b, int64_t b_row, int64_t rows,
 #endif
 
 #ifdef FC_SHUFFLE
-// The lower, or upper, halves of two vectors, lane by lane in turn.
+// The lower (kHalf = 0) or upper (kHalf = 1) halves of two vectors, lane by lane in turn.
 template <int kHalf, class V, int... kLane>
 static inline V interleave(V a, V b, std::integer_sequence<int, kLane...>) {
   constexpr int n = sizeof...(kLane);
   return __builtin_shufflevector(a, b, (kHalf * n / 2 + kLane / 2 + (kLane % 2 ? n : 0))...);
 }
 
-// A square of as many rows as a vector has lanes: log2(lanes) times, row i is interleaved with row i + lanes / 2.
+// Transposes a square of as many rows as a vector has lanes: log2(lanes) times, rows i and i + lanes / 2 are
+// interleaved.
 template <class E>
 static inline void transpose_square(const E* in, int64_t in_row, E* out, int64_t out_row) {
-  using T = Sum<E>;
+  using T = SumType<E>;
   constexpr int n = kLanes<T>;
   using Lane = std::make_integer_sequence<int, n>;
   Vec<T> rows[2][n];
@@ -153,15 +151,15 @@ static inline void transpose_square(const E* in, int64_t in_row, E* out, int64_t
 #else
 template <class E>
 static inline void transpose_square(const E* in, int64_t in_row, E* out, int64_t out_row) {
-  for (int i = 0; i < kLanes<Sum<E>>; ++i)
-    for (int j = 0; j < kLanes<Sum<E>>; ++j) out[j * out_row + i] = in[i * in_row + j];
+  for (int i = 0; i < kLanes<SumType<E>>; ++i)
+    for (int j = 0; j < kLanes<SumType<E>>; ++j) out[j * out_row + i] = in[i * in_row + j];
 }
 #endif
 
 template <class E>
 static void pack_transposed(const E* b, int64_t b_row, int64_t k, int64_t columns, E* panel) {
   int64_t done = 0;  // steps of k
-  constexpr int n = kLanes<Sum<E>>;
+  constexpr int n = kLanes<SumType<E>>;
   if (columns == kPanel<E>)
     for (; done + n <= k; done += n)
       for (int half = 0; half < 2; ++half)
@@ -171,7 +169,8 @@ static void pack_transposed(const E* b, int64_t b_row, int64_t k, int64_t column
 }
 
 #ifdef FC_BF16
-// Sixteen pairs. Under a mask of all lanes: without one, GCC 12's headers name an uninitialized vector, and it warns.
+// Sixteen pairs. The intrinsics are those with a mask, of all lanes: GCC 12 warns of an uninitialised vector that its
+// headers name in the others.
 static inline void store_pairs(Bf16Pair* out, __m256i first, __m256i second) {
   constexpr __mmask16 kAll = 0xffff;
   const __m512i upper = _mm512_maskz_slli_epi32(kAll, _mm512_maskz_cvtepu16_epi32(kAll, second), 16);
@@ -192,31 +191,31 @@ void pack<Bf16Pair>(const uint16_t* b, int64_t b_row, int64_t rows, int64_t colu
 }
 
 // 32 rows by 16 columns at a time, whose pairs down the columns make a square.
-static void round_pairs(const float* g, int64_t g_row, int64_t rows, int64_t cols, Bf16Pair* along, int64_t along_row,
-                        Bf16Pair* down, int64_t down_row) {
+static void round_pairs(const float* g, int64_t g_row, int64_t rows, int64_t cols, Bf16Pair* pairs, int64_t pairs_row,
+                        Bf16Pair* transposed, int64_t transposed_row) {
   constexpr int64_t n = 16;
   alignas(64) Bf16Pair square[n * n];
   for (int64_t r = 0; r < rows; r += 2 * n)
     for (int64_t c = 0; c < cols; c += n) {
       const int64_t width = smaller(n, cols - c);
       const __mmask16 lanes = __mmask16((1u << width) - 1);
-      const __mmask8 pairs = __mmask8((1u << (width + 1) / 2) - 1);
+      const __mmask8 pair_lanes = __mmask8((1u << (width + 1) / 2) - 1);
       for (int64_t i = 0; i < n; ++i) {
         __m256i half[2] = {};
         for (int64_t k = 0; k < 2 && r + 2 * i + k < rows; ++k) {
           const int64_t row = r + 2 * i + k;
           half[k] = (__m256i)_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(lanes, g + row * g_row + c));
-          _mm256_mask_storeu_epi32(along + row * along_row + c / 2, pairs, half[k]);
+          _mm256_mask_storeu_epi32(pairs + row * pairs_row + c / 2, pair_lanes, half[k]);
         }
         store_pairs(square + i * n, half[0], half[1]);
       }
-      transpose_square(square, n, down + c * down_row + r / 2, down_row);
+      transpose_square(square, n, transposed + c * transposed_row + r / 2, transposed_row);
     }
 }
 #endif
 
 template <class E>
-static Products<E> product_table() {
+static ProductKernels<E> product_kernel_table() {
 #ifdef FC_BF16
   return {kPanel<E>, multiply<E>, pack<E>, pack_transposed<E>, round_pairs};
 #else

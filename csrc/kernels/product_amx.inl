@@ -1,11 +1,10 @@
 // Matrix products of bfloat16 pairs by AMX; included after product.inl, which multiplies what whole tiles leave over.
-//
-// An AMX register holds a tile of 16 rows of 64 bytes: 16 x 16 sums, 16 rows of A over 16 steps of k, or 16 steps of k
-// of 16 columns of B, which is how a panel lies in memory. Four tiles of sums, two of A and two of B are all eight.
+// An AMX register holds 16 rows of 64 bytes: 16 x 16 sums; 16 rows of A over 16 steps of k; or 16 steps of k of 16
+// columns of B, as they lie in a panel. Four registers of sums, two of A and two of B are all eight.
 
 constexpr int64_t kAmxTile = 16;
 
-// The intrinsics say nothing of the memory behind their pointers: what was written there must have been.
+// The compiler does not see which memory the AMX intrinsics read, and could otherwise write to it after them.
 static inline void amx_barrier() {
   __asm__ volatile("" ::: "memory");
 }
@@ -21,7 +20,7 @@ static inline void amx_configure() {
   _tile_loadconfig(&all);
 }
 
-// c (16 * kTiles, 2 * 16) = a times b over `steps` steps, a multiple of 16. Rows of a and c are strides apart.
+// c (16 * kTiles, 2 * 16) = a times b over `steps` steps, a multiple of 16.
 template <int kTiles>
 static inline void amx_block(const Bf16Pair* a, int64_t a_row, const Bf16Pair* b, int64_t steps, float* c,
                              int64_t c_row) {
@@ -53,8 +52,9 @@ static inline void amx_block(const Bf16Pair* a, int64_t a_row, const Bf16Pair* b
   }
 }
 
-// The first `rows` rows and `steps` steps of a product, both multiples of 16, by parts of a sum as in `multiply`.
-static void amx_whole(const Product<Bf16Pair>& p, int64_t rows, int64_t steps) {
+// The first `rows` rows and `steps` steps of a product, both multiples of 16, in parts of kDepth steps as in
+// `multiply`.
+static void amx_whole(const MatrixProduct<Bf16Pair>& p, int64_t rows, int64_t steps) {
   constexpr int64_t kWidth = kPanel<Bf16Pair>;
   alignas(64) float block[2 * kAmxTile * kWidth];
   for (int64_t k = 0; k < steps; k += kDepth) {
@@ -85,26 +85,26 @@ static void amx_whole(const Product<Bf16Pair>& p, int64_t rows, int64_t steps) {
   }
 }
 
-static void multiply_amx(const Product<Bf16Pair>& p) {
+static void multiply_amx(const MatrixProduct<Bf16Pair>& p) {
   const int64_t rows = p.m / kAmxTile * kAmxTile, steps = p.k / kAmxTile * kAmxTile;
   if (!rows || !steps || p.n < kPanel<Bf16Pair>) return multiply<Bf16Pair>(p);
   amx_configure();
   amx_whole(p, rows, steps);
   _tile_release();
   if (steps < p.k) {
-    Product<Bf16Pair> rest = p;
+    MatrixProduct<Bf16Pair> rest = p;
     rest.m = rows, rest.k = p.k - steps, rest.a += steps, rest.b += steps * kPanel<Bf16Pair>, rest.add = true;
     multiply<Bf16Pair>(rest);
   }
   if (rows < p.m) {
-    Product<Bf16Pair> rest = p;
+    MatrixProduct<Bf16Pair> rest = p;
     rest.m = p.m - rows, rest.a += rows * p.a_row, rest.c += rows * p.c_row;
     multiply<Bf16Pair>(rest);
   }
 }
 
-static Products<Bf16Pair> amx_table() {
-  Products<Bf16Pair> table = product_table<Bf16Pair>();
+static ProductKernels<Bf16Pair> amx_kernel_table() {
+  ProductKernels<Bf16Pair> table = product_kernel_table<Bf16Pair>();
   table.multiply = multiply_amx;
   return table;
 }

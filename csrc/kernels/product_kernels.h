@@ -1,10 +1,9 @@
-// The contract between the ATen drivers and the matrix products of product.inl: what one thread multiplies at a time.
-//
-// Why not the vendor's GEMM: asked for a tile that stays in a core's cache, it packs both operands again for every
-// tile. Here the right-hand matrix is packed once for all tiles that share it and the left one is read where it lies,
-// so that a tile is multiplied and swept before it leaves the cache.
+// The contract between the drivers in stats/ and the matrix products of product.inl: what one thread multiplies at a
+// time. The vendor's GEMM would pack both operands again for every tile; here the right-hand matrix is packed once for
+// all tiles that share it, and a tile is multiplied and swept before it leaves the cache.
 #pragma once
 #include <cstdint>
+#include <type_traits>
 
 namespace fc {
 
@@ -13,61 +12,52 @@ struct Bf16Pair {
   uint16_t first, second;
 };
 
+// An element E of a product is a float, a double or a Bf16Pair.
+template <class E>
+constexpr bool kIsPair = std::is_same_v<E, Bf16Pair>;
 // The dtype that products of E are summed in.
 template <class E>
-struct Accumulator {
-  using Type = E;
-};
-template <>
-struct Accumulator<Bf16Pair> {
-  using Type = float;
-};
-
-// What a matrix of E is stored as, and how many stored rows make one of E where k runs down them.
+using SumType = std::conditional_t<kIsPair<E>, float, E>;
+// What a matrix of E is stored as.
 template <class E>
-struct Stored {
-  using Type = E;
-  static constexpr int64_t rows = 1;
-};
-template <>
-struct Stored<Bf16Pair> {
-  using Type = uint16_t;
-  static constexpr int64_t rows = 2;
-};
-
-// C = A B, or C += A B. k counts elements E: for Bf16Pair, two steps each.
+using StoredType = std::conditional_t<kIsPair<E>, uint16_t, E>;
+// How many stored numbers, along k, make one E.
 template <class E>
-struct Product {
-  using T = typename Accumulator<E>::Type;
+constexpr int64_t kStoredPer = kIsPair<E> ? 2 : 1;
+
+// C = A B, or C += A B. k counts elements E.
+template <class E>
+struct MatrixProduct {
+  using T = SumType<E>;
   int64_t m, n, k;
-  const E* a;  // (m, k), with any strides; of Bf16Pair a_k is 1
+  const E* a;  // (m, k), with any strides; for Bf16Pair a_k is 1
   int64_t a_row, a_k;
-  const E* b;       // (k, n) in panels of Products::panel columns: panel j is (k, panel), its last columns padded
+  const E* b;       // (k, n) in panels of ProductKernels::panel columns: each is (k, panel), the last one padded
   int64_t b_panel;  // elements between one panel and the next
   T* c;             // (m, n), rows of unit stride
   int64_t c_row;
   bool add;
 };
 
-// The products of one instruction set; for an E that it cannot multiply, `multiply` is null.
+// The products of one instruction set. `multiply` is null for an E that it cannot multiply.
 template <class E>
-struct Products {
-  using T = typename Accumulator<E>::Type;
+struct ProductKernels {
+  using T = SumType<E>;
   int64_t panel;  // columns of a panel
-  void (*multiply)(const Product<E>&);
+  void (*multiply)(const MatrixProduct<E>&);
   // Fills one panel with `columns` columns of b (rows, n), and with 0 what is left of its width and of its last E.
-  void (*pack)(const typename Stored<E>::Type* b, int64_t b_row, int64_t rows, int64_t columns, E* panel);
+  void (*pack)(const StoredType<E>* b, int64_t b_row, int64_t rows, int64_t columns, E* panel);
   // Fills one panel with `columns` rows of b (n, k), which become columns.
   void (*pack_transposed)(const E* b, int64_t b_row, int64_t k, int64_t columns, E* panel);
-  // For Bf16Pair: rounds g (rows, cols) to pairs that follow each other along a row, (rows, cols / 2), and to pairs
-  // that do down a column, of g's transpose: (cols, rows / 2). What the two products of the backward read. 0 where a
-  // pair has only one; of the second also where a block of 16 columns by 16 pairs ends behind g.
-  void (*round_pairs)(const T* g, int64_t g_row, int64_t rows, int64_t cols, E* along, int64_t along_row, E* down,
-                      int64_t down_row);
+  // For Bf16Pair alone: rounds g (rows, cols) to pairs along its rows, (rows, cols / 2), and along the rows of its
+  // transpose, (cols, rows / 2). A pair that has one number only gets a 0, and so does `transposed` up to the end of
+  // its last block of 16 columns by 16 pairs.
+  void (*round_pairs)(const T* g, int64_t g_row, int64_t rows, int64_t cols, E* pairs, int64_t pairs_row, E* transposed,
+                      int64_t transposed_row);
 };
 
-// The products at the level that kernels<T>() has (tile.h).
+// The products at the level that tile_kernels<T>() has.
 template <class E>
-const Products<E>& products();
+const ProductKernels<E>& product_kernels();
 
 }  // namespace fc

@@ -1,5 +1,4 @@
-// Late interaction on the CPU: the two functions of the backend, and the contract with their vector kernels
-// (max_sim.inl).
+// Late interaction on the CPU: the two functions that backends/contract.py asks for.
 #pragma once
 #include <ATen/core/Tensor.h>
 
@@ -7,26 +6,27 @@
 #include <cstdint>
 #include <tuple>
 
-#include "stats/stats.h"
+#include "common/input.h"
+#include "common/interrupt.h"
 
 namespace fc {
 
 // The C++ view of core/tokens.py. All tensors are on the CPU.
 struct TokenProblem {
   at::Tensor x, y;           // (M, T, D), (N, P, D), one floating dtype, any strides
-  OptionalTensor x_lengths;  // (M,) int64, how many tokens of each item are real, the first ones; none: all
+  OptionalTensor x_lengths;  // (M,) int64: so many tokens of each item, the first ones, are real; absent: all
   OptionalTensor y_lengths;  // (N,)
-  bool both;                 // also the direction y
+  bool both;                 // whether the direction y is asked, too
 };
 
-// Sums (M, N) in float32 (float64 for float64 tokens) and the argmaxima of the first `kept_rows` items of x, for the
-// directions x and y: x_sums, y_sums, argmax_x (kept, N, T), argmax_y (kept, N, P). Without `both`, those of y have 0
-// elements.
+// x_sums and y_sums (M, N) in float32 (float64 for float64 tokens): the maxima of x's tokens over y's, and of y's over
+// x's, added up. And the argmaxima of the first `kept_rows` items of x: argmax_x (kept, N, T), argmax_y (kept, N, P).
+// Without `both`, those of y have 0 elements.
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> max_sim_forward(const TokenProblem& problem,
                                                                            int64_t kept_rows,
                                                                            const Interrupt& interrupt);
 
-// dx, dy; undefined where `needs` says no. A gradient that is absent is zero.
+// dx and dy, undefined where `needs` says no. A gradient `g_x` or `g_y` that is absent is zero.
 std::array<at::Tensor, 2> max_sim_backward(const TokenProblem& problem, const at::Tensor& argmax_x,
                                            const at::Tensor& argmax_y, const OptionalTensor& g_x,
                                            const OptionalTensor& g_y, std::array<bool, 2> needs,

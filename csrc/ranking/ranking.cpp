@@ -1,7 +1,6 @@
-// A row's scores are compared with the worst of its best k so far, kChunk at a time and without branches. Nearly every
-// chunk ends there: of N columns in random order about k log(N / k) enter. What passes is gathered, and sorted and
-// merged once there is enough of it: for small k no slower than a heap, for k near N no slower than one sort. The
-// compiler vectorises the comparisons for any CPU of the architecture; wider vectors would wait for the memory.
+// A row's scores are compared with the worst of its best k so far, kChunk at a time and without branches; of N columns
+// in random order only about k log(N / k) pass. These are gathered, and sorted and merged once there are enough: for
+// small k that is no slower than a heap, for k near N no slower than one sort.
 #include "ranking/ranking.h"
 
 #include <ATen/ATen.h>
@@ -17,8 +16,8 @@ namespace fc {
 namespace {
 
 constexpr int64_t kChunk = 32;
-constexpr int64_t kLeastGathered = 16;  // columns to gather before a merge, where k is smaller
-constexpr int64_t kGrain = 32768;       // scores worth a thread
+constexpr int64_t kLeastGathered = 16;  // columns are gathered before a merge; k of them if k is larger
+constexpr int64_t kGrain = 32768;       // scores per thread, at least
 
 template <class T>
 struct Entry {
@@ -26,7 +25,7 @@ struct Entry {
   int64_t column;
 };
 
-// A strict weak order with NaN in it.
+// The order of core/order.py. It is a strict weak order, NaN included.
 template <class T>
 bool is_ahead(const Entry<T>& a, const Entry<T>& b) {
   if (a.score > b.score) return true;
@@ -35,7 +34,7 @@ bool is_ahead(const Entry<T>& a, const Entry<T>& b) {
   return a_nan == b_nan ? a.column < b.column : b_nan;
 }
 
-// Whether any score may enter a list that ends with `worst`; all may where that is NaN.
+// Whether any score may enter a list that ends with `worst`. Any may where that is NaN.
 template <class T>
 bool any_passes(const T* scores, int64_t n, T worst) {
   int passes = 0;
@@ -51,9 +50,9 @@ bool any_passes(const T* scores, int64_t n, T worst) {
 template <class T>
 class Best {
  public:
-  explicit Best(int64_t k) : k_(k), room_(std::max(k, kLeastGathered)) {}
+  explicit Best(int64_t k) : k_(k), gather_limit_(std::max(k, kLeastGathered)) {}
 
-  // Takes one row's block; the list in `values` and `columns` holds `filled` entries before and is updated.
+  // Merges a block of one row into the list in `values` and `columns`, which has `filled` entries.
   void scan(const T* scores, int64_t n, int64_t first_column, T* values, int64_t* columns, int64_t filled) {
     list_.resize(filled);
     for (int64_t j = 0; j < filled; ++j) list_[j] = {values[j], columns[j]};
@@ -75,7 +74,7 @@ class Best {
   void offer(const Entry<T>& entry) {
     if (full() && !is_ahead(entry, list_.back())) return;
     gathered_.push_back(entry);
-    if (static_cast<int64_t>(gathered_.size()) == room_) merge();
+    if (static_cast<int64_t>(gathered_.size()) == gather_limit_) merge();
   }
 
   void merge() {
@@ -87,7 +86,7 @@ class Best {
     gathered_.clear();
   }
 
-  int64_t k_, room_;
+  int64_t k_, gather_limit_;
   std::vector<Entry<T>> list_, gathered_, merged_;
 };
 
@@ -103,11 +102,11 @@ void merge_blocks(const at::Tensor& scores, int64_t first_column, const at::Tens
   });
 }
 
-// How many of scores [0, target) and (target, n) stand ahead of the target's. The target itself is never compared.
+// Counts the scores [0, target) and (target, n) that stand ahead of the target's. The target itself is never compared.
 template <class T>
 int64_t ahead_in_row(const T* scores, int64_t n, T score, int64_t target) {
   const int64_t before = std::clamp<int64_t>(target, 0, n), after = std::clamp<int64_t>(target + 1, 0, n);
-  int32_t count = 0;  // vectorises better than int64_t; a block has fewer columns
+  int32_t count = 0;  // vectorises better than int64_t; a block has fewer columns than 2^31
   if (std::isnan(score)) {
     for (int64_t j = after; j < n; ++j) count += !std::isnan(scores[j]);
     return count + before;
@@ -129,7 +128,7 @@ void count_block(const at::Tensor& scores, int64_t first_column, const at::Tenso
   });
 }
 
-// `of_scores` and `of_columns` have the same shape, with one row or element per row of scores.
+// Raises a TypeError or ValueError unless `of_scores` and `of_columns` have one shape, with a row per row of scores.
 void check(const at::Tensor& scores, const at::Tensor& of_scores, std::initializer_list<at::Tensor> of_columns) {
   const at::ScalarType dtype = scores.scalar_type();
   TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kDouble, "scores: got dtype ", dtype,

@@ -1,18 +1,17 @@
-// Ranking: the best k of each row and the number of columns ahead of a target, block by block of a score matrix.
-//
-// The order is that of core/order.py: higher scores first, equal scores by the smaller column, NaN last.
+// Ranking: the best k of each row and the number of columns ahead of a target, block by block of a score matrix. The
+// order is as in core/order.py: higher scores first, equal scores by the smaller column, NaN last.
 #pragma once
 #include <ATen/core/Tensor.h>
 
 namespace fc {
 
-// Merges a block of scores (M, n), columns `first_column` and on, into the best k of each row: `values` (M, k) of the
-// scores' dtype and `indices` (M, k) int64, best first. Blocks come in the order of their columns; of what earlier
-// ones left, the first min(first_column, k) places are filled.
+// Merges a block of scores (M, n), of columns `first_column` and on, into the best k of each row: `values` (M, k) of
+// the scores' dtype and `indices` (M, k) int64, best first. Blocks come in the order of their columns, and the first
+// min(first_column, k) places are filled.
 void merge_top_k(const at::Tensor& scores, int64_t first_column, const at::Tensor& values, const at::Tensor& indices);
 
-// Adds to `counts` (M,) int64 how many of the block's columns stand ahead of each row's target, a column `targets`
-// (M,) int64 with the score `target_scores` (M,). Blocks may come in any order.
+// Adds to `counts` (M,) int64 how many columns of the block stand ahead of each row's target, which is column `targets`
+// (M,) int64 with score `target_scores` (M,). Blocks may come in any order.
 void count_ahead(const at::Tensor& scores, int64_t first_column, const at::Tensor& target_scores,
                  const at::Tensor& targets, const at::Tensor& counts);
 

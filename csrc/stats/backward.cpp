@@ -8,9 +8,9 @@ namespace fc {
 namespace {
 
 template <class E>
-FeatureGrads backward(const Problem& problem, const Saved& saved, const Upstream& upstream, const Needs& needs,
-                      const Interrupt& interrupt) {
-  using T = typename Accumulator<E>::Type;
+Gradients backward(const StatsProblem& problem, const Saved& saved, const Upstream& upstream, const Needs& needs,
+                   const Interrupt& interrupt) {
+  using T = SumType<E>;
   constexpr auto dtype = Prepared<E>::scalar_type();
   const Prepared<E> p(problem);
   const int64_t m = p.x.rows, n = p.y.rows;
@@ -35,16 +35,16 @@ FeatureGrads backward(const Problem& problem, const Saved& saved, const Upstream
     check_dtype("kept", saved.kept, dtype);
     products = readable("kept", saved.kept, dtype);
   }
-  const Walk walk(m, n, kGroupCols<E>, problem.kept_rows, problem.upper);
-  return backward_walk<E>(p, walk, problem.kept_rows ? products.const_data_ptr<T>() : nullptr, problem.kept_rows,
+  const Tiling tiling(m, n, kPackedCols<E>, problem.kept_rows, problem.upper);
+  return backward_pass<E>(p, tiling, problem.kept_rows ? products.const_data_ptr<T>() : nullptr, problem.kept_rows,
                           gradient("g_pos", upstream.pos, m), row, col, needs, problem.x.scalar_type(),
                           problem.y.scalar_type(), interrupt);
 }
 
 }  // namespace
 
-FeatureGrads stats_backward(const Problem& problem, const Saved& saved, const Upstream& upstream, const Needs& needs,
-                            const Interrupt& interrupt) {
+Gradients stats_backward(const StatsProblem& problem, const Saved& saved, const Upstream& upstream, const Needs& needs,
+                         const Interrupt& interrupt) {
   return with_elements(
       problem, [&](auto element) { return backward<decltype(element)>(problem, saved, upstream, needs, interrupt); });
 }

@@ -1,5 +1,6 @@
-// The walk of a backward over S. A section at a time, first each tile of S becomes the gradient G of its logits, by
-// products that were kept or are computed again; then dx and dy gain G's products with y and x. 2 or 3 products in all.
+// The gradients in a second pass over S, a section at a time. First each tile becomes the gradient G of its logits,
+// from products that were kept or are computed again; then dx and dy gain G's products with y and x. Two or three
+// products.
 #pragma once
 #include <functional>
 
@@ -7,45 +8,46 @@
 #include "stats/feature_gradients.h"
 #include "stats/panels.h"
 #include "stats/prepared.h"
-#include "stats/running_stats.h"
+#include "stats/running_statistic.h"
 #include "stats/stats.h"
 #include "stats/tiling.h"
 
 namespace fc {
 
-// One direction as a backward reads it: finite normalisers, and the gradients of the statistics. Absent without those.
+// One direction as a backward reads it: its normalisers, and the gradient of its statistic if there is one.
 template <class T>
 struct Direction {
   Normaliser<T> norm;
   OptionalTensor grad;
 };
 
-// `add_more` adds to the sums dx, if they are asked, what is not a product with G. Gradients in T, or of features in
-// `x_dtype` and `y_dtype`. `kept`: the products of the walk's kept rows.
-template <class E, class T = typename Accumulator<E>::Type>
-FeatureGrads backward_walk(const Prepared<E>& p, const Walk& walk, const T* kept, int64_t kept_rows,
-                           const OptionalTensor& pos, const Direction<T>& row, const Direction<T>& col,
-                           const Needs& needs, at::ScalarType x_dtype, at::ScalarType y_dtype,
-                           const Interrupt& interrupt, const std::function<void(T*)>& add_more = {}) {
+// Gradients of features are in `x_dtype` and `y_dtype`, the others in T. `kept` has the products of the tiling's kept
+// rows, `kept_rows` of them; `pos` is the gradient of the positives' logits.
+// `add_more` adds to the sums that become dx, if they are asked, what is not a product with G.
+template <class E, class T = SumType<E>>
+Gradients backward_pass(const Prepared<E>& p, const Tiling& tiling, const T* kept, int64_t kept_rows,
+                        const OptionalTensor& pos, const Direction<T>& row, const Direction<T>& col, const Needs& needs,
+                        at::ScalarType x_dtype, at::ScalarType y_dtype, const Interrupt& interrupt,
+                        const std::function<void(T*)>& add_more = {}) {
   const int64_t n = p.y.rows;
-  FeatureGradients<E> gradients(p, walk, needs);
+  FeatureGradients<E> gradients(p, tiling, needs);
   const bool has_negatives = row.grad || col.grad;
   if (has_negatives) {
     at::Tensor units;
     const bool all_kept = kept_rows == p.x.rows;
-    const Rows<E> x = all_kept ? Rows<E>{} : p.x.read_rows(0, p.x.rows, units);
+    const FeatureRows<E> x = all_kept ? FeatureRows<E>{} : p.x.read_rows(0, p.x.rows, units);
     Panels<E> y_transposed;
     gradients.round_groups(pos, y_dtype);
-    for (const Range& group : walk.groups()) {
+    for (const Range& group : tiling.column_groups()) {
       if (!all_kept) y_transposed.set_transposed(p.y, group.begin, group.end);
       gradients.start_group(group);
-      for (const Section& s : walk.sections(group)) {
-        gradients.add(s, [&](const Place& at, T* tile, int64_t stride) {
-          if (!s.kept) multiply_tile(x, y_transposed, at, at.col - group.begin, tile, stride);
-          kernels<T>().backward(p.rule,
-                                {at, s.kept ? kept + kept_offset(at, n) : tile, s.kept ? at.cols : stride, tile, stride,
-                                 row.grad ? row.norm.high.data() : nullptr, row.norm.low.data(), data<T>(row.grad),
-                                 col.grad ? col.norm.high.data() : nullptr, col.norm.low.data(), data<T>(col.grad)});
+      for (const Section& s : tiling.sections(group)) {
+        gradients.add(s, [&](const TileBounds& at, T* tile, int64_t stride) {
+          if (!s.kept) multiply_tile(x, y_transposed, at, group.begin, tile, stride);
+          tile_kernels<T>().backward(
+              p.rule, {at, s.kept ? kept + kept_offset(at, n) : tile, s.kept ? at.cols : stride, tile, stride,
+                       row.grad ? row.norm.high.data() : nullptr, row.norm.low.data(), data<T>(row.grad),
+                       col.grad ? col.norm.high.data() : nullptr, col.norm.low.data(), data<T>(col.grad)});
         });
         interrupt();
       }

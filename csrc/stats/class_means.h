@@ -1,5 +1,5 @@
-// The mean logit of each row's positives, where those are all other rows of its class: closed form, from each class's
-// sum of features.
+// The mean logit of each row's positives, which are all other rows of its class. It needs no products: the mean of
+// scale * x_i . x_j over j is scale * x_i times the mean of x_j, which each class's sum of features gives.
 #pragma once
 #include <ATen/ATen.h>
 
@@ -17,9 +17,9 @@ namespace fc {
 template <class E>
 class ClassMeans {
  public:
-  using T = typename Accumulator<E>::Type;
+  using T = SumType<E>;
 
-  // `labels`: (M,) int64, equal for rows of one class.
+  // `labels` (M,) int64 are equal for rows of one class.
   ClassMeans(const Features<E>& features, const at::Tensor& labels) : features_(features), class_of_(features.rows) {
     check_sizes("labels", labels, {features.rows});
     check_dtype("labels", labels, at::kLong);
@@ -34,26 +34,27 @@ class ClassMeans {
       ++sizes_.back();
     }
     sums_.assign(sizes_.size() * features.d, 0);
-    std::vector<T> room;
+    std::vector<T> scratch;
     for (int64_t i = 0; i < features.rows; ++i) {
-      const T* row = wide_row(features_, i, room);
+      const T* row = features_.wide_row(i, scratch);
       T* sum = sums_.data() + class_of_[i] * features_.d;
       for (int64_t j = 0; j < features_.d; ++j) sum[j] += row[j];
     }
   }
 
-  // How many positives a row has, and how many rows have any.
+  // How many positives row i has.
   int64_t positives(int64_t i) const { return sizes_[class_of_[i]] - 1; }
+  // How many rows have positives.
   int64_t counted() const {
     int64_t rows = 0;
     for (const int64_t size : sizes_) rows += size > 1 ? size : 0;
     return rows;
   }
 
-  // NaN where the mean is +inf, as a positive's logit is.
+  // The mean logit of row i's positives; NaN where it is +inf, as everywhere for positives.
   double logit(int64_t i, double scale) const {
-    std::vector<T> room;
-    const T *row = wide_row(features_, i, room), *sum = sums_.data() + class_of_[i] * features_.d;
+    std::vector<T> scratch;
+    const T *row = features_.wide_row(i, scratch), *sum = sums_.data() + class_of_[i] * features_.d;
     double dot = 0;
     for (int64_t j = 0; j < features_.d; ++j) dot += static_cast<double>(row[j]) * static_cast<double>(sum[j] - row[j]);
     const double mean = scale * dot / static_cast<double>(positives(i));
@@ -64,8 +65,8 @@ class ClassMeans {
   void add_to(T* grad, double factor) const {
     for_each_task(features_.rows, [&](int64_t i) {
       if (positives(i) == 0) return;
-      std::vector<T> room;
-      const T *row = wide_row(features_, i, room), *sum = sums_.data() + class_of_[i] * features_.d;
+      std::vector<T> scratch;
+      const T *row = features_.wide_row(i, scratch), *sum = sums_.data() + class_of_[i] * features_.d;
       const T share = static_cast<T>(factor / static_cast<double>(positives(i)));
       T* out = grad + i * features_.d;
       for (int64_t j = 0; j < features_.d; ++j) out[j] += share * (sum[j] - row[j]);
@@ -75,7 +76,7 @@ class ClassMeans {
  private:
   const Features<E>& features_;
   std::vector<int64_t> class_of_, sizes_;
-  std::vector<T> sums_;  // of each class
+  std::vector<T> sums_;  // (classes, D)
 };
 
 }  // namespace fc

@@ -1,4 +1,4 @@
-// The gradients of x, y, scale and bias from G, the gradient of the logits, a section of which is held at a time.
+// The gradients of x, y, scale and bias, from G a section at a time.
 #pragma once
 #include <ATen/ATen.h>
 
@@ -6,114 +6,25 @@
 #include <array>
 #include <numeric>
 #include <tuple>
-#include <type_traits>
 #include <utility>
 #include <vector>
 
 #include "common/memory.h"
-#include "stats/panels.h"
 #include "common/parallel.h"
+#include "stats/logit_gradients.h"
+#include "stats/panels.h"
 #include "stats/prepared.h"
 #include "stats/stats.h"
-#include "kernels/tile_kernels.h"
 #include "stats/tiling.h"
 
 namespace fc {
 
-// G of one section, as the left-hand matrix of both products.
-template <class E>
-class Gradients {
- public:
-  using T = typename Accumulator<E>::Type;
+// The most rows of dx, or of dy, that one task adds to. It reads all panels of y, or of x, and for each of them its
+// rows of G again: these stay in a core's second cache while the panels pass through.
+constexpr int64_t kChunkRows = 64;
+static_assert(kLeastTileRows % kChunkRows == 0);  // all rows of a chunk skip the same tiles
 
-  explicit Gradients(const at::TensorOptions& options) : options_(options) {}
-  // `room`, if it is not null: to hold G, with that many elements from row to row. G of pairs is bfloat16, and not held
-  // there.
-  void start(const Section& s, T* room, int64_t room_stride) {
-    if constexpr (!kPairs)
-      if (room) {
-        along_ = room;
-        stride_ = room_stride;
-        return;
-      }
-    // Odd numbers of cache lines: rows a power of two apart would fall into the same few sets of the cache.
-    stride_ = round_up(s.cols.size(), 32) + 16;
-    down_stride_ = round_up(ceil_div(s.rows.size(), kStep), 32) + 16;
-    const int64_t along = s.rows.size() * stride_ / kStep;
-    const int64_t size = along + (kPairs ? round_up(s.cols.size(), 16) * down_stride_ : 0);
-    if (!memory_.defined() || memory_.numel() < size) memory_ = at::empty({size}, options_);
-    along_ = static_cast<E*>(memory_.mutable_data_ptr());
-    down_ = along_ + along;
-  }
-  // Where a tile's gradient is to be written, and with what stride; `store` then takes it over.
-  T* tile(int64_t r, int64_t c, const TileScratch<T>& scratch) const {
-    if constexpr (kPairs)
-      return scratch.get();
-    else
-      return along_ + r * stride_ + c;
-  }
-  int64_t tile_stride() const { return kPairs ? kTileCols : stride_; }
-  void store(const T* tile, int64_t r, int64_t c, int64_t rows, int64_t cols) const {
-    if constexpr (kPairs)
-      products<E>().round_pairs(tile, kTileCols, rows, cols, along_ + r * stride_ / 2 + c / 2, stride_ / 2,
-                                down_ + c * down_stride_ + r / 2, down_stride_);
-  }
-  // Rows of G, or of G.T, as an operand: k runs over `cols` or `rows`, counted from the section's first.
-  Product<E> times_y(int64_t r, int64_t rows, const Range& cols) const {
-    const int64_t stride = kPairs ? stride_ / 2 : stride_;
-    return operand(rows, cols, along_ + r * stride + cols.begin / kStep, stride, 1);
-  }
-  Product<E> times_x(int64_t c, int64_t cols, const Range& rows) const {
-    if constexpr (kPairs) return operand(cols, rows, down_ + c * down_stride_ + rows.begin / kStep, down_stride_, 1);
-    return operand(cols, rows, along_ + rows.begin * stride_ + c, 1, stride_);
-  }
-
- private:
-  static constexpr bool kPairs = std::is_same_v<E, Bf16Pair>;
-  static constexpr int64_t kStep = Stored<E>::rows;
-  static Product<E> operand(int64_t m, const Range& k, const E* a, int64_t a_row, int64_t a_k) {
-    return {m, 0, ceil_div(k.size(), kStep), a, a_row, a_k, nullptr, 0, nullptr, 0, true};
-  }
-  at::Tensor memory_;
-  at::TensorOptions options_;
-  int64_t stride_ = 0, down_stride_ = 0;
-  E *along_ = nullptr, *down_ = nullptr;  // of G, and for pairs of G.T as well
-};
-
-// Column sums of G, tile by tile: the gradient of the bias. Added up in the tiles' order, some rows at a time in
-// double: of a bias that all columns share it is one sum over all of G.
-template <class T>
-class ColumnSums {
- public:
-  ColumnSums(bool asked, int64_t n) : total_(asked ? at::zeros({n}, at::kDouble) : at::Tensor()) {}
-  void start(int64_t stories, int64_t length) {
-    length_ = length;
-    parts_.assign(total_.defined() ? stories * length : 0, 0);
-  }
-  void add(int64_t story, int64_t c, const T* tile, int64_t stride, int64_t rows, int64_t cols) {
-    if (parts_.empty()) return;
-    double* part = parts_.data() + story * length_ + c;
-    std::array<T, kTileCols> some;
-    for (const Range& at : pieces(0, rows, 16)) {
-      std::fill_n(some.data(), cols, T(0));
-      for (int64_t r = at.begin; r < at.end; ++r)
-        for (int64_t j = 0; j < cols; ++j) some[j] += tile[r * stride + j];
-      for (int64_t j = 0; j < cols; ++j) part[j] += some[j];
-    }
-  }
-  void merge(int64_t first) {
-    double* total = total_.defined() ? total_.template mutable_data_ptr<double>() + first : nullptr;
-    for (size_t i = 0; i < parts_.size(); ++i) total[i % length_] += parts_[i];
-  }
-  at::Tensor total() const { return total_; }
-
- private:
-  at::Tensor total_;
-  int64_t length_ = 0;
-  std::vector<double> parts_;
-};
-
-// One task's share of dx and dy: rows [begin, end) of it, counted from the section's first.
+// One task's rows of dx or dy, counted from the section's first.
 struct Chunk {
   bool of_x;
   Range rows;
@@ -125,7 +36,7 @@ inline std::vector<Chunk> chunks(bool of_x, int64_t rows) {
   return all;
 }
 
-// Both in one list, each evenly over it: any part of the list has the same part of dx and of dy in every section.
+// Both in one list, each spread evenly over it: every thread then meets the same part of dx and of dy in each section.
 inline std::vector<Chunk> merged(const std::vector<Chunk>& of_x, const std::vector<Chunk>& of_y) {
   std::vector<Chunk> all;
   for (size_t i = 0, j = 0; i < of_x.size() || j < of_y.size();) {
@@ -135,21 +46,22 @@ inline std::vector<Chunk> merged(const std::vector<Chunk>& of_x, const std::vect
   return all;
 }
 
-// dx += G y and dy += G.T x for one section, dx and dy at the same time unless they are the same. dy begins with the
+// dx += G y and dy += G.T x for one section, at the same time unless dx and dy are the same memory. dy begins with the
 // gradient of column `first_of_y`.
-template <class E, class T = typename Accumulator<E>::Type>
-void add_products(const Walk& walk, const Section& s, const Gradients<E>& g, const Panels<E>& y, const Panels<E>& x,
-                  T* dx, T* dy, int64_t first_of_y, int64_t d) {
+template <class E, class T = SumType<E>>
+void add_products(const Tiling& tiling, const Section& s, const LogitGradients<E>& g, const Panels<E>& y,
+                  const Panels<E>& x, T* dx, T* dy, int64_t first_of_y, int64_t d) {
   const auto add = [&](const Chunk& chunk) {
     const auto [of_x, rows] = chunk;
-    const Range whole = of_x ? walk.cols_of(s, s.rows.begin + rows.begin) : walk.rows_of(s, s.cols.begin + rows.begin);
+    const Range whole =
+        of_x ? tiling.cols_of(s, s.rows.begin + rows.begin) : tiling.rows_of(s, s.cols.begin + rows.begin);
     const int64_t first = of_x ? s.cols.begin : s.rows.begin;
     const Range k{whole.begin - first, whole.end - first};
     if (k.size() == 0) return;
-    Product<E> p = of_x ? g.times_y(rows.begin, rows.size(), k) : g.times_x(rows.begin, rows.size(), k);
+    MatrixProduct<E> p = of_x ? g.times_y(rows.begin, rows.size(), k) : g.times_x(rows.begin, rows.size(), k);
     p.n = p.c_row = d;
     p.c = of_x ? dx + (s.rows.begin + rows.begin) * d : dy + (s.cols.begin - first_of_y + rows.begin) * d;
-    (of_x ? y : x).multiply(p, k.begin / Stored<E>::rows, 0);
+    (of_x ? y : x).multiply(p, k.begin / kStoredPer<E>, 0);
   };
   const std::vector<Chunk> of_x = chunks(true, dx ? s.rows.size() : 0);
   const std::vector<Chunk> of_y = chunks(false, dy ? s.cols.size() : 0);
@@ -164,26 +76,10 @@ void add_products(const Walk& walk, const Section& s, const Gradients<E>& g, con
   }
 }
 
-// Row i of the features in T: bfloat16 is widened into `room`, a unit feature made there.
-template <class E, class T = typename Accumulator<E>::Type>
-const T* wide_row(const Features<E>& f, int64_t i, std::vector<T>& room) {
-  if constexpr (std::is_same_v<E, Bf16Pair>) {
-    room.resize(f.d);
-    for (int64_t j = 0; j < f.d; ++j) room[j] = c10::detail::f32_from_bits(f.elements[i * f.d + j]);
-    return room.data();
-  } else {
-    return f.read(i, 1, 0, f.d, room).first;
-  }
-}
-
-// The positives' gradients come after the products: among thousands of small negatives, one large term would cost the
-// sum its low bits. They, the factor `scale` and the dot products for the scale's own gradient take one pass over
-// `grad`.
-//
-// grad: sums over the negatives -> gradient of `features`, of those from `first` on. Row i of the features gains g[i]
-// times row other_row(i) of `others`, unless that is negative. Returns sum(features * grad) before the factor.
-// Of unit features `grad` is in the end that of the features before they were.
-template <class E, class F, class T = typename Accumulator<E>::Type>
+// Finishes sums over the negatives, `grad`, to the gradient of `features` from row `first` on: row i gains g[i] times
+// row other_row(i) of `others`, unless that is negative, and is multiplied by `scale`. Unit features get the gradient
+// of the raw ones. Returns sum(features * grad) before the factor, the scale's own gradient.
+template <class E, class F, class T = SumType<E>>
 double finish_rows(const at::Tensor& grad, int64_t first, const Features<E>& features, const Features<E>& others,
                    const T* g, T scale, const F& other_row) {
   constexpr int64_t kGrain = 64;
@@ -194,28 +90,29 @@ double finish_rows(const at::Tensor& grad, int64_t first, const Features<E>& fea
     std::vector<T> own, other;
     for (int64_t i = first + part * kGrain; i < first + std::min(rows, (part + 1) * kGrain); ++i) {
       const int64_t o = g ? other_row(i) : -1;
-      const T* feature = wide_row(features, i, own);
-      dots[part] += kernels<T>().finish_row(
-          out + (i - first) * d, feature, o < 0 ? nullptr : wide_row(others, o, other), o < 0 ? T(0) : g[i], scale, d);
+      const T* feature = features.wide_row(i, own);
+      dots[part] += tile_kernels<T>().add_scale_dot(
+          out + (i - first) * d, feature, o < 0 ? nullptr : others.wide_row(o, other), o < 0 ? T(0) : g[i], scale, d);
       if (features.unit()) project_row(out + (i - first) * d, feature, features.norm(i), d);
     }
   });
   return std::accumulate(dots.begin(), dots.end(), 0.);
 }
 
-// What a backward adds up, section by section, and finishes.
+// What a backward adds up, section by section, and then finishes. The positives' part comes last: among thousands of
+// small negatives, one large term would cost the sum its low bits.
 template <class E>
 class FeatureGradients {
  public:
-  using T = typename Accumulator<E>::Type;
+  using T = SumType<E>;
 
-  FeatureGradients(const Prepared<E>& p, const Walk& walk, const Needs& needs)
+  FeatureGradients(const Prepared<E>& p, const Tiling& tiling, const Needs& needs)
       : p_(p),
-        walk_(walk),
+        tiling_(tiling),
         needs_(needs.of),
         joint_(needs.joint),
         g_(p.options()),
-        scratch_(walk, p.options()),
+        scratch_(tiling, p.options()),
         bias_(needs.of[3], p.y.rows) {
     // dscale = sum_i x_i . (G y)_i, or the same sum over columns when dx is not needed.
     scale_by_rows_ = needs_[0] || (needs_[2] && !needs_[1]);
@@ -223,72 +120,72 @@ class FeatureGradients {
     if (joint_) start_joint();
   }
 
-  // For a walk that comes to each group once: dy in another dtype than T is then finished group by group, and only one
-  // group of it is held in T. `pos`: as in `finish`.
+  // For callers that come to each group of columns once. dy in another dtype than T is then finished group by group,
+  // and only one group of it is held in T. `pos` is the gradient that `finish` takes.
   void round_groups(const OptionalTensor& pos, at::ScalarType y_dtype) {
     if (!needs_[1] || y_dtype == Prepared<E>::scalar_type()) return;
     pos_ = data<T>(pos);
     rounded_dy_ = at::empty({p_.y.rows, p_.y.d}, p_.options().dtype(y_dtype));
   }
-  // The columns whose sections come next.
+  // The sections that come next are of these columns.
   void start_group(const Range& cols) {
     if (dx_.defined()) y_.set(p_.y, cols.begin, cols.end);
     if (rounded_dy_.defined()) start_dy(cols);
     if (needs_[1] && !dy_.defined()) start_dy({0, p_.y.rows});
   }
-  // None of their sections comes again.
+  // The group's sections are complete.
   void end_group() {
     if (!rounded_dy_.defined()) return;
     finish_dy(pos_);
     rounded_dy_.slice(0, dy_cols_.begin, dy_cols_.end).copy_(dy_);
   }
-  // What `start_group` packs into, for another use meanwhile.
+  // Lends the panels that `start_group` packs; it overwrites what the caller packs into them.
   Panels<E>& panels() { return y_; }
-  // `logits_gradient(place, tile, stride)` writes G's tile there, or is also given its products there. `room`: memory
-  // for G of this section, with that many elements from row to row, which is written to if it serves.
+  // Adds a section. `logit_gradient(bounds, tile, stride)` writes a tile of G to `tile`. `memory`, if given, may hold
+  // G, with `memory_stride` elements from row to row; products that lie there are read before they are written over.
   template <class F>
-  void add(const Section& s, const F& logits_gradient, T* room = nullptr, int64_t room_stride = 0) {
+  void add(const Section& s, const F& logit_gradient, T* memory = nullptr, int64_t memory_stride = 0) {
     if (dy_.defined()) x_.set(p_.x, s.rows.begin, s.rows.end);
-    g_.start(s, room, room_stride);
-    bias_.start(walk_.stories(s), s.cols.size());
-    walk_.for_each_tile(
+    g_.start(s, memory, memory_stride);
+    bias_.start(tiling_.tile_rows(s), s.cols.size());
+    tiling_.for_each_tile(
         s,
-        [&](const Place& at, int64_t story, int64_t) {
+        [&](const TileBounds& at, int64_t tile_row, int64_t) {
           const int64_t r = at.row - s.rows.begin, c = at.col - s.cols.begin, stride = g_.tile_stride();
           T* tile = g_.tile(r, c, scratch_);
-          logits_gradient(at, tile, stride);
-          bias_.add(story, c, tile, stride, at.rows, at.cols);
+          logit_gradient(at, tile, stride);
+          bias_.add(tile_row, c, tile, stride, at.rows, at.cols);
           g_.store(tile, r, c, at.rows, at.cols);
         },
-        [](const Place&, int64_t, int64_t) {});
-    add_products<E>(walk_, s, g_, y_, x_, dx_.defined() ? dx_.mutable_data_ptr<T>() : nullptr,
+        [](const TileBounds&, int64_t, int64_t) {});
+    add_products<E>(tiling_, s, g_, y_, x_, dx_.defined() ? dx_.mutable_data_ptr<T>() : nullptr,
                     dy_.defined() ? dy_.mutable_data_ptr<T>() : nullptr, dy_cols_.begin, p_.x.d);
     bias_.merge(s.cols.begin);
   }
 
-  // Lets `add` write to the sums that become dx.
+  // Calls add(sums) for the sums that become dx, if they are asked.
   template <class F>
   void add_to_x(const F& add) {
     if (dx_.defined()) add(dx_.mutable_data_ptr<T>());
   }
 
-  // dx and dy in their features' dtypes, dscale and dcol_bias in T; undefined where not needed. `pos`: (M,) gradient of
-  // the positives' logits. What only the products needed is given back first.
-  std::array<at::Tensor, 4> finish(const OptionalTensor& pos, at::ScalarType x_dtype, at::ScalarType y_dtype) {
+  // Returns dx and dy in their features' dtypes, dscale and dcol_bias in T; undefined where not needed. `pos` (M,) is
+  // the gradient of the positives' logits. Memory that only the products needed is given back first.
+  Gradients finish(const OptionalTensor& pos, at::ScalarType x_dtype, at::ScalarType y_dtype) {
     constexpr auto dtype = Prepared<E>::scalar_type();
     x_ = y_ = Panels<E>();
-    g_ = Gradients<E>(p_.options());
+    g_ = LogitGradients<E>(p_.options());
     const T* g = data<T>(pos);
     const T scale = p_.rule.scale;
     double dscale = 0;
-    if (joint_) {  // each pair counts from both sides, twice for the scale
+    if (joint_) {  // each pair counts from both sides, and so twice for the scale
       if (g) add_to_targets(g);
       dscale = finish_rows(dx_, 0, p_.x, p_.y, g, scale, [&](int64_t i) { return p_.rule.target(i); }) / 2;
       dy_.reset();
       return {converted(std::exchange(dx_, {}), x_dtype), at::Tensor(), needs_[2] ? scalar(dscale) : at::Tensor(),
               at::Tensor()};
     }
-    std::array<at::Tensor, 4> grads;
+    Gradients grads;
     if (dx_.defined()) dscale = finish_rows(dx_, 0, p_.x, p_.y, g, scale, [&](int64_t i) { return p_.rule.target(i); });
     if (rounded_dy_.defined()) {
       dy_ = std::exchange(rounded_dy_, {});
@@ -316,12 +213,12 @@ class FeatureGradients {
   }
 
  private:
-  // dx is to hold what y gains, too.
+  // dx is to hold the gradient of y, too.
   void start_joint() {
     dy_ = dx_;
     dy_cols_ = {0, p_.y.rows};
   }
-  // dy_ is to hold the gradients of these columns.
+  // dy_ is to hold the gradients of these columns of S.
   void start_dy(const Range& cols) {
     if (dy_.defined() && dy_.size(0) == cols.size())
       dy_.zero_();
@@ -335,30 +232,30 @@ class FeatureGradients {
     dy_dot_ += finish_rows(dy_, dy_cols_.begin, p_.y, p_.x, g, p_.rule.scale,
                            [&](int64_t j) { return j < diagonal ? j : -1; });
   }
-  // dy += the positives' part, of rows of x with targets of their own: several may have the same.
+  // dy += the positives' part, where rows of x have targets of their own. Several may have the same one.
   void add_to_targets(const T* g) {
     const int64_t d = p_.x.d;
-    std::vector<T> room;
+    std::vector<T> scratch;
     for (int64_t i = 0; i < p_.x.rows; ++i) {
       const int64_t target = p_.rule.target(i);
       if (target < dy_cols_.begin || target >= dy_cols_.end) continue;
-      const T* x = wide_row(p_.x, i, room);
-      kernels<T>().finish_row(dy_.mutable_data_ptr<T>() + (target - dy_cols_.begin) * d, x, x, g[i], T(1), d);
+      const T* x = p_.x.wide_row(i, scratch);
+      tile_kernels<T>().add_scale_dot(dy_.mutable_data_ptr<T>() + (target - dy_cols_.begin) * d, x, x, g[i], T(1), d);
     }
   }
-  // By way of a double tensor, which becomes inf in float where a C++ number would raise.
+  // By way of a double tensor: too large a number becomes inf in float, where at::scalar_tensor would raise.
   at::Tensor scalar(double value) const { return at::scalar_tensor(value, at::kDouble).to(p_.options()); }
 
   const Prepared<E>& p_;
-  const Walk& walk_;
+  const Tiling& tiling_;
   std::array<bool, 4> needs_;
   bool joint_, scale_by_rows_;
   at::Tensor dx_, dy_, rounded_dy_;
-  Range dy_cols_{0, 0};  // that dy_ has the gradients of
+  Range dy_cols_{0, 0};  // the columns of S that dy_ has gradients for
   double dy_dot_ = 0;
   const T* pos_ = nullptr;
   Panels<E> x_, y_;
-  Gradients<E> g_;
+  LogitGradients<E> g_;
   TileScratch<T> scratch_;
   ColumnSums<T> bias_;
 };

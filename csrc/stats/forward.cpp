@@ -11,21 +11,22 @@ namespace fc {
 namespace {
 
 template <class E>
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> forward(const Problem& problem, const Interrupt& interrupt) {
-  using T = typename Accumulator<E>::Type;
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> forward(const StatsProblem& problem,
+                                                                   const Interrupt& interrupt) {
+  using T = SumType<E>;
   const Prepared<E> p(problem);
   const int64_t n = p.y.rows;
   const at::Tensor kept = reused_matrix(problem.kept_rows, n, p.options());
   Statistics<T> stats(problem, p.options());
-  const Walk walk(p.x.rows, n, kGroupCols<E>, problem.kept_rows, problem.upper);
-  forward_walk<E>(problem, p, walk, stats, kept.mutable_data_ptr<T>(), interrupt);
+  const Tiling tiling(p.x.rows, n, kPackedCols<E>, problem.kept_rows, problem.upper);
+  forward_pass<E>(problem, p, tiling, stats, kept.mutable_data_ptr<T>(), interrupt);
   const at::Tensor col = problem.upper ? at::empty({0}, at::kDouble) : stats.col.value();
   return {stats.pos.to(at::kDouble), stats.row_value(problem), col, kept};
 }
 
 }  // namespace
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> stats_forward(const Problem& problem,
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> stats_forward(const StatsProblem& problem,
                                                                          const Interrupt& interrupt) {
   return with_elements(problem, [&](auto element) { return forward<decltype(element)>(problem, interrupt); });
 }

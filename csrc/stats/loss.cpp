@@ -1,6 +1,6 @@
-// A loss and its gradients in one call. Of rows alone, some hundred rows of S are held until their normalisers are
+// A loss and its gradients in one call. For rows alone, some hundred rows of S are held until their normalisers are
 // known, become the gradient of their logits, and are forgotten: 3 products, where a forward and a backward that keep
-// no products take 4. Of rows and columns, or a triangle, all products are kept until then.
+// none take 4. For rows and columns, or a triangle, all products are kept until then.
 #include <ATen/ATen.h>
 
 #include <algorithm>
@@ -8,8 +8,8 @@
 #include <functional>
 #include <vector>
 
-#include "autograd/cross_entropy.h"
 #include "common/memory.h"
+#include "common/loss_term.h"
 #include "kernels/tile_kernels.h"
 #include "stats/backward.h"
 #include "stats/class_means.h"
@@ -17,34 +17,35 @@
 #include "stats/forward.h"
 #include "stats/panels.h"
 #include "stats/prepared.h"
-#include "stats/running_stats.h"
+#include "stats/running_statistic.h"
 #include "stats/stats.h"
 #include "stats/tiling.h"
 
 namespace fc {
 namespace {
 
-// Rows held, by the length of one alone: where blocks of rows begin decides how their sums are rounded. Of many groups
-// of columns all of y is packed for each block, and all of dy is read and written. With 256 in place of 512, N = 4096
-// took 1.1 times as long.
+// How many rows are held, by N alone, since where blocks begin decides how sums are rounded. Each block packs all of y,
+// and reads and writes all of dy: with 256 rows in place of 512, N = 4096 took 1.1 times as long.
 int64_t rows_at_once(int64_t n) {
   return std::clamp<int64_t>((int64_t(1) << 24) / n / 128 * 128, 128, 512);
 }
 
-struct Term {
-  double loss, g_row, g_pos;
+struct WeightedTerm {
+  double loss, g_normaliser, g_pos;
 };
 
 // One row's or column's loss, and its derivatives by its normaliser and its positive's logit.
-Term term(double pos, double normaliser, bool is_softplus, const RowLoss& loss) {
+WeightedTerm weighted_term(double pos, double normaliser, bool is_softplus, const RowLoss& loss) {
   const double z = is_softplus ? -pos : normaliser - (pos - loss.margin), w = loss.weight;
   if (is_softplus) return {w * (normaliser + softplus(z)), w, -w * sigmoid(z)};
-  return loss.decoupled ? Term{w * z, w, -w} : Term{w * softplus(z), w * sigmoid(z), -w * sigmoid(z)};
+  const double g = w * loss_term_gradient(z, loss.decoupled);
+  return {w * loss_term(z, loss.decoupled), g, -g};
 }
 
 template <class E>
-LossAndGradients of_rows(const Problem& problem, const RowLoss& loss, const Needs& needs, const Interrupt& interrupt) {
-  using T = typename Accumulator<E>::Type;
+LossAndGradients from_rows(const StatsProblem& problem, const RowLoss& loss, const Needs& needs,
+                           const Interrupt& interrupt) {
+  using T = SumType<E>;
   const Prepared<E> p(problem, loss.normalize);
   const int64_t m = p.x.rows, n = p.y.rows, stride = round_up(n, 32) + 16;
   const at::Tensor pos = at::empty({m}, p.options());
@@ -55,30 +56,30 @@ LossAndGradients of_rows(const Problem& problem, const RowLoss& loss, const Need
   Normaliser<T> norm(problem.softplus ? 0 : m);
   T *s = held.mutable_data_ptr<T>(), *pos_data = pos.mutable_data_ptr<T>();
 
-  const Walk walk(m, n, kGroupCols<E>, 0, false);
-  FeatureGradients<E> gradients(p, walk, needs);
-  // Of several groups each is packed again for every block of rows, and the products with y and y.T share memory.
+  const Tiling tiling(m, n, kPackedCols<E>, 0, false);
+  FeatureGradients<E> gradients(p, tiling, needs);
+  // Several groups of columns are packed again for every block of rows, and panels of y and y.T then share memory.
   Panels<E> whole;
-  Panels<E>& y_transposed = walk.groups().size() > 1 ? gradients.panels() : whole;
+  Panels<E>& y_transposed = tiling.column_groups().size() > 1 ? gradients.panels() : whole;
   for (const Range& rows : all) {
-    const auto products = [&](const Place& at) { return s + (at.row - rows.begin) * stride + at.col; };
+    const auto products = [&](const TileBounds& at) { return s + (at.row - rows.begin) * stride + at.col; };
     at::Tensor units;
-    const Rows<E> x = p.x.read_rows(rows.begin, rows.end, units);
-    Totals<T> row(true, rows.size(), !problem.softplus);
-    for (const Range& group : walk.groups()) {
+    const FeatureRows<E> x = p.x.read_rows(rows.begin, rows.end, units);
+    RunningStatistic<T> row(true, rows.size(), !problem.softplus);
+    for (const Range& group : tiling.column_groups()) {
       const Section section{rows, group, true};
       y_transposed.set_transposed(p.y, group.begin, group.end);
-      row.start(walk.strips(section), rows.size());
-      walk.for_each_tile(
+      row.start(tiling.tile_cols(section), rows.size());
+      tiling.for_each_tile(
           section,
-          [&](const Place& at, int64_t, int64_t strip) {
+          [&](const TileBounds& at, int64_t, int64_t tile_col) {
             T* tile = products(at);
             const int64_t r = at.row - rows.begin;
-            multiply_tile(x, y_transposed, at, at.col - group.begin, tile, stride);
-            kernels<T>().forward(
-                p.rule, {at, tile, stride, pos_data, row.part_max(strip, r), row.part_sum(strip, r), nullptr, nullptr});
+            multiply_tile(x, y_transposed, at, group.begin, tile, stride);
+            tile_kernels<T>().forward(p.rule, {at, tile, stride, pos_data, row.part_max(tile_col, r),
+                                               row.part_sum(tile_col, r), nullptr, nullptr});
           },
-          [](const Place&, int64_t, int64_t) {});
+          [](const TileBounds&, int64_t, int64_t) {});
       row.merge(0);
       interrupt();
     }
@@ -86,42 +87,43 @@ LossAndGradients of_rows(const Problem& problem, const RowLoss& loss, const Need
     const at::Tensor value = row.value();
     if (!problem.softplus) norm.set(rows.begin, value);
     for (int64_t i = rows.begin; i < rows.end; ++i) {
-      const Term t = term(pos_data[i], value.const_data_ptr<double>()[i - rows.begin], problem.softplus, loss);
+      const WeightedTerm t =
+          weighted_term(pos_data[i], value.const_data_ptr<double>()[i - rows.begin], problem.softplus, loss);
       losses.mutable_data_ptr<double>()[i] = t.loss;
-      g_row.mutable_data_ptr<T>()[i] = static_cast<T>(t.g_row);
+      g_row.mutable_data_ptr<T>()[i] = static_cast<T>(t.g_normaliser);
       g_pos.mutable_data_ptr<T>()[i] = static_cast<T>(t.g_pos);
     }
-    for (const Range& group : walk.groups()) {
+    for (const Range& group : tiling.column_groups()) {
       gradients.start_group(group);
-      const auto logits_gradient = [&](const Place& at, T* tile, int64_t tile_stride) {
-        kernels<T>().backward(p.rule, {at, products(at), stride, tile, tile_stride, norm.high.data(), norm.low.data(),
-                                       g_row.const_data_ptr<T>(), nullptr, nullptr, nullptr});
+      const auto logit_gradient = [&](const TileBounds& at, T* tile, int64_t tile_stride) {
+        tile_kernels<T>().backward(p.rule, {at, products(at), stride, tile, tile_stride, norm.high.data(),
+                                            norm.low.data(), g_row.const_data_ptr<T>(), nullptr, nullptr, nullptr});
       };
-      gradients.add({rows, group, true}, logits_gradient, s + group.begin, stride);  // where the products were
+      gradients.add({rows, group, true}, logit_gradient, s + group.begin, stride);  // G takes the products' place
       interrupt();
     }
   }
   return {losses.sum(), gradients.finish(g_pos, p.scalar_type(), p.scalar_type())};
 }
 
-// The losses of one direction added up, and their derivatives; pos's are added to g_pos.
+// Returns the sum of one direction's losses. Writes their derivatives, and adds those by pos to g_pos.
 template <class T>
 double add_direction(const at::Tensor& normaliser, int64_t count, const T* pos, const RowLoss& loss, T* g_normaliser,
                      T* g_pos) {
   const double* value = normaliser.const_data_ptr<double>();
   double sum = 0;
   for (int64_t i = 0; i < count; ++i) {
-    const Term t = term(pos[i], value[i], false, loss);
+    const WeightedTerm t = weighted_term(pos[i], value[i], false, loss);
     sum += t.loss;
-    g_normaliser[i] = static_cast<T>(t.g_row);
+    g_normaliser[i] = static_cast<T>(t.g_normaliser);
     g_pos[i] += static_cast<T>(t.g_pos);
   }
   return sum;
 }
 
-// SupCon: each row's loss is its log-sum-exp over all others minus the mean logit of its class; rows alone in theirs do
-// not count. Returns the loss; writes its derivative by the rows' log-sum-exps, the same weight for all that count.
-template <class E, class T = typename Accumulator<E>::Type>
+// The loss of SupCon: each row's log-sum-exp over all others minus the mean logit of its class. Rows alone in their
+// class do not count. Returns the loss and writes its derivative by the rows' log-sum-exps.
+template <class E, class T = SumType<E>>
 double add_classes(const ClassMeans<E>& classes, const at::Tensor& normaliser, double scale, double weight,
                    T* g_normaliser) {
   const double* value = normaliser.const_data_ptr<double>();
@@ -135,9 +137,9 @@ double add_classes(const ClassMeans<E>& classes, const at::Tensor& normaliser, d
 }
 
 template <class E>
-LossAndGradients of_kept_products(const Problem& problem, const RowLoss& loss, const Needs& needs,
-                                  const Interrupt& interrupt) {
-  using T = typename Accumulator<E>::Type;
+LossAndGradients from_kept_products(const StatsProblem& problem, const RowLoss& loss, const Needs& needs,
+                                    const Interrupt& interrupt) {
+  using T = SumType<E>;
   const Prepared<E> p(problem, loss.normalize);
   const int64_t m = p.x.rows, n = p.y.rows;
   TORCH_CHECK_VALUE(problem.kept_rows == m && (problem.upper || !p.targets),
@@ -145,8 +147,8 @@ LossAndGradients of_kept_products(const Problem& problem, const RowLoss& loss, c
   const at::Tensor kept = reused_matrix(m, n, p.options());
   T* products = kept.mutable_data_ptr<T>();
   Statistics<T> stats(problem, p.options());
-  const Walk walk(m, n, kGroupCols<E>, m, problem.upper);
-  forward_walk<E>(problem, p, walk, stats, products, interrupt);
+  const Tiling tiling(m, n, kPackedCols<E>, m, problem.upper);
+  forward_pass<E>(problem, p, tiling, stats, products, interrupt);
 
   const auto zeros = [&](int64_t size) { return at::zeros({size}, p.options()); };
   const at::Tensor g_row = zeros(m), row_value = stats.row_value(problem);
@@ -155,7 +157,7 @@ LossAndGradients of_kept_products(const Problem& problem, const RowLoss& loss, c
                              const std::function<void(T*)>& add_more) {
     return LossAndGradients{
         at::scalar_tensor(sum, at::kDouble),
-        backward_walk<E>(p, walk, products, m, g_pos, row, col, needs, dtype, dtype, interrupt, add_more)};
+        backward_pass<E>(p, tiling, products, m, g_pos, row, col, needs, dtype, dtype, interrupt, add_more)};
   };
   const Direction<T> row{Normaliser<T>(row_value), g_row};
   if (loss.labels) {
@@ -177,15 +179,15 @@ LossAndGradients of_kept_products(const Problem& problem, const RowLoss& loss, c
 
 }  // namespace
 
-LossAndGradients loss_and_gradients(const Problem& problem, const RowLoss& loss, const Needs& needs,
+LossAndGradients loss_and_gradients(const StatsProblem& problem, const RowLoss& loss, const Needs& needs,
                                     const Interrupt& interrupt) {
   return with_elements(problem, [&](auto element) {
     using E = decltype(element);
     TORCH_CHECK_VALUE(!loss.labels || problem.upper, "labels: expected a problem of features against themselves");
     TORCH_CHECK_VALUE(problem.x.size(0) > 0 && problem.y.size(0) > 0, "x, y: got ", problem.x.size(0), " and ",
                       problem.y.size(0), " rows, expected at least one");
-    if (problem.want_col || problem.upper) return of_kept_products<E>(problem, loss, needs, interrupt);
-    return of_rows<E>(problem, loss, needs, interrupt);
+    if (problem.want_col || problem.upper) return from_kept_products<E>(problem, loss, needs, interrupt);
+    return from_rows<E>(problem, loss, needs, interrupt);
   });
 }
 

@@ -6,58 +6,58 @@
 #include <tuple>
 #include <vector>
 
-#include "common/parallel.h"
-#include "stats/prepared.h"
-#include "kernels/product_kernels.h"
 #include "common/integers.h"
+#include "common/parallel.h"
+#include "kernels/product_kernels.h"
+#include "stats/features.h"
 
 namespace fc {
 
-// Where `products<E>()` can multiply, panels; where it cannot, the tensor itself, for the vendor's library. Setting it
-// to what it holds already takes no time: the features must stay as they are.
+// Panels where `product_kernels<E>()` can multiply, else the tensor itself, for the vendor's library. Setting what is
+// held already takes no time, so the features must not change meanwhile.
 template <class E>
 class Panels {
  public:
-  using T = typename Accumulator<E>::Type;
+  using T = SumType<E>;
 
   // Rows [begin, end) of the features as the columns of a (D, rows) matrix.
   void set_transposed(const Features<E>& f, int64_t begin, int64_t end) {
     hold({&f, begin, end, true}, [&] {
-      if (!own()) return set_vendor(f.as_tensor(begin, end).t());
+      if (!packs()) return set_vendor(f.as_tensor(begin, end).t());
       fill(f.row_stride(), end - begin, [&](int64_t column, int64_t columns, E* panel) {
-        std::vector<typename Features<E>::Element> room;
-        const auto rows = f.read(begin + column, columns, 0, f.d, room).first;
-        products<E>().pack_transposed(reinterpret_cast<const E*>(rows), f.row_stride(), k_, columns, panel);
+        std::vector<StoredType<E>> scratch;
+        const auto rows = f.read(begin + column, columns, 0, f.d, scratch).first;
+        product_kernels<E>().pack_transposed(reinterpret_cast<const E*>(rows), f.row_stride(), k_, columns, panel);
       });
     });
   }
   // Rows [begin, end) of the features as a (rows, D) matrix.
   void set(const Features<E>& f, int64_t begin, int64_t end) {
     hold({&f, begin, end, false}, [&] {
-      if (!own()) return set_vendor(f.as_tensor(begin, end));
-      fill(ceil_div(end - begin, Stored<E>::rows), f.d, [&](int64_t column, int64_t columns, E* panel) {
-        std::vector<typename Features<E>::Element> room;
-        const auto [first, stride] = f.read(begin, end - begin, column, columns, room);
-        products<E>().pack(first, stride, end - begin, columns, panel);
+      if (!packs()) return set_vendor(f.as_tensor(begin, end));
+      fill(ceil_div(end - begin, kStoredPer<E>), f.d, [&](int64_t column, int64_t columns, E* panel) {
+        std::vector<StoredType<E>> scratch;
+        const auto [first, stride] = f.read(begin, end - begin, column, columns, scratch);
+        product_kernels<E>().pack(first, stride, end - begin, columns, panel);
       });
     });
   }
 
-  // c (m, columns) = or += a (m, k) times rows [from, from + k) and columns [first, first + columns) of the matrix, all
-  // in E and `first` a multiple of 32. From any thread.
-  void multiply(Product<E> p, int64_t from, int64_t first) const {
-    if (!own()) return vendor(p, from, first);
-    p.b = packed() + first * k_ + from * products<E>().panel;
-    p.b_panel = k_ * products<E>().panel;
-    products<E>().multiply(p);
+  // c (m, columns) = or += a (m, k) times rows [from, from + k) and columns [first, first + columns) of the matrix. All
+  // counts are in E, and `first` is a multiple of 32. Any thread may call it.
+  void multiply(MatrixProduct<E> p, int64_t from, int64_t first) const {
+    if (!packs()) return multiply_by_vendor(p, from, first);
+    p.b = packed() + first * k_ + from * product_kernels<E>().panel;
+    p.b_panel = k_ * product_kernels<E>().panel;
+    product_kernels<E>().multiply(p);
   }
 
  private:
-  static bool own() { return products<E>().multiply != nullptr; }
+  static bool packs() { return product_kernels<E>().multiply != nullptr; }
 
   using Held = std::tuple<const Features<E>*, int64_t, int64_t, bool>;  // rows [begin, end), and whether transposed
 
-  // `pack`s what is wanted, unless it is held already.
+  // Calls `pack` unless what is wanted is held already.
   template <class F>
   void hold(const Held& wanted, const F& pack) {
     if (held_ == wanted) return;
@@ -68,12 +68,12 @@ class Panels {
 
   template <class F>
   void fill(int64_t k, int64_t n, const F& pack_panel) {
-    const int64_t width = products<E>().panel, panels = ceil_div(n, width), size = k * width * panels;
+    const int64_t width = product_kernels<E>().panel, panels = ceil_div(n, width), size = k * width * panels;
     k_ = k;
     const auto bytes = static_cast<int64_t>(size * sizeof(E));
     if (!memory_.defined() || memory_.numel() < bytes) memory_ = at::empty({bytes}, at::kByte);
     E* memory = packed();
-    const int64_t at_once = 1 + 32768 / (k * width + 1);  // panels too small for a task each
+    const int64_t at_once = 1 + 32768 / (k * width + 1);  // panels that are too small for a task each
     for_each_task(ceil_div(panels, at_once), [&](int64_t task) {
       for (int64_t j = task * at_once; j < std::min(panels, (task + 1) * at_once); ++j)
         pack_panel(j * width, std::min(width, n - j * width), memory + j * k * width);
@@ -84,8 +84,8 @@ class Panels {
     matrix_ = matrix;
     k_ = matrix.size(0);
   }
-  void vendor(const Product<E>& p, int64_t from, int64_t first) const {
-    if constexpr (!std::is_same_v<E, Bf16Pair>) {
+  void multiply_by_vendor(const MatrixProduct<E>& p, int64_t from, int64_t first) const {
+    if constexpr (!kIsPair<E>) {
       const at::AutoDispatchBelowADInplaceOrView plain;  // the threads of a parallel region begin without it
       const at::TensorOptions options = matrix_.options();
       at::Tensor c = at::from_blob(p.c, {p.m, p.n}, {p.c_row, 1}, options);
@@ -100,9 +100,9 @@ class Panels {
     }
   }
 
-  // Of features of one dimension the terms of a sum may all be equal, and their rounding errors then add up. No library
-  // says how it sums: here a few terms at a time, and in double.
-  static void times_column(const Product<E>& p, const T* b, int64_t b_stride) {
+  // With features of one dimension all terms of a sum may be equal, and their rounding errors then add up. The library
+  // does not say how it sums; this sums a few terms at a time, in double.
+  static void times_column(const MatrixProduct<E>& p, const T* b, int64_t b_stride) {
     constexpr int64_t kTerms = 16;
     std::vector<double> sums(p.m), some(p.m);
     for (int64_t first = 0; first < p.k; first += kTerms) {
@@ -118,9 +118,17 @@ class Panels {
   E* packed() const { return static_cast<E*>(memory_.data_ptr()); }
 
   Held held_{};
-  at::Tensor memory_;
+  at::Tensor memory_;  // the panels
   int64_t k_ = 0;
-  at::Tensor matrix_;
+  at::Tensor matrix_;  // or the matrix, for the vendor's library
 };
+
+// Writes a tile's products x @ y.T to `tile`. `y` has the columns of S from `first` on.
+template <class E, class T = SumType<E>>
+void multiply_tile(const FeatureRows<E>& x, const Panels<E>& y, const TileBounds& at, int64_t first, T* tile,
+                   int64_t stride) {
+  const int64_t d = x.d / kStoredPer<E>;
+  y.multiply({at.rows, at.cols, d, x.row(at.row), d, 1, nullptr, 0, tile, stride, false}, 0, at.col - first);
+}
 
 }  // namespace fc

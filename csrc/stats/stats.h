@@ -1,18 +1,18 @@
-// The C++ CPU backend's statistics: the functions that backends/contract.py asks for, on ATen tensors.
+// The C++ backend's statistics, on ATen tensors: what backends/contract.py asks a backend for.
 #pragma once
 #include <ATen/core/Tensor.h>
 
 #include <array>
-#include <functional>
 #include <tuple>
 
 #include "common/input.h"
+#include "common/interrupt.h"
 #include "kernels/tile_kernels.h"
 
 namespace fc {
 
 // What the logits are made of and which are excluded; the C++ view of core/spec.py. All tensors are on the CPU.
-struct Problem {
+struct StatsProblem {
   at::Tensor x, y;          // (M, D), (N, D), one floating dtype, any strides
   at::Tensor scale;         // 0-d
   OptionalTensor targets;   // (M,) int64
@@ -23,10 +23,10 @@ struct Problem {
   bool want_row, want_col;  // the directions asked
   bool upper;               // x is y: only pairs j > i are computed, and `row` is over both triangles
   EqualIds equal_ids;
-  bool softplus;      // sums of softplus, rows alone
+  bool softplus;      // `row` is the sum of softplus(s), not a log-sum-exp; there are no columns then
   int64_t kept_rows;  // rows of products to keep for the backward
 
-  // Calls f(name, tensor) for every tensor that a rule may ask for: what is read from Python and saved for a backward.
+  // Calls f(name, tensor) for every tensor that a rule may need. These are read from Python and saved for a backward.
   template <class F>
   void for_each_tensor(const F& f) {
     f("targets", targets);
@@ -36,51 +36,50 @@ struct Problem {
   }
 };
 
-using Interrupt = std::function<void()>;  // called between blocks; throws to stop
-
-// pos (M,), row (M,), col (N,) in float64, and the products x @ y.T of the first `kept_rows` rows in float32 (float64
-// for float64 features): (kept_rows, N) elements, tile by tile (`kept_offset`), which only `stats_backward` reads. A
-// direction that is not asked has 0 elements.
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> stats_forward(const Problem& problem,
+// pos (M,), row (M,) and col (N,) in float64, of which one that is not asked has 0 elements; and the products x @ y.T
+// of the first `kept_rows` rows, (kept_rows, N) elements in float32 (float64 for float64 features). Their layout is by
+// tiles (`kept_offset`) and only `stats_backward` reads them.
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> stats_forward(const StatsProblem& problem,
                                                                          const Interrupt& interrupt);
 
-// What `stats_forward` returned beside pos, and gradients of what it returned; one that is absent is zero.
+// What `stats_forward` returned beside pos.
 struct Saved {
   at::Tensor row, col, kept;
 };
+// Gradients of the statistics that `stats_forward` returned; one that is absent is zero.
 struct Upstream {
   OptionalTensor pos, row, col;
 };
 
-// The gradients asked: of x, y, scale and col_bias. `joint`, where y is x: that of x is the sum of both, y's is not
-// asked.
+// The gradients asked: those of x, y, scale and col_bias. With `joint`, where y is x, the gradient of x is the sum of
+// both, and y's is not asked.
 struct Needs {
   std::array<bool, 4> of;
   bool joint;
 };
-using FeatureGrads = std::array<at::Tensor, 4>;  // dx, dy, dscale, dcol_bias; undefined where not needed
+using Gradients = std::array<at::Tensor, 4>;  // dx, dy, dscale, dcol_bias; undefined where not needed
 
-FeatureGrads stats_backward(const Problem& problem, const Saved& saved, const Upstream& upstream, const Needs& needs,
-                            const Interrupt& interrupt);
+Gradients stats_backward(const StatsProblem& problem, const Saved& saved, const Upstream& upstream, const Needs& needs,
+                         const Interrupt& interrupt);
 
 // `weight` times the sum of softplus(row - (pos - margin)), or of row - (pos - margin) where decoupled, over rows and,
-// where they are asked, over the first M columns. For softplus problems of row + softplus(-pos).
+// where they are asked, over the first M columns. For softplus problems it is the sum of row + softplus(-pos).
 struct RowLoss {
   double weight, margin;
   bool decoupled;
   bool normalize;  // x and y, float32 or float64, are divided by their rows' lengths first
-  // (M,) int64, of an upper problem: the loss is row minus the mean logit of the other rows with the same label, and
-  // rows alone with theirs do not count. `over_counted`: the weight is one over the number of those that do.
+  // (M,) int64, for an upper problem: the loss is row minus the mean logit of the other rows with the same label. Rows
+  // alone with their label do not count.
   OptionalTensor labels;
-  bool over_counted;
+  bool over_counted;  // with labels: the weight is one over the number of rows that count
 };
 struct LossAndGradients {
-  at::Tensor loss;     // 0-d float64
-  FeatureGrads grads;  // in float32 (float64)
+  at::Tensor loss;  // 0-d float64
+  Gradients grads;  // in float32 (float64)
 };
 
-// For rows alone, or where all rows of products are kept.
-LossAndGradients loss_and_gradients(const Problem& problem, const RowLoss& loss, const Needs& needs,
+// Supports rows alone, or all rows of products kept.
+LossAndGradients loss_and_gradients(const StatsProblem& problem, const RowLoss& loss, const Needs& needs,
                                     const Interrupt& interrupt);
 
 }  // namespace fc

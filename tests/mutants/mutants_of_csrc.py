@@ -10,19 +10,19 @@ LOSSES = "tests/losses/test_losses.py::test_budget"
 MAX_SIM = "tests/ops/test_max_sim.py"
 RANK = "tests/ops/test_rank.py"
 NEAR = "tests/losses/test_near_and_far.py"
-AT_ONCE = "tests/ops/test_at_once.py"
+ROW_LOSS = "tests/ops/test_row_loss.py"
 CPP = "cpp and (hand or float32 and (257-257 or 17-17 or 300-2 or 2101))"
 
 MUTANTS = [
     Mutant(
         "last tile not merged", "of several tiles of a section, the last one's partial sums are left out",
-        "csrc/stats/running_stats.h",
+        "csrc/stats/running_statistic.h",
         "for (int64_t p = 0; p < parts_; ++p) {",
         "for (int64_t p = 0; p < std::max<int64_t>(1, parts_ - 1); ++p) {",
         (BUDGET,), CPP,
     ),
     Mutant(
-        "last strip skipped", "columns beyond the last whole tile are not swept",
+        "last tile column skipped", "columns beyond the last whole tile are not swept",
         "csrc/stats/tiling.h",
         "return ceil_div(s.cols.size(), tile_cols_); }",
         "return std::max<int64_t>(1, s.cols.size() / tile_cols_); }",
@@ -65,9 +65,9 @@ MUTANTS = [
     ),
     Mutant(
         "kept tile at column 0", "the backward reads kept products from the first column on",
-        "csrc/stats/backward.cpp",
-        "s.kept ? kept_data + kept_offset(at, n) : tile",
-        "s.kept ? kept_data + at.row * n : tile",
+        "csrc/stats/backward.h",
+        "s.kept ? kept + kept_offset(at, n) : tile",
+        "s.kept ? kept + at.row * n : tile",
         (BUDGET, f"{STATS}::test_large_losses_alive_at_once"), "cpp",
     ),
     Mutant(
@@ -79,7 +79,7 @@ MUTANTS = [
     ),
     Mutant(
         "normaliser rounded", "what rounding a log-normaliser to float32 leaves is dropped in the backward",
-        "csrc/stats/running_stats.h",
+        "csrc/stats/running_statistic.h",
         "low[first + i] = static_cast<T>(finite - high[first + i]);",
         "low[first + i] = T(0);",
         (f"{STATS}::test_normalisers_of_float32_features_are_not_rounded",), "cpp",
@@ -114,64 +114,64 @@ MUTANTS = [
     ),
     Mutant(
         "odd row lost", "where rows are odd in number, bfloat16 leaves the last one out of the product with x",
-        "csrc/stats/feature_gradients.h",
-        "return {m, 0, ceil_div(k.size(), kStep), a,",
-        "return {m, 0, k.size() / kStep, a,",
+        "csrc/stats/logit_gradients.h",
+        "return {m, 0, ceil_div(k.size(), kStoredPer<E>), a,",
+        "return {m, 0, k.size() / kStoredPer<E>, a,",
         (BUDGET,), "cpp and bfloat16",
     ),
     Mutant(
         "a skipped tile counts", "of the upper triangle, what lies in the scratch of a skipped tile is multiplied",
         "csrc/stats/tiling.h",
-        "return {s.cols.begin + std::max<int64_t>(0, (story - s.cols.begin) / tile_cols_) * tile_cols_, s.cols.end};",
+        "return {s.cols.begin + std::max<int64_t>(0, (first - s.cols.begin) / tile_cols_) * tile_cols_, s.cols.end};",
         "return s.cols;",
         (LOSSES, f"{STATS}"), "cpp and (nt_xent or supcon or self) and not triton",
     ),
     Mutant(
         "each pair twice", "the scale's gradient of features against themselves counts both sides of a pair",
         "csrc/stats/feature_gradients.h",
-        "[](int64_t) { return -1; }) / 2;",
-        "[](int64_t) { return -1; });",
+        "[&](int64_t i) { return p_.rule.target(i); }) / 2;",
+        "[&](int64_t i) { return p_.rule.target(i); });",
         (LOSSES,), "cpp and nt_xent and float32",
     ),
     Mutant(
         "margin of the weights alone", "gradients formed in the forward ignore the margin",
-        "csrc/stats/at_once.cpp",
-        "static_cast<double>(pos_data[i]) - margin",
-        "static_cast<double>(pos_data[i])",
-        (AT_ONCE,), "",
+        "csrc/stats/loss.cpp",
+        "normaliser - (pos - loss.margin)",
+        "normaliser - pos",
+        (ROW_LOSS,), "",
     ),
     Mutant(
         "gradient of unit features", "features normalised where they are read get the gradient of unit ones",
         "csrc/stats/feature_gradients.h",
         "if (features.unit()) project_row(",
         "if (false) project_row(",
-        (AT_ONCE,), "normalised_where",
+        (ROW_LOSS,), "normalised_where",
     ),
     Mutant(
         "gradient of the first rows", "gradients formed in the forward take the normalisers of the first rows for all",
-        "csrc/stats/at_once.cpp",
+        "csrc/stats/loss.cpp",
         "norm.set(rows.begin, value);",
         "norm.set(0, value);",
-        (AT_ONCE,), "",
+        (ROW_LOSS,), "",
     ),
     Mutant(
         "equal ids not excluded", "exclude nothing by ids",
-        "csrc/kernels/tile_sweeps.inl",
-        "if (rule.equal_ids == EqualIds::kExclude) store(out + j, equal ? excluded : s);",
-        "if (rule.equal_ids == EqualIds::kExclude) store(out + j, s);",
+        "csrc/kernels/masked_logits.inl",
+        "if (rule.equal_ids == EqualIds::kExclude) store(logits + j, equal ? excluded : s);",
+        "if (rule.equal_ids == EqualIds::kExclude) store(logits + j, s);",
         (f"{STATS}::test_ids_by_hand",), "cpp",
     ),
     Mutant(
         "self at a tile's edge", "S[i, i] is not excluded where it is a tile's first column",
-        "csrc/kernels/tile_sweeps.inl",
+        "csrc/kernels/masked_logits.inl",
         "if (rule.exclude_self && self >= 0 && self < at.cols)",
         "if (rule.exclude_self && self > 0 && self < at.cols)",
         (f"{STATS}::test_exclude_self_by_hand", BUDGET), CPP,
     ),
     Mutant(
         "padding not excluded", "lanes beyond a tile's end hold -inf times the scale",
-        "csrc/kernels/tile_sweeps.inl",
-        "for (int64_t j = at.cols; j % kLanes<T> != 0; ++j) out[j] = kNegInf<T>;",
+        "csrc/kernels/masked_logits.inl",
+        "for (int64_t j = at.cols; j % kLanes<T> != 0; ++j) logits[j] = kNegInf<T>;",
         "",
         (f"{STATS}::test_negative_scale", f"{STATS}::test_scale_zero_has_a_gradient"), "cpp",
     ),
@@ -199,15 +199,15 @@ MUTANTS = [
     Mutant(
         "small sums are near", "a tile's rows and columns share an exponential even where some lose all their terms",
         "csrc/kernels/shared_exp.inl",
-        "return sum >= 1 / kNear<T> && sum <= kNear<T>;",
-        "return sum <= kNear<T>;",
+        "return sum >= 1 / kRange && sum <= kRange;",
+        "return sum <= kRange;",
         (NEAR,), "cpp",
     ),
     Mutant(
         "large sums are near", "a tile's rows and columns share an exponential even where it is inf or NaN",
         "csrc/kernels/shared_exp.inl",
-        "return sum >= 1 / kNear<T> && sum <= kNear<T>;",
-        "return sum >= 1 / kNear<T>;",
+        "return sum >= 1 / kRange && sum <= kRange;",
+        "return sum >= 1 / kRange;",
         (NEAR,), "cpp",
     ),
     Mutant(
@@ -234,15 +234,15 @@ MUTANTS = [
     Mutant(
         "factors out of range", "weights too small or large for a shared exponential are multiplied all the same",
         "csrc/kernels/shared_exp.inl",
-        "held &= (size >= kLeast && size <= kMost) || at[2][l] == 0;",
-        "held &= true;",
+        "fits &= (size >= kLeast && size <= kMost) || at[2][l] == 0;",
+        "fits &= true;",
         (NEAR,), "cpp",
     ),
     Mutant(
         "near row for column", "where directions share an exponential, columns get the factors of the rows' places",
         "csrc/kernels/shared_exp.inl",
-        "tile.col_low + at.col, tile.g_col + at.col, at.cols, of_col)",
-        "tile.col_low + at.col, tile.g_row + (at.row < at.col ? at.row : at.col), at.cols, of_col)",
+        "tile.col_low + at.col, tile.g_col + at.col, at.cols, col_factor)",
+        "tile.col_low + at.col, tile.g_row + (at.row < at.col ? at.row : at.col), at.cols, col_factor)",
         (BUDGET, NEAR), "cpp",
     ),
     Mutant(
@@ -290,8 +290,8 @@ MUTANTS = [
     Mutant(
         "sigmoid's sign", "the gradient of a pair with equal ids keeps the sign of a negative",
         "csrc/kernels/tile_sweeps.inl",
-        "signs ? (strip.load_ids(j) == id ? -g : g) : g",
-        "signs ? (strip.load_ids(j) == id ? g : g) : g",
+        "negated ? (columns.load_ids(j) == id ? -g : g) : g",
+        "negated ? (columns.load_ids(j) == id ? g : g) : g",
         (LOSSES,), "cpp and siglip and float32",
     ),
     Mutant(
@@ -317,9 +317,9 @@ MUTANTS = [
     ),
     Mutant(
         "every part counts", "the maxima of a long item are added up part by part",
-        "csrc/max_sim/max_sim.cpp",
-        "if (out_y && xt.last)",
-        "if (out_y)",
+        "csrc/max_sim/sweep.h",
+        "if (out_y_ && xt.last)",
+        "if (out_y_)",
         (f"{MAX_SIM}::test_items_longer_than_a_block_of_the_cpp_backend",),
     ),
     Mutant(

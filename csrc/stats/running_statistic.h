@@ -1,4 +1,4 @@
-// What the sweeps of a forward add up to, and how a backward reads it.
+// What a forward adds up for one direction, and how a backward reads it.
 #pragma once
 #include <ATen/ATen.h>
 
@@ -12,13 +12,13 @@
 
 namespace fc {
 
-// Running log-sum-exps of one direction over the whole of S (or, where not `log`, sums), and the partials of one
-// section's tiles: `parts` runs of `length`. Tiles write partials in parallel; `merge` adds them in a fixed order, so
-// the result does not depend on the number of threads.
+// The log-sum-exps of one direction, or sums where not `log`, over all of S; and the partial ones of a section, `parts`
+// runs of `length`. Tiles write these in parallel and `merge` adds them in a fixed order, so that the result does not
+// depend on the number of threads.
 template <class T>
-class Totals {
+class RunningStatistic {
  public:
-  Totals(bool asked, int64_t size, bool log)
+  RunningStatistic(bool asked, int64_t size, bool log)
       : asked_(asked),
         log_(log),
         max_(asked && log ? size : 0, -std::numeric_limits<T>::infinity()),
@@ -36,18 +36,19 @@ class Totals {
   }
   T* part_sum(int64_t part, int64_t offset) { return asked_ ? part_sum_.data() + part * length_ + offset : nullptr; }
 
-  // A tile of `size` that has nothing to add.
+  // A tile of `size` has nothing to add.
   void skip(int64_t part, int64_t offset, int64_t size) {
     if (T* max = part_max(part, offset)) std::fill_n(max, size, -std::numeric_limits<T>::infinity());
     if (T* sum = part_sum(part, offset)) std::fill_n(sum, size, T(0));
   }
 
+  // Adds the parts to the whole, from its element `first` on.
   void merge(int64_t first) {
     if (!asked_) return;
     for (int64_t p = 0; p < parts_; ++p) {
       const T* part = part_sum(p, 0);
       if (log_)
-        kernels<T>().merge(max_.data() + first, sum_.data() + first, part_max(p, 0), part, length_);
+        tile_kernels<T>().merge(max_.data() + first, sum_.data() + first, part_max(p, 0), part, length_);
       else
         std::transform(part, part + length_, plain_sum_.begin() + first, plain_sum_.begin() + first, std::plus<>());
     }
@@ -72,15 +73,16 @@ class Totals {
   std::vector<double> plain_sum_;
 };
 
-// A double log-normaliser as a sum of two T, 0 where nothing was left to normalise (-inf).
+// Log-normalisers, given in double, as sums of two T each; 0 where a row had nothing left to normalise (-inf).
 template <class T>
 struct Normaliser {
   std::vector<T> high, low;
 
   explicit Normaliser(int64_t size) : high(size), low(size) {}
   explicit Normaliser(const at::Tensor& value) : Normaliser(value.numel()) { set(0, value); }
+  // `value` is contiguous.
   void set(int64_t first, const at::Tensor& value) {
-    const double* v = value.const_data_ptr<double>();  // contiguous
+    const double* v = value.const_data_ptr<double>();
     for (int64_t i = 0; i < value.numel(); ++i) {
       const double finite = v[i] == -std::numeric_limits<double>::infinity() ? 0 : v[i];
       high[first + i] = static_cast<T>(finite);

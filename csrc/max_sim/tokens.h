@@ -1,0 +1,92 @@
+// Tokens of late interaction as its kernels read them: packed, only the real ones, item after item, and cut into
+// blocks.
+#pragma once
+#include <ATen/ATen.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "common/input.h"
+#include "common/integers.h"
+
+namespace fc {
+
+// The real tokens of all items of x, or of y, in the compute dtype.
+struct TokenSide {
+  at::Tensor tokens;           // (real, D)
+  std::vector<int64_t> start;  // (items + 1,) where each item's tokens begin
+  int64_t items, length;       // length: T or P, tokens per item, real or not
+  at::Tensor places;           // (real,) where each token stands among all; undefined if all are real
+
+  TokenSide(const char* name, const at::Tensor& x, const OptionalTensor& lengths, at::ScalarType dtype)
+      : items(x.size(0)), length(x.size(1)) {
+    const at::Tensor all = readable(name, x, x.scalar_type()).view({items * length, x.size(2)});
+    start.push_back(0);
+    if (lengths) {
+      check_sizes("lengths", *lengths, {items});
+      const at::Tensor count = indices("lengths", *lengths, length + 1);
+      places = at::arange(length).lt(count.unsqueeze(1)).flatten().nonzero().squeeze(1);
+      tokens = all.index_select(0, places).to(dtype);
+      for (int64_t i = 0; i < items; ++i) start.push_back(start[i] + count.const_data_ptr<int64_t>()[i]);
+    } else {
+      tokens = all.to(dtype).contiguous();
+      for (int64_t i = 0; i < items; ++i) start.push_back(start[i] + length);
+    }
+  }
+  int64_t count(int64_t item) const { return start[item + 1] - start[item]; }
+  int64_t dim() const { return tokens.size(1); }
+
+  // Makes a gradient of the packed tokens one of x, in its dtype.
+  at::Tensor unpack(const at::Tensor& gradient, const at::Tensor& x) const {
+    const at::Tensor cast = gradient.to(x.scalar_type());
+    if (!places.defined()) return cast.view(x.sizes());
+    return at::zeros({items * length, dim()}, cast.options()).index_copy_(0, places, cast).view(x.sizes());
+  }
+};
+
+// Packed tokens [begin, end) of items [item0, item1): whole items, or a part of one item.
+struct TokenBlock {
+  int64_t item0, item1, begin, end;
+  int64_t tokens() const { return end - begin; }
+  int64_t items() const { return item1 - item0; }
+};
+
+// The tokens of one item that a block has.
+struct ItemPart {
+  int64_t begin, end;  // packed tokens
+  int64_t offset;      // of `begin` in the item
+  bool last;           // the item ends here
+  ItemPart(const TokenSide& side, const TokenBlock& block, int64_t item)
+      : begin(std::max(block.begin, side.start[item])),
+        end(std::min(block.end, side.start[item + 1])),
+        offset(begin - side.start[item]),
+        last(end == side.start[item + 1]) {}
+  int64_t tokens() const { return end - begin; }
+};
+
+// Cuts items [first, last) into blocks of at most `limit` tokens. Items without tokens may be left out.
+inline std::vector<TokenBlock> token_blocks(const TokenSide& side, int64_t first, int64_t last, int64_t limit) {
+  std::vector<TokenBlock> all;
+  for (int64_t i = first; i < last;) {
+    int64_t next = i + 1;
+    const int64_t begin = side.start[i], count = side.count(i);
+    if (count > limit) {
+      const int64_t parts = ceil_div(count, limit);
+      for (int64_t p = 0; p < parts; ++p)
+        all.push_back({i, next, begin + count * p / parts, begin + count * (p + 1) / parts});
+    } else {
+      while (next < last && side.start[next + 1] - begin <= limit) ++next;
+      if (side.start[next] > begin) all.push_back({i, next, begin, side.start[next]});
+    }
+    i = next;
+  }
+  return all;
+}
+
+inline int64_t longest(const std::vector<TokenBlock>& blocks) {
+  int64_t most = 0;
+  for (const TokenBlock& b : blocks) most = std::max(most, b.tokens());
+  return most;
+}
+
+}  // namespace fc

@@ -73,13 +73,13 @@ verify: $(BIN)/.fused_contrastive-test ## compare every backend with the float64
 # Libraries that ask for torchvision come without it: their loss modules are loaded alone, or listed with the reason.
 bench: $(BIN)/.fused_contrastive-bench ## time and memory beside eager, torch.compile and the libraries
 	$(BIN)/python -m pip install $(PIP) --no-deps open_clip_torch==3.3.0 lightly==1.6.0
-	$(BIN)/python -m fused_contrastive bench --suite cpu --out benchmarks/results
+	$(BIN)/python -m benchmarks --suite cpu --out benchmarks/results
 
 rehearsal: $(BIN)/.fused_contrastive-test ## launch every Triton kernel by Triton's own launcher, on a stand-in for a GPU's driver
 	$(BIN)/python tests/rehearsal
 
 configurations: $(BIN)/.fused_contrastive-test ## compile the Triton kernels for every architecture and write down what came out
-	$(BIN)/python benchmarks/configurations.py > docs/triton-configurations.md
+	$(BIN)/python tools/configurations.py > docs/triton-configurations.md
 
 docs: $(BIN)/.fused_contrastive-docs ## the documentation as a site, in site/; fails on a link that leads nowhere
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict

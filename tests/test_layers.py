@@ -22,7 +22,6 @@ LAYERS = [
     "evaluation",
     "testing",
     "verification",
-    "bench",
     "adapters",
 ]  # each may import earlier
 MODULES = sorted(path.relative_to(ROOT) for path in ROOT.rglob("*.py"))

@@ -13,10 +13,10 @@ from snippets import ROOT
 from spread import start
 from torch.utils.flop_counter import FlopCounterMode
 
-sys.path.insert(0, str(ROOT / "benchmarks"))
+sys.path.append(str(ROOT))  # the benchmarks are in no installed package
 import fused_contrastive as fc
+from benchmarks.distributed import SentBytes, as_open_clip
 from fused_contrastive.distributed import plan
-from traffic import SentBytes, as_open_clip
 
 WORLD, N, D = 4, 64, 32
 BLOCK = 2 * N * (WORLD * N) * D  # flops of one process's block of S

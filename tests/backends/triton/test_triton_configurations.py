@@ -28,7 +28,7 @@ def compiled() -> list[dict[str, Any]]:
 
     def run(*architectures: str) -> list[dict[str, Any]]:
         result = subprocess.run(
-            [sys.executable, ROOT / "benchmarks/configurations.py", "--json", "--kind", "statistics", "max_sim",
+            [sys.executable, ROOT / "tools/configurations.py", "--json", "--kind", "statistics", "max_sim",
              "--arch", *architectures],
             capture_output=True, text=True, timeout=1200, env=environment,
         )  # fmt: skip
@@ -160,8 +160,6 @@ def test_too_old_a_triton_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_the_page_shows_the_prediction() -> None:
-    result = subprocess.run(
-        [sys.executable, ROOT / "benchmarks/roofline.py"], capture_output=True, text=True, check=True
-    )
-    assert result.stdout in (ROOT / "docs/triton.md").read_text(), "remake with python benchmarks/roofline.py"
+    result = subprocess.run([sys.executable, ROOT / "tools/roofline.py"], capture_output=True, text=True, check=True)
+    assert result.stdout in (ROOT / "docs/triton.md").read_text(), "remake with python tools/roofline.py"
     assert f"from D = {memory.LEAST_D} on" in result.stdout, "what is kept by default follows another prediction"

@@ -1,7 +1,7 @@
 """Compiles what the Triton backend launches, for GPUs that are not there: a table in Markdown, or JSON.
 
-    python benchmarks/configurations.py             # docs/triton-configurations.md
-    python benchmarks/configurations.py --json      # for the tests
+    python tools/configurations.py             # docs/triton-configurations.md
+    python tools/configurations.py --json      # for the tests
 
 Small problems run on CPU tensors that pass for those of a GPU, and Triton compiles each kernel they launch, with the
 arguments that it is launched with, but does not launch it.
@@ -141,7 +141,7 @@ def measure(architectures: list[str], kinds: list[str]) -> Iterator[dict[str, An
 
 
 def rows(compiled: dict[str, Any], arch: str, source: str, options: str) -> Iterator[dict[str, Any]]:
-    """Of the kernels with tiles compiled since the last call."""
+    """A row for each kernel with tiles that was compiled since the last call."""
     for kernel in list(compiled.values()):
         row = {**described(kernel, arch), "arch": arch, "source": source, "options": options}
         if row["kernel"] not in VECTORS:

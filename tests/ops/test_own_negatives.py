@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
+import processes
 import pytest
 import torch
 import torch.nn.functional as F
@@ -107,9 +105,7 @@ step(64)
 print(step(4096))
 """
     for normalize in (False, True):
-        result = subprocess.run(
-            [sys.executable, "-c", code.replace("NORMALIZE", str(normalize))], capture_output=True, text=True
-        )
+        result = processes.run(code.replace("NORMALIZE", str(normalize)))
         assert result.returncode == 0, result.stderr
         assert float(result.stdout) < 64 + 40  # the gradient, and what the keys take
 

@@ -17,7 +17,7 @@ from torch import Tensor
 import fused_contrastive as fc
 
 WORLD = 3
-LIMIT = 30  # seconds; who waits for others waits for 60
+LIMIT = 30  # seconds; who waits for others waits longer
 
 
 def features(n: int = 4, d: int = 8, dtype: torch.dtype = torch.float32) -> Tensor:

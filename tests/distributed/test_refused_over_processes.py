@@ -31,7 +31,7 @@ from fused_contrastive.distributed.shape import GlobalShape
 from fused_contrastive.ops import dispatch
 
 WORLDS, N, D = (2, 3), 4, 8
-LIMIT = 30  # seconds; a refusal takes milliseconds, but the machine may be busy; who was not told waits for 60
+LIMIT = 30  # seconds; a refusal takes milliseconds, but the machine may be busy; who was not told waits longer
 # A process that was not given the group has nobody to tell.
 NOT_TOLD = {"group"}
 MISSING = object()
@@ -131,7 +131,7 @@ def functions_with_a_group() -> dict[str, Callable[..., Any]]:
 
 
 def cases(world: int = 2) -> Iterator[tuple[str, str, Any]]:
-    """The key of a good call, an argument of its function, and a bad value of that. In three processes, one of these."""
+    """The key of a good call, an argument of its function, and a bad value of that; of three processes, one value."""
     bad = bad_values() if world == 2 else {argument: values[1:2] for argument, values in bad_values().items()}
     for call, options in good_calls().items():
         name, *another = call.split(",")
@@ -313,7 +313,7 @@ def odd_calls(odd: bool, group: dist.ProcessGroup) -> list[tuple[str, Callable[[
 
 def leave(rank: int) -> tuple[str, str]:
     """Process 1 runs out of memory after all have agreed: what it and the others see, then and in the next call."""
-    group = dist.new_group(timeout=timedelta(seconds=2))
+    group = dist.new_group(timeout=timedelta(seconds=5))
     x = floats(N, D)
 
     def out_of_memory(*_: object) -> None:

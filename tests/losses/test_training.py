@@ -202,7 +202,7 @@ LOSSES: dict[str, Callable[[], tuple[Loss, Loss]]] = {  # ours, and eager's
 
 
 def work(rank: int, folder: str, seed: int, data: list[Batch]) -> None:
-    options = {"init_method": f"file://{folder}/store", "timeout": timedelta(seconds=60)}
+    options = {"init_method": f"file://{folder}/store", "timeout": timedelta(seconds=processes.HANGS)}
     dist.init_process_group("gloo", rank=rank, world_size=WORLD, **options)
     own = [(images.chunk(WORLD)[rank], texts.chunk(WORLD)[rank]) for images, texts in data]
     results = {}

@@ -241,10 +241,10 @@ def test_a_token_with_nothing_but_minus_infinity_has_a_maximum(backend: str) -> 
 
 @pytest.mark.parametrize("direction", ["x", "y", "both"])
 def test_memory_budgets_give_the_same(direction: str, backend: str) -> None:
-    case = on_device(random_case(5, 3, 4, 6, 8, torch.float32, masked=True, repeated=False))
+    case = on_device(random_case(3, 2, 4, 6, 8, torch.float32, masked=True, repeated=False))
     results = [
         with_gradients(ours(case, "sum", direction, backend, budget), case)
-        for budget in ("auto", 0, 3 * 6 * 2, 3 * 10 * 3)
+        for budget in ("auto", 0, 2 * 6 * 2, 2 * 10 * 2)
     ]
     for other in results[1:]:
         for a, b in zip(results[0], other, strict=True):
@@ -324,6 +324,7 @@ def test_gradcheck(direction: str, budget: object, backend: str) -> None:
     assert torch.autograd.gradcheck(scores, (x, y))
 
 
+@pytest.mark.thinned(everywhere=True)
 @pytest.mark.parametrize("both", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_opcheck(dtype: torch.dtype, both: bool, backend: str) -> None:

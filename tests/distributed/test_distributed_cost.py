@@ -5,9 +5,9 @@ from __future__ import annotations
 import sys
 import tempfile
 
+import processes
 import pytest
 import torch
-import torch.multiprocessing
 import torch.nn.functional as F
 from snippets import ROOT
 from spread import start
@@ -60,7 +60,7 @@ class sent_again:  # noqa: N801
 @pytest.fixture(scope="module")
 def counted() -> list[dict]:
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(work, (folder,), nprocs=WORLD)
+        processes.spawn(work, (folder,), nprocs=WORLD)
         return [torch.load(f"{folder}/{rank}.pt") for rank in range(WORLD)]
 
 

@@ -17,9 +17,9 @@ PIP := -q --no-compile
 # A missing compiler is an error here; 0 builds no extension, and the tests of backend "cpp" are skipped.
 export FUSED_CONTRASTIVE_EXTENSION ?= 1
 
-.PHONY: help demo test fuzz sanitize clang conformance mutants verify bench rehearsal configurations docs screenshots lint format build clean
+.PHONY: help demo test test-full fuzz sanitize clang conformance mutants verify bench rehearsal configurations docs screenshots lint format build clean
 help:
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile
 
 $(BIN)/python:
 	$(PYTHON) -m venv .venv
@@ -35,6 +35,9 @@ demo: $(BIN)/.fused_contrastive-demo ## train a small CLIP on emoji and their na
 
 test: $(BIN)/.fused_contrastive-test ## run the tests
 	$(BIN)/python -m pytest
+
+test-full: $(BIN)/.fused_contrastive-test ## run every case of the tests, which `make test` takes a choice of; an hour
+	$(BIN)/python -m pytest --full
 
 MINUTES ?= 5
 fuzz: $(BIN)/.fused_contrastive-test ## random arguments and random problems for MINUTES minutes; prints what it finds

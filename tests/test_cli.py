@@ -89,7 +89,7 @@ def test_the_first_line_says_which_backends_are_tested(
 ) -> None:
     """And of each of the others why not; on random cases and on files."""
     monkeypatch.setattr(cpp, "_unavailable", "it was not built")
-    monkeypatch.setattr(run, "FAMILY_CASES", {"quick": 3})
+    monkeypatch.setattr(run, "LOSS_CASES", {"quick": 3})
     said = "on cpu: testing reference; not testing cpp (it was not built); triton ("
     for arguments in ([], ["--features", *features]):
         assert main(["verify", "--device", "cpu", "--backend", "reference", *arguments]) == 0

@@ -163,7 +163,9 @@ def described(kernel: Any, arch: str) -> dict[str, Any]:
     constants = {kernel.src.fn.arg_names[path[0]]: v for path, v in kernel.src.constants.items() if len(path) == 1}
     tile = constants.get("TILE")
     kernel_name = found["kernel"]
-    reads = {"sigmoid_gradient": ("gemm", "slopes"), "gradient_of_kept": ("kept",)}.get(kernel_name, ("gemm",))
+    reads = {"sigmoid_gradient": ("gemm_products", "slopes"), "gradient_of_kept": ("kept",)}.get(
+        kernel_name, ("gemm_products",)
+    )
     there = {argument.split(".")[0] for argument, kind in kernel.src.signature.items() if kind != "constexpr"}
     stores = {"sigmoid_statistics": "slopes", "strip_statistics": "kept", "exact_statistics": "kept"}.get(kernel_name)
     keeps = stores in there or (kernel_name == "sigmoid_statistics" and "products_to" in there)

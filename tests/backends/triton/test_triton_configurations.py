@@ -157,7 +157,7 @@ def test_too_old_a_gpu_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_too_old_a_triton_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.metadata.version", lambda package: "3.3.1")
-    reason = triton_backend.unavailable()
+    reason = triton_backend.BACKEND.unavailable()
     assert reason is not None
     assert "needs Triton 3.4 or later, and finds 3.3.1" in reason
 

@@ -81,7 +81,7 @@ def tuned(tune: Any, kernel: str = "statistics") -> configs.Config:
     return chosen
 
 
-KEY = "given statistics float32 D=64"
+KEY = "gemm statistics float32 D=64"
 WHOLE = configs.Config(64, 32, 32, 4, 1, group=2, strip=4)._asdict()
 DAMAGED: dict[str, tuple[bytes, str]] = {
     "empty": (b"", "got no JSON (Expecting value"),
@@ -98,7 +98,7 @@ DAMAGED: dict[str, tuple[bytes, str]] = {
     "another entry": (json.dumps({"foreign": {"a": 2}}).encode(), "'foreign': expected the integers block_m"),
     "group of 0": (
         json.dumps({KEY: {**WHOLE, "group": 0}}).encode(),
-        "group=0, strip=4, split=0, fold=0) for given ",
+        "group=0, strip=4, split=0, fold=0) for gemm ",
     ),
     "tile of 48": (json.dumps({KEY: {**WHOLE, "block_m": 48}}).encode(), "got Config(block_m=48, block_n=32"),
 }
@@ -115,7 +115,7 @@ def test_a_damaged_file_is_named_once_and_replaced(name: str, tune: Any, recwarn
     (told,) = [str(warning.message) for warning in recwarn]
     assert told.startswith(f"fused_contrastive: FUSED_CONTRASTIVE_AUTOTUNE=1: {path}: ")
     assert said in told
-    assert set(json.loads(path.read_text())) == {KEY, "given gradient float32 D=64"}
+    assert set(json.loads(path.read_text())) == {KEY, "gemm gradient float32 D=64"}
     warn._told.clear()
     tuned(tune)
     assert len(recwarn) == 1

@@ -108,7 +108,8 @@ print(step(4096))
     for normalize in (False, True):
         result = processes.run(code.replace("NORMALIZE", str(normalize)))
         assert result.returncode == 0, result.stderr
-        assert float(result.stdout) < 64 + 40  # the gradient, and what the keys take
+        # The gradient, and what queries and keys take: some 40 MB, on a CPU without bfloat16 products some 100.
+        assert float(result.stdout) < 64 + 128
 
 
 def test_negatives_made_of_the_queries(backend: str) -> None:

@@ -17,9 +17,9 @@ PIP := -q --no-compile
 # A missing compiler is an error here; 0 builds no extension, and the tests of backend "cpp" are skipped.
 export FUSED_CONTRASTIVE_EXTENSION ?= 1
 
-.PHONY: help demo test fuzz sanitize clang conformance mutants verify bench rehearsal configurations docs screenshots lint format build clean
+.PHONY: help demo test test-full fuzz sanitize clang conformance mutants verify bench rehearsal configurations docs screenshots lint format build clean
 help:
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile
 
 $(BIN)/python:
 	$(PYTHON) -m venv .venv
@@ -35,6 +35,9 @@ demo: $(BIN)/.fused_contrastive-demo ## train a small CLIP on emoji and their na
 
 test: $(BIN)/.fused_contrastive-test ## run the tests
 	$(BIN)/python -m pytest
+
+test-full: $(BIN)/.fused_contrastive-test ## run every case of the tests, which `make test` takes a choice of; an hour
+	$(BIN)/python -m pytest --full
 
 MINUTES ?= 5
 fuzz: $(BIN)/.fused_contrastive-test ## random arguments and random problems for MINUTES minutes; prints what it finds
@@ -73,13 +76,13 @@ verify: $(BIN)/.fused_contrastive-test ## compare every backend with the float64
 # Libraries that ask for torchvision come without it: their loss modules are loaded alone, or listed with the reason.
 bench: $(BIN)/.fused_contrastive-bench ## time and memory beside eager, torch.compile and the libraries
 	$(BIN)/python -m pip install $(PIP) --no-deps open_clip_torch==3.3.0 lightly==1.6.0
-	$(BIN)/python -m fused_contrastive bench --suite cpu --out benchmarks/results
+	$(BIN)/python -m benchmarks --suite cpu --out benchmarks/results
 
 rehearsal: $(BIN)/.fused_contrastive-test ## launch every Triton kernel by Triton's own launcher, on a stand-in for a GPU's driver
 	$(BIN)/python tests/rehearsal
 
 configurations: $(BIN)/.fused_contrastive-test ## compile the Triton kernels for every architecture and write down what came out
-	$(BIN)/python benchmarks/configurations.py > docs/triton-configurations.md
+	$(BIN)/python tools/configurations.py > docs/triton-configurations.md
 
 docs: $(BIN)/.fused_contrastive-docs ## the documentation as a site, in site/; fails on a link that leads nowhere
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict

@@ -1,6 +1,6 @@
 """The loss of a batch spread over processes: time and bytes, beside what open_clip's flags compute.
 
-    python benchmarks/distributed.py [--world 4] [--n 1024] [--dim 512]
+    python -m benchmarks.distributed [--world 4] [--n 1024] [--dim 512]
 
 ``eager`` is open_clip's ClipLoss(local_loss=True, gather_with_grad=True), written out: both feature matrices gathered
 with gradients, each process's images against all texts and texts against all images. Values and gradients are compared
@@ -10,6 +10,7 @@ before anything is timed. Processes have one thread each; bytes are what one pro
 from __future__ import annotations
 
 import argparse
+import functools
 import tempfile
 import time
 from collections.abc import Callable
@@ -17,25 +18,65 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn
 import torch.multiprocessing
 import torch.nn.functional as F
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
+from benchmarks.provenance import line, provenance
+from benchmarks.report import table
+from benchmarks.timing import quantile
 from fused_contrastive import GlobalBatch, clip_loss
-from fused_contrastive.bench.provenance import line, provenance
-from fused_contrastive.bench.timing import quantile
-from traffic import SentBytes, as_open_clip
+from fused_contrastive.distributed import collectives
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def ours(exchange: str, **options: Any) -> Loss:
-    def loss(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
-        return clip_loss(x, y, scale, group=GlobalBatch(exchange=exchange), **options)  # type: ignore[arg-type]
+class SentBytes:
+    """Within the ``with`` block, ``total`` is what this process sends, in the collectives' usual (ring) algorithms."""
 
-    return loss
+    def __enter__(self) -> SentBytes:
+        self.total = 0.0
+        self._originals: list[tuple[Any, str, Any]] = []
+        world = dist.get_world_size()
+        share = (world - 1) / world
+        self._count(dist, "all_gather", lambda _, t, **__: t.nbytes * (world - 1))
+        self._count(collectives, "all_gather_single", lambda _, t, **__: t.nbytes * (world - 1))
+        self._count(dist, "all_reduce", lambda t, *_, **__: 2 * t.nbytes * share)
+        self._count(dist, "all_to_all_single", lambda _, t, *__, **___: t.nbytes * share)
+        self._count(dist, "scatter", lambda _, ts=None, *__, **___: sum(t.nbytes for t in ts or ()) * share)
+        self._count(dist, "batch_isend_irecv", self._sends)
+        return self
+
+    @staticmethod
+    def _sends(operations: list[dist.P2POp]) -> float:
+        return sum(operation.tensor.nbytes for operation in operations if operation.op is dist.isend)
+
+    def _count(self, owner: Any, name: str, bytes_of: Callable[..., float]) -> None:
+        original = getattr(owner, name)
+        self._originals.append((owner, name, original))
+
+        def call(*args: Any, **options: Any) -> Any:
+            self.total += bytes_of(*args, **options)
+            return original(*args, **options)
+
+        setattr(owner, name, call)
+
+    def __exit__(self, *_: object) -> None:
+        for owner, name, original in self._originals:
+            setattr(owner, name, original)
+
+
+def as_open_clip(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
+    """open_clip's ClipLoss(local_loss=True, gather_with_grad=True), written out."""
+    everyone_x = torch.cat(torch.distributed.nn.all_gather(x))
+    everyone_y = torch.cat(torch.distributed.nn.all_gather(y))
+    labels = torch.arange(len(x)) + dist.get_rank() * len(x)
+    return (F.cross_entropy(scale * x @ everyone_y.T, labels) + F.cross_entropy(scale * y @ everyone_x.T, labels)) / 2
+
+
+def ours(exchange: str, **options: Any) -> Loss:
+    return functools.partial(clip_loss, group=GlobalBatch(exchange=exchange), **options)  # type: ignore[arg-type]
 
 
 LOSSES: dict[str, Loss] = {
@@ -51,7 +92,7 @@ def step(loss: Loss, leaves: list[Tensor]) -> tuple[Tensor, ...]:
     return value.detach(), *torch.autograd.grad(value, leaves)
 
 
-def work(rank: int, world: int, n: int, dim: int, seconds: float, folder: str) -> None:
+def work(rank: int, world: int, n: int, dim: int, rounds: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
     torch.manual_seed(rank)
@@ -72,25 +113,16 @@ def work(rank: int, world: int, n: int, dim: int, seconds: float, folder: str) -
             torch.testing.assert_close(scale, mean[1], rtol=1e-3, atol=1e-4)
             torch.testing.assert_close(found[1:3], expected[1:3], rtol=1e-3, atol=1e-6)
     times: dict[str, list[float]] = {name: [] for name in LOSSES}
-    rounds = torch.tensor(0)
-    start = time.perf_counter()
-    while rounds < 5 or bool(_from_first(torch.tensor(time.perf_counter() - start < seconds))):
+    for _ in range(rounds):
         for name, loss in LOSSES.items():
             dist.barrier()
             before = time.perf_counter()
             step(loss, leaves)
             dist.barrier()
             times[name].append(time.perf_counter() - before)
-        rounds += 1
     if rank == 0:
         torch.save((times, sent), f"{folder}/result.pt")
     dist.destroy_process_group()
-
-
-def _from_first(value: Tensor) -> Tensor:
-    value = value.to(torch.uint8)
-    dist.broadcast(value, 0)
-    return value
 
 
 def main() -> None:
@@ -98,26 +130,21 @@ def main() -> None:
     parser.add_argument("--world", type=int, default=4, help="processes")
     parser.add_argument("--n", type=int, default=1024, help="rows of each")
     parser.add_argument("--dim", type=int, default=512)
-    parser.add_argument("--seconds", type=float, default=20.0)
+    parser.add_argument("--rounds", type=int, default=20)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        arguments = (options.world, options.n, options.dim, options.seconds, folder)
-        torch.multiprocessing.spawn(work, arguments, nprocs=options.world)
+        arguments = (options.world, options.n, options.dim, options.rounds, folder)
+        torch.multiprocessing.spawn(work, arguments, nprocs=options.world)  # type: ignore[attr-defined, no-untyped-call]
         times, sent = torch.load(f"{folder}/result.pt")
-    console = Console()
-    console.print(line(provenance()))
-    table = Table(title=f"{options.world} processes of {options.n} rows, D = {options.dim}, fp32, forward + backward")
-    for heading in ("", "ms: median (20%..80%)", "eager's time / this", "MB sent", "of eager's"):
-        table.add_column(heading, justify="right")
-    first = next(iter(LOSSES))
+    print(line(provenance()))
+    rows = []
     for name in LOSSES:
         low, middle, high = (1e3 * quantile(times[name], q) for q in (0.2, 0.5, 0.8))
-        ratio = 1e3 * quantile(times[first], 0.5) / middle
-        table.add_row(
-            name, f"{middle:.0f} ({low:.0f}..{high:.0f})", f"{ratio:.2f}", f"{sent[name] / 1e6:.2f}",
-            f"{sent[name] / sent[first]:.2f}",
-        )  # fmt: skip
-    console.print(table)
+        ratios = 1e3 * quantile(times["eager"], 0.5) / middle, sent[name] / sent["eager"]
+        ms, bytes_ = f"{middle:.0f} ({low:.0f}..{high:.0f})", f"{sent[name] / 1e6:.2f}"
+        rows.append([name, ms, f"{ratios[0]:.2f}", bytes_, f"{ratios[1]:.2f}"])
+    print(f"\n{options.world} processes of {options.n} rows, D = {options.dim}, fp32, forward + backward\n")
+    print("\n".join(table(["", "ms: median (20%..80%)", "eager's time / this", "MB sent", "of eager's"], rows)))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import importlib.util
 import json
 import os
@@ -29,11 +30,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # the package of this clone, installed or not; imported late, as torch takes seconds
+if not __package__:  # run as a script: the packages of this clone are imported, and not the modules of this folder
+    sys.path[0] = str(ROOT)
 
 Entry = dict[str, Any]  # "row", "column" and "status"; if that is "ok", mostly a "value"; what else was found
 LEAST = 8.0  # seconds, with less of which no stage is started
 SPARE = 3.0  # seconds, for the end of a process and for the page
+LOSSES = ("clip", "siglip", "info_nce", "nt_xent", "supcon", "max_sim")
 PEERS = (
     "ours", "ours, memory_budget=0", "eager", "2 x F.linear_cross_entropy", "2 x cut_cross_entropy", "2 x liger_kernel",
     "inf_cl", "memeff", "open_clip ClipLoss", "open_clip SigLipLoss", "siglip_kernel",
@@ -41,7 +44,7 @@ PEERS = (
 
 
 class Turn(NamedTuple):
-    """What a process of a stage is told."""
+    """The arguments of a stage's process."""
 
     until: float  # of time.monotonic
     toy: bool
@@ -57,15 +60,44 @@ class Turn(NamedTuple):
 
 
 def correctness(turn: Turn) -> Iterator[Entry]:
-    import gpu_measurements
+    """One step of each loss, in each dtype, against float64; twice, with the same bits."""
+    import torch
 
-    return gpu_measurements.correctness(turn)
+    from benchmarks import run
+
+    for dtype in [turn.part or "bf16"]:
+        torch.set_float32_matmul_precision("high" if dtype == "tf32" else "highest")
+        for loss in LOSSES:
+            for kept in (0,) if turn.toy else (0, "auto"):
+                entry: Entry = {"row": f"{loss}, memory_budget={kept}", "column": dtype}
+                if turn.left() > 0:
+                    run.attempt(entry, functools.partial(checked, turn, loss, dtype, kept))
+                else:
+                    entry["status"] = "not started: no time left"
+                yield entry
 
 
-def table(turn: Turn) -> Iterator[Entry]:
-    import gpu_measurements
+def checked(turn: Turn, loss: str, dtype: str, kept: int | str) -> Entry:
+    """The largest part of its allowed error that a value or gradient uses."""
+    import torch
 
-    return gpu_measurements.table(turn)
+    from benchmarks.check import evaluate, last_truth
+    from benchmarks.workloads import WORKLOADS, Problem
+
+    n, d = (20, 20) if turn.toy else (2100, 512)
+    if loss == "max_sim":
+        n, d = (2, 16) if turn.toy else (96, 128)
+    truth = last_truth(Problem(loss, n, d, dtype.replace("tf32", "fp32"), turn.device))
+    ours = functools.partial(WORKLOADS[loss].ours, backend="triton", memory_budget=kept)
+    results, again = evaluate(ours, truth.leaves), evaluate(ours, truth.leaves)
+    shares = {name: error / truth.allowed[name] for name, error in truth.errors(results).items()}
+    worst = max(shares, key=lambda name: shares[name])
+    found = {"value": f"{shares[worst]:.2f}", "worst": worst}
+    if (wrong := truth.wrong(results)) is not None:
+        return found | {"status": wrong}
+    if differing := [name for name in results if not torch.equal(results[name], again[name])]:
+        return found | {"status": f"WRONG: two runs differ in {', '.join(differing)}"}
+    return found
 
 
 def command(turn: Turn, *arguments: str, **environment: str) -> Entry:
@@ -89,7 +121,7 @@ def tests(turn: Turn) -> Iterator[Entry]:
     several = {"xdist": ["-n", str(min(12, os.cpu_count() or 1))], "pytest_timeout": ["--timeout", "120"]}
     options = [word for name, words in several.items() if importlib.util.find_spec(name) for word in words]
     ended = command(turn, "-m", "pytest", "-v", "-p", "no:cacheprovider", *options, which)
-    # Of each test's own line, which has a percentage: there is no summary of a run that was stopped.
+    # Counted in each test's own line, which has a percentage: a run that was stopped has no summary.
     lines = [line for line in ended["said"].splitlines() if "%]" in line]
     counts = Counter(word for line in lines for word in re.findall(r"(?<=\s)(?:PASSED|FAILED|ERROR|SKIPPED)\b", line))
     value = ", ".join(f"{count} {word.lower()}" for word, count in counts.items())
@@ -139,30 +171,38 @@ def tune(turn: Turn) -> Iterator[Entry]:
         yield {"row": found[1], "column": "tuned", "status": "ok", "value": found[2]}
 
 
-def bench(turn: Turn, name: str, *arguments: str) -> Iterator[Entry]:
-    """The rows of the command `bench`, as far as it got."""
+def bench(turn: Turn, stage: str, toy: str, *arguments: str) -> Iterator[Entry]:
+    """The rows of a suite of the benchmarks, as far as it got."""
+    name = f"gpu-day-{stage}"
     files = [turn.out / f"{name}.json", turn.out / f"{name}.partial.json"]
     for file in files:
         file.unlink(missing_ok=True)
-    yield command(turn, "-m", "fused_contrastive", "bench", "--out", str(turn.out), "--name", name, *arguments)
+    where = ("--suite", "toy", "--losses", toy) if turn.toy else ()
+    yield command(turn, "-m", "benchmarks", "--out", str(turn.out), "--name", name, *arguments, *where)
     for row in next((json.loads(file.read_text())["rows"] for file in files if file.exists()), []):
-        column = f"{row['loss']} {row['n']} x {row['d']}"
-        entry = {"row": row["implementation"], "column": column, "status": row["status"]}
+        entry = {"row": f"{row['loss']}: {row['implementation']}", "column": f"{row['n']} x {row['d']}"}
+        entry["status"] = row["status"]
         if "both" in row:
+            u = f"{1e3 * row['u_seconds']:.2f} ms, {row['unit_tflops']:.0f} TFLOP/s"
+            yield entry | {"row": f"{row['loss']}: u", "value": u, "seconds": row["u_seconds"]}
+            yield entry | {"row": f"{entry['row']}, forward", "value": f"{row['forward']['median']:.2f} u"}
             entry |= {"value": f"{row['both']['median']:.2f} u", "seconds": row["seconds"]}
         if "extra_bytes" in row:
-            entry |= {"column": f"{column}, memory", "value": f"{row['extra_bytes'] / 2**20:.0f} MB"}
+            entry |= {"row": f"{entry['row']}, memory", "value": f"{row['extra_bytes'] / 2**20:.0f} MB"}
         yield entry
 
 
+def table(turn: Turn) -> Iterator[Entry]:
+    return bench(turn, "table", "nt_xent", "--suite", "gpu-table")
+
+
 def million(turn: Turn) -> Iterator[Entry]:
-    suite = "toy --losses siglip" if turn.toy else "million"
-    return bench(turn, "gpu-day-million", "--implementations", "ours, memory_budget=0", "--suite", *suite.split())
+    return bench(turn, "million", "siglip", "--suite", "million", "--implementations", "ours, memory_budget=0")
 
 
 def peers(turn: Turn) -> Iterator[Entry]:
-    suite = "toy --losses siglip" if turn.toy else "gpu --losses clip siglip --n 16384 --d 512 --dtype bf16"
-    return bench(turn, "gpu-day-peers", "--implementations", *PEERS, "--suite", *suite.split())
+    filters = "--losses clip siglip --n 16384 --d 512 --dtype bf16" if not turn.toy else ""
+    return bench(turn, "peers", "siglip", "--suite", "gpu", *filters.split(), "--implementations", *PEERS)
 
 
 STAGES: dict[str, Callable[[Turn], Iterator[Entry]]] = {
@@ -232,6 +272,8 @@ def passed(stage: dict[str, Any]) -> bool:
 
 def markdown(made: dict[str, Any]) -> str:
     """A table of each stage, the reasons of what is not in it, and the last words of a command that failed."""
+    from benchmarks import report
+
     lines = ["# A day with a GPU", "", f"`{made['command']}`", "", f"{made['line']}.", ""]
     for stage in made["rows"]:
         entries: list[Entry] = stage["entries"]
@@ -241,9 +283,8 @@ def markdown(made: dict[str, Any]) -> str:
         }
         if cells:
             rows, columns = (list(dict.fromkeys(names)) for names in zip(*cells, strict=True))
-            lines += [f"| | {' | '.join(columns)} |", f"| --- |{' ---: |' * len(columns)}"]
-            lines += [f"| {row} | {' | '.join(cells.get((row, column), '') for column in columns)} |" for row in rows]
-            lines.append("")
+            body = [[row, *(cells.get((row, column), "") for column in columns)] for row in rows]
+            lines += report.table(["", *columns], body)
         why: dict[str, list[str]] = {}
         for entry in (entry for entry in entries if entry["status"] != "ok"):
             why.setdefault(f"{entry['row']}: {entry['status']}", []).append(entry["column"])
@@ -255,8 +296,8 @@ def markdown(made: dict[str, Any]) -> str:
 
 
 def run(options: argparse.Namespace, arguments: list[str]) -> int:
-    from fused_contrastive.bench import report
-    from fused_contrastive.bench.provenance import line, provenance
+    from benchmarks import report
+    from benchmarks.provenance import line, provenance
 
     deadline, found = time.monotonic() + 60 * options.minutes - SPARE, provenance()
     stages: list[dict[str, Any]] = []
@@ -291,7 +332,7 @@ def run(options: argparse.Namespace, arguments: list[str]) -> int:
 
 
 def cannot_start(toy: bool) -> str | None:
-    for package in ("torch", "numpy", "rich", "triton"):
+    for package in ("torch", "triton"):
         if importlib.util.find_spec(package) is None:
             return f"needs the package {package}"
     import torch

@@ -1,9 +1,9 @@
 """Time and memory of ranking N queries against N candidates, in u: the time of the blocked GEMM alone.
 
-    python benchmarks/ranking.py [--n 100000] [--dim 256] [--k 10]
+    python -m benchmarks.ranking [--n 100000] [--dim 256] [--k 10]
 
 u makes the same blocks of products in the same process and does nothing with them. All of it is timed a strip of
-queries at a time, in turns, so that a busy machine slows all alike; the ratios are of each strip. A sample of rows is
+queries at a time, in turns, so that a busy machine slows all alike; the ratios are each strip's. A sample of rows is
 checked against float64 before anything is timed. Memory is how far the resident peak rises during one call with all
 queries, its result included.
 """
@@ -11,34 +11,29 @@ queries, its result included.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
+from benchmarks.memory import rise
+from benchmarks.provenance import line, provenance
+from benchmarks.report import table
+from benchmarks.timing import quantile
 from fused_contrastive import rank, target_ranks
-from fused_contrastive.bench.memory import resident
-from fused_contrastive.bench.provenance import line, provenance
-from fused_contrastive.bench.timing import quantile
 from fused_contrastive.ops import ranking
 
 SAMPLE = 64  # rows that are checked
 ROUNDING = 1e-5  # of a float32 product of unit features, generously
 
 
-def gemm(x: Tensor, y: Tensor, room: Tensor) -> None:
+def gemm(x: Tensor, y: Tensor, scratch: Tensor) -> None:
     """The products of one strip with every block of candidates, overwritten one by one."""
-    width = ranking.BLOCK[1]
-    for column in range(0, len(y), width):
-        b = y[column : column + width]
-        torch.mm(x, b.T, out=room[: len(x) * len(b)].view(len(x), len(b)))
+    for b in y.split(ranking.BLOCK[1]):
+        torch.mm(x, b.T, out=scratch[: len(x) * len(b)].view(len(x), len(b)))
 
 
 def check(x: Tensor, y: Tensor, k: int) -> None:
@@ -56,25 +51,15 @@ def check(x: Tensor, y: Tensor, k: int) -> None:
         raise SystemExit("the sample differs from float64; a wrong ranking is not timed")
 
 
-def extra_memory(run: Callable[[], object]) -> int:
-    """Bytes that the resident peak rises by."""
-    ctypes.CDLL(None).malloc_trim(0)
-    before = resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    result = run()
-    del result
-    return resident("VmHWM") - before
-
-
 def by_strips(x: Tensor, y: Tensor, k: int) -> dict[str, list[float]]:
     """Seconds of each strip of queries against all candidates."""
     height, width = ranking.BLOCK
-    room = x.new_empty(height * width)
+    scratch = x.new_empty(height * width)
     times: dict[str, list[float]] = {}
     for rows in torch.arange(len(x)).split(height):
         strip = x[rows[0] : rows[-1] + 1]
         runs: dict[str, Callable[[], object]] = {
-            "u": partial(gemm, strip, y, room),
+            "u": partial(gemm, strip, y, scratch),
             "rank": partial(rank, strip, y, k),
             "target_ranks": partial(target_ranks, strip, y, targets=rows),
         }
@@ -91,27 +76,24 @@ def main() -> None:
     parser.add_argument("--dim", type=int, default=256)
     parser.add_argument("--k", type=int, default=10)
     options = parser.parse_args()
-
-    console = Console(width=110)
-    console.print(line(provenance()))
+    print(line(provenance()))
     x, y = (F.normalize(torch.randn(options.n, options.dim), dim=1) for _ in range(2))
     check(x, y, options.k)
     runs: dict[str, Callable[[], object]] = {
         f"rank, k = {options.k}": partial(rank, x, y, options.k),
         "target_ranks": partial(target_ranks, x, y),
     }
-    memory = {name: extra_memory(run) for name, run in runs.items()}
+    memory = {name: rise(run, "cpu")[0] for name, run in runs.items()}
     times = by_strips(x, y, options.k)
     u = times.pop("u")
-    title = f"N = {options.n}, fp32, D = {options.dim}; u = {sum(u):.1f} s"
-    table = Table(title=f"{title}; the matrix has {options.n**2 * 4 / 2**30:.1f} GB")
-    for column in ("", "median u (20%..80%)", "sum of all in u", "extra peak memory"):
-        table.add_column(column, justify="right")
+    rows = []
     for (name, extra), strips in zip(memory.items(), times.values(), strict=True):
         ratios = [t / v for t, v in zip(strips, u, strict=True)]
-        median, low, high = (f"{quantile(ratios, q):.2f}" for q in (0.5, 0.2, 0.8))
-        table.add_row(name, f"{median} ({low}..{high})", f"{sum(strips) / sum(u):.2f}", f"{extra / 2**20:.0f} MB")
-    console.print(table)
+        low, median, high = (f"{quantile(ratios, q):.2f}" for q in (0.2, 0.5, 0.8))
+        rows.append([name, f"{median} ({low}..{high})", f"{sum(strips) / sum(u):.2f}", f"{extra / 2**20:.0f} MB"])
+    matrix = options.n**2 * 4 / 2**30
+    print(f"\nN = {options.n}, fp32, D = {options.dim}; u = {sum(u):.1f} s; the matrix has {matrix:.1f} GB\n")
+    print("\n".join(table(["", "median u (20%..80%)", "sum of all in u", "extra peak memory"], rows)))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""The registry of ``fused_contrastive.bench`` under pytest-benchmark, for its statistics, storage and histograms.
+"""The registry of ``benchmarks`` under pytest-benchmark, for its statistics, storage and histograms.
 
     pytest benchmarks --benchmark-group-by=param:problem --benchmark-sort=min
     pytest benchmarks -k "clip and ours" --benchmark-autosave ; pytest benchmarks --benchmark-compare
 
-One implementation after the other, in milliseconds; ``python -m fused_contrastive bench`` interleaves them and counts
+One implementation after the other, in milliseconds; ``python -m benchmarks`` interleaves them and counts
 in u. Each is checked against float64 first.
 """
 
@@ -15,12 +15,11 @@ from typing import Any
 import pytest
 import torch
 
-from fused_contrastive.bench import peers  # noqa: F401  puts the libraries into the registry
-from fused_contrastive.bench.check import Truth
-from fused_contrastive.bench.implementations import REGISTRY, CannotRunError, Implementation
-from fused_contrastive.bench.run import load
-from fused_contrastive.bench.timing import step
-from fused_contrastive.bench.workloads import Problem
+from benchmarks import peers  # noqa: F401  puts the libraries into the registry
+from benchmarks.check import small_enough, wrong
+from benchmarks.implementations import REGISTRY, CannotRunError, Implementation, load
+from benchmarks.timing import step
+from benchmarks.workloads import WORKLOADS, Problem
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SIZES = (128, 1024) if DEVICE == "cpu" else (1024, 8192)
@@ -35,11 +34,11 @@ CASES = [(problem, i) for problem in PROBLEMS for i in REGISTRY if i.loss == pro
 )  # fmt: skip
 def test_loss(benchmark: Any, problem: Problem, implementation: Implementation) -> None:
     torch._dynamo.reset()
-    truth = Truth(problem)
     try:
         loss = load(implementation, problem)
     except CannotRunError as error:
         pytest.skip(str(error))
-    assert truth.wrong(implementation, loss) is None
+    assert wrong(implementation, small_enough(problem)) is None
     benchmark.extra_info.update(asdict(problem), implementation=implementation.name)
-    benchmark.pedantic(step(loss, truth.leaves, problem.device), rounds=10, warmup_rounds=2)
+    leaves = WORKLOADS[problem.loss].inputs(problem)
+    benchmark.pedantic(step(loss, leaves, problem.device), rounds=10, warmup_rounds=2)

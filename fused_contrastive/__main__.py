@@ -1,4 +1,4 @@
-"""The command line: ``python -m fused_contrastive verify | bench | compare | temperature | plan | info``."""
+"""The command line: ``python -m fused_contrastive verify | temperature | plan | info``."""
 
 from __future__ import annotations
 
@@ -13,13 +13,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from rich.console import Console
 
 from fused_contrastive import info
 from fused_contrastive.backends import cpp
-from fused_contrastive.bench import command as bench
 from fused_contrastive.core import checks
 from fused_contrastive.core.errors import InputError
+from fused_contrastive.core.terminal import Terminal
 from fused_contrastive.distributed import plan, show_plan
 from fused_contrastive.evaluation import temperature
 from fused_contrastive.ops import dispatch
@@ -28,12 +27,6 @@ from fused_contrastive.verification import run
 LARGEST = float(torch.finfo(torch.float32).max)
 FAILED = 3
 CLOSED_PIPE = 128 + 13  # the status a shell reports for a program that SIGPIPE ended
-
-
-class _Console(Console):
-    def on_broken_pipe(self) -> None:
-        """rich would exit with status 1, which means something else here."""
-        raise BrokenPipeError
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -48,7 +41,6 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--features", nargs=2, type=Path, metavar=("A.npy", "B.npy"), help="your own (N, D) features")
     verify.add_argument("--scale", type=finite, help="the logit scale for --features, 1 / temperature (default 100)")
     verify.add_argument("--save", type=Path, metavar="DIR", help="write scripts that repeat breaches to this folder")
-    bench.add_parsers(commands, positive)
     sweep = commands.add_parser(
         "temperature",
         help="how far each temperature concentrates the gradient on hard negatives: a table and a picture",
@@ -117,7 +109,7 @@ def positive(text: str) -> float:
     return value
 
 
-def _verify(options: argparse.Namespace, console: Console) -> int:
+def _verify(options: argparse.Namespace, terminal: Terminal) -> int:
     if options.features is None and options.scale is not None:
         raise InputError("--scale: got one without --features, expected both; random cases have their own scales")
     if options.features is not None and (options.grid is not None or options.seed is not None):
@@ -137,35 +129,31 @@ def _verify(options: argparse.Namespace, console: Console) -> int:
             raise InputError(f"--save: got {options.save}, expected a folder that can be written")
     if options.features is not None:
         scale = 100.0 if options.scale is None else options.scale
-        held = run.verify_features(options.features[0], options.features[1], scale, where, console, options.save)
+        held = run.verify_features(options.features[0], options.features[1], scale, where, terminal, options.save)
     else:
         drawn = secrets.randbits(32) if options.seed is None else options.seed
-        held = run.verify_grid(options.grid or "quick", drawn, where, console, options.save)
+        held = run.verify_grid(options.grid or "quick", drawn, where, terminal, options.save)
     return 0 if held else 1
 
 
-def _run(options: argparse.Namespace, arguments: Sequence[str], console: Console) -> int:
+def _run(options: argparse.Namespace, terminal: Terminal) -> int:
     if cpp.BACKEND.unavailable() is None:
         try:
             cpp.vector_level()  # reads FUSED_CONTRASTIVE_CPU_LEVEL
         except ValueError as error:
             raise InputError(str(error)) from error
     if options.command == "info":
-        info.show(console)
+        info.show(terminal)
         return 0
     if options.command == "verify":
-        return _verify(options, console)
+        return _verify(options, terminal)
     if options.command == "temperature":
         chosen = options.temperatures or [1 / scale for scale in options.scales or ()] or temperature.TEMPERATURES
         out = None if options.no_picture else options.out
-        temperature.run(options.x, options.y, chosen, out, options.mark, console)
+        temperature.run(options.x, options.y, chosen, out, options.mark, terminal)
         return 0
-    if options.command == "plan":
-        machine = plan.Machine(1e12 * options.tflops, 1e9 * options.gbytes, 1e9 * options.memory)
-        return show_plan.run(
-            options.batch, options.world, options.dim, options.bytes, machine, options.markdown, console
-        )
-    return bench.run(options, arguments, console)
+    machine = plan.Machine(1e12 * options.tflops, 1e9 * options.gbytes, 1e9 * options.memory)
+    return show_plan.run(options.batch, options.world, options.dim, options.bytes, machine, options.markdown, terminal)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -173,12 +161,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     3 where the command itself failed, after a traceback; 141 where nobody reads what it prints.
     """
-    arguments = sys.argv[1:] if arguments is None else arguments
     options = _parser().parse_args(arguments)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # tables have signs that not every encoding has
     try:
-        return _run(options, arguments, _Console())
+        return _run(options, Terminal())
     except InputError as error:
         print(f"python -m fused_contrastive {options.command}: error: {error}", file=sys.stderr)
         return 2

@@ -24,18 +24,14 @@ TESTS = [
     "losses/test_near_and_far",
     "ops/test_row_dots",
     "ops/test_max_sim",
-    "backends/cpp/test_kept_rows",
     "ops/test_changed_inputs",
     "losses/test_nan_payloads",
     "ops/test_operators",
     "core/test_trust",
-    "backends/cpp/test_cpp_processes",
+    "backends/cpp/test_vector_levels",
 ]
-# Of three files a part: what the C++ backend takes part in, its threads, and every vector level.
-CHOSEN = (
-    "not reference and not triton and not compile and (not test_operators or cpp) and (not test_trust or threads)"
-    " and (not test_cpp_processes or every_vector_level)"
-)
+# Of two files a part: what the C++ backend takes part in, and its threads.
+CHOSEN = "not reference and not triton and not compile and (not test_operators or cpp) and (not test_trust or threads)"
 SELECTION = ["-q", "-x", "-p", "no:cacheprovider", "-k", CHOSEN]
 
 

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is loaded: who waits leaves its core to the others
+
 from collections.abc import Iterator
 
+import interpreter
 import pytest
+import thinned
 import torch
 from seeds import SEED
 
@@ -18,14 +23,25 @@ if not torch.cuda.is_available():
 from fused_contrastive.ops import dispatch
 
 
-def pytest_report_header() -> list[str]:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--full", action="store_true", help="all cases of the tests marked 'thinned'")
+
+
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    thin = "all cases" if config.getoption("full") else "some of the cases; --full runs them all"
     return [
         f"fused_contrastive: FUSED_CONTRASTIVE_TEST_SEED={SEED} repeats these inputs",
         f"fused_contrastive: backends {', '.join(dispatch.available())}; GPU tests skip unless torch sees a GPU",
+        f"fused_contrastive: of the tests marked 'thinned', {thin}",
     ]
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.hookimpl(trylast=True)  # of what -k and the command line leave: a case that is named runs
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("full"):
+        kept = thinned.kept(items)
+        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+        items[:] = [item for item in items if item in kept]
     if torch.cuda.is_available():
         return
     for item in items:
@@ -49,12 +65,24 @@ def poisoned_memory() -> Iterator[None]:
 
 
 @pytest.fixture
-def triton_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+def full(request: pytest.FixtureRequest) -> bool:
+    """Whether as many cases are wanted as there are."""
+    return bool(request.config.getoption("full"))
+
+
+@pytest.fixture(scope="session")
+def fast_interpreter() -> None:
+    interpreter.patch_once()
+
+
+@pytest.fixture
+def triton_kernels(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     """Skips without them; under Triton's interpreter, blocks so small that small problems have several."""
     if (reason := dispatch.BACKENDS["triton"].unavailable()) is not None:
         pytest.skip(f"backend 'triton': {reason}")
     if torch.cuda.is_available():
         return
+    request.getfixturevalue("fast_interpreter")
     from fused_contrastive.backends.triton import configs, launch
 
     monkeypatch.setattr(configs, "TILE", 64)

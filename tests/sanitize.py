@@ -45,7 +45,7 @@ _C.merge_top_k(torch.ones(1, 4), 2**63 - 1, torch.zeros(1, 4), columns)
 TESTS = [
     "ops/test_stats",
     "losses/test_near_and_far",
-    "ops/test_at_once",
+    "ops/test_row_loss",
     "ops/test_row_dots",
     "losses/test_losses",
     "ops/test_max_sim",
@@ -57,6 +57,7 @@ TESTS = [
     "losses/test_adversarial_primitives",
     "ops/test_changed_inputs",
     "ops/test_operators",
+    "backends/cpp/test_vector_levels",
 ]
 # All that the C++ backend takes part in, in this process: memory is the sanitizer's there.
 CHOSEN = "not reference and not triton and not compile and not memory_does_not_grow"

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import atexit
 from datetime import timedelta
+from multiprocessing.util import Finalize
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from processes import HANGS
 from torch import Tensor
 
 from fused_contrastive import GlobalBatch
@@ -118,6 +119,6 @@ def start(rank: int, world: int, folder: str) -> None:
     """Joins this process to the others, until it ends: gloo's threads left running then can abort it."""
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world, timeout=timedelta(seconds=20)
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world, timeout=timedelta(seconds=HANGS)
     )
-    atexit.register(dist.destroy_process_group)
+    Finalize(None, dist.destroy_process_group, exitpriority=0)

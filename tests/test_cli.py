@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
@@ -34,6 +35,24 @@ def test_info(capsys: pytest.CaptureFixture[str]) -> None:
     shown = capsys.readouterr().out
     for part in (torch.__version__, "backend reference", "backend cpp", "vector level", "threads"):
         assert part in shown
+
+
+def test_every_command_without_rich(
+    features: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Plain text: the cells of a line as they stand, in columns."""
+    monkeypatch.setitem(sys.modules, "rich", None)
+    monkeypatch.setitem(sys.modules, "rich.console", None)
+    figures, files = r"[\d.]+ +" * 4, " ".join(features)
+    for command, line in (
+        ("info", r"^threads  +\d+ of \d+ CPUs$"),
+        ("plan --batch 32768 --dim 768 --world 8", rf"^32,768 +8  gather +{figures}fastest of ours$"),
+        (f"verify --backend reference --features {files}", r"^backend    option  +cases  float32 "),
+        (f"temperature {files} --no-picture", r"^ +0\.05 +20 +[\d.]+ +[\d.]+ +[\d.]+% "),
+    ):
+        assert main(command.split()) == 0
+        shown = capsys.readouterr().out
+        assert re.search(line, shown, re.MULTILINE), shown
 
 
 def test_verify_holds(capsys: pytest.CaptureFixture[str], seed: int) -> None:

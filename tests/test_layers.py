@@ -23,7 +23,6 @@ LAYERS = [
     "evaluation",
     "testing",
     "verification",
-    "bench",
     "adapters",
 ]  # each may import earlier
 CSRC = ["common", "kernels", "ranking", "max_sim", "stats", "autograd", "bindings"]  # each may include earlier

@@ -30,7 +30,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     copy = tmp_path_factory.mktemp("project")
     for name in BUILT_FROM:
         shutil.copy(ROOT / name, copy)
-    for name in ("csrc", "fused_contrastive"):
+    for name in ("csrc", "fused_contrastive", "benchmarks", "tools"):
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
     return copy
 
@@ -116,6 +116,9 @@ def test_works_without_a_compiler(project: Path, tmp_path: Path, no_compiler: di
     assert installed.returncode == 0, installed.stdout + installed.stderr
     assert "built WITHOUT its C++ CPU backend: no C++ compiler" in installed.stdout + installed.stderr
     assert not list(site.glob("fused_contrastive/_C*.so"))
+    assert {path.name for path in site.iterdir() if path.suffix != ".dist-info"} <= {"fused_contrastive", "bin"}
+    (about,) = site.glob("*.dist-info/METADATA")
+    assert re.findall(r"^Requires-Dist: ([^;\n]+)$", about.read_text(), re.MULTILINE) == ["torch>=2.8", "numpy"]
     used = use(["-c", USE.format(site=str(site))], site, no_compiler)
     assert used.returncode == 0, used.stdout + used.stderr
     shown = use(["-m", "fused_contrastive", "info"], site, {**no_compiler, "COLUMNS": "1000"})

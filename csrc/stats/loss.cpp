@@ -162,7 +162,8 @@ LossAndGradients from_kept_products(const StatsProblem& problem, const RowLoss& 
   const Direction<T> row{Normaliser<T>(row_value), g_row};
   if (loss.labels) {
     const ClassMeans<E> classes(p.x, *loss.labels);
-    const double weight = loss.over_counted ? 1. / std::max<int64_t>(1, classes.counted()) : loss.weight;
+    const double weight =
+        loss.over_counted ? 1 / static_cast<double>(std::max<int64_t>(1, classes.counted())) : loss.weight;
     const double sum = add_classes<E>(classes, row_value, p.rule.scale, weight, g_row.mutable_data_ptr<T>());
     const double factor = needs.joint ? -2 * weight : -weight;  // each pair of a class is in the loss of both its rows
     return gradients(sum, std::nullopt, row, row, [&](T* dx) { classes.add_to(dx, factor); });

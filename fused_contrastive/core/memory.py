@@ -22,7 +22,7 @@ AUTO_SHARE = {"cuda": 64}
 AUTO_SHARE_ELSEWHERE = 16
 
 # Keeping products takes a GPU's bandwidth, and saves time that grows with D. From here on, says the model of
-# benchmarks/roofline.py, half-precision products are kept faster than made again.
+# tools/roofline.py, half-precision products are kept faster than made again.
 LEAST_D = 160
 
 CPU_BYTES = 64 << 20  # of products, that "auto" keeps at most on a CPU

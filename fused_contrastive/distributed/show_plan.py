@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rich.console import Console
-from rich.table import Table
-
+from fused_contrastive.core.terminal import Terminal
 from fused_contrastive.distributed.plan import Cost, Machine, choose, costs
 
 COLUMNS = ("batch", "GPUs", "strategy", "PFLOP", "sent, GB", "memory, GB", "ms", "")
@@ -14,7 +12,7 @@ COLUMNS = ("batch", "GPUs", "strategy", "PFLOP", "sent, GB", "memory, GB", "ms",
 
 def run(
     batches: Sequence[int], worlds: Sequence[int], dim: int, itemsize: int, machine: Machine, markdown: bool,
-    console: Console,
+    terminal: Terminal,
 ) -> int:  # fmt: skip
     """Prints a row per strategy, for every batch on every number of GPUs. 1 if none of ours fits somewhere, else 0."""
     head = (
@@ -33,18 +31,13 @@ def run(
                     (f"{batch:,}", f"{world:,}", *_figures(cost), "fastest of ours" if cost is best else remark)
                 )
     if markdown:
-        console.print(head + "\n", markup=False, soft_wrap=True)
+        terminal.say(head + "\n")
         for row in (COLUMNS, ("---:", "---:", "---", *("---:",) * 4, "---"), *rows):
-            console.print("| " + " | ".join(row) + " |", markup=False, soft_wrap=True)
+            terminal.say("| " + " | ".join(row) + " |")
         return int(short)
-    table = Table(title=head)
-    for k, column in enumerate(COLUMNS):
-        table.add_column(column, justify="left" if k in (2, 7) else "right")
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
+    terminal.table(head, COLUMNS, rows, right=(0, 1, 3, 4, 5, 6))
     if short:
-        console.print("some batch fits with neither gather nor ring: use more GPUs", style="red")
+        terminal.say("some batch fits with neither gather nor ring: use more GPUs", style="red")
     return int(short)
 
 

@@ -8,30 +8,30 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
-
 from fused_contrastive.core.errors import InputError
 from fused_contrastive.core.files import load_pairs
+from fused_contrastive.core.terminal import Terminal
 from fused_contrastive.evaluation.sweep import HARDEST, Row, sweep
 
 TEMPERATURES = (0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.3, 0.5, 0.7, 1.0)
 
 
-def table(rows: Sequence[Row], n: int) -> Table:
-    shown = Table(title=f"{n} pairs: how a row's {n - 1} negatives share its gradient")
-    for column in ("temperature", "scale", "loss", "effective negatives", *(f"hardest {k}" for k in HARDEST)):
-        shown.add_column(column, justify="right", no_wrap=column == "temperature")
-    for row in rows:
-        shares = (f"{row.share(k):.1%}" for k in HARDEST)
-        shown.add_row(
-            f"{row.temperature:.4g}", f"{1 / row.temperature:.4g}", f"{row.loss:.4f}", f"{row.effective:.1f}", *shares
+def show(rows: Sequence[Row], n: int, terminal: Terminal) -> None:
+    """The table: a temperature a line."""
+    columns = ("temperature", "scale", "loss", "effective negatives", *(f"hardest {k}" for k in HARDEST))
+    cells = [
+        (
+            *(f"{row.temperature:.4g}", f"{1 / row.temperature:.4g}", f"{row.loss:.4f}", f"{row.effective:.1f}"),
+            *(f"{row.share(k):.1%}" for k in HARDEST),
         )
-    return shown
+        for row in rows
+    ]
+    title = f"{n} pairs: how a row's {n - 1} negatives share its gradient"
+    terminal.table(title, columns, cells, right=range(len(columns)))
 
 
 def run(
-    x_path: Path, y_path: Path, temperatures: Sequence[float], out: Path | None, mark: float | None, console: Console
+    x_path: Path, y_path: Path, temperatures: Sequence[float], out: Path | None, mark: float | None, terminal: Terminal
 ) -> None:
     """The table for two .npy files of (N, D) pairs, and the picture if ``out`` is given.
 
@@ -51,14 +51,12 @@ def run(
             ) from error
     x, y = load_pairs(x_path, y_path)
     rows = sweep(x, y, [*temperatures, *([] if mark is None else [mark])])
-    console.print(table(rows, len(x)))
-    console.print(
-        "features normalised; scale = 1 / temperature; loss: CLIP's; shares are means over rows and directions",
-        style="dim",
-    )
+    show(rows, len(x), terminal)
+    note = "features normalised; scale = 1 / temperature; loss: CLIP's; shares are means over rows and directions"
+    terminal.say(note, style="dim")
     if out is not None:
         try:
             picture.draw(out, rows, len(x), mark)
         except (OSError, ValueError) as error:  # a folder, no permission, a format that matplotlib does not have
             raise InputError(f"--out: got {out} ({error}), expected a picture file that can be written") from error
-        console.print(f"picture: {out}", markup=False, soft_wrap=True)
+        terminal.say(f"picture: {out}")

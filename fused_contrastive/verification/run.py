@@ -10,15 +10,13 @@ from pathlib import Path
 from typing import cast
 
 import torch
-from rich.console import Console
-from rich.progress import track
-from rich.table import Table
 
 from fused_contrastive.core import hints
 from fused_contrastive.core.budget import Deviation, largest_finite
 from fused_contrastive.core.errors import InputError
 from fused_contrastive.core.files import load_pairs
 from fused_contrastive.core.spec import BackendName, compute_dtype
+from fused_contrastive.core.terminal import Styled, Terminal
 from fused_contrastive.ops import dispatch
 from fused_contrastive.testing import harness
 from fused_contrastive.testing.cases import DIMS, DTYPES, SCALES, SIZES, Case, grid, sample, sample_of_grid
@@ -50,11 +48,10 @@ class Cell:
             if self.worst is None or deviation.share > self.worst.share:
                 self.worst, self.worst_case = deviation, str(case)
 
-    def __str__(self) -> str:
+    def shown(self) -> Styled:
         if self.worst is None:
-            return "-"
-        text = f"{self.worst.share:.2f} {self.worst.quantity}"
-        return f"[bold red]{text}[/bold red]" if self.breaches else text
+            return Styled("-", "")
+        return Styled(f"{self.worst.share:.2f} {self.worst.quantity}", "bold red" if self.breaches else "")
 
 
 @dataclass
@@ -85,13 +82,14 @@ class Report:
             best.setdefault((backend, case.option), (case, backend))
         return list(best.values())
 
-    def table(self) -> Table:
-        table = Table(title="Largest share of the error budget used, and by which value or gradient")
-        for name in ("backend", "option", "cases", *DTYPES):
-            table.add_column(str(name).removeprefix("torch."), justify="right" if name == "cases" else "left")
-        for (backend, option), row in sorted(self.rows.items()):
-            table.add_row(backend, option, str(sum(cell.cases for cell in row.values())), *map(str, row.values()))
-        return table
+    def show(self, terminal: Terminal) -> None:
+        columns = ("backend", "option", "cases", *(str(dtype).removeprefix("torch.") for dtype in DTYPES))
+        rows: list[tuple[str | Styled, ...]] = [
+            (backend, option, str(sum(cell.cases for cell in row.values())), *(cell.shown() for cell in row.values()))
+            for (backend, option), row in sorted(self.rows.items())
+        ]
+        title = "Largest share of the error budget used, and by which value or gradient"
+        terminal.table(title, columns, rows, right=(2,))
 
 
 @dataclass(frozen=True)
@@ -169,7 +167,7 @@ def check(cases: Iterable[Case], where: Target, report: Report) -> None:
             report.add(case, backend, expectation.deviations(results))
 
 
-def verify_grid(which: str, seed: int, where: Target, console: Console, save: Path | None = None) -> bool:
+def verify_grid(which: str, seed: int, where: Target, terminal: Terminal, save: Path | None = None) -> bool:
     """Prints the table for a grid of cases, and scripts that repeat breaches; True if there are none.
 
     ``save``: a folder for these scripts.
@@ -177,15 +175,15 @@ def verify_grid(which: str, seed: int, where: Target, console: Console, save: Pa
     quick = which == "quick"
     cases = list(sample_of_grid(QUICK_CASES, seed) if quick else grid(DTYPES, SIZES, DIMS, SCALES, seed))
     losses = list(sample(LOSS_CASES[which], seed))
-    console.print(str(where), markup=False, highlight=False, soft_wrap=True)
-    console.print(f"{len(cases)} cases of the primitive and CLIP, {len(losses)} of all losses, seed {seed}")
+    terminal.say(str(where))
+    terminal.say(f"{len(cases)} cases of the primitive and CLIP, {len(losses)} of all losses, seed {seed}")
     report = Report()
-    check(track([*cases, *losses], description="verify", console=console, transient=True), where, report)
-    return _conclude(report, where, console, save)
+    check(terminal.progress([*cases, *losses], "verify"), where, report)
+    return _conclude(report, where, terminal, save)
 
 
 def verify_features(
-    x_path: Path, y_path: Path, scale: float, where: Target, console: Console, save: Path | None = None
+    x_path: Path, y_path: Path, scale: float, where: Target, terminal: Terminal, save: Path | None = None
 ) -> bool:
     """The same for the CLIP loss on a user's own features, (N, D) arrays of one shape.
 
@@ -197,9 +195,9 @@ def verify_features(
         raise InputError(f"--features: got {x.dtype}, expected a dtype that {', '.join(where.backends)} takes")
     norms = (torch.linalg.vector_norm(t, dim=1, dtype=torch.float64).max().item() for t in (x, y))
     _refuse_overflow("differences of logits", 2 * max(1.0, abs(scale)) * math.prod(norms), compute_dtype(x.dtype))
-    console.print(str(where), markup=False, highlight=False, soft_wrap=True)
+    terminal.say(str(where))
     if (hint := hints.hint({str(x_path): x, str(y_path): y}, "--scale", scale)) is not None:
-        console.print(f"hint: {hint.text}", style="yellow", markup=False, soft_wrap=True)
+        terminal.say(f"hint: {hint.text}", style="yellow")
     sizes = Sizes(len(x), x.shape[1], x.dtype, scale)
     cases = [Case("clip", option, sizes, seed=0, features=(x, y)) for option in LOSSES["clip"].options]
     report = Report()
@@ -209,7 +207,7 @@ def verify_features(
             for name, truth in harness.expected(case, where.device).truth.items():
                 dtype = x.dtype if name.endswith("_features") else compute_dtype(x.dtype)
                 _refuse_overflow(name, largest_finite(truth), dtype)
-    return _conclude(report, where, console, save, (x_path, y_path))
+    return _conclude(report, where, terminal, save, (x_path, y_path))
 
 
 def _refuse_overflow(what: str, largest: float, dtype: torch.dtype) -> None:
@@ -234,31 +232,31 @@ def _fitting(n: int) -> Iterator[None]:
 
 
 def _conclude(
-    report: Report, where: Target, console: Console, save: Path | None, features: tuple[Path, Path] | None = None
+    report: Report, where: Target, terminal: Terminal, save: Path | None, features: tuple[Path, Path] | None = None
 ) -> bool:
-    console.print(report.table())
+    report.show(terminal)
     for cell in report.cells:
         if cell.breaches:
-            console.print(f"[red]breach[/red] {cell.worst_case}: {cell.worst}", soft_wrap=True)
-    unsaved = _show_scripts(report, where, console, save, features)
+            terminal.say(f"breach {cell.worst_case}: {cell.worst}", style="red")
+    unsaved = _show_scripts(report, where, terminal, save, features)
     checks = sum(cell.checks for cell in report.cells)
-    verdict = "[red]BREACHED[/red]" if report.breaches else "[green]held[/green]"
-    console.print(f"error budget {verdict}: {report.breaches} breaches in {checks} values and gradients")
+    verdict, style = ("BREACHED", "red") if report.breaches else ("held", "green")
+    terminal.say(f"error budget {verdict}: {report.breaches} breaches in {checks} values and gradients", style)
     if unsaved is not None:
         raise InputError(f"--save: got {save} ({unsaved.strerror}), expected a folder to write to") from unsaved
     return report.breaches == 0
 
 
 def _show_scripts(
-    report: Report, where: Target, console: Console, save: Path | None, features: tuple[Path, Path] | None
+    report: Report, where: Target, terminal: Terminal, save: Path | None, features: tuple[Path, Path] | None
 ) -> OSError | None:
     """What went wrong when they were saved, if anything did."""
     unsaved: OSError | None = None
     shown = report.simplest()[:SCRIPTS]
     for number, (case, backend) in enumerate(shown, start=1):
         text = script(case, backend, where.device, features)
-        console.print(f"\n# ---- repeats breach {number}", markup=False, highlight=False)
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
+        terminal.say(f"\n# ---- repeats breach {number}")
+        terminal.say(text)
         if save is not None:
             path = save / f"breach_{number}.py"
             try:
@@ -267,7 +265,7 @@ def _show_scripts(
             except OSError as error:
                 unsaved = error
                 continue
-            console.print(f"# saved as {path}", markup=False, highlight=False, soft_wrap=True)
+            terminal.say(f"# saved as {path}")
     if len(report.failed) > len(shown):
-        console.print(f"{len(report.failed) - len(shown)} more cases breach the budget, whose scripts are not shown")
+        terminal.say(f"{len(report.failed) - len(shown)} more cases breach the budget, whose scripts are not shown")
     return unsaved

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import signal
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,10 @@ import pytest
 import torch
 from snippets import ROOT
 
-from fused_contrastive.__main__ import _parser
-from fused_contrastive.bench.command import FILTERS, chosen
-from fused_contrastive.bench.implementations import REGISTRY
-
-BENCHMARKS = ROOT / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
-import gpu_day  # noqa: E402
-import gpu_measurements  # noqa: E402
+from benchmarks import gpu_day
+from benchmarks.__main__ import chosen, parse
+from benchmarks.implementations import REGISTRY
+from benchmarks.workloads import WORKLOADS
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="stops processes by POSIX signals")
 INTERPRETED = pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter is for machines without a GPU")
@@ -48,32 +44,32 @@ def a_day(script: Path, out: Path, monkeypatch: pytest.MonkeyPatch, *arguments: 
 
 
 @INTERPRETED
-def test_all_of_it_at_toy_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_toy_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All stages but the last two, which run the same benchmarks as the table."""
     pytest.importorskip("triton")
-    code, stages, page = a_day(BENCHMARKS / "gpu_day.py", tmp_path, monkeypatch, "--minutes", "9")
+    asked = ["correctness", "tests", "table", "tune"]
+    script = ROOT / "benchmarks/gpu_day.py"
+    code, stages, page = a_day(script, tmp_path, monkeypatch, "--minutes", "9", "--stage", *asked)
     assert code == 0, page
-    assert list(stages) == list(gpu_day.STAGES)
+    assert list(stages) == asked
     for name, stage in stages.items():
         assert stage["status"] == "done", f"{name}: {stage}"
         assert f"## {name}: done, " in page
     rows = {name: {e["row"] for e in stage["entries"] if "value" in e} for name, stage in stages.items()}
-    assert rows["correctness"] == {f"{loss}, memory_budget=0" for loss in gpu_measurements.LOSSES}
+    assert rows["correctness"] == {f"{loss}, memory_budget=0" for loss in gpu_day.LOSSES}
     assert {e["column"] for e in stages["correctness"]["entries"]} == {"bf16"}
     assert set(stages["tests"]["entries"][0]["counts"]) == {"PASSED"}
-    assert rows["table"] >= {"u", "forward", "forward, everything kept", "clip step, eager"}
-    for loss in ("clip", "siglip", "info_nce"):
-        assert rows["table"] >= {f"{loss} step, nothing kept", f"{loss} step, auto"}
+    measured = {f"nt_xent: {name}" for name in ("ours", "ours, memory_budget=0", "ours, everything kept", "eager")}
+    assert rows["table"] >= {"nt_xent: u", *measured, *(f"{row}, forward" for row in measured)}
     assert {"half statistics", "half gradient", "half sums"} <= {row.partition(" bfloat16")[0] for row in rows["tune"]}
-    assert rows["million"] == {"ours, memory_budget=0"}
-    assert rows["peers"] >= {"ours", "ours, memory_budget=0", "eager"}
-    assert "- siglip_kernel: needs cuda (siglip 64 x 20)" in page
+    assert "- nt_xent: lightly NTXentLoss: " in page or "nt_xent: lightly NTXentLoss" in rows["table"]
     assert f"torch {torch.__version__}" in page
 
 
 STAGES = """
 import os, subprocess, sys, time
-sys.path.insert(0, {benchmarks!r})
-import gpu_day
+sys.path.insert(0, {root!r})
+from benchmarks import gpu_day
 
 def fine(turn):
     yield {{"row": "step", "column": "bf16", "status": "ok", "value": "0.25"}}
@@ -109,7 +105,7 @@ def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(gpu_day, "LEAST", 1.0)
     monkeypatch.setattr(gpu_day, "SPARE", 0.5)
     path = tmp_path / "script.py"
-    path.write_text(STAGES.format(benchmarks=str(BENCHMARKS)))
+    path.write_text(STAGES.format(root=str(ROOT)))
     return path
 
 
@@ -151,30 +147,24 @@ def test_the_exit_code_is_that_of_correctness(script: Path, tmp_path: Path, monk
     assert "## tests: not started: 0 s left, 0 s" in page
 
 
-def test_the_benchmark_has_what_a_gpu_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_suites_have_what_a_gpu_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the toy sizes do not try: filters that leave something of the suites for a GPU."""
-    asked: dict[str, argparse.Namespace] = {}
+    asked: dict[str, list[tuple[str, int, int]]] = {}
 
     def command(turn: gpu_day.Turn, *arguments: str, **environment: str) -> gpu_day.Entry:
-        assert arguments[:2] == ("-m", "fused_contrastive")
-        options = _parser().parse_args(arguments[2:])
-        asked[options.name] = options
+        options = parse(arguments[2:])
+        asked[options.name] = [(problem.loss, problem.n, problem.d) for problem, _ in chosen(options).timed]
         return {"status": "ok", "said": ""}
 
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(gpu_day, "command", command)
-    for stage in (gpu_day.million, gpu_day.peers):
+    for stage in (gpu_day.table, gpu_day.million, gpu_day.peers):
         list(stage(gpu_day.Turn(0.0, False, None, tmp_path)))
-    suites = []
-    for options in asked.values():
-        filters = {name: given for name in FILTERS if (given := getattr(options, name)) is not None}
-        suites.append(chosen(options.suite, filters))
-    assert [(problem.loss, problem.n) for problem, _ in suites[0].timed] == [("clip", 2**20)]
-    assert suites[0].only == ("ours, memory_budget=0",)
-    assert [(problem.loss, problem.n, problem.d) for problem, _ in suites[1].timed] == [
-        ("clip", 16384, 512), ("siglip", 16384, 512)
-    ]  # fmt: skip
-    known = {i.name for i in REGISTRY if i.loss in ("clip", "siglip")}
-    assert known - set(gpu_day.PEERS) == {"torch.compile(eager)", "ours, backend=reference"}
+    assert len(asked["gpu-day-table"]) == 27
+    assert asked["gpu-day-million"] == [("clip", 2**20, 512)]
+    assert asked["gpu-day-peers"] == [("clip", 16384, 512), ("siglip", 16384, 512)]
+    known = {one.name for one in REGISTRY if one.loss in ("clip", "siglip")}
+    assert known - set(gpu_day.PEERS) == {"torch.compile(eager)", "ours, backend=reference", "ours, everything kept"}
 
 
 def turn(seconds: float = 60.0) -> gpu_day.Turn:
@@ -184,54 +174,21 @@ def turn(seconds: float = 60.0) -> gpu_day.Turn:
 @INTERPRETED
 def test_a_wrong_value_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
-    right, calls = gpu_measurements.clip_loss, []
+    right, calls = WORKLOADS["clip"], iter(range(9))
 
-    def entry() -> gpu_day.Entry:
-        def work() -> gpu_day.Entry:
-            return gpu_measurements.checked(turn(), "clip", "tf32", backend="triton", memory_budget=0)
-
-        return gpu_measurements.attempt(turn(), "clip", "tf32", work)
-
-    def off(*leaves: Any, **options: Any) -> Any:
-        return 1.1 * right(*leaves, **options)
-
-    def unsteady(*leaves: Any, **options: Any) -> Any:
-        calls.append(1)
-        return (1 + 2e-7 * len(calls)) * right(*leaves, **options)
+    def status(ours: Any) -> str:
+        monkeypatch.setitem(WORKLOADS, "clip", replace(right, ours=ours))
+        return next(gpu_day.correctness(turn()))["status"]  # type: ignore[no-any-return]
 
     def no_room(*leaves: Any, **options: Any) -> Any:
         raise torch.OutOfMemoryError("no room for G")
 
-    assert entry()["status"] == "ok"
-    monkeypatch.setattr(gpu_measurements, "clip_loss", off)
-    assert entry()["status"].startswith("WRONG: ")
-    monkeypatch.setattr(gpu_measurements, "clip_loss", unsteady)
-    assert entry()["status"].startswith("WRONG: two runs differ in loss")
-    monkeypatch.setattr(gpu_measurements, "clip_loss", no_room)
-    assert entry()["status"] == "out of memory: OutOfMemoryError: no room for G"
-    late = gpu_measurements.attempt(turn(0), "clip", "bf16", lambda: {})
-    assert late["status"] == "not started: no time left"
-
-
-def test_what_cannot_be_timed_is_told_beside_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = iter([9.0, 2.0, 2.5, 2.0])  # the first one compiles
-
-    def later() -> float:
-        return next(calls, None) or no_room()
-
-    def no_room() -> float:
-        raise torch.OutOfMemoryError("no room")
-
-    runs = {"u": lambda: 0.5, "forward": lambda: 1.0, "step": no_room, "kept": later}
-    monkeypatch.setattr(gpu_measurements, "quantities", lambda problem: dict(runs))
-    monkeypatch.setattr(gpu_measurements, "LONG", 0.0)
-    problem = gpu_measurements.Problem("clip", 20, 20, "bf16")
-    whole = turn()._replace(toy=False)
-    found = {entry["row"]: entry for entry in gpu_measurements.timed(whole, problem)}
-    assert found["step"]["status"] == found["kept"]["status"] == "out of memory: OutOfMemoryError: no room"
-    assert found["forward"]["value"] == "2.00"
-    assert found["u"]["rounds"] == gpu_measurements.FEWEST
-    assert found["u"]["value"].startswith("500.00 ms, ")
+    assert status(right.ours) == "ok"
+    assert status(lambda *leaves, **options: 1.1 * right.ours(*leaves, **options)).startswith("WRONG: loss is off by")
+    unsteady = status(lambda *leaves, **options: (1 + 1e-6 * next(calls)) * right.ours(*leaves, **options))
+    assert unsteady.startswith("WRONG: two runs differ in loss")
+    assert status(no_room) == "out of memory: OutOfMemoryError: no room for G"
+    assert {entry["status"] for entry in gpu_day.correctness(turn(0))} == {"not started: no time left"}
 
 
 def test_a_command_that_is_stopped_has_said_something() -> None:

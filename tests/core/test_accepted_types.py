@@ -14,6 +14,7 @@ from torch import Tensor
 import fused_contrastive as fc
 
 N, D = 12, 8
+ITEMS = 4  # with tokens
 Loss = Callable[..., Tensor]
 
 
@@ -37,6 +38,7 @@ INTEGERS: dict[str, Callable[[Tensor, dict[str, Any]], Tensor]] = {
 }
 
 
+@pytest.mark.thinned("name", "dtype")
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.int8, torch.uint8], ids=str)
 @pytest.mark.parametrize("name", INTEGERS)
 def test_any_integer_dtype(name: str, dtype: torch.dtype, backend: str, seed: int) -> None:
@@ -55,8 +57,8 @@ BY_SCALE: dict[str, Loss] = {
     "supcon": lambda s, **o: fc.supcon_loss(features(N), torch.arange(N) % 3, **s, **o),
     "siglip": lambda s, **o: fc.siglip_loss(features(N), features(N), logit_bias=-5.0, **s, **o),
     "SigLipLoss": lambda s, **o: fc.SigLipLoss(**o)(features(N), features(N), logit_bias=-5.0, **s),
-    "filip": lambda s, **o: fc.filip_loss(features(N, 3), features(N, 4), **s, **o),
-    "FilipLoss": lambda s, **o: fc.FilipLoss(**o)(features(N, 3), features(N, 4), **s),
+    "filip": lambda s, **o: fc.filip_loss(features(ITEMS, 3), features(ITEMS, 4), **s, **o),
+    "FilipLoss": lambda s, **o: fc.FilipLoss(**o)(features(ITEMS, 3), features(ITEMS, 4), **s),
     "x_clip": lambda s, **o: fc.x_clip_loss(features(1, N), features(1, N), **s, **o),
 }
 
@@ -104,23 +106,24 @@ def test_a_bias_of_one_element(backend: str) -> None:
 
 
 BY_MASK: dict[str, Callable[[Tensor, str], Tensor]] = {
-    "filip": lambda m, b: fc.filip_loss(features(N, 3), features(N, 4), 9.0, text_mask=m, backend=b),
-    "filip's image": lambda m, b: fc.filip_loss(features(N, 4), features(N, 3), 9.0, image_mask=m, backend=b),
-    "max_sim": lambda m, b: fc.max_sim(features(N, 4), features(N, 3), m, backend=b).sum(),
-    "max_sim's y": lambda m, b: fc.max_sim(features(N, 3), features(N, 4), y_mask=m, backend=b).sum(),
+    "filip": lambda m, b: fc.filip_loss(features(ITEMS, 3), features(ITEMS, 4), 9.0, text_mask=m, backend=b),
+    "filip's image": lambda m, b: fc.filip_loss(features(ITEMS, 4), features(ITEMS, 3), 9.0, image_mask=m, backend=b),
+    "max_sim": lambda m, b: fc.max_sim(features(ITEMS, 4), features(ITEMS, 3), m, backend=b).sum(),
+    "max_sim's y": lambda m, b: fc.max_sim(features(ITEMS, 3), features(ITEMS, 4), y_mask=m, backend=b).sum(),
     "x_clip": lambda m, b: fc.x_clip_loss(
-        features(1, N, 4), features(1, N, 3), 9.0, text_mask=m, use_all_token_embeds=True, backend=b
+        features(1, ITEMS, 4), features(1, ITEMS, 3), 9.0, text_mask=m, use_all_token_embeds=True, backend=b
     ),
 }
 
 
+@pytest.mark.thinned("name", "dtype")
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", BY_MASK)
 def test_a_mask_of_0_and_1(name: str, dtype: torch.dtype, backend: str, seed: int) -> None:
     found = []
     for kind in (torch.bool, dtype):
         torch.manual_seed(seed)
-        mask = torch.arange(4) < 1 + torch.randint(4, (N, 1))
+        mask = torch.arange(4) < 1 + torch.randint(4, (ITEMS, 1))
         found.append(BY_MASK[name](mask.to(kind), backend))
     assert torch.equal(*found)
 
@@ -129,7 +132,7 @@ def test_a_mask_of_0_and_1(name: str, dtype: torch.dtype, backend: str, seed: in
 @pytest.mark.parametrize("values", [(0.0, -torch.inf), (0.5, 1.0), (0, 2)])
 def test_a_mask_that_means_something_else(name: str, values: tuple[float, float]) -> None:
     low, high = (f"{value:g}" for value in sorted(values))
-    mask = torch.tensor(values).repeat(N, 2)
+    mask = torch.tensor(values).repeat(ITEMS, 2)
     with pytest.raises(ValueError, match=rf"mask: got values from {low} to {high}, expected a bool tensor"):
         BY_MASK[name](mask, "reference")
 
@@ -146,7 +149,7 @@ def dtensor() -> Iterator[Callable[[Tensor], Tensor]]:
 
 
 def test_masks_of_numbers_in_a_batch_of_calls(backend: str) -> None:
-    x, y, masks = features(N, 4), features(N, 3), torch.randint(2, (3, N, 4))
+    x, y, masks = features(ITEMS, 4), features(ITEMS, 3), torch.randint(2, (3, ITEMS, 4))
     run = lambda mask: fc.filip_loss(x, y, 9.0, image_mask=mask, backend=backend)  # noqa: E731
     found = torch.vmap(run)(masks)
     torch.testing.assert_close(found, torch.stack([run(mask) for mask in masks]))

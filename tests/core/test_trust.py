@@ -1,18 +1,18 @@
-"""Calls beside other calls, after a fork, ten thousand times over, and cut short by Ctrl-C."""
+"""Calls beside other calls, after a fork, thousands of times over, and cut short by Ctrl-C."""
 
 from __future__ import annotations
 
 import inspect
 import os
-import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
+import processes
 import pytest
 import torch
 from every_loss import LOSSES, problem, same, step
-from interrupting import seconds_to_end
+from interrupting import SOON, seconds_to_end
 
 import fused_contrastive as fc
 
@@ -20,11 +20,8 @@ POSIX = pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals and fo
 
 
 def run(code: str, *arguments: str) -> str:
-    """What a process of its own prints, which imports from where this one does."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    result = subprocess.run(
-        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=300, env=environment
-    )
+    """What a process of its own prints."""
+    result = processes.run(code, *arguments)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
 
@@ -133,31 +130,30 @@ os.wait()
 
 # The first parallel operator of these is torch's own, or ours: neither may come before the guard.
 FORK_EACH = """
-import os, sys, time, warnings
+import itertools, os, sys, time, warnings
 import torch
 import fused_contrastive as fc
 from test_trust import PUBLIC
 torch.set_num_threads(2)
-n = 3000
+n = 1500
 x, y, labels = torch.randn(n, 64), torch.randn(n, 64), torch.arange(n) % 50
 half, mask = x.half(), labels.view(-1, 4) > 3  # here: torch's own operators hang in a child
 calls = {name: eval(call) for name, call in PUBLIC.items()}
 for call in calls.values():
     call()
 sys.stdout.flush()
-warnings.simplefilter("ignore")
-if sys.argv[1:]:
-    warnings.simplefilter("error", RuntimeWarning)
 children = {}
-for name, call in calls.items():
+for name, action in itertools.product(calls, ("ignore", "error")):
+    call = calls[name]
     if (pid := os.fork()) == 0:
+        warnings.simplefilter(action, RuntimeWarning)
         try:
             call()
         except RuntimeWarning:  # an error that is caught: the next call goes on with one thread all the same
             call()
         os._exit(0 if torch.get_num_threads() == 1 else 3)
-    children[pid] = name
-end = time.time() + 30
+    children[pid] = f"{name}, warnings: {action}"
+end = time.time() + 200
 while children and time.time() < end:
     pid, status = os.waitpid(-1, os.WNOHANG)
     if pid:
@@ -226,9 +222,8 @@ def test_every_public_function_is_tried_after_a_fork() -> None:
 
 
 @POSIX
-@pytest.mark.parametrize("as_errors", [False, True], ids=["warnings ignored", "warnings as errors"])
-def test_no_public_function_hangs_in_a_forked_child(as_errors: bool) -> None:
-    assert run(FORK_EACH, *(["errors"] if as_errors else [])).split() == ["ended"]
+def test_no_public_function_hangs_in_a_forked_child() -> None:
+    assert run(FORK_EACH).split() == ["ended"]
 
 
 @POSIX
@@ -262,7 +257,7 @@ for name, call in calls.items():
 MEMORY = """
 import itertools, sys, torch
 from every_loss import LOSSES, problem, step
-inputs = problem(12, 8)
+inputs = problem(int(sys.argv[1]), 8)
 def resident():
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * 4 // 1024
@@ -272,24 +267,25 @@ names, call = itertools.cycle({names}), {call}
 for _ in range(1_000):
     call(next(names))
 before = resident()
-for _ in range(9_000):
+for _ in range(int(sys.argv[2])):
     call(next(names))
 print(resident() - before)
 """
+# With more rows, fewer calls show that some of the products are not freed.
 CALLS = {
-    "clip": (["clip"], "lambda name: step(name, inputs)"),
-    "clip forward": (["clip"], "forward"),
-    "every loss": (list(LOSSES), "lambda name: step(name, inputs)"),
-    "every loss forward": (list(LOSSES), "forward"),
+    "clip": (["clip"], "lambda name: step(name, inputs)", 12, 9_000),
+    "clip forward": (["clip"], "forward", 12, 9_000),
+    "every loss": (list(LOSSES), "lambda name: step(name, inputs)", 48, 4_000),
+    "every loss forward": (list(LOSSES), "forward", 48, 4_000),
 }
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="Linux's /proc")
 @pytest.mark.parametrize("calls", CALLS)
-def test_ten_thousand_calls_leave_nothing(calls: str) -> None:
-    """Megabytes of resident memory between call 1,000 and call 10,000."""
-    names, call = CALLS[calls]
-    assert int(run(MEMORY.format(names=names, call=call))) < 2
+def test_thousands_of_calls_leave_nothing(calls: str) -> None:
+    """Megabytes of resident memory between call 1,000 and the last one."""
+    names, call, rows, count = CALLS[calls]
+    assert int(run(MEMORY.format(names=names, call=call), str(rows), str(count))) < 2
 
 
 HEAD = """
@@ -317,6 +313,6 @@ LONG_CALLS = {
 
 @POSIX
 @pytest.mark.parametrize("call", LONG_CALLS)
-def test_ctrl_c_ends_a_call_within_a_second(call: str) -> None:
+def test_ctrl_c_ends_a_call(call: str) -> None:
     only_backward = "schema.stats_forward = at_once\n" if "backward" in call else ""
-    assert seconds_to_end(f"{HEAD}{only_backward}print('ready', flush=True)\n{LONG_CALLS[call]}") < 1
+    assert seconds_to_end(f"{HEAD}{only_backward}print('ready', flush=True)\n{LONG_CALLS[call]}") < SOON

@@ -7,10 +7,10 @@ import subprocess
 import sys
 import tempfile
 
+import processes
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
 from seeds import SEED
 from snippets import ROOT
 from spread import SPLITS, evaluate, put_together, start
@@ -53,7 +53,7 @@ def work(rank: int, world: int, folder: str, seed: int) -> None:
 @pytest.mark.parametrize("world", [2, 3, 4])
 def test_whole_batch(world: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(work, (world, folder, SEED), nprocs=world)
+        processes.spawn(work, (world, folder, SEED), nprocs=world)
         of_ranks = [torch.load(f"{folder}/{rank}.pt") for rank in range(world)]
     for (case, split, exchange), *parts in zip(all_cases(SEED, world), *of_ranks, strict=True):
         results = put_together(case, parts)
@@ -78,7 +78,7 @@ def in_sub_groups(rank: int, folder: str) -> None:
 
 def test_sub_groups() -> None:
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(in_sub_groups, (folder,), nprocs=4)
+        processes.spawn(in_sub_groups, (folder,), nprocs=4)
         results = [torch.load(f"{folder}/{rank}.pt") for rank in range(4)]
     for losses, expected in results:
         assert losses == pytest.approx([expected] * 3, rel=1e-6)
@@ -121,7 +121,7 @@ def with_texts_of_any_length(rank: int, folder: str) -> None:
 
 def test_texts_of_any_length() -> None:
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(with_texts_of_any_length, (folder,), nprocs=2)
+        processes.spawn(with_texts_of_any_length, (folder,), nprocs=2)
         for rank in range(2):
             found, expected = torch.load(f"{folder}/{rank}.pt")
             for a, b in zip(found, expected, strict=True):

@@ -5,18 +5,18 @@ from __future__ import annotations
 import sys
 import tempfile
 
+import processes
 import pytest
 import torch
-import torch.multiprocessing
 import torch.nn.functional as F
 from snippets import ROOT
 from spread import start
 from torch.utils.flop_counter import FlopCounterMode
 
-sys.path.insert(0, str(ROOT / "benchmarks"))
+sys.path.append(str(ROOT))  # the benchmarks are in no installed package
 import fused_contrastive as fc
+from benchmarks.distributed import SentBytes, as_open_clip
 from fused_contrastive.distributed import plan
-from traffic import SentBytes, as_open_clip
 
 WORLD, N, D = 4, 64, 32
 BLOCK = 2 * N * (WORLD * N) * D  # flops of one process's block of S
@@ -60,7 +60,7 @@ class sent_again:  # noqa: N801
 @pytest.fixture(scope="module")
 def counted() -> list[dict]:
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(work, (folder,), nprocs=WORLD)
+        processes.spawn(work, (folder,), nprocs=WORLD)
         return [torch.load(f"{folder}/{rank}.pt") for rank in range(WORLD)]
 
 

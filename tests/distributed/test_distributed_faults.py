@@ -8,16 +8,16 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import processes
 import pytest
 import torch
-import torch.multiprocessing
 from spread import start
 from torch import Tensor
 
 import fused_contrastive as fc
 
 WORLD = 3
-LIMIT = 30  # seconds
+LIMIT = 30  # seconds; who waits for others waits longer
 
 
 def features(n: int = 4, d: int = 8, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -85,7 +85,7 @@ EXPECTED = {
 
 def test_all_processes_hear_of_it() -> None:
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(work, (folder,), nprocs=WORLD)
+        processes.spawn(work, (folder,), nprocs=WORLD)
         outcomes = [torch.load(f"{folder}/{rank}.pt") for rank in range(WORLD)]
     for name, message in EXPECTED.items():
         for rank in range(WORLD):
@@ -117,18 +117,15 @@ def die(rank: int, folder: str, backward: bool) -> None:
 
 @pytest.mark.parametrize("backward", [False, True], ids=["before the loss", "before the backward"])
 def test_a_process_that_dies_is_an_error_in_the_others(backward: bool) -> None:
-    context = torch.multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
-        processes = [context.Process(target=die, args=(rank, folder, backward)) for rank in range(2)]
-        before = time.monotonic()
-        for process in processes:
+        both = [processes.context.Process(target=die, args=(rank, folder, backward)) for rank in range(2)]
+        for process in both:
             process.start()
-        processes[0].join(2 * LIMIT)
-        processes[1].join(LIMIT)
-        assert processes[1].exitcode == 7
-        assert processes[0].exitcode == 1  # an exception
+        for process in both:
+            process.join(processes.HANGS)
+        assert both[1].exitcode == 7
+        assert both[0].exitcode == 1  # an exception
         assert os.path.exists(f"{folder}/heard.pt") == backward
-        assert time.monotonic() - before < 2 * LIMIT  # of which starting Python is a part
 
 
 def test_bad_groups() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 
+import processes
 import pytest
 import torch
 import torch.nn.functional as F
@@ -61,7 +62,7 @@ def work(rank: int, folder: str) -> None:
 
 def test_over_a_group() -> None:
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(work, (folder,), nprocs=WORLD)
+        processes.spawn(work, (folder,), nprocs=WORLD)
         for rank in range(WORLD):
             found = torch.load(f"{folder}/{rank}.pt", weights_only=False)
             assert set(found) == {(backend, exchange) for backend in BACKENDS for exchange in EXCHANGES}

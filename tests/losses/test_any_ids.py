@@ -6,9 +6,9 @@ import tempfile
 from collections.abc import Callable
 from typing import Any
 
+import processes
 import pytest
 import torch
-import torch.multiprocessing
 import torch.nn.functional as F
 from spread import part_of, sizes_of, start
 from torch import Tensor
@@ -88,7 +88,7 @@ def work(rank: int, folder: str) -> None:
 
 def test_over_processes() -> None:
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(work, (folder,), nprocs=WORLD)
+        processes.spawn(work, (folder,), nprocs=WORLD)
         parts = [torch.load(f"{folder}/{rank}.pt") for rank in range(WORLD)]
     features, ids = problem()
     for name, call in CALLS.items():

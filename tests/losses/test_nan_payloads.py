@@ -6,19 +6,12 @@ shows under `make sanitize`, which runs this file too.
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch import Tensor
 
 from fused_contrastive import contrastive_stats, info_nce_loss, max_sim, self_stats, sigmoid_stats
-from fused_contrastive.backends import cpp
 
-LEVELS = ["baseline", "avx2", "avx512", "avx512_bf16", "amx_bf16"]
 MANTISSA = {torch.float16: 10, torch.bfloat16: 7, torch.float32: 23, torch.float64: 52}
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 M, N, D, AT = 35, 17, 5, 16  # the row of a NaN
@@ -54,7 +47,9 @@ def statistics(x: Tensor, y: Tensor) -> dict[str, Tensor]:
     }
 
 
-def check(seed: int) -> None:
+@pytest.mark.every_level
+@pytest.mark.usefixtures("threads")
+def test_a_nan_of_any_bits(seed: int) -> None:
     torch.set_num_threads(1)  # little work, many times
     only, every = torch.arange(M) == AT, torch.ones(M, dtype=torch.bool)
     expected = {"col": torch.arange(N) != AT % N, "self": every}  # a column of which it is the positive leaves it out
@@ -69,14 +64,3 @@ def check(seed: int) -> None:
                 what = f"{dtype}, a NaN {nan.view(INTEGERS[dtype.itemsize]).item():#x}, {name}: {found}"
                 assert found.isnan().equal(expected.get(name, only)), what
                 assert (found.isnan() | found.isfinite()).all(), what
-
-
-@pytest.mark.parametrize("level", LEVELS)
-def test_a_nan_of_any_bits_at_every_vector_level(level: str, seed: int) -> None:
-    if LEVELS.index(level) > LEVELS.index(cpp.vector_level()):
-        pytest.skip(f"this CPU has {cpp.vector_level()} at most")
-    tests = str(Path(__file__).parent)
-    code = f"import sys; sys.path.insert(0, {tests!r}); import test_nan_payloads; test_nan_payloads.check({seed})"
-    environment = {**os.environ, "FUSED_CONTRASTIVE_CPU_LEVEL": level}
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=300)
-    assert ended.returncode == 0, ended.stderr

@@ -79,18 +79,21 @@ def check(s: Tensor, backend: str, directions: tuple[str, ...], size: float = 1.
     torch.testing.assert_close(dx.cpu().double() / size, g / size, rtol=4e-6, atol=1e-11)
 
 
+@pytest.mark.thinned("offset", "directions")
 @pytest.mark.parametrize("directions", [BOTH, ROWS, COLS], ids=str)
 @pytest.mark.parametrize("offset", OFFSETS)
 def test_against_float64(offset: str, directions: tuple[str, ...], backend: str) -> None:
     check(logits(offset), backend, directions)
 
 
+@pytest.mark.thinned("size", "offset")
 @pytest.mark.parametrize("size", [1e-33, 1e34])
 @pytest.mark.parametrize("offset", ["near", "rows drift a little", "columns drift a little"])
 def test_tiny_and_huge_weights(offset: str, size: float, backend: str) -> None:
     check(logits(offset), backend, BOTH, size)
 
 
+@pytest.mark.thinned("empty", "offset")
 @pytest.mark.parametrize("offset", ["near", "a row far below", "a column far below"])
 @pytest.mark.parametrize("empty", EMPTY)
 def test_nothing_left(empty: str, offset: str, backend: str) -> None:

@@ -53,6 +53,7 @@ LOSSES: dict[str, tuple[Ours, Callable[[Tensor, Tensor], Tensor]]] = {
 }
 
 
+@pytest.mark.thinned("name", "dtype")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", LOSSES)
 def test_a_row_of_zeros(name: str, dtype: torch.dtype, backend: str) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from mutant import Mutant, Result, StaleMutantError
 
 HERE = Path(__file__).parent
-PARTS = ("csrc", "fused_contrastive", "tests", "docs", "examples", "benchmarks")
+PARTS = ("csrc", "fused_contrastive", "tests", "docs", "examples", "benchmarks", "tools")
 FILES = ("setup.py", "pyproject.toml", "README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md", "LICENSE")
 MADE = {"__pycache__", ".so", ".pyc", ".pyd"}  # names or endings that are no sources
 BUILD_LIMIT = 1800.0

@@ -189,7 +189,7 @@ MUTANTS = [
     Mutant(
         "positives without their weight", "in one walk, the positives are not divided by M",
         f"{KERNELS}/at_once.py",
-        "            g_pos[rows] *= weight\n",
+        "            g_pos[rows] *= asked.weight\n",
         "            g_pos[rows] *= 1.0\n",
         ("tests/backends/triton/test_triton_at_once.py::test_info_nce",),
     ),

@@ -13,22 +13,22 @@ MUTANTS = [
     Mutant(
         "no gradient of the scale", "the temperature's gradient is dropped",
         f"{PACKAGE}/ops/autograd.py",
-        "dscale if needs[2] else None,",
-        "None,",
+        "for place, gradient, needed in zip((0, 1, SCALE, COL_BIAS), gradients, needs[:4], strict=True)",
+        "for place, gradient, needed in zip((0, 1, COL_BIAS), gradients, needs[:4], strict=False)",
         ("tests/ops/test_stats.py::test_scale_zero_has_a_gradient",), "cpp",
     ),
     Mutant(
         "dx for dy", "x gets no gradient unless y does",
         f"{PACKAGE}/ops/autograd.py",
-        "dx if needs[0] else None,",
-        "dx if needs[1] else None,",
+        "needs = [asked[0], asked[1],",
+        "needs = [asked[1], asked[1],",
         ("tests/ops/test_stats.py::test_only_needed_gradients",), "cpp",
     ),
     Mutant(
         "sign of the scale's gradient", "of the reference",
         f"{PACKAGE}/backends/reference.py",
-        "scale=(x * dx).sum() if needs.scale",
-        "scale=-(x * dx).sum() if needs.scale",
+        "dscale = (x * dx).sum() if needs.scale",
+        "dscale = -(x * dx).sum() if needs.scale",
         ("tests/testing/test_budget.py::test_stats",), "reference and 17-17 and float32",
     ),
     Mutant(
@@ -41,15 +41,15 @@ MUTANTS = [
     Mutant(
         "DCL keeps the positive", "decoupled is not passed on",
         f"{PACKAGE}/losses/clip.py",
-        "dtype=dtype if plain else pos.dtype, decoupled=decoupled,",
-        "dtype=dtype if plain else pos.dtype, decoupled=False,",
+        "row_loss(problem, shape, reduction, decoupled=decoupled,",
+        "row_loss(problem, shape, reduction, decoupled=False,",
         ("tests/testing/test_budget.py::test_clip",), CPP,
     ),
     Mutant(
         "share of label smoothing", "spread over the N - 1 negatives in place of all N",
-        f"{PACKAGE}/losses/clip.py",
-        "losses = losses + label_smoothing * (pos",
-        "losses = losses + label_smoothing * len(pos) / max(1, len(pos) - 1) * (pos",
+        f"{PACKAGE}/ops/row_loss.py",
+        "losses = losses + share * (pos",
+        "losses = losses + share * len(pos) / max(1, len(pos) - 1) * (pos",
         ("tests/testing/test_budget.py::test_clip",), CPP,
     ),
     Mutant(
@@ -68,16 +68,16 @@ MUTANTS = [
     ),
     Mutant(
         "SigLIP's sign", "a positive is pushed away",
-        f"{PACKAGE}/losses/siglip.py",
-        "own = cross_entropy(pos, pos.new_zeros",
-        "own = cross_entropy(-pos, pos.new_zeros",
+        f"{PACKAGE}/ops/row_loss.py",
+        "pos, pos.new_zeros(pos.shape[0])",
+        "-pos, pos.new_zeros(pos.shape[0])",
         (LOSSES,), f"{CPP} and siglip",
     ),
     Mutant(
         "SupCon's variant in", "the number of positives is left out of the logarithm",
         f"{PACKAGE}/losses/supcon.py",
-        "(against + shared.clamp_min(1).to(against.dtype).log())",
-        "(against)",
+        "(losses + shared.to(losses.dtype).log())",
+        "(losses)",
         (LOSSES,), f"{CPP} and supcon",
     ),
     Mutant(
@@ -90,13 +90,13 @@ MUTANTS = [
     Mutant(
         "SupCon's own feature", "a feature is among its own positives",
         f"{PACKAGE}/losses/supcon.py",
-        "return terms.rows_at(sums, code) - z",
+        "return terms.rows_at(sums, code) - part",
         "return terms.rows_at(sums, code)",
         (LOSSES,), f"{CPP} and supcon",
     ),
     Mutant(
         "margin's sign", "the margin helps the positive",
-        f"{PACKAGE}/losses/info_nce.py",
+        f"{PACKAGE}/ops/row_loss.py",
         "pos = pos - margin if margin else pos",
         "pos = pos + margin if margin else pos",
         (LOSSES,), f"{CPP} and info_nce",
@@ -117,7 +117,7 @@ MUTANTS = [
     ),
     Mutant(
         "a rank's targets", "every process's positives are those of the first",
-        f"{PACKAGE}/distributed/agreement.py",
+        f"{PACKAGE}/distributed/shape.py",
         "torch.arange(self.first_row, self.first_row + self.rows[self.rank], device=device)",
         "torch.arange(self.rows[self.rank], device=device)",
         (WHOLE,), "2",
@@ -131,7 +131,7 @@ MUTANTS = [
     ),
     Mutant(
         "gradients of a mean", "what DDP is going to average is not multiplied by the processes",
-        f"{PACKAGE}/distributed/agreement.py",
+        f"{PACKAGE}/distributed/shape.py",
         'self.world if self.batch.gradients == "mean" else 1',
         "1",
         ("tests/losses/test_training.py::test_two_processes",), "DDP",
@@ -146,8 +146,8 @@ MUTANTS = [
     Mutant(
         "ring's other way", "a block that passes by is taken for the opposite process's",
         f"{PACKAGE}/ops/ring.py",
-        "owner = (agreed.rank - step) % agreed.world",
-        "owner = (agreed.rank + step) % agreed.world",
+        "owner = (shape.rank - step) % shape.world",
+        "owner = (shape.rank + step) % shape.world",
         (WHOLE,), "3",
     ),
     Mutant(
@@ -175,8 +175,8 @@ MUTANTS = [
     Mutant(
         "rows beyond the budget", "more is kept than the memory budget allows",
         f"{PACKAGE}/core/memory.py",
-        "min(m, 64 * budget // of_64)",
-        "min(m, 128 * budget // of_64)",
+        "torch.sym_min(m, 64 * budget // of_64)",
+        "torch.sym_min(m, 128 * budget // of_64)",
         ("tests/ops/test_max_sim.py::test_what_is_kept_is_one_byte_for_each_of_the_tokens",
          "tests/ops/test_stats.py::test_any_memory_budget_gives_the_same"), "cpp",
     ),

@@ -165,7 +165,8 @@ CASES = [
 
 @pytest.mark.parametrize(("backend", "loss", "option"), CASES, indirect=["backend"])
 def test_hooks_that_give_back_other_strides(loss: str, option: str, backend: str, seed: int) -> None:
-    case = Case(loss, option, Sizes(40, 16, torch.float32, 5.0), seed)
+    n = 6 if backend == "triton" and not torch.cuda.is_available() else 40
+    case = Case(loss, option, Sizes(n, 16, torch.float32, 5.0), seed)
     plain = harness.ours(case, backend)
     with saved_tensors_hooks(lambda t: t, other_strides):
         hooked = harness.ours(case, backend)
@@ -173,6 +174,7 @@ def test_hooks_that_give_back_other_strides(loss: str, option: str, backend: str
         torch.testing.assert_close(hooked[name], value, rtol=1e-5, atol=1e-6, msg=name)
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("budget", ["auto", 0, 4 * N * N // 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("masked", [False, True])

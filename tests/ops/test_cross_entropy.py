@@ -27,6 +27,7 @@ def leaves(rows: int = 5, directions: int = 2) -> list[torch.Tensor]:
     return [torch.randn(rows, dtype=torch.float64).mul(3).requires_grad_() for _ in range(1 + directions)]
 
 
+@pytest.mark.thinned("decoupled reduction", "directions")
 @pytest.mark.parametrize("directions", [1, 2, 3])
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("decoupled", [False, True])

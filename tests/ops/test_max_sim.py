@@ -126,18 +126,22 @@ def python_seed(seed: int) -> None:
 SHAPES = [(1, 1, 1, 1, 1), (3, 2, 1, 7, 5), (2, 3, 7, 1, 3), (5, 2, 12, 17, 16), (2, 2, 33, 9, 20), (2, 3, 40, 40, 8)]
 
 
+@pytest.mark.thinned
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("direction", ["x", "y", "both"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_matches_float64(shape: tuple[int, ...], direction: str, masked: bool, backend: str) -> None:
-    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
-        if backend == "triton" and dtype == torch.float64:
-            continue
-        case = random_case(*shape, dtype, masked, repeated=random.random() < 0.3)
-        budget = random.choice(["auto", 0, shape[1] * max(shape[2:4])])
-        check(case, random.choice(["sum", "mean"]), direction, backend, budget)
+def test_matches_float64(
+    shape: tuple[int, ...], direction: str, masked: bool, dtype: torch.dtype, backend: str
+) -> None:
+    if backend == "triton" and dtype == torch.float64:
+        pytest.skip("the triton backend does not take float64")
+    case = random_case(*shape, dtype, masked, repeated=random.random() < 0.3)
+    budget = random.choice(["auto", 0, shape[1] * max(shape[2:4])])
+    check(case, random.choice(["sum", "mean"]), direction, backend, budget)
 
 
+@pytest.mark.every_level
 @pytest.mark.parametrize("seed_offset", range(20))
 @pytest.mark.parametrize("backend", ["reference", "cpp"])
 def test_random_problems(seed_offset: int, backend: str, seed: int) -> None:
@@ -149,6 +153,7 @@ def test_random_problems(seed_offset: int, backend: str, seed: int) -> None:
     check(case, reduction, direction, backend, random.choice(["auto", 0, 2 * shape[1] * sum(shape[2:4])]))
 
 
+@pytest.mark.every_level
 @pytest.mark.parametrize("lengths", [(1500, 5), (3, 2100), (1030, 1100)], ids=str)
 @pytest.mark.parametrize("masked", [False, True])
 def test_items_longer_than_a_block_of_the_cpp_backend(lengths: tuple[int, int], masked: bool) -> None:
@@ -162,6 +167,7 @@ def tokens(values: list[list[float]]) -> Tensor:
     return torch.tensor(values)[..., None].requires_grad_()
 
 
+@pytest.mark.every_level
 def test_by_hand(backend: str) -> None:
     x, y = tokens([[1.0, -2.0]]), tokens([[3.0, 4.0, -1.0], [0.5, 0.0, 0.25]])
     # x_0 = 1 likes 4 and 0.5 best; x_1 = -2 likes -1 and 0
@@ -181,6 +187,7 @@ def test_by_hand(backend: str) -> None:
     assert max_sim(x, y, reduction="mean", direction="y", backend=backend).tolist() == [[3.0, 0.25]]
 
 
+@pytest.mark.every_level
 def test_the_first_of_equal_tokens_gets_the_gradient(backend: str) -> None:
     x, y = tokens([[1.0]]), tokens([[2.0, 5.0, 5.0, 5.0]])
     mask = torch.tensor([[True, False, True, True]])
@@ -208,6 +215,7 @@ def test_items_without_tokens_score_zero(reduction: str, backend: str) -> None:
         assert dy.isfinite().all()
 
 
+@pytest.mark.every_level
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, in Triton's interpreter
 def test_nan_and_inf_propagate(backend: str) -> None:
     x, y = torch.ones(3, 20, 2), torch.ones(2, 20, 2)
@@ -233,10 +241,10 @@ def test_a_token_with_nothing_but_minus_infinity_has_a_maximum(backend: str) -> 
 
 @pytest.mark.parametrize("direction", ["x", "y", "both"])
 def test_memory_budgets_give_the_same(direction: str, backend: str) -> None:
-    case = on_device(random_case(5, 3, 4, 6, 8, torch.float32, masked=True, repeated=False))
+    case = on_device(random_case(3, 2, 4, 6, 8, torch.float32, masked=True, repeated=False))
     results = [
         with_gradients(ours(case, "sum", direction, backend, budget), case)
-        for budget in ("auto", 0, 3 * 6 * 2, 3 * 10 * 3)
+        for budget in ("auto", 0, 2 * 6 * 2, 2 * 10 * 2)
     ]
     for other in results[1:]:
         for a, b in zip(results[0], other, strict=True):
@@ -316,6 +324,7 @@ def test_gradcheck(direction: str, budget: object, backend: str) -> None:
     assert torch.autograd.gradcheck(scores, (x, y))
 
 
+@pytest.mark.thinned(everywhere=True)
 @pytest.mark.parametrize("both", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_opcheck(dtype: torch.dtype, both: bool, backend: str) -> None:

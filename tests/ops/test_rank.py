@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 
+import processes
 import pytest
 import torch
 import torch.nn.functional as F
@@ -49,6 +47,7 @@ def places(indices: Tensor, targets: Tensor) -> Tensor:
     return (indices == targets[:, None]).int().argmax(dim=1)
 
 
+@pytest.mark.thinned("shape", "dtype")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_rank_with_ties(backend: str, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
@@ -206,6 +205,7 @@ def test_order_is_total() -> None:
     assert matrix.sum(dim=1).sort().values.tolist() == list(range(len(values)))
 
 
+@pytest.mark.thinned("dtype", "normalize prompts")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16], ids=str)
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("prompts", [0, 3])
@@ -283,8 +283,6 @@ before = peak()
 work(16384)
 print(peak() - before)
 """
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=300, env={**os.environ}
-    )
+    result = processes.run(code)
     assert result.returncode == 0, result.stderr
     assert int(result.stdout) < 100

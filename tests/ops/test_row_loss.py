@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -87,21 +83,9 @@ def test_info_nce(name: str, dtype: torch.dtype, seed: int) -> None:
     assert_close(found, truth, DTYPES[dtype])
 
 
-@pytest.mark.parametrize("level", ["baseline", ""])  # the vendor's products, and ours
+@pytest.mark.every_level  # the vendor's products, and ours
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_features_normalised_where_they_are_read(dtype: torch.dtype, level: str, seed: int) -> None:
-    code = f"""
-import sys
-sys.path.insert(0, {str(Path(__file__).parent)!r})
-import torch, test_row_loss
-test_row_loss.check_normalised({dtype}, {seed})
-"""
-    environment = {**os.environ, "FUSED_CONTRASTIVE_CPU_LEVEL": level}
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
-    assert result.returncode == 0, result.stderr
-
-
-def check_normalised(dtype: torch.dtype, seed: int) -> None:
+def test_features_normalised_where_they_are_read(dtype: torch.dtype, seed: int) -> None:
     for name in CASES:
         torch.manual_seed(seed)
         loss, leaves, options = info_nce(CASES[name], normalize=True)

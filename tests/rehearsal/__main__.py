@@ -68,7 +68,7 @@ def environment(arch: str, folder: Path) -> dict[str, str]:
         **given,
         "TRITON_LIBCUDA_PATH": str(folder),
         "LD_LIBRARY_PATH": first(folder, "LD_LIBRARY_PATH"),
-        "PYTHONPATH": os.pathsep.join([str(ROOT / "benchmarks"), first(ROOT, "PYTHONPATH")]),
+        "PYTHONPATH": os.pathsep.join([str(ROOT / "tools"), first(ROOT, "PYTHONPATH")]),
         "STAND_IN_CAPABILITY": arch.removeprefix("sm_"),
         "OMP_NUM_THREADS": "1",
     }

@@ -26,6 +26,7 @@ def assert_within_budget(case: Case, backend: str) -> None:
         assert deviation.share <= 1, f"{case}: {deviation}"
 
 
+@pytest.mark.thinned("m n d option", "option dtype")
 @pytest.mark.parametrize("option", PRIMITIVES["contrastive_stats"].options)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("backend", "m", "n", "d"), PAIRS, indirect=["backend"])
@@ -34,6 +35,7 @@ def test_stats(m: int, n: int, d: int, dtype: torch.dtype, option: str, backend:
         assert_within_budget(Case("contrastive_stats", option, Sizes(n, d, dtype, scale, m=m), seed), backend)
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("option", LOSSES["clip"].options)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("n", "d", "scale"), [(2, 3, 1000.0), (7, 64, 14.3), (257, 3, 100.0), (1100, 16, 14.3)])
@@ -43,12 +45,13 @@ def test_clip(n: int, d: int, scale: float, dtype: torch.dtype, option: str, bac
     assert_within_budget(Case("clip", option, Sizes(n, d, dtype, scale), seed), backend)
 
 
-def test_random_cases(backend: str, seed: int) -> None:
+@pytest.mark.every_level
+def test_random_cases(backend: str, seed: int, full: bool) -> None:
     cases = list(sample_of_grid(150, seed))
     if backend == "triton":
         cases = [case for case in cases if case.dtype != torch.float64]
     if backend == "triton" and INTERPRETED:
-        cases = [case for case in cases if (case.sizes.m or case.sizes.n) * case.sizes.n < 20_000][:50]
+        cases = [case for case in cases if (case.sizes.m or case.sizes.n) * case.sizes.n < 20_000][: 50 if full else 15]
     for case in cases:
         assert_within_budget(case, backend)
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
+import processes
 import pytest
 import torch
 
@@ -33,7 +33,7 @@ BACKEND.stats_backward, BACKEND.row_loss = wrong_backward, wrong_loss
 
 def run_script(path: Path, broken: bool) -> subprocess.CompletedProcess[str]:
     start = f"import runpy\n{BREAK if broken else ''}\nrunpy.run_path({str(path)!r}, run_name='__main__')"
-    return subprocess.run([sys.executable, "-c", start], capture_output=True, text=True, timeout=120)
+    return processes.run(start)
 
 
 def assert_repeats(path: Path) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from snippets import ROOT
 
-sys.path.insert(0, str(ROOT / "benchmarks"))
+sys.path.insert(0, str(ROOT / "tools"))
 from machine_code import FastPath, fast_path
 
 FOLDER = ROOT / "tests/rehearsal"

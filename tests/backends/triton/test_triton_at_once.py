@@ -66,6 +66,7 @@ def check(loss: Any, leaves: dict[str, Tensor], options: dict[str, Any], toleran
         assert error <= (1e-5 if exact else tolerance), f"{name}: {error:.1e}"
 
 
+@pytest.mark.thinned("name", "dtype", everywhere=True)
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("name", CASES)
 def test_info_nce(name: str, dtype: torch.dtype) -> None:
@@ -81,6 +82,7 @@ def test_info_nce(name: str, dtype: torch.dtype) -> None:
     check(fc.info_nce_loss, leaves, options, TOLERANCE[dtype])
 
 
+@pytest.mark.thinned("ids", "dtype", everywhere=True)
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("ids", [False, True], ids=["pairs", "ids"])
 def test_siglip(ids: bool, dtype: torch.dtype) -> None:

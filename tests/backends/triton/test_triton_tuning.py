@@ -5,13 +5,12 @@ from __future__ import annotations
 import errno
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
 import torch
 
@@ -36,9 +35,7 @@ def run(cache: Path) -> str:
         "TRITON_INTERPRET": "1", "FUSED_CONTRASTIVE_AUTOTUNE": "1", "XDG_CACHE_HOME": str(cache),
         "CUDA_VISIBLE_DEVICES": "",
     }  # fmt: skip
-    result = subprocess.run(
-        [sys.executable, "-c", CODE], capture_output=True, text=True, timeout=300, env={**os.environ, **environment}
-    )
+    result = processes.run(CODE, **environment)
     assert result.returncode == 0, result.stderr
     return result.stderr
 

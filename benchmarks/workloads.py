@@ -57,42 +57,35 @@ class Workload:
     eager: Loss
     truth: Loss  # in float64, written apart from ours and from eager
     unit: Callable[[Problem], tuple[int, int, int]]  # the product that is its u: (M, K) by (K, N)
-    slack: float = 0.0  # relative error of a gradient beyond the budget that is not wrong
+    slack: float = 0.0  # relative error that a gradient may have beyond the budget
 
 
-def _random(problem: Problem, *shape: int) -> Tensor:
-    return torch.randn(*shape, problem.d, device=problem.device)
-
-
-def _unit_pair_and_scale(problem: Problem) -> dict[str, Tensor]:
-    x, y = (F.normalize(_random(problem, problem.n), dim=1).to(problem.torch_dtype) for _ in range(2))
-    return _leaves(x=x, y=y, scale=torch.tensor(SCALE, device=problem.device))
+def _features(problem: Problem, normalize: bool, **shapes: tuple[int, ...]) -> dict[str, Tensor]:
+    """Leaves of these shapes, and D features each."""
+    leaves = {name: torch.randn(*shape, problem.d, device=problem.device) for name, shape in shapes.items()}
+    units = {name: F.normalize(x, dim=-1) if normalize else x for name, x in leaves.items()}
+    return {name: x.to(problem.torch_dtype).requires_grad_() for name, x in units.items()}
 
 
 def _pair(problem: Problem) -> dict[str, Tensor]:
-    return _leaves(**{name: _random(problem, problem.n).to(problem.torch_dtype) for name in ("x", "y")})
+    return _features(problem, False, x=(problem.n,), y=(problem.n,))
+
+
+def _unit_pair_and_scale(problem: Problem) -> dict[str, Tensor]:
+    scale = torch.tensor(SCALE, device=problem.device, requires_grad=True)
+    return {**_features(problem, True, x=(problem.n,), y=(problem.n,)), "scale": scale}
 
 
 def _two_views(problem: Problem) -> dict[str, Tensor]:
-    return _leaves(**{name: _random(problem, problem.n // 2).to(problem.torch_dtype) for name in ("x", "y")})
+    return _features(problem, False, x=(problem.n // 2,), y=(problem.n // 2,))
 
 
 def _one_set(problem: Problem) -> dict[str, Tensor]:
-    return _leaves(x=_random(problem, problem.n).to(problem.torch_dtype))
+    return _features(problem, False, x=(problem.n,))
 
 
 def _tokens(problem: Problem) -> dict[str, Tensor]:
-    sets = {"x": T, "y": P}
-    return _leaves(
-        **{
-            name: F.normalize(_random(problem, problem.n, tokens), dim=2).to(problem.torch_dtype)
-            for name, tokens in sets.items()
-        }
-    )
-
-
-def _leaves(**tensors: Tensor) -> dict[str, Tensor]:
-    return {name: t.requires_grad_() for name, t in tensors.items()}
+    return _features(problem, True, x=(problem.n, T), y=(problem.n, P))
 
 
 def _square(problem: Problem) -> tuple[int, int, int]:

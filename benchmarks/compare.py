@@ -1,4 +1,4 @@
-"""Reports of the same machine, before a change and after: what became slower in u, beyond noise.
+"""Compares reports of one machine, before a change and after: what became slower in u, beyond noise.
 
 A side is one report or a folder of several, whose rounds are put together. On a machine that others use too, make the
 reports of both sides in turns.
@@ -10,24 +10,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
-
-from fused_contrastive.bench.provenance import line
-from fused_contrastive.bench.read import Report, load
-from fused_contrastive.bench.timing import quantile
-from fused_contrastive.bench.workloads import Problem, problem_of
+from benchmarks.provenance import line
+from benchmarks.report import Report, load, table
+from benchmarks.timing import quantile
+from benchmarks.workloads import Problem, problem_of
 from fused_contrastive.core.errors import InputError
 
 TOLERANCE = 0.15  # half of the slowdown that is to be found, 1.3: noise and slowdown are then told apart alike
 FEWEST = 5  # rounds
-NOT_OURS_TO_KEEP_FAST = "ours, backend=reference"  # much of its time is page faults; told of, no failure
+NOT_OURS_TO_KEEP_FAST = "ours, backend=reference"  # much of its time is page faults: a slowdown is shown, no failure
 Key = tuple[Problem, str]  # and the implementation's name
 
 
 class Change(NamedTuple):
-    """One row of both sides: times in u, the ratio of their medians, and what the quartiles allow it to be."""
+    """A row that both sides have: times in u, and what the quartiles allow the ratio of their medians to be."""
 
     what: str
     counts: bool  # whether a slowdown is a failure
@@ -47,14 +43,14 @@ def side(path: Path) -> list[Report]:
     """The report, or those in a folder."""
     paths = [path]
     if path.is_dir():
-        paths = sorted(p for p in path.glob("*.json") if p.is_file() and not p.name.endswith(".partial.json"))
+        paths = sorted(p for p in path.glob("*.json") if not p.name.endswith(".partial.json"))
     if not paths:
-        raise InputError(f"{path}: got a folder without reports, expected some of `bench`")
+        raise InputError(f"{path}: got a folder without reports, expected some of the benchmarks")
     return [load(p) for p in paths]
 
 
 def rounds_in_u(reports: Sequence[Report]) -> dict[Key, tuple[bool, list[float]]]:
-    """For each row that was timed: whether it is ours, and each round's time over that of u in the same round."""
+    """Each row that was timed: whether it is ours, and each round's time over the time of u in the same round."""
     found: dict[Key, tuple[bool, list[float]]] = {}
     for row in (row for report in reports for row in report["rows"] if row.get("rounds")):
         _, times = found.setdefault((problem_of(row), row["implementation"]), (row["ours"], []))
@@ -63,7 +59,7 @@ def rounds_in_u(reports: Sequence[Report]) -> dict[Key, tuple[bool, list[float]]
 
 
 def changes(old: Sequence[Report], new: Sequence[Report]) -> list[Change]:
-    """Of all rows that both sides timed in ``FEWEST`` rounds at least."""
+    """All rows that both sides timed in ``FEWEST`` rounds at least."""
     found, before = [], rounds_in_u(old)
     for key, (ours, times) in rounds_in_u(new).items():
         if key in before and min(len(times), len(before[key][1])) >= FEWEST:
@@ -74,42 +70,40 @@ def changes(old: Sequence[Report], new: Sequence[Report]) -> list[Change]:
 
 
 def lost(old: Sequence[Report], new: Sequence[Report]) -> list[str]:
-    """What of ours the old side timed and the new one could not, and why."""
+    """Which of ours the old side timed and the new one could not, and why."""
     before, after = rounds_in_u(old), rounds_in_u(new)
     rows = [row for report in new for row in report["rows"] if row["ours"] and row["status"] != "ok"]
     gone = {(problem_of(row), row["implementation"]): row["status"] for row in rows}
     return [f"{key[0]}: {key[1]}: {why}" for key, why in gone.items() if key in before and key not in after]
 
 
-def compare(old: Path, new: Path, tolerance: float, console: Console) -> int:
+def compare(old: Path, new: Path, tolerance: float) -> int:
     """Prints what changed; 1 if something of ours became slower or was lost, 2 if there is nothing to compare."""
     sides = side(old), side(new)
     for report in (*sides[0], *sides[1]):
-        console.print(line(report["provenance"]), markup=False)
+        print(line(report["provenance"]))
     for what in ("machine", "torch"):
         was, now = ({str(report["provenance"].get(what)) for report in one} for one in sides)
         if was != now or len(was) > 1:
-            console.print(f"{what}: {sorted(was)} and {sorted(now)}, so u itself differs", style="yellow", markup=False)
+            print(f"{what}: {sorted(was)} and {sorted(now)}, so u itself differs")
     found, gone = changes(*sides), lost(*sides)
     if not found:
-        console.print(f"No row of at least {FEWEST} rounds is on both sides.", style="red")
+        print(f"No row of at least {FEWEST} rounds is on both sides.")
         return 2
-    table = Table("", "old, u", "new, u", "ratio", "by the quartiles", "")
     verdicts = {change: change.verdict(tolerance) for change in found}
-    for c, verdict in sorted(verdicts.items(), key=lambda item: -item[0].new / item[0].old):
-        if verdict:
-            spread = f"{c.low:.2f}..{c.high:.2f}"
-            style = "red" if c.counts and verdict == "slower" else None
-            figures = (f"{c.old:.2f}", f"{c.new:.2f}", f"{c.new / c.old:.2f}", spread, verdict)
-            table.add_row(escape(c.what), *figures, style=style)
-    if table.row_count:
-        console.print(table)
+    changed = sorted((c for c in found if verdicts[c]), key=lambda c: -c.new / c.old)
+    if changed:
+        rows = [
+            [c.what, f"{c.old:.2f}", f"{c.new:.2f}", f"{c.new / c.old:.2f}", f"{c.low:.2f}..{c.high:.2f}", verdicts[c]]
+            for c in changed
+        ]
+        print("\n".join(["", *table(["", "old, u", "new, u", "ratio", "by the quartiles", ""], rows)]))
     slower = [change for change, verdict in verdicts.items() if change.counts and verdict == "slower"]
     counts = list(verdicts.values())
-    console.print(
+    print(
         f"{len(found)} rows of {FEWEST} rounds and more on both sides; beyond noise and {tolerance:.0%}: "
         f"{counts.count('slower')} slower, {counts.count('faster')} faster; {len(slower)} of ours slower."
     )
     for row in gone:
-        console.print(f"no longer measured: {row}", style="red", markup=False)
+        print(f"no longer measured: {row}")
     return 1 if slower or gone else 0

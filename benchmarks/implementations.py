@@ -1,49 +1,43 @@
-"""Who computes a loss: ours, PyTorch's ways, and in ``peers.py`` the libraries'. One registry, by ``register``."""
+"""The implementations of each loss, in one registry: ours and PyTorch's here, the libraries' in ``peers.py``."""
 
 from __future__ import annotations
 
 import functools
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fused_contrastive.bench.workloads import TEMPERATURE, WORKLOADS, Loss, Problem, rows
+from benchmarks.workloads import TEMPERATURE, WORKLOADS, Loss, Problem, rows
 from fused_contrastive.core.memory import total_memory
 
 Load = Callable[[Problem], Loss]
-EAGER = "eager"  # what training code does, and the control that `compare` has in all rounds
-INTERPRETER = "interpreter"  # Triton's, a device of sorts
+INTERPRETER = "interpreter"  # Triton's interpreter counts as a device
 
 
 class CannotRunError(Exception):
     """Why an implementation does not run here."""
 
 
-def described(error: BaseException) -> str:
-    """Its kind and the first line of what it says."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
-
-
 def failure(error: BaseException) -> str:
-    """The status of an implementation that raised this."""
+    """The status of an implementation that raised this: the error's kind and the first line of its message."""
     what = "out of memory" if isinstance(error, torch.OutOfMemoryError) else "failed"
-    return f"{what}: {described(error)}"
+    lines = str(error).strip().splitlines()
+    return f"{what}: {type(error).__name__}: {lines[0] if lines else 'no message'}"
 
 
 def broken(status: str) -> bool:
-    """Whether it is that of an implementation that ran, and failed or was wrong."""
+    """Whether an implementation with this status ran, and failed or was wrong."""
     return status.startswith(("failed: ", "out of memory: ", "WRONG: "))
 
 
 @dataclass(frozen=True)
 class Implementation:
-    """One way to compute one workload's loss. ``load`` imports what it needs; ImportError, CannotRunError: why not."""
+    """One way to compute one workload's loss. ``load`` imports what it needs, and may raise an ImportError."""
 
     name: str
     loss: str
@@ -51,8 +45,8 @@ class Implementation:
     devices: tuple[str, ...] = ("cpu", "cuda")
     largest: int | None = None  # rows, beyond which it is not run
     why_largest: str = "slow, and there to check by"
-    matrices: float = 0  # N x N tensors that it holds at once: not run where these would not fit in memory
-    no_gradient: tuple[str, ...] = field(default=())  # inputs that it has no gradient of
+    matrices: float = 0  # N x N tensors that it holds at once: it is not run where these would not fit in memory
+    no_gradient: tuple[str, ...] = ()  # inputs that it has no gradient of
     compiled: bool = False  # for the shapes it is first called with
     ours: bool = False
 
@@ -90,22 +84,22 @@ def reason_not_to(implementation: Implementation, problem: Problem) -> str | Non
         return f"needs {' or '.join(implementation.devices)}"
     if implementation.largest is not None and problem.n > implementation.largest:
         return f"not run above N = {implementation.largest}: {implementation.why_largest}"
-    need, have = implementation.matrices * _matrix_bytes(problem), 0.7 * total_memory(problem.device, None)
+    m, _, n = WORKLOADS[problem.loss].unit(problem)
+    need = implementation.matrices * m * n * problem.torch_dtype.itemsize
+    have = 0.7 * total_memory(problem.device, None)
     if need > have:
         return f"its N x N tensors would take {need / 2**30:.0f} GiB of {have / 2**30:.0f}"
     return None
 
 
-def fit_together(count: int, problem: Problem) -> bool:
-    """Whether memory suffices for so many of the implementations at a time."""
-    most: float = max(i.matrices for i in REGISTRY)
-    have: float = 0.7 * total_memory(problem.device, None)
-    return count * most * _matrix_bytes(problem) < have
-
-
-def _matrix_bytes(problem: Problem) -> int:
-    m, _, n = WORKLOADS[problem.loss].unit(problem)
-    return m * n * problem.torch_dtype.itemsize
+def load(implementation: Implementation, problem: Problem) -> Loss:
+    """The loss, as a function of the workload's tensors. Raises: CannotRunError."""
+    if (why := reason_not_to(implementation, problem)) is not None:
+        raise CannotRunError(why)
+    try:
+        return implementation.load(problem)
+    except ImportError as error:
+        raise CannotRunError(f"cannot be imported: {error}") from error
 
 
 def _ours(problem: Problem, **options: Any) -> Loss:
@@ -116,14 +110,17 @@ def _ours(problem: Problem, **options: Any) -> Loss:
 
 register("ours", *WORKLOADS, ours=True)(_ours)
 register("ours, memory_budget=0", *WORKLOADS, ours=True)(functools.partial(_ours, memory_budget=0))
-# The reference is there to be read and to check by: its time matters to nobody at sizes that take seconds.
-_reference = functools.partial(_ours, backend="reference")
 _matrices = [loss for loss in WORKLOADS if loss != "max_sim"]
+register("ours, everything kept", *_matrices, ours=True, devices=("cuda", INTERPRETER), matrices=1)(
+    functools.partial(_ours, memory_budget=2**50)
+)
+# The reference is there to be read and to check results by: at sizes that take seconds, its time is of no interest.
+_reference = functools.partial(_ours, backend="reference")
 register("ours, backend=reference", *_matrices, ours=True, largest=1024)(_reference)
 register("ours, backend=reference", "max_sim", ours=True, largest=64)(_reference)
 
 
-@register(EAGER, *WORKLOADS, matrices=5)
+@register("eager", *WORKLOADS, matrices=5)
 def _(problem: Problem) -> Loss:
     return WORKLOADS[problem.loss].eager
 

@@ -92,7 +92,7 @@ class FastPath(NamedTuple):
     last: int  # from it to the end
 
     def of_tile(self, tiles: int = 1) -> float:
-        """Of one of so many tiles, which a program walks in turn: after its products."""
+        """Instructions of one tile, after its products, where a program walks so many tiles in turn."""
         if self.again is None:
             return self.last
         return ((tiles - 1) * self.again + self.last) / tiles

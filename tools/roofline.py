@@ -1,7 +1,7 @@
 """What the Triton backend's steps should take on a GPU: a model of one tile, from counted instructions. Markdown.
 
-    python benchmarks/roofline.py                  # the table in docs/triton.md: an H200, bf16
-    python benchmarks/roofline.py --gemm 700       # another assumption
+    python tools/roofline.py                  # the table in docs/triton.md: an H200, bf16
+    python tools/roofline.py --gemm 700       # another assumption
 
 A prediction, to be held against `python benchmarks/gpu_day.py`; nothing here is measured. A program computes a tile's
 products, and then issues the instructions of its logits while the matrix units wait: one program fits on an SM, so the

@@ -1,7 +1,7 @@
 """Compiles what the Triton backend launches, for GPUs that are not there: a table in Markdown, or JSON.
 
-    python benchmarks/configurations.py             # docs/triton-configurations.md
-    python benchmarks/configurations.py --json      # for the tests
+    python tools/configurations.py             # docs/triton-configurations.md
+    python tools/configurations.py --json      # for the tests
 
 Small problems run on CPU tensors that pass for those of a GPU, and Triton compiles each kernel they launch, with the
 arguments that it is launched with, but does not launch it.
@@ -37,6 +37,7 @@ TARGETS = {
 # Shared memory a block may use, and how the matrix units are called in PTX or AMD's assembly.
 SHARED_LIMIT = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}
 MATRIX_INSTRUCTION = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma", "gfx942": "v_mfma"}
+SOURCES = ("half", "tf32", "gemm")
 N, D = 512, 64  # two of the largest tiles
 VECTORS = ("prepare", "merge", "finish")  # kernels that walk vectors or features, and have no tiles
 
@@ -123,11 +124,11 @@ def late_interaction(source: str, tokens: int, masked: bool) -> None:
     max_sim_launch.backward(spec, x, y, saved, upstream, (masked, True))
 
 
-def measure(architectures: list[str], kinds: list[str]) -> Iterator[dict[str, Any]]:
+def measure(architectures: list[str], kinds: list[str], sources: list[str]) -> Iterator[dict[str, Any]]:
     compiled = compile_only()
     for arch in architectures:
         pretend(arch)
-        for source in ("half", "tf32", "gemm"):
+        for source in sources:
             if (arch, source) == ("gfx942", "tf32"):
                 continue
             if "statistics" in kinds:
@@ -141,7 +142,7 @@ def measure(architectures: list[str], kinds: list[str]) -> Iterator[dict[str, An
 
 
 def rows(compiled: dict[str, Any], arch: str, source: str, options: str) -> Iterator[dict[str, Any]]:
-    """Of the kernels with tiles compiled since the last call."""
+    """A row for each kernel with tiles that was compiled since the last call."""
     for kernel in list(compiled.values()):
         row = {**described(kernel, arch), "arch": arch, "source": source, "options": options}
         if row["kernel"] not in VECTORS:
@@ -236,8 +237,9 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--arch", nargs="+", choices=list(TARGETS), default=list(TARGETS))
     parser.add_argument("--kind", nargs="+", choices=("statistics", "max_sim"), default=["statistics"])
+    parser.add_argument("--source", nargs="+", choices=SOURCES, default=list(SOURCES))
     options = parser.parse_args()
-    found = list(measure(options.arch, options.kind))
+    found = list(measure(options.arch, options.kind, options.source))
     print(json.dumps(found) if options.json else markdown(found), end="")
 
 

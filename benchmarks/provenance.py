@@ -1,4 +1,4 @@
-"""What every table has to say of itself: versions, machine, commit, date."""
+"""What every report says about its origin: versions, machine, commit, date."""
 
 from __future__ import annotations
 
@@ -22,32 +22,24 @@ PEERS = (
 
 def _processor() -> str:
     """Its name, and on Linux the family and model, which tell apart what has one name."""
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return platform.processor()
-    fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in text.splitlines())}
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
     if "model name" not in fields:
         return platform.processor()
-    numbers = [
-        f"{short} {fields[key]}" for short, key in (("family", "cpu family"), ("model", "model")) if key in fields
-    ]
-    return " ".join([fields["model name"], *([f"({', '.join(numbers)})"] if numbers else [])])
+    return f"{fields['model name']} (family {fields.get('cpu family')}, model {fields.get('model')})"
 
 
 def _commit() -> str:
-    """Of a clone; an installed package has only its version, whatever repository it lies in."""
-    root = Path(fused_contrastive.__file__).parent.parent
-
-    def git(*arguments: str) -> str:
-        try:
-            result = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True)
-        except OSError:
-            return ""
-        return result.stdout.strip()
-
-    top = git("rev-parse", "--show-toplevel")
-    return git("describe", "--always", "--dirty") if top and Path(top).resolve() == root.resolve() else "not a clone"
+    """The clone's commit; an installed package has only its version, whatever repository it lies in."""
+    root = Path(fused_contrastive.__file__).parents[1]
+    if not (root / ".git").exists():
+        return "not a clone"
+    try:
+        git = ["git", "-C", str(root), "describe", "--always", "--dirty"]
+        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown: git does not run"
 
 
 def provenance() -> dict[str, str]:
@@ -63,12 +55,8 @@ def provenance() -> dict[str, str]:
         "machine": machine,
         "date": time.strftime("%Y-%m-%d"),
     }
-    for name in PEERS:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
+    installed = {distribution.name: distribution.version for distribution in metadata.distributions()}
+    return found | {name: installed[name] for name in PEERS if name in installed}
 
 
 def line(found: dict[str, str]) -> str:

@@ -1,14 +1,15 @@
-"""Before an implementation is timed: are its loss and gradients right? A wrong one is reported as wrong."""
+"""Checks an implementation before it is timed: loss and gradients against float64. A wrong one is reported as wrong."""
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from fused_contrastive.bench.implementations import Implementation
-from fused_contrastive.bench.workloads import PER_LABEL, WORKLOADS, Loss, Problem
+from benchmarks.implementations import Implementation
+from benchmarks.workloads import PER_LABEL, WORKLOADS, Loss, Problem
 from fused_contrastive.core.budget import allowed
 
 CHECKED = 4096**2  # similarities at most: the float64 truth writes its matrix many times
@@ -37,7 +38,7 @@ class Truth:
     def __init__(self, problem: Problem) -> None:
         torch.manual_seed(0)
         work = WORKLOADS[problem.loss]
-        self.work, self.leaves = work, work.inputs(problem)
+        self.leaves = work.inputs(problem)
         wide = {name: t.detach().double().requires_grad_() for name, t in self.leaves.items()}
         self.results = evaluate(work.truth, wide)
         eager = self.errors(evaluate(work.eager, self.leaves))
@@ -47,20 +48,20 @@ class Truth:
         }
 
     def errors(self, found: Results) -> dict[str, float]:
-        """Of each result the norm of its error, relative to the truth's."""
+        """The norm of each result's error, relative to the truth's."""
         return {
             name: float((found[name].double() - truth).norm() / truth.norm().clamp_min(1e-300))
             for name, truth in self.results.items()
             if name in found
         }
 
-    def wrong(self, implementation: Implementation, loss: Loss) -> str | None:
-        """What is wrong with an implementation."""
-        errors = self.errors(evaluate(loss, self.leaves))
+    def wrong(self, found: Results, no_gradient: tuple[str, ...] = ()) -> str | None:
+        """Says what is wrong with these results. The inputs in ``no_gradient`` need no gradient."""
+        errors = self.errors(found)
         for name in self.results:
             what = name if name == "loss" else f"the gradient of {name}"
             if name not in errors:
-                if name in implementation.no_gradient:
+                if name in no_gradient:
                     continue
                 return f"WRONG: gives {what} as None"
             if not errors[name] <= self.allowed[name]:
@@ -68,18 +69,11 @@ class Truth:
         return None
 
 
-class Checks:
-    """What is wrong with each implementation, found once for all problems that are checked at one size."""
+last_truth = functools.lru_cache(maxsize=1)(Truth)  # problems of one size follow each other
 
-    def __init__(self) -> None:
-        self.found: dict[tuple[Problem, str], str | None] = {}
-        self.truth: tuple[Problem, Truth] | None = None  # of the last problem
 
-    def wrong(self, implementation: Implementation, loss: Loss, problem: Problem) -> str | None:
-        smaller = small_enough(problem)
-        key = smaller, implementation.name
-        if key not in self.found:
-            if self.truth is None or self.truth[0] != smaller:
-                self.truth = smaller, Truth(smaller)
-            self.found[key] = self.truth[1].wrong(implementation, loss)
-        return self.found[key]
+@functools.cache
+def wrong(implementation: Implementation, problem: Problem) -> str | None:
+    """Says what is wrong with an implementation, once for all problems that are checked at one size."""
+    truth = last_truth(problem)
+    return truth.wrong(evaluate(implementation.load(problem), truth.leaves), implementation.no_gradient)

@@ -1,7 +1,7 @@
 """The libraries' own losses on the same tensors, called as their documentation has it.
 
-A loss of one direction is called for each. What a library cannot do (a gradient of the temperature) is said in its
-registration, never worked round.
+A loss of one direction is called once for each direction. If a library has no gradient of the temperature, its
+registration says so.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_contrastive.bench.implementations import (
+from benchmarks.implementations import (
     INTERPRETER,
     CannotRunError,
     CrossEntropy,
@@ -27,7 +27,7 @@ from fused_contrastive.bench.implementations import (
     info_nce_by,
     register,
 )
-from fused_contrastive.bench.workloads import SCALE, TEMPERATURE, Loss, Problem, labels, scores_loss
+from benchmarks.workloads import SCALE, TEMPERATURE, Loss, Problem, labels, scores_loss
 
 GPU = ("cuda",)
 

@@ -1,0 +1,1 @@
+"""The benchmarks: which losses at which sizes, whose implementations, how they are timed, and the report."""

@@ -1,1 +1,0 @@
-"""The benchmark suite: which losses at which sizes, whose implementations, how they are timed, and the report."""

@@ -1,0 +1,74 @@
+"""Vector levels below this CPU's own: the tests marked ``every_level`` pass there too, in a process for each level."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import processes
+import pytest
+import torch
+from snippets import ROOT
+
+from fused_contrastive.backends import cpp
+from fused_contrastive.testing import harness
+from fused_contrastive.testing.cases import OPTIONS, Case, sample
+from fused_contrastive.testing.registry import Sizes
+
+LEVELS = ["baseline", "avx2", "avx512", "avx512_bf16", "amx_bf16"]
+ASKED = "FUSED_CONTRASTIVE_CPU_LEVEL"
+FOLDERS = [ROOT / "tests" / name for name in ("ops", "losses", "testing", "backends/cpp")]
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_lower_levels_pass_the_same_tests(level: str, seed: int) -> None:
+    if LEVELS.index(level) >= LEVELS.index(cpp.vector_level()):
+        pytest.skip(f"this CPU has {cpp.vector_level()}, which the other tests use")
+    environment = {**os.environ, ASKED: level, "FUSED_CONTRASTIVE_TEST_SEED": str(seed)}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "every_level"]
+    command += ["-k", "not reference and not triton", *FOLDERS]
+    result = subprocess.run(
+        command, capture_output=True, text=True, timeout=processes.HANGS, env=environment, cwd=ROOT
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout
+
+
+@pytest.mark.every_level
+def test_the_level_is_what_was_asked_for() -> None:
+    assert cpp.vector_level() == os.environ.get(ASKED, cpp.vector_level())
+
+
+@pytest.mark.every_level
+def test_every_option_keeps_the_budget(seed: int) -> None:
+    for case in sample(2 * len(OPTIONS), seed):
+        for deviation in harness.deviations(case, "cpp"):
+            assert deviation.share <= 1, f"{case}: {deviation}"
+
+
+@pytest.mark.every_level
+@pytest.mark.parametrize(
+    ("n", "dtype", "variant", "scale"),
+    [
+        (257, torch.float32, "plain", 0.5),
+        (257, torch.float32, "plain", 1.0),
+        (257, torch.float32, "none", 1.0),
+        (257, torch.float64, "plain", 0.5),
+        (257, torch.float64, "none", 1.0),
+        (1500, torch.float32, "none", 1.0),
+        (2500, torch.float64, "plain", 1.0),
+    ],
+    ids=str,
+)
+def test_sums_of_equal_terms(n: int, dtype: torch.dtype, variant: str, scale: float, seed: int) -> None:
+    """At D = 1, normalised, S has two values: no rounding error of a sum over rows, columns or both averages out."""
+    case = Case("siglip", variant, Sizes(n, 1, dtype, scale), seed)
+    for deviation in harness.deviations(case, "cpp"):
+        assert deviation.share <= 1, f"{case}: {deviation}"
+
+
+def test_unknown_vector_level() -> None:
+    code = "import torch, fused_contrastive as f; f.clip_loss(torch.randn(2, 2), torch.randn(2, 2), 1.0)"
+    result = processes.run(code, **{ASKED: "mmx"})
+    assert result.returncode != 0
+    assert f"{ASKED}: got 'mmx', expected baseline, avx2, avx512, avx512_bf16 or amx_bf16" in result.stderr

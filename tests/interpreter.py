@@ -1,0 +1,27 @@
+"""Triton's interpreter in half the time: it is what most of these tests wait for."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+
+
+def patch_once() -> None:
+    """Triton's interpreter patches triton.language whenever a kernel, or a function of a kernel, is called.
+
+    That takes as long as the kernels themselves. Here it stays patched from the first call on: nothing in this process
+    compiles a kernel.
+    """
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    patch, done = interpreter._patch_lang, set()
+
+    def patch_lang(fn: Callable[..., object]) -> object:
+        modules = frozenset(id(value) for value in fn.__globals__.values() if value is tl or value is tl.core)
+        if modules not in done:
+            done.add(modules)
+            patch(fn)
+        return types.SimpleNamespace(restore=lambda: None)
+
+    interpreter._patch_lang = patch_lang

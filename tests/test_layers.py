@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from graphlib import CycleError, TopologicalSorter
@@ -24,6 +25,7 @@ LAYERS = [
     "verification",
     "adapters",
 ]  # each may import earlier
+CSRC = ["common", "kernels", "ranking", "max_sim", "stats", "autograd", "bindings"]  # each may include earlier
 MODULES = sorted(path.relative_to(ROOT) for path in ROOT.rglob("*.py"))
 
 
@@ -83,6 +85,12 @@ def test_imports_point_down(path: Path) -> None:
         if layer == "backends" and target[0] == "backends":
             own = path.parts[1].removesuffix(".py")
             assert target[1] in ("contract", "defaults", own), f"{path} imports another backend"
+
+
+def test_includes_of_csrc_point_down() -> None:
+    for path in (ROOT.parent / "csrc").rglob("*.*"):
+        for folder in re.findall(r'^#include "(\w+)/', path.read_text(), re.M):
+            assert CSRC.index(folder) <= CSRC.index(path.parent.name), path
 
 
 def test_every_folder_is_a_layer() -> None:

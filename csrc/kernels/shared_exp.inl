@@ -34,7 +34,7 @@ static inline bool is_in_range(T sum) {
 template <class T>
 static inline bool is_plain(const LogitRule<T>& rule, const TileBounds& at) {
   constexpr int64_t kFew = 16;
-  return at.rows >= kFew && at.cols >= kFew && !rule.row_ids && !rule.col_bias && !rule.upper;
+  return rule.is_plain() && at.rows >= kFew && at.cols >= kFew;
 }
 
 // Returns false, having written sums that do not count, where some are out of range. NaN and inf always are.

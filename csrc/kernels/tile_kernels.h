@@ -27,6 +27,8 @@ struct LogitRule {
   bool softplus;      // reduce to sums of softplus(s) along rows, not to log-sum-exps
 
   int64_t target(int64_t i) const { return targets ? targets[i] : i; }
+  // Whether a logit is its product times the scale, and at most two of a row are excluded.
+  bool is_plain() const { return !col_bias && !row_ids && !upper; }
 };
 
 // Where a tile lies in S.

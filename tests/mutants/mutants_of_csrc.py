@@ -213,8 +213,8 @@ MUTANTS = [
     Mutant(
         "one term is no tile", "a tile with a bias or ids, of which one pair may be left, shares an exponential",
         "csrc/kernels/shared_exp.inl",
-        "at.cols >= kFew && !rule.row_ids && !rule.col_bias && !rule.upper;",
-        "at.cols >= kFew;",
+        "return rule.is_plain() && at.rows >= kFew",
+        "return at.rows >= kFew",
         (NEAR,), "cpp",
     ),
     Mutant(

@@ -1,6 +1,6 @@
-// A row's scores are compared with the worst of its best k so far, kChunk at a time and without branches; of N columns
-// in random order only about k log(N / k) pass. These are gathered, and sorted and merged once there are enough: for
-// small k that is no slower than a heap, for k near N no slower than one sort.
+// Scores are compared with the worst of the row's best k so far, kChunk at a time and without branches. In random order
+// only about k log(N / k) of N columns pass; these are gathered, then sorted and merged in batches. For small k this is
+// no slower than a heap, and for k near N no slower than one sort.
 #include "ranking/ranking.h"
 
 #include <ATen/ATen.h>
@@ -16,7 +16,7 @@ namespace fc {
 namespace {
 
 constexpr int64_t kChunk = 32;
-constexpr int64_t kLeastGathered = 16;  // columns are gathered before a merge; k of them if k is larger
+constexpr int64_t kLeastGathered = 16;  // columns gathered before a merge, or k if that is more
 constexpr int64_t kGrain = 32768;       // scores per thread, at least
 
 template <class T>
@@ -25,7 +25,7 @@ struct Entry {
   int64_t column;
 };
 
-// The order of core/order.py. It is a strict weak order, NaN included.
+// Whether a ranks ahead of b in the order of core/order.py, which is a strict weak order even with NaN.
 template <class T>
 bool is_ahead(const Entry<T>& a, const Entry<T>& b) {
   if (a.score > b.score) return true;
@@ -34,7 +34,7 @@ bool is_ahead(const Entry<T>& a, const Entry<T>& b) {
   return a_nan == b_nan ? a.column < b.column : b_nan;
 }
 
-// Whether any score may enter a list that ends with `worst`. Any may where that is NaN.
+// Whether any of the scores may enter a list whose last score is `worst`. If `worst` is NaN, every score may.
 template <class T>
 bool any_passes(const T* scores, int64_t n, T worst) {
   int passes = 0;
@@ -46,7 +46,7 @@ bool any_passes(const T* scores, int64_t n, T worst) {
   return passes;
 }
 
-// The best k columns of one row after another.
+// Finds the best k columns of one row after another, in buffers that the rows share.
 template <class T>
 class Best {
  public:
@@ -102,7 +102,8 @@ void merge_blocks(const at::Tensor& scores, int64_t first_column, const at::Tens
   });
 }
 
-// Counts the scores [0, target) and (target, n) that stand ahead of the target's. The target itself is never compared.
+// Counts the columns of a block that rank ahead of the target, which may lie outside [0, n). Column `target` itself is
+// never counted.
 template <class T>
 int64_t ahead_in_row(const T* scores, int64_t n, T score, int64_t target) {
   const int64_t before = std::clamp<int64_t>(target, 0, n), after = std::clamp<int64_t>(target + 1, 0, n);
@@ -128,7 +129,8 @@ void count_block(const at::Tensor& scores, int64_t first_column, const at::Tenso
   });
 }
 
-// Raises a TypeError or ValueError unless `of_scores` and `of_columns` have one shape, with a row per row of scores.
+// Raises a TypeError or ValueError unless `of_scores`, which holds scores, and `of_columns`, which hold column indices,
+// have the same shape, with one row for each row of `scores`.
 void check(const at::Tensor& scores, const at::Tensor& of_scores, std::initializer_list<at::Tensor> of_columns) {
   const at::ScalarType dtype = scores.scalar_type();
   TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kDouble, "scores: got dtype ", dtype,

@@ -5,13 +5,13 @@
 
 namespace fc {
 
-// Merges a block of scores (M, n), of columns `first_column` and on, into the best k of each row: `values` (M, k) of
-// the scores' dtype and `indices` (M, k) int64, best first. Blocks come in the order of their columns, and the first
-// min(first_column, k) places are filled.
+// Merges a block of scores (M, n), whose first column is `first_column`, into the best k of each row: `values` (M, k)
+// in the scores' dtype and `indices` (M, k) int64, best first. Blocks must come in the order of their columns; the
+// first min(first_column, k) places of `values` and `indices` hold the best of the blocks before.
 void merge_top_k(const at::Tensor& scores, int64_t first_column, const at::Tensor& values, const at::Tensor& indices);
 
-// Adds to `counts` (M,) int64 how many columns of the block stand ahead of each row's target, which is column `targets`
-// (M,) int64 with score `target_scores` (M,). Blocks may come in any order.
+// Adds to `counts` (M,) int64 how many columns of the block rank ahead of each row's target: column `targets` (M,)
+// int64 of the whole matrix, with score `target_scores` (M,). Blocks may come in any order.
 void count_ahead(const at::Tensor& scores, int64_t first_column, const at::Tensor& target_scores,
                  const at::Tensor& targets, const at::Tensor& counts);
 

@@ -1,6 +1,6 @@
-// The gradients in a second pass over S, a section at a time. First each tile becomes the gradient G of its logits,
-// from products that were kept or are computed again; then dx and dy gain G's products with y and x. Two or three
-// products.
+// Computes the gradients in a second pass over S, one section (stats/tiling.h) at a time. The products, kept or
+// computed again, become G, the gradient of the logits, tile by tile; then G y is added to dx and G.T x to dy. This
+// takes two matrix products, or three if none were kept.
 #pragma once
 #include <functional>
 
@@ -21,9 +21,9 @@ struct Direction {
   OptionalTensor grad;
 };
 
-// Gradients of features are in `x_dtype` and `y_dtype`, the others in T. `kept` has the products of the tiling's kept
-// rows, `kept_rows` of them; `pos` is the gradient of the positives' logits.
-// `add_more` adds to the sums that become dx, if they are asked, what is not a product with G.
+// Returns the gradients of x and y in `x_dtype` and `y_dtype`, the others in T. `kept` has the products of the first
+// `kept_rows` rows; `pos` is the gradient of the positives' logits. If dx is formed, `add_more` is called on its sums
+// before they are multiplied by the scale, to add terms that are not products with G.
 template <class E, class T = SumType<E>>
 Gradients backward_pass(const Prepared<E>& p, const Tiling& tiling, const T* kept, int64_t kept_rows,
                         const OptionalTensor& pos, const Direction<T>& row, const Direction<T>& col, const Needs& needs,

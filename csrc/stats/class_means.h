@@ -51,7 +51,7 @@ class ClassMeans {
     return rows;
   }
 
-  // The mean logit of row i's positives; NaN where it is +inf, as everywhere for positives.
+  // Returns the mean logit of row i's positives. If it is +inf it becomes NaN, as the logit of a single positive does.
   double logit(int64_t i, double scale) const {
     std::vector<T> scratch;
     const T *row = features_.wide_row(i, scratch), *sum = sums_.data() + class_of_[i] * features_.d;

@@ -1,4 +1,4 @@
-// The gradients of x, y, scale and bias, from G a section at a time.
+// Forms the gradients of x, y, scale and bias from G, one section at a time.
 #pragma once
 #include <ATen/ATen.h>
 
@@ -19,8 +19,8 @@
 
 namespace fc {
 
-// The most rows of dx, or of dy, that one task adds to. It reads all panels of y, or of x, and for each of them its
-// rows of G again: these stay in a core's second cache while the panels pass through.
+// The most rows of dx (or dy) that one task adds to. The task reads every panel of y (or x) and, for each panel, its
+// rows of G again, so these must stay in a core's second-level cache.
 constexpr int64_t kChunkRows = 64;
 static_assert(kLeastTileRows % kChunkRows == 0);  // all rows of a chunk skip the same tiles
 
@@ -36,7 +36,8 @@ inline std::vector<Chunk> chunks(bool of_x, int64_t rows) {
   return all;
 }
 
-// Both in one list, each spread evenly over it: every thread then meets the same part of dx and of dy in each section.
+// Merges both lists so that each is spread evenly over the result: every thread then gets the same part of dx and of dy
+// in each section.
 inline std::vector<Chunk> merged(const std::vector<Chunk>& of_x, const std::vector<Chunk>& of_y) {
   std::vector<Chunk> all;
   for (size_t i = 0, j = 0; i < of_x.size() || j < of_y.size();) {
@@ -46,8 +47,8 @@ inline std::vector<Chunk> merged(const std::vector<Chunk>& of_x, const std::vect
   return all;
 }
 
-// dx += G y and dy += G.T x for one section, at the same time unless dx and dy are the same memory. dy begins with the
-// gradient of column `first_of_y`.
+// Adds G y to dx and G.T x to dy for one section, both at the same time unless dx and dy are the same memory. Row 0 of
+// `dy` is the gradient of column `first_of_y`.
 template <class E, class T = SumType<E>>
 void add_products(const Tiling& tiling, const Section& s, const LogitGradients<E>& g, const Panels<E>& y,
                   const Panels<E>& x, T* dx, T* dy, int64_t first_of_y, int64_t d) {
@@ -76,9 +77,9 @@ void add_products(const Tiling& tiling, const Section& s, const LogitGradients<E
   }
 }
 
-// Finishes sums over the negatives, `grad`, to the gradient of `features` from row `first` on: row i gains g[i] times
-// row other_row(i) of `others`, unless that is negative, and is multiplied by `scale`. Unit features get the gradient
-// of the raw ones. Returns sum(features * grad) before the factor, the scale's own gradient.
+// Turns `grad`, sums over the negatives, into the gradient of `features` from row `first` on: adds g[i] times row
+// other_row(i) of `others`, or nothing if other_row(i) is -1, and multiplies by `scale`. For unit features the result
+// is the gradient of the raw features. Returns sum(features * grad) before that multiplication: the scale's gradient.
 template <class E, class F, class T = SumType<E>>
 double finish_rows(const at::Tensor& grad, int64_t first, const Features<E>& features, const Features<E>& others,
                    const T* g, T scale, const F& other_row) {
@@ -99,8 +100,8 @@ double finish_rows(const at::Tensor& grad, int64_t first, const Features<E>& fea
   return std::accumulate(dots.begin(), dots.end(), 0.);
 }
 
-// What a backward adds up, section by section, and then finishes. The positives' part comes last: among thousands of
-// small negatives, one large term would cost the sum its low bits.
+// Sums the gradients section by section and then finishes them. The positives are added last: among thousands of small
+// negatives, one large term would cost the sum its low bits.
 template <class E>
 class FeatureGradients {
  public:
@@ -120,29 +121,31 @@ class FeatureGradients {
     if (joint_) start_joint();
   }
 
-  // For callers that come to each group of columns once. dy in another dtype than T is then finished group by group,
-  // and only one group of it is held in T. `pos` is the gradient that `finish` takes.
+  // To be called first, by callers that visit each group of columns only once. If `y_dtype` is not T, dy is then
+  // finished and rounded group by group, and only one group of it is held in T. `pos` is the gradient that `finish`
+  // takes.
   void round_groups(const OptionalTensor& pos, at::ScalarType y_dtype) {
     if (!needs_[1] || y_dtype == Prepared<E>::scalar_type()) return;
     pos_ = data<T>(pos);
     rounded_dy_ = at::empty({p_.y.rows, p_.y.d}, p_.options().dtype(y_dtype));
   }
-  // The sections that come next are of these columns.
+  // Begins a group: the sections added next have these columns.
   void start_group(const Range& cols) {
     if (dx_.defined()) y_.set(p_.y, cols.begin, cols.end);
     if (rounded_dy_.defined()) start_dy(cols);
     if (needs_[1] && !dy_.defined()) start_dy({0, p_.y.rows});
   }
-  // The group's sections are complete.
+  // Ends a group: all its sections have been added.
   void end_group() {
     if (!rounded_dy_.defined()) return;
     finish_dy(pos_);
     rounded_dy_.slice(0, dy_cols_.begin, dy_cols_.end).copy_(dy_);
   }
-  // Lends the panels that `start_group` packs; it overwrites what the caller packs into them.
+  // Returns the panels that `start_group` packs y into. It overwrites what the caller packs into them.
   Panels<E>& panels() { return y_; }
-  // Adds a section. `logit_gradient(bounds, tile, stride)` writes a tile of G to `tile`. `memory`, if given, may hold
-  // G, with `memory_stride` elements from row to row; products that lie there are read before they are written over.
+  // Adds a section. `logit_gradient(bounds, tile, stride)` writes a tile of G to `tile`. `memory`, if given, is memory
+  // for G, with rows `memory_stride` apart. It may hold the products: each tile of them is read before it is
+  // overwritten.
   template <class F>
   void add(const Section& s, const F& logit_gradient, T* memory = nullptr, int64_t memory_stride = 0) {
     if (dy_.defined()) x_.set(p_.x, s.rows.begin, s.rows.end);
@@ -163,14 +166,14 @@ class FeatureGradients {
     bias_.merge(s.cols.begin);
   }
 
-  // Calls add(sums) for the sums that become dx, if they are asked.
+  // Calls add(sums) with the sums that become dx, if these are formed.
   template <class F>
   void add_to_x(const F& add) {
     if (dx_.defined()) add(dx_.mutable_data_ptr<T>());
   }
 
-  // Returns dx and dy in their features' dtypes, dscale and dcol_bias in T; undefined where not needed. `pos` (M,) is
-  // the gradient of the positives' logits. Memory that only the products needed is given back first.
+  // Returns dx and dy in `x_dtype` and `y_dtype`, dscale and dcol_bias in T; each is undefined where not needed. `pos`
+  // (M,) is the gradient of the positives' logits. The memory of G and the panels is freed first.
   Gradients finish(const OptionalTensor& pos, at::ScalarType x_dtype, at::ScalarType y_dtype) {
     constexpr auto dtype = Prepared<E>::scalar_type();
     x_ = y_ = Panels<E>();
@@ -178,7 +181,7 @@ class FeatureGradients {
     const T* g = data<T>(pos);
     const T scale = p_.rule.scale;
     double dscale = 0;
-    if (joint_) {  // each pair counts from both sides, and so twice for the scale
+    if (joint_) {  // each pair counts in both directions, and so twice in dscale
       if (g) add_to_targets(g);
       dscale = finish_rows(dx_, 0, p_.x, p_.y, g, scale, [&](int64_t i) { return p_.rule.target(i); }) / 2;
       dy_.reset();
@@ -213,12 +216,12 @@ class FeatureGradients {
   }
 
  private:
-  // dx is to hold the gradient of y, too.
+  // Makes dx hold the gradient of y as well.
   void start_joint() {
     dy_ = dx_;
     dy_cols_ = {0, p_.y.rows};
   }
-  // dy_ is to hold the gradients of these columns of S.
+  // Makes dy_ zeros, for the gradients of these columns of S.
   void start_dy(const Range& cols) {
     if (dy_.defined() && dy_.size(0) == cols.size())
       dy_.zero_();
@@ -232,7 +235,8 @@ class FeatureGradients {
     dy_dot_ += finish_rows(dy_, dy_cols_.begin, p_.y, p_.x, g, p_.rule.scale,
                            [&](int64_t j) { return j < diagonal ? j : -1; });
   }
-  // dy += the positives' part, where rows of x have targets of their own. Several may have the same one.
+  // Adds the positives' part to dy: g[i] times row i of x to row target(i). It is one loop because several rows may
+  // have the same target.
   void add_to_targets(const T* g) {
     const int64_t d = p_.x.d;
     std::vector<T> scratch;
@@ -243,7 +247,7 @@ class FeatureGradients {
       tile_kernels<T>().add_scale_dot(dy_.mutable_data_ptr<T>() + (target - dy_cols_.begin) * d, x, x, g[i], T(1), d);
     }
   }
-  // By way of a double tensor: too large a number becomes inf in float, where at::scalar_tensor would raise.
+  // Converts through a double tensor: a number too large for float becomes inf, where at::scalar_tensor would raise.
   at::Tensor scalar(double value) const { return at::scalar_tensor(value, at::kDouble).to(p_.options()); }
 
   const Prepared<E>& p_;

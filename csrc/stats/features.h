@@ -12,7 +12,7 @@
 
 namespace fc {
 
-// Some rows of features as elements of E; `row(i)` counts from the first row of all.
+// A range of feature rows, as elements of E. `row(i)` takes the index of a row among all rows.
 template <class E>
 struct FeatureRows {
   const StoredType<E>* elements;  // of row `begin`
@@ -20,8 +20,8 @@ struct FeatureRows {
   const E* row(int64_t i) const { return reinterpret_cast<const E*>(elements + (i - begin) * d); }
 };
 
-// Features (rows, D): as they are or, where `unit`, each divided by its length. Unit features are made where they are
-// read, a part at a time: all of them would be a copy to hold.
+// Features (rows, D), as given or, if `unit`, with each row divided by its length. Unit rows are computed where they
+// are read, a part at a time, so that no copy of all of them is held.
 template <class E>
 struct Features {
   using Element = StoredType<E>;
@@ -48,7 +48,7 @@ struct Features {
   T norm(int64_t i) const { return norms.template const_data_ptr<T>()[i]; }
   int64_t row_stride() const { return d / kStoredPer<E>; }  // in E, and the length of a row
 
-  // Where to read columns [col, col + cols) of rows [row, row + count), and how far apart the rows are. Unit features
+  // Returns where columns [col, col + cols) of rows [row, row + count) can be read, and their row stride. Unit features
   // are written to `scratch`.
   std::pair<const Element*, int64_t> read(int64_t row, int64_t count, int64_t col, int64_t cols,
                                           std::vector<Element>& scratch) const {
@@ -63,12 +63,13 @@ struct Features {
     scratch = units(begin, end);
     return {static_cast<const Element*>(scratch.const_data_ptr()), begin, d};
   }
-  // Rows [begin, end). All rows are the tensor itself, which spares small problems a view.
+  // Returns rows [begin, end). For all rows it returns the tensor itself, which saves small problems the cost of a
+  // view.
   at::Tensor as_tensor(int64_t begin, int64_t end) const {
     if (unit()) return units(begin, end);
     return end - begin == rows ? tensor : tensor.slice(0, begin, end);
   }
-  // Row i in T. bfloat16 is widened, and a unit feature made, in `scratch`.
+  // Returns row i in T. A bfloat16 row is widened in `scratch`, and a unit row is computed there.
   const T* wide_row(int64_t i, std::vector<T>& scratch) const {
     if constexpr (kIsPair<E>) {
       scratch.resize(d);

@@ -1,4 +1,5 @@
-// The statistics in one pass over S: each tile's products are swept where they were multiplied. One matrix product.
+// Computes the statistics in one pass over S, which takes one matrix product: each tile's products are reduced while
+// they are in the cache of the thread that made them.
 #pragma once
 #include <algorithm>
 #include <vector>
@@ -12,7 +13,7 @@
 
 namespace fc {
 
-// The statistics of a problem: logits of the positives, (M,), and what both directions add up to.
+// The statistics of a problem: `pos` (M,), the positives' logits, and the running statistics of both directions.
 template <class T>
 struct Statistics {
   at::Tensor pos;
@@ -22,7 +23,8 @@ struct Statistics {
       : pos(at::empty({problem.x.size(0)}, options)),
         row(problem.want_row, problem.x.size(0), !problem.softplus),
         col(problem.want_col || problem.upper, problem.y.size(0), true) {}
-  // (M,) in double. The columns of an upper triangle are the rows of the lower one, so their values are added to rows'.
+  // Returns the rows' statistic, (M,) in double. For an upper triangle it includes the columns' values, because these
+  // are the rows of the lower triangle.
   at::Tensor row_value(const StatsProblem& problem) const {
     const at::Tensor value = row.value();
     if (!problem.upper) return value;
@@ -76,7 +78,7 @@ void forward_pass(const StatsProblem& problem, const Prepared<E>& p, const Tilin
       interrupt();
     }
   }
-  if (problem.upper && p.targets)  // targets come in pairs: a positive below the diagonal is also one above it
+  if (problem.upper && p.targets)  // targets come in pairs, t(t(i)) = i, and S is symmetric
     for (int64_t i = 0; i < p.x.rows; ++i)
       if (p.rule.target(i) < i) pos[i] = pos[p.rule.target(i)];
 }

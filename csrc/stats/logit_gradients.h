@@ -13,14 +13,14 @@
 namespace fc {
 
 // G of one section, as the left-hand matrix of the products G y and G.T x. For pairs it is held in bfloat16, once in
-// rows and once transposed, so that both products read pairs that follow each other.
+// rows and once transposed, so that both products read adjacent pairs.
 template <class E>
 class LogitGradients {
  public:
   using T = SumType<E>;
 
   explicit LogitGradients(const at::TensorOptions& options) : options_(options) {}
-  // `memory`, if it is not null, is to hold G, with `stride` elements from row to row. G of pairs is not held there.
+  // Begins a section. `memory`, if not null, is used for G, with rows `stride` apart; G of pairs has its own memory.
   void start(const Section& s, T* memory, int64_t stride) {
     if constexpr (!kIsPair<E>)
       if (memory) {
@@ -28,7 +28,7 @@ class LogitGradients {
         stride_ = stride;
         return;
       }
-    // Odd numbers of cache lines: rows a power of 2 apart would fall into the same few sets of the cache.
+    // Strides are odd multiples of 16: rows a power of 2 apart would fall into the same few sets of the cache.
     stride_ = round_up(s.cols.size(), 32) + 16;
     transposed_stride_ = round_up(ceil_div(s.rows.size(), kStoredPer<E>), 32) + 16;
     const int64_t size = s.rows.size() * stride_ / kStoredPer<E>;
@@ -38,7 +38,8 @@ class LogitGradients {
     g_ = static_cast<E*>(memory_.mutable_data_ptr());
     g_transposed_ = g_ + size;
   }
-  // Where the gradient of a tile is to be written, and with which stride. `store` takes it over from there.
+  // Returns where a tile of G is to be written, with rows `tile_stride()` apart. `store` must be called afterwards: it
+  // rounds G of pairs.
   T* tile(int64_t r, int64_t c, const TileScratch<T>& scratch) const {
     if constexpr (kIsPair<E>)
       return scratch.get();
@@ -51,12 +52,13 @@ class LogitGradients {
       product_kernels<E>().round_pairs(tile, kTileCols, rows, cols, g_ + r * stride_ / 2 + c / 2, stride_ / 2,
                                        g_transposed_ + c * transposed_stride_ + r / 2, transposed_stride_);
   }
-  // Rows [r, r + rows) of G as an operand, k running over columns `cols`. Both count from the section's first.
+  // Returns rows [r, r + rows) of G as the left-hand matrix, where k runs over columns `cols`. Rows and columns count
+  // from the section's first.
   MatrixProduct<E> times_y(int64_t r, int64_t rows, const Range& cols) const {
     const int64_t stride = kIsPair<E> ? stride_ / 2 : stride_;
     return operand(rows, cols, g_ + r * stride + cols.begin / kStoredPer<E>, stride, 1);
   }
-  // Rows [c, c + cols) of G.T, k running over G's rows `rows`.
+  // Returns rows [c, c + cols) of G.T, where k runs over rows `rows` of G.
   MatrixProduct<E> times_x(int64_t c, int64_t cols, const Range& rows) const {
     if constexpr (kIsPair<E>)
       return operand(cols, rows, g_transposed_ + c * transposed_stride_ + rows.begin / kStoredPer<E>,
@@ -74,8 +76,8 @@ class LogitGradients {
   E *g_ = nullptr, *g_transposed_ = nullptr;
 };
 
-// Column sums of G, the gradient of the bias. They are added up in the tiles' order, some rows at a time in double: for
-// a bias that all columns share the gradient is one sum over all of G.
+// Sums the columns of G, which gives the gradient of the bias. Sums of 16 rows are added up in double, in the order of
+// the tiles: the gradient of a bias that all columns share is one sum over all of G, too long for float.
 template <class T>
 class ColumnSums {
  public:

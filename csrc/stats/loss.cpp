@@ -1,6 +1,6 @@
-// A loss and its gradients in one call. For rows alone, some hundred rows of S are held until their normalisers are
-// known, become the gradient of their logits, and are forgotten: 3 products, where a forward and a backward that keep
-// none take 4. For rows and columns, or a triangle, all products are kept until then.
+// Computes a loss and its gradients in one call. For a loss over rows alone, a few hundred rows of S at a time are held
+// until their normalisers are known and then become G. This takes 3 products, where a forward and a backward that keep
+// none take 4. For a loss over rows and columns, or a triangle, all products are kept.
 #include <ATen/ATen.h>
 
 #include <algorithm>
@@ -24,8 +24,9 @@
 namespace fc {
 namespace {
 
-// How many rows are held, by N alone, since where blocks begin decides how sums are rounded. Each block packs all of y,
-// and reads and writes all of dy: with 256 rows in place of 512, N = 4096 took 1.1 times as long.
+// Returns how many rows are held at a time. It depends on N alone, since where blocks begin decides how sums are
+// rounded. Each block packs all of y and reads and writes all of dy: with 256 rows in place of 512, N = 4096 took 1.1
+// times as long.
 int64_t rows_at_once(int64_t n) {
   return std::clamp<int64_t>((int64_t(1) << 24) / n / 128 * 128, 128, 512);
 }
@@ -58,7 +59,7 @@ LossAndGradients from_rows(const StatsProblem& problem, const RowLoss& loss, con
 
   const Tiling tiling(m, n, kPackedCols<E>, 0, false);
   FeatureGradients<E> gradients(p, tiling, needs);
-  // Several groups of columns are packed again for every block of rows, and panels of y and y.T then share memory.
+  // With several groups of columns, y is packed again for every block of rows; panels of y and y.T then share memory.
   Panels<E> whole;
   Panels<E>& y_transposed = tiling.column_groups().size() > 1 ? gradients.panels() : whole;
   for (const Range& rows : all) {
@@ -106,7 +107,8 @@ LossAndGradients from_rows(const StatsProblem& problem, const RowLoss& loss, con
   return {losses.sum(), gradients.finish(g_pos, p.scalar_type(), p.scalar_type())};
 }
 
-// Returns the sum of one direction's losses. Writes their derivatives, and adds those by pos to g_pos.
+// Returns the sum of one direction's losses. Writes their derivatives by the normalisers to `g_normaliser` and adds
+// their derivatives by the positives' logits to `g_pos`.
 template <class T>
 double add_direction(const at::Tensor& normaliser, int64_t count, const T* pos, const RowLoss& loss, T* g_normaliser,
                      T* g_pos) {
@@ -121,8 +123,8 @@ double add_direction(const at::Tensor& normaliser, int64_t count, const T* pos, 
   return sum;
 }
 
-// The loss of SupCon: each row's log-sum-exp over all others minus the mean logit of its class. Rows alone in their
-// class do not count. Returns the loss and writes its derivative by the rows' log-sum-exps.
+// Returns SupCon's loss, the weighted sum over rows of the log-sum-exp over all other rows minus the mean logit of the
+// row's class, and writes its derivatives by the log-sum-exps. A row that is alone in its class does not count.
 template <class E, class T = SumType<E>>
 double add_classes(const ClassMeans<E>& classes, const at::Tensor& normaliser, double scale, double weight,
                    T* g_normaliser) {

@@ -1,4 +1,4 @@
-// The right-hand matrix of many products, packed once for all of them.
+// Packs the right-hand matrix of many products once for all of them.
 #pragma once
 #include <ATen/ATen.h>
 
@@ -13,14 +13,14 @@
 
 namespace fc {
 
-// Panels where `product_kernels<E>()` can multiply, else the tensor itself, for the vendor's library. Setting what is
-// held already takes no time, so the features must not change meanwhile.
+// Holds the matrix in panels (kernels/product_kernels.h) if `product_kernels<E>()` can multiply, otherwise as a tensor
+// for the vendor's library. Setting rows that are already held does nothing, so the features must not change meanwhile.
 template <class E>
 class Panels {
  public:
   using T = SumType<E>;
 
-  // Rows [begin, end) of the features as the columns of a (D, rows) matrix.
+  // Holds rows [begin, end) of the features as the columns of a (D, rows) matrix.
   void set_transposed(const Features<E>& f, int64_t begin, int64_t end) {
     hold({&f, begin, end, true}, [&] {
       if (!packs()) return set_vendor(f.as_tensor(begin, end).t());
@@ -31,7 +31,7 @@ class Panels {
       });
     });
   }
-  // Rows [begin, end) of the features as a (rows, D) matrix.
+  // Holds rows [begin, end) of the features as a (rows, D) matrix.
   void set(const Features<E>& f, int64_t begin, int64_t end) {
     hold({&f, begin, end, false}, [&] {
       if (!packs()) return set_vendor(f.as_tensor(begin, end));
@@ -43,8 +43,8 @@ class Panels {
     });
   }
 
-  // c (m, columns) = or += a (m, k) times rows [from, from + k) and columns [first, first + columns) of the matrix. All
-  // counts are in E, and `first` is a multiple of 32. Any thread may call it.
+  // Sets p.c (m, n) to, or adds to it, p.a (m, k) times rows [from, from + k) and columns [first, first + n) of the
+  // held matrix. `from` and k count elements E; `first` must be a multiple of 32. Any thread may call it.
   void multiply(MatrixProduct<E> p, int64_t from, int64_t first) const {
     if (!packs()) return multiply_by_vendor(p, from, first);
     p.b = packed() + first * k_ + from * product_kernels<E>().panel;
@@ -73,7 +73,7 @@ class Panels {
     const auto bytes = static_cast<int64_t>(size * sizeof(E));
     if (!memory_.defined() || memory_.numel() < bytes) memory_ = at::empty({bytes}, at::kByte);
     E* memory = packed();
-    const int64_t at_once = 1 + 32768 / (k * width + 1);  // panels that are too small for a task each
+    const int64_t at_once = 1 + 32768 / (k * width + 1);  // panels of one task: small ones share a task
     for_each_task(ceil_div(panels, at_once), [&](int64_t task) {
       for (int64_t j = task * at_once; j < std::min(panels, (task + 1) * at_once); ++j)
         pack_panel(j * width, std::min(width, n - j * width), memory + j * k * width);
@@ -86,7 +86,7 @@ class Panels {
   }
   void multiply_by_vendor(const MatrixProduct<E>& p, int64_t from, int64_t first) const {
     if constexpr (!kIsPair<E>) {
-      const at::AutoDispatchBelowADInplaceOrView plain;  // the threads of a parallel region begin without it
+      const at::AutoDispatchBelowADInplaceOrView plain;  // threads of a parallel region begin without the guard
       const at::TensorOptions options = matrix_.options();
       at::Tensor c = at::from_blob(p.c, {p.m, p.n}, {p.c_row, 1}, options);
       const at::Tensor a = at::from_blob(const_cast<E*>(p.a), {p.m, p.k}, {p.a_row, p.a_k}, options);
@@ -100,8 +100,8 @@ class Panels {
     }
   }
 
-  // With features of one dimension all terms of a sum may be equal, and their rounding errors then add up. The library
-  // does not say how it sums; this sums a few terms at a time, in double.
+  // With features of one dimension all terms of a sum may be equal, and their rounding errors then add up. The
+  // vendor's library does not say how it sums; this function sums a few terms at a time, in double.
   static void times_column(const MatrixProduct<E>& p, const T* b, int64_t b_stride) {
     constexpr int64_t kTerms = 16;
     std::vector<double> sums(p.m), some(p.m);

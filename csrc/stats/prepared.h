@@ -1,5 +1,5 @@
-// A problem as the kernels read it: contiguous features in the dtype of the products, and the rule that makes logits of
-// products.
+// A problem as the kernels read it: contiguous features in the dtype of the products, and the rule that turns products
+// into logits.
 #pragma once
 #include <ATen/ATen.h>
 
@@ -56,7 +56,7 @@ template <class E, class T = SumType<E>>
 struct Prepared {
   Features<E> x, y;
   OptionalTensor targets, col_bias, row_codes, col_codes;  // ids as dense codes that fit a 32-bit lane
-  bool one_bias = false;                                   // all columns share one: its gradient is one number
+  bool one_bias = false;                                   // all columns share one bias, and its gradient is one number
   LogitRule<T> rule{};
 
   explicit Prepared(const StatsProblem& p, bool unit = false) : x("x", p.x, unit), y("y", p.y, unit) {

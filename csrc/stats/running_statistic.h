@@ -1,4 +1,4 @@
-// What a forward adds up for one direction, and how a backward reads it.
+// The statistic that a forward accumulates for one direction, and its normalisers as a backward reads them.
 #pragma once
 #include <ATen/ATen.h>
 
@@ -12,9 +12,9 @@
 
 namespace fc {
 
-// The log-sum-exps of one direction, or sums where not `log`, over all of S; and the partial ones of a section, `parts`
-// runs of `length`. Tiles write these in parallel and `merge` adds them in a fixed order, so that the result does not
-// depend on the number of threads.
+// Holds the log-sum-exps (without `log`, the sums) of one direction over all of S, and the partial ones of a section:
+// `parts` vectors of `length` elements. Tiles write the parts in parallel and `merge` adds them in a fixed order, so
+// that the result does not depend on the number of threads.
 template <class T>
 class RunningStatistic {
  public:
@@ -36,7 +36,7 @@ class RunningStatistic {
   }
   T* part_sum(int64_t part, int64_t offset) { return asked_ ? part_sum_.data() + part * length_ + offset : nullptr; }
 
-  // A tile of `size` has nothing to add.
+  // Makes `size` elements of a part empty, for a tile that is skipped.
   void skip(int64_t part, int64_t offset, int64_t size) {
     if (T* max = part_max(part, offset)) std::fill_n(max, size, -std::numeric_limits<T>::infinity());
     if (T* sum = part_sum(part, offset)) std::fill_n(sum, size, T(0));
@@ -53,7 +53,7 @@ class RunningStatistic {
         std::transform(part, part + length_, plain_sum_.begin() + first, plain_sum_.begin() + first, std::plus<>());
     }
   }
-  // In double: next to a maximum of 1000, float would round log(sum) to 6e-5.
+  // Returns the statistic in double: next to a maximum of 1000, float would round log(sum) to 6e-5.
   at::Tensor value() const {
     const auto size = static_cast<int64_t>(log_ ? sum_.size() : plain_sum_.size());
     at::Tensor out = at::empty({size}, at::kDouble);
@@ -73,7 +73,7 @@ class RunningStatistic {
   std::vector<double> plain_sum_;
 };
 
-// Log-normalisers, given in double, as sums of two T each; 0 where a row had nothing left to normalise (-inf).
+// Holds log-normalisers, given in double, as sums of two T each. -inf, where all pairs are excluded, is held as 0.
 template <class T>
 struct Normaliser {
   std::vector<T> high, low;

@@ -20,7 +20,7 @@ struct StatsProblem {
   OptionalTensor row_ids;   // (M,) int64, compared with col_ids
   OptionalTensor col_ids;   // (N,) int64
   bool exclude_self;
-  bool want_row, want_col;  // the directions asked
+  bool want_row, want_col;  // the directions that are asked for
   bool upper;               // x is y: only pairs j > i are computed, and `row` is over both triangles
   EqualIds equal_ids;
   bool softplus;      // `row` is the sum of softplus(s), not a log-sum-exp; there are no columns then
@@ -36,9 +36,9 @@ struct StatsProblem {
   }
 };
 
-// pos (M,), row (M,) and col (N,) in float64, of which one that is not asked has 0 elements; and the products x @ y.T
-// of the first `kept_rows` rows, (kept_rows, N) elements in float32 (float64 for float64 features). Their layout is by
-// tiles (`kept_offset`) and only `stats_backward` reads them.
+// Returns pos (M,), row (M,) and col (N,) in float64, where a direction that was not asked for has 0 elements; and the
+// products x @ y.T of the first `kept_rows` rows, (kept_rows, N) elements in float32 (float64 for float64 features).
+// The products lie tile by tile (`kept_offset`), and only `stats_backward` reads them.
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> stats_forward(const StatsProblem& problem,
                                                                          const Interrupt& interrupt);
 
@@ -51,8 +51,8 @@ struct Upstream {
   OptionalTensor pos, row, col;
 };
 
-// The gradients asked: those of x, y, scale and col_bias. With `joint`, where y is x, the gradient of x is the sum of
-// both, and y's is not asked.
+// Which of the gradients of x, y, scale and col_bias are needed. With `joint` y is x: both gradients are summed in the
+// gradient of x, and y's is not needed.
 struct Needs {
   std::array<bool, 4> of;
   bool joint;
@@ -62,23 +62,25 @@ using Gradients = std::array<at::Tensor, 4>;  // dx, dy, dscale, dcol_bias; unde
 Gradients stats_backward(const StatsProblem& problem, const Saved& saved, const Upstream& upstream, const Needs& needs,
                          const Interrupt& interrupt);
 
-// `weight` times the sum of softplus(row - (pos - margin)), or of row - (pos - margin) where decoupled, over rows and,
-// where they are asked, over the first M columns. For softplus problems it is the sum of row + softplus(-pos).
+// The loss is `weight` times the sum of softplus(row - (pos - margin)), or of row - (pos - margin) if decoupled, over
+// the rows and, if `want_col`, the same over the first M columns. For softplus problems it is `weight` times the sum of
+// row + softplus(-pos).
 struct RowLoss {
   double weight, margin;
   bool decoupled;
   bool normalize;  // x and y, float32 or float64, are divided by their rows' lengths first
-  // (M,) int64, for an upper problem: the loss is row minus the mean logit of the other rows with the same label. Rows
-  // alone with their label do not count.
+  // (M,) int64, for an upper problem: the loss is row minus the mean logit of the other rows with the same label. A row
+  // whose label no other row has does not count.
   OptionalTensor labels;
-  bool over_counted;  // with labels: the weight is one over the number of rows that count
+  bool over_counted;  // with labels: the weight is 1 / (number of rows that count), not `weight`
 };
 struct LossAndGradients {
   at::Tensor loss;  // 0-d float64
   Gradients grads;  // in float32 (float64)
 };
 
-// Supports rows alone, or all rows of products kept.
+// Raises ValueError unless the problem is over rows alone or keeps the products of all rows (kept_rows = M). Over rows
+// and columns, targets are not supported.
 LossAndGradients loss_and_gradients(const StatsProblem& problem, const RowLoss& loss, const Needs& needs,
                                     const Interrupt& interrupt);
 

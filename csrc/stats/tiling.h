@@ -1,6 +1,6 @@
-// S is cut into groups of columns, whose right-hand matrix is packed once; these into sections of rows, after each of
-// which partial results are merged; these into tiles, one thread's work, which stay in its cache. Tiles depend on the
-// shape of S alone and are merged in order: the number of threads does not change a bit of the result.
+// S is cut into groups of columns, whose right-hand matrix is packed once. A group is cut into sections of rows, after
+// which partial results are merged, and a section into tiles, each one thread's work, which stay in its cache. Tiles
+// depend on the shape of S alone and are merged in order, so the number of threads does not change the result's bits.
 #pragma once
 #include <ATen/Parallel.h>
 
@@ -14,11 +14,11 @@
 
 namespace fc {
 
-// Columns whose features are packed at once. For pairs half as many: what is made of them is then a small part of the
-// memory that eager bfloat16 takes, and they fill one part of a sum (kDepth).
+// How many columns have their features packed at once. For pairs it is half as many: the memory for a group is then a
+// small part of what eager bfloat16 takes, and its 256 pairs are exactly one part of a sum (kDepth).
 template <class E>
 constexpr int64_t kPackedCols = kIsPair<E> ? 512 : 1024;
-constexpr int64_t kSectionRows = 512;  // for up to kSectionThreads threads, and as much again for more
+constexpr int64_t kSectionRows = 512;  // of a section, for every kSectionThreads threads or part of them
 constexpr int64_t kSectionThreads = 8;
 constexpr int64_t kLeastTileRows = 64;  // a tile has this many rows, or a power of 2 times as many, up to kTileRows
 static_assert(kSectionRows % kTileRows == 0 && kPackedCols<float> % kTileCols == 0 &&
@@ -51,7 +51,7 @@ class Tiling {
     tile_cols_ = upper ? tile_rows_ : kTileCols;
   }
 
-  // The most threads that `for_each_tile` uses. A signal handler may set another number meanwhile.
+  // The most threads that `for_each_tile` uses. It is fixed here, since a signal handler may change torch's number.
   int64_t threads() const { return threads_; }
   std::vector<Range> column_groups() const { return pieces(0, n_, packed_cols_); }
   // Rows whose products are kept come first, so that no section is half kept. Sections below the diagonal of an upper
@@ -88,7 +88,7 @@ class Tiling {
   // The columns of a section whose tiles are not skipped, for rows that begin at `row`.
   Range cols_of(const Section& s, int64_t row) const {
     if (!upper_) return s.cols;
-    const int64_t first = s.rows.begin + (row - s.rows.begin) / tile_rows_ * tile_rows_;  // of the row's tiles
+    const int64_t first = s.rows.begin + (row - s.rows.begin) / tile_rows_ * tile_rows_;  // the first row of its tiles
     if (s.cols.end <= first) return {s.cols.end, s.cols.end};
     return {s.cols.begin + std::max<int64_t>(0, (first - s.cols.begin) / tile_cols_) * tile_cols_, s.cols.end};
   }

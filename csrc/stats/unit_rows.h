@@ -1,4 +1,4 @@
-// A row divided by its length, and the gradient of that.
+// Divides a row by its length, and computes the gradient of that.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -24,7 +24,7 @@ T copy_and_norm(const T* x, T* z, int64_t d) {
 }
 
 // `grad` holds g, the gradient of z = x / |x|, and becomes the gradient of x: (g - z (z . g)) / |x|. Where |x| is below
-// 1e-12 it becomes 0, and not 1e12 times g: so short a row has no direction to turn.
+// 1e-12 it becomes 0 instead of 1e12 times g, because so short a row has no meaningful direction.
 template <class T>
 void project_row(T* grad, const T* z, T norm, int64_t d) {
   if (norm < T(kLeastNorm)) {

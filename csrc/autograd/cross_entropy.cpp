@@ -1,5 +1,5 @@
-// One node, because as single operations, six forward and eight backward, this takes longer than the products of a
-// batch of 100 pairs.
+// The loss is one node because as separate operations, six forward and eight backward, it takes longer than the matrix
+// products of a batch of 100 pairs.
 #include "autograd/cross_entropy.h"
 
 #include <ATen/ATen.h>
@@ -46,7 +46,7 @@ struct CrossEntropy : torch::autograd::Function<CrossEntropy> {
     const bool decoupled = ctx->saved_data["decoupled"].toBool();
     const auto averaged = static_cast<double>(ctx->saved_data["averaged"].toInt());
     if (at::GradMode::is_enabled()) return recorded(saved, decoupled, upstream[0] / averaged);
-    const int64_t m = saved[0].numel(), step = upstream[0].dim() ? 1 : 0;  // a scalar's gradient is every row's
+    const int64_t m = saved[0].numel(), step = upstream[0].dim() ? 1 : 0;  // a scalar has one gradient for all rows
     const at::Tensor positive = double_vector("pos", saved[0], m), g_pos = at::zeros_like(positive);
     const at::Tensor g = readable("gradient", upstream[0], at::kDouble);
     TORCH_CHECK_VALUE(g.numel() == (step ? m : 1), "gradient: got shape ", g.sizes());
@@ -71,7 +71,7 @@ struct CrossEntropy : torch::autograd::Function<CrossEntropy> {
  private:
   static constexpr size_t kOptions = 3;  // inputs without a gradient: decoupled, reduction, dtype
 
-  // The same as operations that autograd records, for create_graph=True.
+  // Computes the same gradients by operations that autograd records, for create_graph=True.
   static variable_list recorded(const variable_list& saved, bool decoupled, const at::Tensor& g) {
     variable_list grads{at::zeros_like(saved[0])};
     for (size_t k = 1; k < saved.size(); ++k) {

@@ -7,7 +7,7 @@
 
 namespace fc {
 
-// The formula of backends/reference.py: the mean over the normalisers of softplus(normaliser - pos), or of the
+// The formula of backends/defaults.py: the mean over the normalisers of softplus(normaliser - pos), or of the
 // difference itself where decoupled, reduced over the rows. pos and each normaliser are (M,) on the CPU.
 at::Tensor cross_entropy(const at::Tensor& pos, const std::vector<at::Tensor>& normalisers, bool decoupled,
                          const std::string& reduction, at::ScalarType dtype);

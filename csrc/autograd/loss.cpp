@@ -31,8 +31,8 @@ struct State : torch::CustomClassHolder {
   Gradients grads;
 };
 
-// Returns the first `count` tensors, gradients, as functions of the others, their inputs. Asking for the gradient of
-// that raises.
+// Returns the first `count` tensors, which are gradients, as functions of the others, which are their inputs.
+// Differentiating the result raises an error that says so.
 struct OnceDifferentiable : torch::autograd::Function<OnceDifferentiable> {
   static variable_list forward(AutogradContext*, at::TensorList grads_and_inputs, size_t count) {
     variable_list grads;

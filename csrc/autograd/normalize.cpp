@@ -31,7 +31,7 @@ void for_each_row(const at::Tensor& x, const F& f) {
   });
 }
 
-// Writes z = x / |x| and the norms. Norms are as they are, also those below kLeastNorm.
+// Writes z = x / |x| and the norms. A norm below kLeastNorm is written unchanged.
 template <class T>
 void forward(const at::Tensor& x, T* z, T* norms) {
   const int64_t d = x.size(-1);
@@ -57,7 +57,7 @@ void with_dtype(const at::Tensor& t, const F& f) {
   t.scalar_type() == at::kDouble ? f(double{}) : f(float{});
 }
 
-// The views are normalised straight into one tensor. Put together first, they would be held twice.
+// The views are normalised directly into one tensor. Concatenating them first would hold them twice.
 struct Normalize : torch::autograd::Function<Normalize> {
   static at::Tensor forward(AutogradContext* ctx, at::TensorList views) {
     std::vector<int64_t> shape = views[0].sizes().vec();
@@ -115,7 +115,7 @@ struct Normalize : torch::autograd::Function<Normalize> {
   }
 
  private:
-  // The same as operations that autograd records, for create_graph=True.
+  // Computes the same gradient by operations that autograd records, for create_graph=True.
   static at::Tensor recorded(const at::Tensor& x, const at::Tensor& g) {
     const at::Tensor norm = at::linalg_vector_norm(x, 2, at::IntArrayRef{-1}, /*keepdim=*/true);
     const at::Tensor least = norm.clamp_min(kLeastNorm), z = x / least;

@@ -35,7 +35,7 @@ fc::Interrupt python_interrupt() {
   };
 }
 
-// Makes a problem of a StatsSpec (core/spec.py) and its features. Fields are read by name, whatever their order.
+// Makes a StatsProblem from a StatsSpec (core/spec.py) and its features. Fields are read by name, whatever their order.
 fc::StatsProblem problem_of(const at::Tensor& x, const at::Tensor& y, const py::handle& spec) {
   static const std::map<std::string, fc::EqualIds> kEqualIds = {
       {"exclude", fc::EqualIds::kExclude}, {"only", fc::EqualIds::kOnly}, {"negate", fc::EqualIds::kNegate}};
@@ -51,7 +51,7 @@ fc::StatsProblem problem_of(const at::Tensor& x, const at::Tensor& y, const py::
   return p;
 }
 
-// Makes a RowLoss of core/spec.py's.
+// Makes an fc::RowLoss from the RowLoss of core/spec.py.
 fc::RowLoss row_loss_of(const py::handle& loss) {
   return {loss.attr("weight").cast<double>(),
           loss.attr("margin").cast<double>(),

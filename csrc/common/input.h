@@ -19,7 +19,7 @@ inline void check_dtype(const char* name, const at::Tensor& t, at::ScalarType dt
   TORCH_CHECK_TYPE(t.scalar_type() == dtype, name, ": got dtype ", t.scalar_type(), ", expected ", dtype);
 }
 
-// Storage may have been freed by `untyped_storage().resize_(0)`.
+// Raises unless the tensor is dense, on the CPU, and in memory: `untyped_storage().resize_(0)` may have freed it.
 inline void check_memory(const char* name, const at::Tensor& t) {
   TORCH_CHECK_VALUE(t.is_cpu() && t.layout() == at::kStrided, name, ": expected a dense tensor on the CPU");
   if (t.numel() == 0) return;

@@ -1,6 +1,6 @@
-// A training step frees its kept products and the next one wants as many. The page faults of getting such a block back
-// from the system cost a third of a matrix product, so the last one is held here, marked MADV_FREE: Linux takes its
-// pages, without writing them anywhere, as soon as anything else needs memory.
+// A training step frees its kept products and the next one wants as many. The page faults of getting such a block from
+// the system again cost a third of a matrix product, so the block freed last is held here, marked MADV_FREE: Linux
+// takes its pages, without writing them to disk, as soon as anything else needs memory.
 #include "common/memory.h"
 
 #include <ATen/ATen.h>
@@ -36,11 +36,11 @@ size_t page_size() {
 #if defined(__linux__) && defined(MADV_FREE)
 namespace {
 
-constexpr size_t kSmall = 1 << 20;  // up to here malloc keeps the memory
+constexpr size_t kSmall = 1 << 20;  // up to this size malloc itself reuses memory
 constexpr size_t kHugePage = 2 << 20;
 
-// Maps whole pages, aligned so that they can be huge: a thousand small ones, marked as free and found again, cost up to
-// a twentieth of a step that keeps 4 MB. Returns null where there is no memory.
+// Maps whole pages, aligned so that they can be huge pages: marking a thousand small pages as free, and using them
+// again, cost up to a twentieth of a step that keeps 4 MB. Returns null if there is no memory.
 void* map_pages(size_t bytes) {
   const auto map = [](size_t size) {
     void* memory = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
@@ -79,7 +79,7 @@ class Spare {
     madvise(slab.memory, slab.bytes, MADV_HUGEPAGE);
     return slab;
   }
-  // MADV_NOHUGEPAGE, because the kernel's thread that gathers small pages into huge ones would use the pages again.
+  // MADV_NOHUGEPAGE comes first: Linux's khugepaged, which gathers small pages into huge ones, would touch them again.
   void give_back(Slab slab) {
     madvise(slab.memory, slab.bytes, MADV_NOHUGEPAGE);
     madvise(slab.memory, slab.bytes, MADV_FREE);
@@ -94,7 +94,7 @@ class Spare {
   static void release(const Slab& slab) {
     if (slab.memory) munmap(slab.memory, slab.bytes);
   }
-  std::mutex mutex_;  // never waited for: in a forked child, a thread that is not there may hold it
+  std::mutex mutex_;  // never waited for: in a forked child its owner may not exist
   Slab spare_;
 };
 
@@ -139,19 +139,20 @@ int64_t element_size(at::ScalarType dtype) {
   return static_cast<int64_t>(c10::elementSize(dtype));
 }
 
-// Whether nobody else reads a matrix, and it is large enough to be converted without a copy.
+// Whether a matrix has no other owner, and is so large that its memory should be freed or reused while it is converted.
 bool is_own_and_large(const at::Tensor& t) {
   return t.use_count() == 1 && t.storage().use_count() == 1 && bytes_of(t) > kWhole;
 }
 
-// Returns a tensor in the block's memory, `offset` bytes on. It is no view: outputs of an operator own their storages.
+// Returns a tensor in the block's memory from byte `offset` on. It is not a view, because an operator's outputs must
+// own their storage.
 at::Tensor within(const at::Tensor& block, int64_t offset, at::IntArrayRef sizes, at::ScalarType dtype) {
   auto* begin = static_cast<char*>(block.mutable_data_ptr()) + offset;
   return at::from_blob(begin, sizes, [block](void*) {}, block.options().dtype(dtype));
 }
 
-// Converts to half as many bytes, at the front of the same memory. Rows [r, 2r) go where rows [r/2, r) were, which have
-// been converted before.
+// Converts to a dtype of half the size, at the front of the same memory. Rows [r, 2r) are written where rows [r/2, r)
+// were, which have been converted already.
 at::Tensor halved_in_place(const at::Tensor& matrix, at::ScalarType dtype) {
   const int64_t rows = matrix.size(0);
   at::Tensor out = within(matrix, 0, matrix.sizes(), dtype);
@@ -181,7 +182,8 @@ at::Tensor converted(at::Tensor matrix, at::ScalarType dtype) {
 
 std::pair<at::Tensor, at::Tensor> converted(at::Tensor a, at::Tensor b, at::ScalarType a_dtype,
                                             at::ScalarType b_dtype) {
-  // Whether the second fits where the first one's other half was, and fills at least half of that.
+  // Whether converting `t` frees half of its memory, and the converted `other` fits into that half and fills half of
+  // it.
   const auto fits_beside = [](const at::Tensor& t, at::ScalarType dtype, const at::Tensor& other,
                               at::ScalarType other_dtype) {
     const int64_t left = bytes_of(t) / 2, bytes = other.numel() * element_size(other_dtype);

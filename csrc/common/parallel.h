@@ -30,7 +30,7 @@ void for_each_task(int64_t tasks, const F& f, int64_t threads = at::get_num_thre
   at::parallel_for(0, workers, 1, [&](int64_t own, int64_t) {
     for (int64_t i = 0; i < workers; ++i) {
       Share& share = shares[(own + i) % workers];
-      if (share.next >= share.end) continue;  // a read first: a write would take the line from threads that look, too
+      if (share.next >= share.end) continue;  // reading first does not take the cache line from other threads
       for (int64_t task = share.next++; task < share.end; task = share.next++) f(task);
     }
   });

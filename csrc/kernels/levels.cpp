@@ -13,7 +13,7 @@
 #if defined(__x86_64__) && defined(__linux__) && (defined(__clang__) || __GNUC__ >= 11)
 #include <sys/syscall.h>
 #include <unistd.h>
-#define FC_AMX  // the compiler knows it, and how to ask the system for it
+#define FC_AMX  // the compiler supports AMX, and the system can be asked for it
 #endif
 
 #include "kernels/max_sim_kernels.h"
@@ -156,7 +156,7 @@ const MaxSimKernels<T>& max_sim_kernels() {
   return tables[std::min(chosen_level(), kAvx512)];
 }
 
-// The baseline leaves the products of whole blocks to the vendor's library, which knows the CPU better.
+// The baseline leaves all matrix products to the vendor's library, which can use more than SSE2 or NEON.
 template <class E>
 const ProductKernels<E>& product_kernels() {
   static const ProductKernels<E> none{};

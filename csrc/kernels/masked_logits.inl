@@ -18,9 +18,9 @@ struct TileColumns {
   }
 };
 
-// Products of S's row i -> masked logits, and -inf up to a whole vector beyond the tile. The positive's logit goes to
-// `pos`, if this tile holds it, and is masked too. Never inlined, so that forward and backward round alike: a compiler
-// may round scale * product + bias once in one place and twice in the other.
+// Turns products of S's row i into masked logits, with -inf up to a whole vector beyond the tile. If this tile holds
+// the positive, its logit goes to `pos` and is masked too. Never inlined, so that forward and backward round alike: a
+// compiler may round scale * product + bias once in one place and twice in the other.
 template <class T>
 __attribute__((noinline)) static void masked_logits(const LogitRule<T>& rule, const TileColumns<T>& columns,
                                                     const TileBounds& at, int64_t i, const T* products, T* logits,
@@ -48,5 +48,5 @@ __attribute__((noinline)) static void masked_logits(const LogitRule<T>& rule, co
   if (rule.exclude_self && self >= 0 && self < at.cols) logits[self] = kNegInf<T>;
   if (rule.upper)
     for (int64_t j = 0; j < smaller(self + 1, at.cols); ++j) logits[j] = kNegInf<T>;
-  for (int64_t j = at.cols; j % kLanes<T> != 0; ++j) logits[j] = kNegInf<T>;  // the scale may be negative or 0
+  for (int64_t j = at.cols; j % kLanes<T> != 0; ++j) logits[j] = kNegInf<T>;  // -inf times a scale <= 0 is not -inf
 }

@@ -19,7 +19,7 @@ struct ExpConstants<double> {
   static constexpr int kTerms = 13, kLogTerms = 16, kMantissa = 52, kExponentBias = 1023;
 };
 
-// With references (maxima, log-normalisers) up to this size, exp_shifted stays as accurate as it says.
+// exp_shifted has its stated accuracy for references (maxima, log-normalisers) up to this size.
 template <class T>
 constexpr T kMaxReference = T(1e4);
 
@@ -83,8 +83,8 @@ static inline Vec<T> sigmoid(Vec<T> s) {
   return (s > T(0) ? fill<T>(1) : u) / (u + T(1));
 }
 
-// A value that is subtracted before exp() must be finite: excluded logits then give exp(-inf) = 0 even in a row that
-// has nothing left, whose maximum is -inf.
+// A value that is subtracted before exp() must be finite: excluded logits then give exp(-inf) = 0 even in a row
+// whose pairs are all excluded, so that its maximum is -inf.
 template <class T>
 static inline Vec<T> finite_reference(Vec<T> m) {
   return m == kNegInf<T> ? Vec<T>{} : m;

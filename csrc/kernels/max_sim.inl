@@ -1,6 +1,6 @@
 // The vector kernels of late interaction; levels.cpp includes this after tile_sweeps.inl, whose row access it uses.
 
-// n indices, at most one vector of them, as integers of the lanes' width.
+// Loads n indices, at most one vector of them, as integers of the lanes' width.
 template <class T>
 static inline IntVec<T> load_index(const int32_t* index, int64_t n) {
   IntVec<T> v{};
@@ -12,7 +12,7 @@ static inline void store_index(int32_t* index, int64_t n, IntVec<T> v) {
   for (int64_t l = 0; l < n; ++l) index[l] = static_cast<int32_t>(v[l]);
 }
 
-// column_maxima of kVecs whole vectors of columns, or of one vector with only `cols` of them (kTail).
+// Computes column_maxima for kVecs whole vectors of columns or, with kTail, for a last vector with only `cols` columns.
 template <class T, int kVecs, bool kTail>
 static inline void column_maxima_of(const T* products, int64_t stride, int64_t rows, int64_t cols, int64_t first,
                                     T* best, int32_t* index) {
@@ -57,7 +57,7 @@ static void column_maxima(const T* products, int64_t stride, int64_t rows, int64
   if (j < cols) column_maxima_of<T, 1, true>(products + j, stride, rows, cols - j, first, best + j, index + j);
 }
 
-// Column l of a square of as many rows as a vector has lanes.
+// Returns column l of a square matrix with as many rows as a vector has lanes.
 template <class V, class T>
 static inline V column(const T* square, int64_t l) {
   constexpr int64_t kL = sizeof(V) / sizeof(T);
@@ -67,8 +67,8 @@ static inline V column(const T* square, int64_t l) {
   return v;
 }
 
-// As many rows at a time as a vector has lanes. In each row every lane finds the best of its columns; then a square of
-// these is compared column by column, all rows at once. Of equal maxima the lowest column wins.
+// Takes as many rows at a time as a vector has lanes. In each row, every lane finds the maximum of its columns; then
+// the square matrix of these maxima is compared column by column, for all rows at once. Of equal maxima the first wins.
 template <class T>
 static void row_maxima(const T* products, int64_t stride, int64_t rows, int64_t cols, int64_t first, T* best,
                        int32_t* index) {
@@ -105,7 +105,7 @@ static void row_maxima(const T* products, int64_t stride, int64_t rows, int64_t 
       nan |= s != s;
     }
     at += static_cast<Int>(first);
-    if (first) {  // the maximum so far wins where it is equal, or NaN
+    if (first) {  // the maximum so far wins if it is equal or NaN
       const Vec<T> before = load_row(best, i, i + count);
       const IntVec<T> higher = top > before;
       at = higher ? at : load_index<T>(index + i, count);
@@ -117,7 +117,7 @@ static void row_maxima(const T* products, int64_t stride, int64_t rows, int64_t 
   }
 }
 
-// out += g * in, for rows d long
+// Adds g * in to out, for rows d long.
 template <class T>
 static inline void add_row(T* out, const T* in, int64_t d, T g) {
   int64_t j = 0;

@@ -5,14 +5,14 @@
 namespace fc {
 
 // The kernels of one instruction set. Products are (rows, cols) with a row stride. The index of a maximum is the first
-// of equal ones. A maximum is NaN where one of its products is; its index is then in range and means nothing.
+// of equal ones. A maximum is NaN where one of its products is; its index is then in range but arbitrary.
 template <class T>
 struct MaxSimKernels {
-  // best[j], index[j] = the maximum of column j over rows first, first + 1, ... Where first is not 0, they hold the
-  // maxima over the rows before, and those take part.
+  // Sets best[j] and index[j] to the maximum of column j and its row, where the rows of `products` count from `first`.
+  // If `first` is not 0, best and index hold the maxima over the rows before `first`, which are compared too.
   void (*column_maxima)(const T* products, int64_t stride, int64_t rows, int64_t cols, int64_t first, T* best,
                         int32_t* index);
-  // The same along the rows: best[i], index[i] over columns first, first + 1, ...
+  // The same along rows: best[i] and index[i] are the maximum of row i and its column, counted from `first`.
   void (*row_maxima)(const T* products, int64_t stride, int64_t rows, int64_t cols, int64_t first, T* best,
                      int32_t* index);
   // out[i] += g * in[index[i]], for `count` rows d long

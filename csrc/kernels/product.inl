@@ -2,8 +2,9 @@
 // kMicroRows by 2 vectors, stays in registers while k runs. Each step loads two vectors of a panel of B and broadcasts
 // one element of A for each row.
 
-// Sums run over so many steps of k and are then added to C: that part of a panel stays in L1, and short parts have
-// smaller rounding errors. C of few rows, or narrower than a panel, waits for memory anyway and has shorter ones.
+// A sum in registers runs over kDepth steps of k and is then added to C: this part of a panel stays in L1, and short
+// sums have smaller rounding errors. If C has few rows (kFlatDepth) or is narrower than a panel (kNarrowDepth), the
+// product waits for memory anyway, and its sums are shorter still.
 constexpr int64_t kDepth = 256, kFlatDepth = 64, kNarrowDepth = 16;
 
 template <class E>
@@ -64,7 +65,7 @@ static void micro_rows(const MatrixProduct<E>& p, int64_t rows, int64_t steps, c
   }
 }
 
-// One panel's columns of C, for all rows.
+// Computes the columns of C that belong to one panel, for all rows.
 template <class E>
 static void multiply_panel(const MatrixProduct<E>& p, int64_t k, int64_t steps, int64_t column, bool add) {
   using T = SumType<E>;
@@ -121,7 +122,7 @@ static void pack(const StoredType<E>* b, int64_t b_row, int64_t rows, int64_t co
 #endif
 
 #ifdef FC_SHUFFLE
-// The lower (kHalf = 0) or upper (kHalf = 1) halves of two vectors, lane by lane in turn.
+// Interleaves the lower (kHalf = 0) or upper (kHalf = 1) halves of two vectors.
 template <int kHalf, class V, int... kLane>
 static inline V interleave(V a, V b, std::integer_sequence<int, kLane...>) {
   constexpr int n = sizeof...(kLane);
@@ -169,8 +170,8 @@ static void pack_transposed(const E* b, int64_t b_row, int64_t k, int64_t column
 }
 
 #ifdef FC_BF16
-// Sixteen pairs. The intrinsics are those with a mask, of all lanes: GCC 12 warns of an uninitialised vector that its
-// headers name in the others.
+// Stores sixteen pairs. The intrinsics are the masked ones, with all lanes set: for the others GCC 12 warns of an
+// uninitialised vector in its own headers.
 static inline void store_pairs(Bf16Pair* out, __m256i first, __m256i second) {
   constexpr __mmask16 kAll = 0xffff;
   const __m512i upper = _mm512_maskz_slli_epi32(kAll, _mm512_maskz_cvtepu16_epi32(kAll, second), 16);
@@ -190,7 +191,7 @@ void pack<Bf16Pair>(const uint16_t* b, int64_t b_row, int64_t rows, int64_t colu
   }
 }
 
-// 32 rows by 16 columns at a time, whose pairs down the columns make a square.
+// Takes 32 rows by 16 columns at a time: paired down the columns, they are a square of 16 x 16 pairs.
 static void round_pairs(const float* g, int64_t g_row, int64_t rows, int64_t cols, Bf16Pair* pairs, int64_t pairs_row,
                         Bf16Pair* transposed, int64_t transposed_row) {
   constexpr int64_t n = 16;

@@ -1,10 +1,10 @@
-// Matrix products of bfloat16 pairs by AMX; included after product.inl, which multiplies what whole tiles leave over.
-// An AMX register holds 16 rows of 64 bytes: 16 x 16 sums; 16 rows of A over 16 steps of k; or 16 steps of k of 16
-// columns of B, as they lie in a panel. Four registers of sums, two of A and two of B are all eight.
+// Matrix products of bfloat16 pairs by AMX; included after product.inl, which multiplies the rows and steps that fill
+// no whole register. An AMX register holds 16 rows of 64 bytes: 16 x 16 sums, or 16 rows of A over 16 steps of k, or 16
+// steps of k of 16 columns of B as they lie in a panel. Four hold sums, two hold A and two hold B: all eight are used.
 
 constexpr int64_t kAmxTile = 16;
 
-// The compiler does not see which memory the AMX intrinsics read, and could otherwise write to it after them.
+// The compiler does not see which memory the AMX intrinsics read, and could move writes to it behind them.
 static inline void amx_barrier() {
   __asm__ volatile("" ::: "memory");
 }
@@ -20,7 +20,7 @@ static inline void amx_configure() {
   _tile_loadconfig(&all);
 }
 
-// c (16 * kTiles, 2 * 16) = a times b over `steps` steps, a multiple of 16.
+// Sets c (16 * kTiles, 2 * 16) to a times b over `steps` steps, a multiple of 16.
 template <int kTiles>
 static inline void amx_block(const Bf16Pair* a, int64_t a_row, const Bf16Pair* b, int64_t steps, float* c,
                              int64_t c_row) {
@@ -52,8 +52,8 @@ static inline void amx_block(const Bf16Pair* a, int64_t a_row, const Bf16Pair* b
   }
 }
 
-// The first `rows` rows and `steps` steps of a product, both multiples of 16, in parts of kDepth steps as in
-// `multiply`.
+// Multiplies the first `rows` rows over the first `steps` steps, both multiples of 16, in parts of kDepth steps as
+// `multiply` does.
 static void amx_whole(const MatrixProduct<Bf16Pair>& p, int64_t rows, int64_t steps) {
   constexpr int64_t kWidth = kPanel<Bf16Pair>;
   alignas(64) float block[2 * kAmxTile * kWidth];

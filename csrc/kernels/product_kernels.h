@@ -7,7 +7,7 @@
 
 namespace fc {
 
-// Two bfloat16 that follow each other in k: the instruction that multiplies them adds both products, in float32.
+// Two bfloat16 numbers, adjacent in k. One instruction multiplies two pairs and adds both products in float32.
 struct Bf16Pair {
   uint16_t first, second;
 };
@@ -45,18 +45,19 @@ struct ProductKernels {
   using T = SumType<E>;
   int64_t panel;  // columns of a panel
   void (*multiply)(const MatrixProduct<E>&);
-  // Fills one panel with `columns` columns of b (rows, n), and with 0 what is left of its width and of its last E.
+  // Fills one panel with `columns` columns of b (rows, n). Its other columns, and the second half of a last pair that
+  // `rows` leaves incomplete, are 0.
   void (*pack)(const StoredType<E>* b, int64_t b_row, int64_t rows, int64_t columns, E* panel);
   // Fills one panel with `columns` rows of b (n, k), which become columns.
   void (*pack_transposed)(const E* b, int64_t b_row, int64_t k, int64_t columns, E* panel);
   // For Bf16Pair alone: rounds g (rows, cols) to pairs along its rows, (rows, cols / 2), and along the rows of its
-  // transpose, (cols, rows / 2). A pair that has one number only gets a 0, and so does `transposed` up to the end of
-  // its last block of 16 columns by 16 pairs.
+  // transpose, (cols, rows / 2). A pair that has only one number is completed with 0. `transposed` is also filled with
+  // 0 to the end of its last block of 16 rows by 16 pairs.
   void (*round_pairs)(const T* g, int64_t g_row, int64_t rows, int64_t cols, E* pairs, int64_t pairs_row, E* transposed,
                       int64_t transposed_row);
 };
 
-// The products at the level that tile_kernels<T>() has.
+// The products of the instruction set that tile_kernels<T>() chooses.
 template <class E>
 const ProductKernels<E>& product_kernels();
 

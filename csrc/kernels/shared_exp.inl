@@ -6,7 +6,7 @@
 template <class T>
 struct PowerOfTwo {
   int n;
-  T log, rest;        // 2^n = exp(log) * rest, with a logarithm that T holds
+  T log, rest;        // 2^n = exp(log) * rest, where log is n ln 2 rounded to T
   T lowest, highest;  // exp(lowest) / 2^n is still a normal number; exp(highest) / 2^n is about 2^100
 
   explicit PowerOfTwo(T x) : n(int(x * T(1.44269504088896340736))) {
@@ -21,23 +21,23 @@ struct PowerOfTwo {
   Vec<T> exp_over(Vec<T> x) const { return exp_shifted<T>(x, Vec<T>{}, -n, lowest); }
 };
 
-// Whether a sum over 2^n loses nothing that matters: a term below T's smallest number is then nothing to it, nor to the
-// sums of other tiles that it is merged with.
+// Whether a sum divided by 2^n has lost nothing that matters: a term below T's smallest number is then negligible
+// beside it, and beside the sums of other tiles that it is merged with.
 template <class T>
 static inline bool is_in_range(T sum) {
   constexpr T kRange = T(int64_t(1) << 30);
   return sum >= 1 / kRange && sum <= kRange;
 }
 
-// Whether every row and column of the tile has more than a few pairs. With a few left, a single term may be the whole
-// sum, and then its exponential has to be exact.
+// Whether every row and column of the tile has many pairs that are not excluded. Among few, a single term may be the
+// whole sum, and then its exponential would have to be exact.
 template <class T>
 static inline bool is_plain(const LogitRule<T>& rule, const TileBounds& at) {
   constexpr int64_t kFew = 16;
   return rule.is_plain() && at.rows >= kFew && at.cols >= kFew;
 }
 
-// Returns false, having written sums that do not count, where some are out of range. NaN and inf always are.
+// Returns false if any sum is out of range, as NaN and inf always are. What it has written must then be overwritten.
 template <class T, bool kRow, bool kCol>
 static bool forward_shared_exp(const LogitRule<T>& rule, const TileColumns<T>& columns, const ForwardTile<T>& tile) {
   const TileBounds& at = tile.at;
@@ -45,7 +45,7 @@ static bool forward_shared_exp(const LogitRule<T>& rule, const TileColumns<T>& c
   alignas(64) T logits[kTileCols], col_sum[kTileCols] = {}, some[kTileCols];
   PowerOfTwo<T> power(0);  // near exp of the first row's maximum
   for (int64_t first = 0; first < at.rows; first += kSweepRows) {
-    for (int64_t j = 0; j < kTileCols; ++j) some[j] = 0;  // sums of equal terms all round alike: few at a time
+    for (int64_t j = 0; j < kTileCols; ++j) some[j] = 0;  // few terms at a time: equal terms all round alike
     for (int64_t r = first; r < smaller(first + kSweepRows, at.rows); ++r) {
       masked_logits(rule, columns, at, at.row + r, tile.products + r * tile.stride, logits, tile.pos + at.row + r);
       if (r == 0) {
@@ -78,7 +78,8 @@ static bool forward_shared_exp(const LogitRule<T>& rule, const TileColumns<T>& c
   return true;
 }
 
-// The factors g 2^n exp(-norm - low) of n rows or columns; false if one is too small or too large to multiply with.
+// Writes the factors g 2^n exp(-norm - low) of n rows or columns to `out`. Returns false if one is too small or too
+// large to multiply with.
 template <class T>
 static bool factors_over(const PowerOfTwo<T>& power, const T* norm, const T* low, const T* g, int64_t n, T* out) {
   constexpr T kLeast = T(1e-25), kMost = T(1e25);
@@ -97,8 +98,8 @@ static bool factors_over(const PowerOfTwo<T>& power, const T* norm, const T* low
   return fits;
 }
 
-// g_row exp(s - row) + g_col exp(s - col) as exp(s) / 2^n times the sum of both factors. Returns false where the
-// normalisers are not near each other; nothing is written then.
+// Writes g_row exp(s - row) + g_col exp(s - col) as exp(s) / 2^n times the sum of both factors. Returns false, with
+// nothing written, if the normalisers are too far apart or a factor does not fit.
 template <class T>
 static bool backward_shared_exp(const LogitRule<T>& rule, const TileColumns<T>& columns, const BackwardTile<T>& tile) {
   constexpr T kApart = T(40);

@@ -1,6 +1,6 @@
 // The contract between the drivers in stats/ and the vector kernels for one tile of S, the M x N matrix of logits. A
-// driver fills a tile with products x @ y.T; a kernel makes masked logits of them and reduces those to statistics, or
-// turns them into gradients. Kernels know no ATen and allocate nothing.
+// driver fills a tile with products x @ y.T; a kernel turns these into masked logits and reduces the logits to
+// statistics, or turns them into gradients. Kernels do not use ATen and allocate nothing.
 #pragma once
 #include <cstdint>
 
@@ -27,7 +27,7 @@ struct LogitRule {
   bool softplus;      // reduce to sums of softplus(s) along rows, not to log-sum-exps
 
   int64_t target(int64_t i) const { return targets ? targets[i] : i; }
-  // Whether a logit is its product times the scale, and at most two of a row are excluded.
+  // Whether a logit is its product times the scale, and no pair is excluded but the positive and S[i, i].
   bool is_plain() const { return !col_bias && !row_ids && !upper; }
 };
 
@@ -58,7 +58,7 @@ struct BackwardTile {
   int64_t stride;
   T* grad;  // (rows, cols), row stride `grad_stride`; may be `products`
   int64_t grad_stride;
-  const T *row, *row_low, *g_row;  // (M,) finite log-normaliser, what rounding it to T left, its gradient; or null
+  const T *row, *row_low, *g_row;  // (M,) finite log-normaliser, its rounding error in T, its gradient; or null
   const T *col, *col_low, *g_col;  // (N,) the same for columns
 };
 

@@ -1,6 +1,7 @@
 // Rows of a tile in memory. Rows of products end without padding; copies that a sweep makes for itself are padded.
 
-// The vector at row[j] of a row that ends at `n`: load_row fills what lies behind with -inf, store_row leaves it alone.
+// Load or store the vector at row[j] of a row of n elements. Lanes beyond the row are loaded as -inf, and are not
+// stored.
 template <class T>
 static inline Vec<T> load_row(const T* row, int64_t j, int64_t n) {
   if (j + kLanes<T> <= n) return load(row + j);
@@ -21,8 +22,8 @@ static inline void copy_padded(To* out, const From* values, int64_t n, To pad) {
   for (int64_t j = n; j < kTileCols; ++j) out[j] = pad;
 }
 
-// Brings row r of a tile into the first cache, as it is read and as it is written. Rows are further apart than a page,
-// and the hardware fetches ahead within one only.
+// Prefetches row r of a tile into the first-level cache: the products, which are read, and the gradient, which is
+// written. Rows are further apart than a page, and the hardware prefetches within a page only.
 template <class T>
 static inline void fetch_row(const BackwardTile<T>& tile, int64_t r) {
   if (r >= tile.at.rows) return;

@@ -5,8 +5,8 @@
 #include "kernels/masked_logits.inl"
 #include "kernels/shared_exp.inl"
 
-// kSweepRows rows at a time: first their logits and maxima, then the exponentials against those maxima. A column's sum
-// is rescaled where its maximum has grown.
+// Takes kSweepRows rows at a time: first their logits and maxima, then the exponentials against those maxima. A
+// column's sum is rescaled where its maximum has grown.
 template <class T, bool kRow, bool kCol>
 static void forward_log_sum_exp(const LogitRule<T>& rule, const ForwardTile<T>& tile) {
   const TileBounds& at = tile.at;
@@ -96,7 +96,7 @@ static void forward_softplus(const LogitRule<T>& rule, const ForwardTile<T>& til
     const int64_t i = at.row + r;
     masked_logits(rule, columns, at, i, tile.products + r * tile.stride, logits, tile.pos + i);
     Vec<T> whole{};
-    for (int64_t part = 0; part < at.cols; part += 8 * kLanes<T>) {  // no log follows that would shrink the sum's error
+    for (int64_t part = 0; part < at.cols; part += 8 * kLanes<T>) {  // short sums: no log will shrink their error
       Vec<T> sum{};
       for (int64_t j = part; j < smaller(part + 8 * kLanes<T>, at.cols); j += kLanes<T>)
         sum += softplus<T>(load(logits + j));

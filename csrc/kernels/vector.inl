@@ -52,7 +52,7 @@ static inline Vec<T> fill(T value) {
   return Vec<T>{} + value;
 }
 
-// A NaN in b is ignored: the sum of exponentials carries it.
+// A NaN in b is ignored, since the sum of exponentials becomes NaN anyway.
 template <class T>
 static inline Vec<T> maximum(Vec<T> a, Vec<T> b) {
   return b > a ? b : a;

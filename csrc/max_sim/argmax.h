@@ -1,4 +1,4 @@
-// Which tokens were the maxima, from forward to backward, in the narrowest dtype that holds an index.
+// Stores which tokens were the maxima, from forward to backward, in the narrowest dtype that holds an index.
 #pragma once
 #include <ATen/ATen.h>
 
@@ -48,8 +48,8 @@ struct Argmax {
   }
 };
 
-// An uninitialised tensor for the argmaxima of `rows` items of x, in the direction of `own`: its tokens' maxima over
-// the tokens of `other`.
+// Returns an uninitialised tensor for the argmaxima of `rows` items of x: for each token of `own`, the token of `other`
+// with the largest product.
 inline at::Tensor empty_argmax(int64_t rows, int64_t n, const TokenSide& own, const TokenSide& other) {
   return at::empty({rows, n, own.length}, index_dtype(other.length));
 }

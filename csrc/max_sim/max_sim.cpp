@@ -18,7 +18,7 @@
 namespace fc {
 namespace {
 
-constexpr int64_t kArgmaxBytes = 8 << 20;         // the backward finds so many argmaxima again at a time
+constexpr int64_t kArgmaxBytes = 8 << 20;         // of argmaxima that the backward finds again at a time
 constexpr int64_t kWork = int64_t{1} << 31;       // multiplications of the backward between two interrupts
 constexpr int64_t kGradientElements = 64 * 1024;  // gradients that one task adds to, which stay in its cache
 
@@ -60,8 +60,8 @@ struct ArgmaxDirection {
   T g(int64_t m, int64_t n) const { return grad.const_data_ptr<T>()[m * grad.size(1) + n]; }
 };
 
-// Adds one pair's part to `out`, the gradient of an item with `own` tokens; `in` has the other item's tokens. `by_own`
-// is the direction whose argmaxima are of own tokens and name other ones; in `by_other` it is the reverse.
+// Adds the part of the pair (m, n) to `out`, the gradient of an item with `own` tokens; `in` has the `other` tokens of
+// the other item. `by_own` holds for each own token an index into `in`, `by_other` for each other token one into `out`.
 template <class T>
 void add_pair(int64_t m, int64_t n, T* out, int64_t own, const T* in, int64_t other, int64_t d,
               const ArgmaxDirection<T>& by_own, const ArgmaxDirection<T>& by_other, int32_t* index) {
@@ -76,8 +76,8 @@ void add_pair(int64_t m, int64_t n, T* out, int64_t own, const T* in, int64_t ot
   }
 }
 
-// Calls f(begin, end) for groups of items, in parallel. A group has kGradientElements, or fewer where threads lack
-// work.
+// Calls f(begin, end) for groups of items, in parallel. A group has at most kGradientElements elements (or one
+// item), and fewer if some threads would have no work.
 template <class F>
 void for_each_group(int64_t items, int64_t elements, const F& f) {
   const int64_t for_cache = std::max<int64_t>(1, kGradientElements / elements);
@@ -87,8 +87,8 @@ void for_each_group(int64_t items, int64_t elements, const F& f) {
   });
 }
 
-// Adds the part of items [first, last) of x to dx and dy. dx is parallel over x's items and dy over y's, so that every
-// sum has one owner and one order.
+// Adds the part of items [first, last) of x to dx and dy. dx is computed in parallel over x's items and dy over y's, so
+// that each sum is added by one thread in a fixed order.
 template <class T>
 void accumulate(const TokenSide& x, const TokenSide& y, int64_t first, int64_t last, const ArgmaxDirection<T>& of_x,
                 const ArgmaxDirection<T>& of_y, T* dx, T* dy) {

@@ -14,19 +14,19 @@ namespace fc {
 // The C++ view of core/tokens.py. All tensors are on the CPU.
 struct TokenProblem {
   at::Tensor x, y;           // (M, T, D), (N, P, D), one floating dtype, any strides
-  OptionalTensor x_lengths;  // (M,) int64: so many tokens of each item, the first ones, are real; absent: all
+  OptionalTensor x_lengths;  // (M,) int64: how many tokens of each item, from its first, are real; absent: all
   OptionalTensor y_lengths;  // (N,)
-  bool both;                 // whether the direction y is asked, too
+  bool both;                 // whether the maxima of y's tokens over x's are needed too
 };
 
-// x_sums and y_sums (M, N) in float32 (float64 for float64 tokens): the maxima of x's tokens over y's, and of y's over
-// x's, added up. And the argmaxima of the first `kept_rows` items of x: argmax_x (kept, N, T), argmax_y (kept, N, P).
-// Without `both`, those of y have 0 elements.
+// Returns x_sums and y_sums (M, N) in float32 (float64 for float64 tokens), the sums of the maxima of x's tokens over
+// y's and of y's tokens over x's; and the argmaxima of the first `kept_rows` items of x, argmax_x (kept_rows, N, T) and
+// argmax_y (kept_rows, N, P). Without `both`, y_sums and argmax_y have 0 elements.
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> max_sim_forward(const TokenProblem& problem,
                                                                            int64_t kept_rows,
                                                                            const Interrupt& interrupt);
 
-// dx and dy, undefined where `needs` says no. A gradient `g_x` or `g_y` that is absent is zero.
+// Returns dx and dy, undefined where `needs` is false. A gradient `g_x` or `g_y` that is absent counts as zero.
 std::array<at::Tensor, 2> max_sim_backward(const TokenProblem& problem, const at::Tensor& argmax_x,
                                            const at::Tensor& argmax_y, const OptionalTensor& g_x,
                                            const OptionalTensor& g_y, std::array<bool, 2> needs,

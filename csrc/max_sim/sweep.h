@@ -86,15 +86,17 @@ class Sweep {
     int64_t cols() const { return x.tokens(); }
   };
 
-  // Sets sums to 0 as the sweep comes to them: the first touch of (M, N) takes long.
+  // Sets the sums of items before `row` to 0. It is called as the sweep reaches them, since the first touch of all (M,
+  // N) sums takes long.
   void clear_until(int64_t row) {
     for (const MaximaOutput<T>* out : {out_x_, out_y_})
       if (out) out->clear(cleared_, row);
     cleared_ = row;
   }
 
-  // Also resizes the maxima: of x to (y's items, cols); of y to (x's items, rows), or (all tokens of y,) where x's
-  // block is a part of an item, since the maxima go on in its next part.
+  // Multiplies two blocks. Also makes room for the maxima of x's tokens, (y's items, cols), and of y's, (x's items,
+  // rows) or, if x's block is a part of an item, (all tokens of y,), since those maxima continue in the item's next
+  // part.
   Pair multiply(const TokenBlock& x, const TokenBlock& y) {
     const int64_t rows = y.tokens(), cols = x.tokens();
     at::Tensor s = products_.slice(0, 0, rows * cols).view({rows, cols});
@@ -118,7 +120,7 @@ class Sweep {
       }
     });
   }
-  // The maxima over the tokens of y's n-th item, for the tokens of x from column `col` on.
+  // Takes the maxima over the tokens of y's n-th item, for the tokens of x from column `col` on.
   void take_column_maxima(const Pair& pair, int64_t n, int64_t col) {
     const int64_t cols = pair.cols(), at = n * cols + col;
     const ItemPart part(y_, pair.y, pair.y.item0 + n);
@@ -127,7 +129,7 @@ class Sweep {
                                          std::min(kTaskTokens, cols - col), part.offset, x_maxima_.best.data() + at,
                                          x_maxima_.index.data() + at);
   }
-  // The maxima over the tokens of x's m-th item, for the tokens of y from row `row` on.
+  // Takes the maxima over the tokens of x's m-th item, for the tokens of y from row `row` on.
   void take_row_maxima(const Pair& pair, int64_t m, int64_t row) {
     const int64_t rows = pair.rows(), cols = pair.cols(), at = pair.y_base + m * rows + row;
     const ItemPart part(x_, pair.x, pair.x.item0 + m);

@@ -1,5 +1,5 @@
-// Tokens of late interaction as its kernels read them: packed, only the real ones, item after item, and cut into
-// blocks.
+// Tokens of late interaction as its kernels read them: the real ones alone (those within an item's length), packed item
+// after item and cut into blocks.
 #pragma once
 #include <ATen/ATen.h>
 
@@ -36,7 +36,7 @@ struct TokenSide {
   int64_t count(int64_t item) const { return start[item + 1] - start[item]; }
   int64_t dim() const { return tokens.size(1); }
 
-  // Makes a gradient of the packed tokens one of x, in its dtype.
+  // Turns a gradient of the packed tokens into a gradient of x, in x's dtype.
   at::Tensor unpack(const at::Tensor& gradient, const at::Tensor& x) const {
     const at::Tensor cast = gradient.to(x.scalar_type());
     if (!places.defined()) return cast.view(x.sizes());
@@ -51,7 +51,7 @@ struct TokenBlock {
   int64_t items() const { return item1 - item0; }
 };
 
-// The tokens of one item that a block has.
+// The part of one item that lies in a block.
 struct ItemPart {
   int64_t begin, end;  // packed tokens
   int64_t offset;      // of `begin` in the item

@@ -145,7 +145,7 @@ LossAndGradients from_kept_products(const StatsProblem& problem, const RowLoss& 
   const Prepared<E> p(problem, loss.normalize);
   const int64_t m = p.x.rows, n = p.y.rows;
   TORCH_CHECK_VALUE(problem.kept_rows == m && (problem.upper || !p.targets),
-                    "kept_rows, targets: expected all rows, and for columns no targets");
+                    "kept_rows, targets: expected kept_rows = M and, for losses over columns, no targets");
   const at::Tensor kept = reused_matrix(m, n, p.options());
   T* products = kept.mutable_data_ptr<T>();
   Statistics<T> stats(problem, p.options());

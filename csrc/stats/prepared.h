@@ -25,8 +25,8 @@ inline void check(const StatsProblem& p) {
   const int64_t m = p.x.size(0), n = p.y.size(0);
   TORCH_CHECK_VALUE(p.scale.numel() == 1, "scale: got shape ", p.scale.sizes(), ", expected one element");
   TORCH_CHECK_VALUE(p.softplus || p.upper ? p.want_row && !p.want_col : p.want_row || p.want_col,
-                    "want_row, want_col: expected a direction, for softplus and upper rows alone");
-  TORCH_CHECK_VALUE(!p.upper || m == n, "upper: got M = ", m, " and N = ", n, ", expected as many");
+                    "want_row, want_col: expected at least one, for softplus and upper want_row alone");
+  TORCH_CHECK_VALUE(!p.upper || m == n, "upper: got M = ", m, " and N = ", n, ", expected M = N");
   TORCH_CHECK_VALUE(p.targets || m <= n, "targets: got None for M = ", m, " rows and N = ", n, " columns");
   TORCH_CHECK_VALUE(p.kept_rows >= 0 && p.kept_rows <= m, "kept_rows: got ", p.kept_rows, ", expected 0 to ", m);
   TORCH_CHECK_VALUE(p.row_ids.has_value() == p.col_ids.has_value(), "row_ids, col_ids: expected both or neither");

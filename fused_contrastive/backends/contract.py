@@ -1,4 +1,4 @@
-"""What a backend provides: five functions that it owes, and what it may do better than plain torch."""
+"""What a backend provides: five functions that it must implement, and others that it may do better than plain torch."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from fused_contrastive.core.tokens import MaxSimForward, MaxSimUpstream, TokenSp
 class Backend(ABC):
     """One backend; ``ops/dispatch.py`` lists them, and docs/extend.md adds one step by step.
 
-    The abstract functions are owed. The others have a default in plain torch (``backends/defaults.py``), which works on
-    any device, or are a capability that is absent unless it is declared.
+    A backend must implement the abstract functions. The others have a default in plain torch
+    (``backends/defaults.py``), which works on any device, or are a capability that a backend lacks by default.
     """
 
     @abstractmethod
@@ -35,39 +35,42 @@ class Backend(ABC):
 
     @abstractmethod
     def stats_forward(self, spec: StatsSpec, x: Tensor, y: Tensor) -> Forward:
-        """Statistics of S; x (M, D), y (N, D) of one dtype and device."""
+        """The statistics of S, the logits that ``spec`` describes; x (M, D) and y (N, D) have one dtype and device."""
 
     @abstractmethod
     def stats_backward(
         self, spec: StatsSpec, x: Tensor, y: Tensor, saved: Forward, upstream: Upstream, needs: Needs
     ) -> Gradients:
-        """Gradients given those of the statistics. ``saved.pos`` may hold anything. Must not write to ``saved``."""
+        """The gradients that ``needs`` names, given ``upstream``, the gradients of the statistics.
+
+        ``saved`` is what ``stats_forward`` returned, but ``saved.pos`` may hold anything. Must not write to ``saved``.
+        """
 
     def fuses_loss(self, spec: StatsSpec, m: int) -> bool:
-        """Whether ``row_loss`` is its best way for a problem of m rows. Default: it has none.
+        """Whether ``row_loss`` is the backend's fastest way for a problem of m rows. By default it has no ``row_loss``.
 
         ``spec.kept_rows`` says how many rows of products the memory budget allows.
         """
         return False
 
     def row_loss(self, spec: StatsSpec, x: Tensor, y: Tensor, loss: RowLoss) -> Tensor:
-        """The loss () in the compute dtype, once differentiable, its gradients formed in the forward.
+        """The loss () in the compute dtype. Its gradients are formed in the forward, so it can be differentiated once.
 
-        Only called for what ``fuses_loss`` takes.
+        Only called for problems that ``fuses_loss`` accepts.
         """
         raise NotImplementedError
 
     def cross_entropy(
         self, pos: Tensor, normalisers: Sequence[Tensor], decoupled: bool, reduction: Reduction, dtype: torch.dtype
     ) -> Tensor:
-        """Differentiable mean over the normalisers, each (M,), of ``softplus(normaliser - pos)``; or, where
-        decoupled, of ``normaliser - pos``. Reduced over M and cast to ``dtype`` at the end."""
+        """Mean over the normalisers, each (M,), of ``softplus(normaliser - pos)`` or, if decoupled, of
+        ``normaliser - pos``. It is differentiable, is reduced over M, and is cast to ``dtype`` at the end."""
         return defaults.cross_entropy(pos, normalisers, decoupled, reduction, dtype)
 
     def normalize(self, *views: Tensor) -> Tensor:
         """Differentiable ``unit_rows(torch.cat(views))`` (core/unit.py) of float32 or float64 features.
 
-        Nobody may write to the result; its gradient must be for it alone, since the backward may write to that.
+        Nobody may write to the result. Its gradient must not be shared, since the backward may write to it.
         """
         return defaults.normalize(*views)
 
@@ -79,26 +82,26 @@ class Backend(ABC):
         self, spec: TokenSpec, x: Tensor, y: Tensor, saved: MaxSimForward, upstream: MaxSimUpstream,
         needs: tuple[bool, bool],
     ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
-        """Gradients of x and y, each in its dtype, None where not needed, given those of the sums.
+        """Gradients of x and y, each in its dtype or None where not needed, given ``upstream``, those of the sums.
 
-        Only the argmaxima of ``saved`` hold anything; those that were not kept are found again. Must not write to
-        ``saved``. A token that is not real gets 0.
+        Of ``saved`` only the argmaxima are valid; those that were not kept are computed again. Must not write to
+        ``saved``. A token beyond its item's length gets 0.
         """
         return defaults.max_sim_backward(spec, x, y, saved, upstream, needs)
 
     def merge_top_k(self, scores: Tensor, first_column: int, values: Tensor, indices: Tensor) -> None:
-        """Merges a block of scores (M, n), columns ``first_column`` and on, into each row's best k, in place.
+        """Merges a block of scores (M, n), whose first column is ``first_column``, into each row's best k, in place.
 
         ``values`` (M, k) in the scores' dtype, float32 or float64, and ``indices`` (M, k) int64 are sorted by the order
-        of ``core/order.py``. Blocks come in the order of their columns; of what earlier ones left, the first
-        min(first_column, k) places are filled, afterwards min(first_column + n, k). May write to ``scores``.
+        of ``core/order.py``. Blocks come in the order of their columns: before the call the first
+        min(first_column, k) places are filled, after it the first min(first_column + n, k). May write to ``scores``.
         """
         defaults.merge_top_k(scores, first_column, values, indices)
 
     def count_ahead(
         self, scores: Tensor, first_column: int, target_scores: Tensor, targets: Tensor, counts: Tensor
     ) -> None:
-        """Adds to ``counts`` (M,) int64 how many of a block's columns stand ahead of each row's target.
+        """Adds to ``counts`` (M,) int64 how many of a block's columns rank ahead of each row's target.
 
         The target is the column ``targets`` (M,) int64 of the whole matrix, with the score ``target_scores`` (M,). It
         is never ahead of itself. Blocks may come in any order. Must not write to ``scores``.

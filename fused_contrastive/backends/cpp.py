@@ -17,7 +17,7 @@ from fused_contrastive.core.reduction import Reduction
 from fused_contrastive.core.spec import Forward, Gradients, Needs, RowLoss, StatsSpec, Upstream, compute_dtype
 from fused_contrastive.core.tokens import MaxSimForward, MaxSimUpstream, TokenSpec
 
-# Forced and uncached, since pip takes what is installed, or a wheel it has built before, to be good enough.
+# The reinstall is forced and uncached, since pip would keep what is installed or reuse a wheel that it built before.
 REMEDY = (
     "To build it: install g++ or clang++, then, in the environment that holds torch, "
     '`pip install "setuptools>=77" wheel ninja pybind11 numpy` and '
@@ -92,7 +92,7 @@ class Cpp(Backend):
         return Gradients(*_C.stats_backward(x, y, spec, saved.row, saved.col, saved.kept, *upstream, needs))
 
     def fuses_loss(self, spec: StatsSpec, m: int) -> bool:
-        """Rows alone are walked once; columns, and triangles, need all products before any gradient."""
+        """Losses over rows alone, in one walk over S; others, and triangles, only if all products may be kept."""
         return spec.kept_rows == m or not (spec.want_col or spec.upper)
 
     def row_loss(self, spec: StatsSpec, x: Tensor, y: Tensor, loss: RowLoss) -> Tensor:

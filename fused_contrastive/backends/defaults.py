@@ -14,7 +14,7 @@ from fused_contrastive.core.spec import compute_dtype
 from fused_contrastive.core.tokens import MaxSimForward, MaxSimUpstream, TokenSpec, argmaxima, real
 from fused_contrastive.core.unit import unit_rows
 
-CHUNK_PRODUCTS = 2**24  # of tokens, in max_sim
+CHUNK_PRODUCTS = 2**24  # products of tokens that max_sim holds at a time
 
 
 def cross_entropy(
@@ -94,7 +94,7 @@ def max_sim_backward(
     for rows in maxima.chunks():
         kept = rows.stop <= spec.kept_rows
         products = None if kept else maxima.products(rows)
-        grad = x.new_zeros(rows.stop - rows.start, n, t, p, dtype=dx.dtype)  # of the products: 0 but at the maxima
+        grad = x.new_zeros(rows.stop - rows.start, n, t, p, dtype=dx.dtype)  # of products; 0 except at maxima
         if upstream.x is not None:
             index = saved.argmax_x[rows] if products is None else maxima.over_y(products, rows)[1]
             at = index[..., None] == torch.arange(p, device=x.device)
@@ -106,7 +106,8 @@ def max_sim_backward(
         flat = grad.transpose(1, 2).reshape(-1, n * p)  # (R T, N P)
         dx[rows] = (flat @ maxima.y.flatten(0, 1)).view_as(dx[rows])
         dy += (flat.T @ maxima.x[rows].flatten(0, 1)).view_as(dy)
-    dx, dy = dx.masked_fill_(~maxima.x_real[..., None], 0), dy.masked_fill_(~maxima.y_real[..., None], 0)  # 0 times inf
+    # Tokens that are not real have got 0 times their partner, which is NaN where that is inf.
+    dx, dy = dx.masked_fill_(~maxima.x_real[..., None], 0), dy.masked_fill_(~maxima.y_real[..., None], 0)
     return dx.to(x.dtype) if needs[0] else None, dy.to(y.dtype) if needs[1] else None
 
 
@@ -116,7 +117,7 @@ def merge_top_k(scores: Tensor, first_column: int, values: Tensor, indices: Tens
     columns = torch.arange(first_column, first_column + n, device=scores.device)
     scores = torch.cat((values[:, :filled], scores), dim=1)
     columns = torch.cat((indices[:, :filled], columns.expand(m, n)), dim=1)
-    # Ascending by the negated score, NaN comes last; a stable sort leaves equal scores in the order of their columns.
+    # Sorted by the negated score, ascending, NaN comes last. The stable sort keeps equal scores in column order.
     best = torch.sort(0 - scores, dim=1, stable=True).indices[:, :k]
     values[:, : best.shape[1]] = scores.gather(1, best)
     indices[:, : best.shape[1]] = columns.gather(1, best)

@@ -1,7 +1,7 @@
 """The reference backend: the primitive in plain torch, on any device, one chunk of rows at a time.
 
-Written to be read beside the formulas, and needs nothing but torch. Products are taken in the compute dtype; the
-logits' exponentials and sums in the statistics' dtype.
+It is written to be read beside the formulas, and needs nothing but torch. Products are in the compute dtype;
+exponentials of the logits and their sums are in the statistics' dtype (``core/spec.py`` defines both).
 """
 
 from __future__ import annotations
@@ -97,14 +97,14 @@ def _targets(spec: StatsSpec, x: Tensor) -> Tensor:  # (M,)
 
 
 def _equal_ids(spec: StatsSpec, rows: slice) -> Tensor | None:
-    """(R, N) bool."""
+    """Which pairs of some rows have equal ids, (R, N) bool; None if the problem has no ids."""
     if spec.row_ids is None or spec.col_ids is None:
         return None
     return spec.row_ids[rows, None] == spec.col_ids
 
 
 def masked_logits(spec: StatsSpec, products: Tensor, rows: slice, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Some rows' products -> their logits with -inf where excluded, (R, N), and the positives' logits, (R,).
+    """Turns some rows' products into logits, (R, N), -inf where excluded, and the positives' logits, (R,).
 
     A new rule of exclusion belongs here; forward and backward both call it.
     """
@@ -134,13 +134,13 @@ def _chunks(m: int) -> list[slice]:
 
 
 def _log_sum_exp(logits: Tensor, dim: int) -> Tensor:
-    """NaN, as a softmax is, where a logit is +inf."""
+    """logsumexp, but NaN where a logit is +inf, as a softmax is."""
     value = logits.logsumexp(dim=dim)
     return value.masked_fill(value == torch.inf, torch.nan)
 
 
 def _weights(logits: Tensor, normaliser: Tensor) -> Tensor:
-    """exp(logits - normaliser), 0 where nothing was left to normalise (normaliser -inf)."""
+    """exp(logits - normaliser); 0 where all pairs are excluded (normaliser -inf)."""
     return (logits - normaliser.masked_fill(normaliser == -torch.inf, 0)).exp()
 
 

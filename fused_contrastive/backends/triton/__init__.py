@@ -59,7 +59,10 @@ class Triton(Backend):
         return launch.backward(spec, x, y, saved, upstream, needs)
 
     def fuses_loss(self, spec: StatsSpec, m: int) -> bool:
-        """Rows alone. The gradient of a sum of softplus comes with the sum, so keeping products saves it nothing."""
+        """Losses over rows alone: of a softmax unless all products are kept, and always of softplus.
+
+        The gradient of a sum of softplus is formed with the sum, so keeping products would save nothing.
+        """
         alone = not (spec.want_col or spec.upper)
         return alone and (spec.kept_rows < m or spec.statistic == "softplus")
 

@@ -1,7 +1,7 @@
 """Loss and gradients in one walk over rows of blocks: 3 products, for losses that sum over rows alone.
 
-A row of blocks is held until its rows' normalisers are known, becomes G in its place, and is forgotten. The sums of
-softplus need no normalisers: what is held is G already, but for the rows' one weight.
+A row of blocks is held until its rows' normalisers are known, and then becomes G in the same memory. Sums of softplus
+need no normalisers: what is held is G already, except for a weight that is the same for all rows.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from fused_contrastive.core.modes import second_backward
 from fused_contrastive.core.spec import TENSORS, Gradients, Needs, RowLoss, StatsSpec, summed_like
 from fused_contrastive.core.unit import unit_rows
 
-# Of a row of blocks. The products with G are less efficient, the fewer rows it has: at least so many of the largest
-# tile.
+# A row of blocks has at most HELD_BYTES, but at least the height of LEAST_TILES of the largest tile: products with a G
+# of few rows are inefficient.
 HELD_BYTES, LEAST_TILES = 2**29, 4
 
 
@@ -34,7 +34,7 @@ def _terms(pos: Tensor, row: Tensor, asked: RowLoss, softplus: bool) -> tuple[Te
 
 
 class _GradientsInTheForward(torch.autograd.Function):
-    """A loss with the gradients of x, y, scale and col_bias. Those two are fields of the spec, too."""
+    """A loss whose node holds its gradients of x, y, scale and col_bias; the last two are also fields of the spec."""
 
     @staticmethod
     def forward(
@@ -49,7 +49,7 @@ class _GradientsInTheForward(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
         x, y, *tensors = ctx.saved_tensors  # raises where the graph has been freed
         spec = StatsSpec(*tensors, *ctx.options)
-        # They are handed out, scaled in place: a second backward through a retained graph forms them again.
+        # The gradients are scaled in place and returned; a second backward through a retained graph forms them again.
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
             with torch.autocast(x.device.type, enabled=False):
@@ -62,7 +62,7 @@ class _GradientsInTheForward(torch.autograd.Function):
 
 
 class _OnceDifferentiable(torch.autograd.Function):
-    """Four gradients as they are, by what they are gradients of; their own gradient raises."""
+    """Returns four gradients unchanged, as functions of the four inputs they belong to; differentiating them raises."""
 
     @staticmethod
     def forward(ctx: Any, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -72,12 +72,12 @@ class _OnceDifferentiable(torch.autograd.Function):
 
 
 def row_loss(spec: StatsSpec, x: Tensor, y: Tensor, loss: RowLoss) -> Tensor:
-    """As the contract has it."""
+    """``Backend.row_loss``."""
     return _GradientsInTheForward.apply(x, y, spec.scale, spec.col_bias, spec, loss)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _Held:
-    """Memory of a row of blocks, each with rows of its own: offsets in a tile stay below 2^31 for any N."""
+    """Memory of a row of blocks. Each is a matrix of its own, so that offsets in a tile stay below 2^31 for any N."""
 
     def __init__(self, p: Problem, x: Tensor, height: int, blocks: list[Block]) -> None:
         self.half, self.dtype = p.half, x.dtype
@@ -111,15 +111,15 @@ def _rows_of_blocks(p: Problem) -> Iterator[list[Block]]:
 
 
 def _part(direction: kernels.Direction, rows: slice) -> kernels.Direction:
-    """Of some rows, which begin at a segment."""
+    """The part of a Direction for some rows, which begin at a segment."""
     first = rows.start // configs.TILE
     return kernels.Direction(*(t[rows] for t in direction[:3]), *(t[first:] for t in direction[3:]))
 
 
 def loss_and_gradients(spec: StatsSpec, x: Tensor, y: Tensor, loss: RowLoss, needs: Needs) -> tuple[Tensor, Gradients]:
-    """The weighted sum of the rows' losses (), float64, and its gradients; those of features in float32.
+    """The weighted sum of the rows' losses (), float64, and its gradients; those of features are float32.
 
-    The caller has yet to multiply the gradients by that of the loss, which float16 might not hold.
+    float16 might not hold them, since the caller has yet to multiply them by the gradient of the loss.
     """
     if not loss.normalize:
         return _of_rows(spec, x, y, loss, needs)

@@ -19,18 +19,18 @@ class Config(NamedTuple):
     warps: int
     stages: int
     group: int = 8  # rows of tiles in a band, for reuse in L2
-    strip: int = 1  # of statistics: tiles down one column of tiles that a program walks
-    split: int = 0  # of sums: columns are done in 2^split groups where slopes are stored, in half as many where not
-    fold: int = 0  # of a strip: the warps that share a tile's columns; their sums stay apart to its end. 0: they do not
+    strip: int = 1  # statistics: tiles that a program walks, down one column of tiles
+    split: int = 0  # sums: columns are done in 2^split groups if slopes are stored, else in half as many
+    fold: int = 0  # statistics: warps down a tile, if their column sums stay apart to the strip's end; else 0
 
     @property
     def options(self) -> dict[str, Any]:
-        """As Triton takes them. Fusing is asked for, since Triton 3.10 no longer does it by itself."""
+        """The options as Triton takes them. Fusion is requested because Triton 3.10 no longer does it by default."""
         return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
 
     @property
     def exact(self) -> Config:
-        """The tiles of the exact kernels beside this one, lower because they take more registers; the same strips."""
+        """For the exact kernels beside this one, which take more registers: lower tiles, strips of the same height."""
         block_m = 64 if self.block_m > 64 else self.block_m // 2
         return self._replace(block_m=block_m, strip=self.strip * self.block_m // block_m, fold=0)
 
@@ -38,7 +38,8 @@ class Config(NamedTuple):
 Kernel = Literal["statistics", "sums", "gradient", "kept"]
 """Statistics of a softmax; sums of softplus; G of either; G from what was kept."""
 
-# Blocks of S begin at its multiples; no tile is larger, so each lies in one of another configuration or apart.
+# Blocks of S begin at multiples of this, and no tile is higher or wider. So in rows, and in columns, tiles of two
+# configurations are nested or disjoint.
 TILE = 256
 
 # By architecture: "sm_80" is compute capability 8.x, and so on. docs/triton-configurations.md has what they compile to.
@@ -77,7 +78,7 @@ CONFIGS: dict[tuple[str, Source, Kernel], Config] = {
     ("interpreter", "tf32", "sums"): Config(64, 64, 32, warps=4, stages=1, group=2),
     ("interpreter", "tf32", "gradient"): Config(64, 64, 32, warps=4, stages=1, group=2),
 }
-for _architecture in ("sm_80", "sm_90", "sm_100", "gfx942", "interpreter"):  # no matrix units, so no difference
+for _architecture in ("sm_80", "sm_90", "sm_100", "gfx942", "interpreter"):  # without matrix units these do not differ
     CONFIGS[_architecture, "gemm", "statistics"] = Config(64, 64, 32, warps=4, stages=1, strip=4)
     CONFIGS[_architecture, "gemm", "sums"] = Config(64, 64, 32, warps=4, stages=1)
     CONFIGS[_architecture, "gemm", "gradient"] = Config(64, 64, 32, warps=4, stages=1)

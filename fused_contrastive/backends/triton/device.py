@@ -1,4 +1,5 @@
-"""What the backend needs to know of a device: asked once, in one place, so that a rehearsal can answer for a GPU."""
+"""What the backend needs to know of a device: asked once, in one place, so that a rehearsal (tests/rehearsal) can
+answer for a GPU."""
 
 from __future__ import annotations
 
@@ -25,7 +26,10 @@ class Device(NamedTuple):
 
     @property
     def interpreted(self) -> bool:
-        """Triton's interpreter multiplies bfloat16 as if its bits were integers, so features become float32."""
+        """Whether Triton's interpreter runs the kernels.
+
+        It multiplies bfloat16 as if the bits were integers, so features become float32.
+        """
         return self.architecture == "interpreter"
 
 

@@ -25,9 +25,9 @@ MERGE_PARTS, MERGE_LENGTH = 32, 64
 FINISH_ROWS, FINISH_D = 16, 64
 FP16_TOP = 2.0**14  # G's largest entry in float16 is at most twice this: 1/N of it is far from underflow at N = 1e6
 TARGET_ROWS = 65536
-SMALLEST = 1e-30  # a largest |g| below this counts as this: its reciprocal must be finite in float32
-FUSED = {"enable_fp_fusion": True}  # of kernels without a configuration; see Config.options
-# Of the exact kernels: a logit is one float32 number, the same in the forward and the backward.
+SMALLEST = 1e-30  # replaces a smaller largest |g|, whose reciprocal may not be finite in float32
+FUSED = {"enable_fp_fusion": True}  # for kernels without a configuration; see Config.options
+# For the exact kernels, so that a logit is rounded to the same float32 number in the forward and the backward.
 UNFUSED = {"enable_fp_fusion": False}
 
 
@@ -36,7 +36,7 @@ def config(p: Problem, kernel: configs.Kernel) -> configs.Config:
 
 
 class Direction:
-    """Totals of one direction, and partial statistics of a block; None where it is not asked."""
+    """Memory for the totals of one direction and the partial statistics of a block; None if it was not asked for."""
 
     def __init__(self, asked: bool, size: int, like: Tensor) -> None:
         self.value = like.new_empty(size if asked else 0, dtype=torch.float64)
@@ -77,7 +77,7 @@ def forward(spec: StatsSpec, x: Tensor, y: Tensor) -> Forward:
             block_statistics(p, b, gemm_products, kept, pos, row, col)
     if not spec.upper:
         return Forward(pos, row.value, col.value, buffer)
-    if spec.targets is not None:  # of a pair below the diagonal, the other one
+    if spec.targets is not None:  # a pair below the diagonal has the logit of its mirror image
         pos = pos[torch.minimum(spec.targets, torch.arange(p.m, device=x.device))]
     return Forward(pos, torch.logaddexp(row.value, col.value), col.value.new_empty(0), buffer)
 
@@ -86,7 +86,7 @@ def block_statistics(
     p: Problem, b: Block, gemm_products: storage.Matrix | None, kept: storage.Kept, pos: Tensor, row: Direction,
     col: Direction, top: float = 1.0,
 ) -> None:  # fmt: skip
-    """A block's statistics, added to those of the blocks before it. ``top``: what kept sigmoids are multiplied by."""
+    """Adds a block's statistics to those of the blocks before it. Kept sigmoids are multiplied by ``top``."""
     c = config(p, "sums" if p.softplus else "statistics")
     strips, across = b.tiles(c)
     row_parts, col_parts = row.partials(across, b.height), col.partials(strips, b.width)
@@ -144,7 +144,7 @@ def block_of_weights(
     p: Problem, b: Block, kept: storage.Kept, rows: backward_kernels.Direction | None,
     cols: backward_kernels.Direction | None, out: storage.Matrix,
 ) -> None:  # fmt: skip
-    """G of a softmax, its positives 0, from what is kept of the block or from products made again.
+    """Writes G of a softmax, 0 at the positives, from what is kept of the block or from products made again.
 
     ``out`` may be the memory of what is kept: each tile is read before it is overwritten.
     """
@@ -177,7 +177,7 @@ def block_of_sigmoids(
     p: Problem, b: Block, kept: storage.Kept, g_row: Tensor | None, largest: Tensor | None, top: float,
     out: storage.Matrix,
 ) -> None:  # fmt: skip
-    """G of the softplus reduction, times top / largest; as ``block_of_weights``."""
+    """Writes G of the softplus reduction, times top / largest, as ``block_of_weights`` does for a softmax."""
     c = config(p, "gradient" if kept.exponentials is None else "kept")
     sigmoid_kernels.sigmoid_gradient[(math.prod(b.tiles(c)),)](
         *p.features(c), *_plain(kept.products), *p.tile(kept.exponentials, c), p.mask, g_row, largest,
@@ -186,7 +186,7 @@ def block_of_sigmoids(
 
 
 def direction_of(size: int, like: Tensor) -> backward_kernels.Direction:
-    """Memory for one. Views of one buffer, each at a 16-byte boundary."""
+    """Memory for a Direction of ``size`` rows or columns: views of one buffer, each at a 16-byte boundary."""
     sizes = [size] * 3 + [triton.cdiv(size, configs.TILE)] * 2
     starts = list(itertools.accumulate((-(-s // 4) * 4 for s in sizes), initial=0))
     buffer = like.new_empty(starts[-1], dtype=torch.float32)
@@ -197,7 +197,7 @@ def prepare(
     p: Problem, row: Tensor, g_row: Tensor | None, rows: backward_kernels.Direction | None, col: Tensor | None,
     g_col: Tensor | None, cols: backward_kernels.Direction | None, largest: Tensor | None, top: float,
 ) -> None:  # fmt: skip
-    """Fills the Directions from the normalisers and their gradients, these times top / largest."""
+    """Fills the Directions from the normalisers and from their gradients times top / largest."""
     m, n = row.shape[0], 0 if col is None else col.shape[0]
     backward_kernels.prepare[(triton.cdiv(max(m, n), configs.TILE), 2)](
         row, g_row, rows, col, g_col, cols, largest, m, n, MODE=p.mode, TOP=top, SEGMENT=configs.TILE, **FUSED
@@ -210,7 +210,7 @@ def finish(
 ) -> None:  # fmt: skip
     """Writes ``grad``'s rows, the problem's from ``first`` on, to ``out`` as gradients of the features.
 
-    ``grad`` is top / largest too large. ``dots`` gets parts of the scale's gradient.
+    ``grad`` is too large by the factor top / largest. Parts of the scale's gradient are appended to ``dots``.
     """
     rows = grad.shape[0]
     programs = triton.cdiv(rows, FINISH_ROWS)
@@ -225,17 +225,17 @@ def finish(
 
 
 def add_positives(p: Problem, dy: Tensor, dbias: Tensor | None, g_pos: Tensor) -> bool:
-    """Adds the positives' part to the sums over the negatives where rows choose their columns.
+    """Adds the positives' part to ``dbias`` and, if rows have targets, to ``dy``, the sums over the negatives.
 
-    Else it only adds to the bias, and says that rows of ``dy`` are still to gain theirs, by ``finish``.
+    Returns whether ``finish`` has yet to add it to ``dy``, as it does without targets.
     """
     targets = p.mask.targets
     if targets is None:
         if dbias is not None:
             dbias[: p.m] += g_pos
         return True
-    # Sorted, so deterministic where several rows share a positive; index_add_ on a GPU is not. In parts, as the terms
-    # are float32.
+    # index_put_ sorts, so it is deterministic if several rows share a positive; index_add_ on a GPU is not. It takes
+    # TARGET_ROWS at a time because its terms are float32 copies.
     for i in range(0, p.m if dy.shape[0] else 0, TARGET_ROWS):
         rows = slice(i, i + TARGET_ROWS)
         dy.index_put_((targets[rows],), g_pos[rows, None].float() * p.x[rows].float(), accumulate=True)
@@ -245,12 +245,12 @@ def add_positives(p: Problem, dy: Tensor, dbias: Tensor | None, g_pos: Tensor) -
 
 
 class _Backward:
-    """One backward: what its steps share."""
+    """What the steps of one backward share."""
 
     def __init__(self, p: Problem, saved: Forward, upstream: Upstream, needs: Needs) -> None:
         self.p, self.needs = p, needs
         self.g_pos, g_row, g_col = (None if g is None else g.contiguous() for g in upstream)
-        self.by_rows = needs.x or (needs.scale and not needs.y)  # the scale's gradient comes with that of x, or of y
+        self.by_rows = needs.x or (needs.scale and not needs.y)  # dscale is formed with dx, or else with dy
         self.largest: Tensor | None = None
         self.top = 1.0
         normalised = [g for g in (g_row, g_col) if g is not None]
@@ -296,7 +296,7 @@ def backward(spec: StatsSpec, x: Tensor, y: Tensor, saved: Forward, upstream: Up
         run = _Backward(p, saved, upstream, needs)
         all_blocks = p.blocks(*(GRADIENT_BLOCK if p.half else FLOAT32_BLOCK))
         height, width = largest(all_blocks if run.has_negatives else [])
-        # The sums over the negatives: of x a row of blocks at a time, of y and the bias to the end.
+        # The sums over the negatives: dx holds one row of blocks at a time; dy and dbias are summed to the end.
         new = torch.empty if run.has_negatives else torch.zeros
         dx_height = largest(all_blocks)[0] if run.by_rows else 0
         dx = new(dx_height, p.d, dtype=torch.float32, device=x.device)
@@ -336,7 +336,7 @@ TRIAL_SIZE = 8192  # rows and columns of the problem to measure on
 
 
 def _work(trial: tune.Trial) -> Callable[[], object]:
-    """One call of a trial's kernel, and of nothing more than can be helped, on random features."""
+    """A function that runs a trial's kernel once, and as little else as possible, on random features."""
     where = torch.device(trial.device.type)
     size = 64 if trial.device.interpreted else TRIAL_SIZE
     generator = torch.Generator(where).manual_seed(0)  # the user's random numbers stay as they are

@@ -22,7 +22,7 @@ BLOCKS_PER_PROGRAM = 16
 def _loss(normaliser, pos, DECOUPLED: tl.constexpr):
     """-log(e^pos / (e^pos + e^normaliser)) = softplus(normaliser - pos); decoupled: normaliser - pos."""
     z = normaliser - pos
-    if not DECOUPLED:  # where z is NaN, exp(-|z|) is
+    if not DECOUPLED:  # a NaN in z comes through in exp(-|z|)
         z = tl.where(z > 0, z, 0.0) + log1p_unit(tl.exp(-tl.abs(z)))
     return z
 
@@ -43,9 +43,10 @@ def _forward(
     pos, first, second, losses, sums, M, averaged,
     DECOUPLED: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """The sum over directions of each row's loss / averaged: to ``losses`` (M,), or summed to ``sums`` (programs,).
+    """Writes each row's loss, summed over directions and divided by ``averaged``.
 
-    The divisor is an integer: Triton would take a weight of the caller's as float32.
+    It goes to ``losses`` (M,), or the sum of each program's rows to ``sums`` (programs,). ``averaged`` is an
+    integer because Triton would pass a floating-point weight as float32.
     """
     weight = 1.0 / averaged.to(tl.float64)
     begin = tl.program_id(0).to(tl.int64) * BLOCK * BLOCKS
@@ -69,7 +70,7 @@ def _backward(
     pos, first, second, g, g_pos, g_first, g_second, M, averaged, DECOUPLED: tl.constexpr, EACH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of pos and the normalisers from g: one for each row (EACH) or one for all."""
+    """Gradients of pos and the normalisers. g has one element for each row (EACH) or one for all."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = i < M
     weight = 1.0 / averaged.to(tl.float64)
@@ -142,7 +143,7 @@ def _recorded(
 def cross_entropy(
     pos: Tensor, normalisers: Sequence[Tensor], decoupled: bool, reduction: Reduction, dtype: torch.dtype
 ) -> Tensor:
-    """As the contract has it; by pairs of normalisers, since the loss is their mean."""
+    """``Backend.cross_entropy``. The loss is a mean over the normalisers, so more than two are taken in pairs."""
     if len(normalisers) <= 2:
         return _node(pos, normalisers, decoupled, reduction, dtype)
     pairs = [normalisers[i : i + 2] for i in range(0, len(normalisers), 2)]

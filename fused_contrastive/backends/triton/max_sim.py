@@ -32,8 +32,7 @@ def _products(
 
 @triton.jit
 def _first_maximum(s, index, AXIS: tl.constexpr, FIND: tl.constexpr):
-    """Maxima along an axis, NaN where one of s is, and with FIND the index of the first. ``index`` has the shape of s
-    but for sizes of 1."""
+    """Maxima along an axis, NaN where s has a NaN, and with FIND the index of the first. ``index`` broadcasts to s."""
     top = tl.max(s, axis=AXIS)
     at = tl.zeros_like(top).to(tl.int32)
     if FIND:
@@ -45,7 +44,7 @@ def _first_maximum(s, index, AXIS: tl.constexpr, FIND: tl.constexpr):
 
 @triton.jit
 def _length(lengths, item, inside, size):
-    """Real tokens of items: ``size`` where no lengths are given."""
+    """The number of real tokens of items: ``size`` if no lengths are given, 0 where not ``inside``."""
     if lengths is not None:
         return tl.load(lengths + item, mask=inside, other=0).to(tl.int32)
     return tl.where(inside, size, 0)
@@ -62,8 +61,8 @@ def maxima(
 
     x (M * T, D), y (N * P, D). The products of TB tokens of each item of x with BN tokens of y are in registers at a
     time, rows of one item together; the direction x takes maxima along them and goes on from block to block of y, the
-    direction y (BOTH) takes them down the TB rows of each item. Sums (M, N), where not None; argmaxima, where not None,
-    for items in [arg_first, arg_last), with which they begin.
+    direction y (BOTH) takes them down the TB rows of each item. It writes sums (M, N), if not None, and argmaxima, if
+    not None, of items in [arg_first, arg_last): their first row is item arg_first.
 
     If T > TB, no program has all of x's tokens at once: the maxima of the direction y and their indices go to
     part_best and part_index, (blocks of T, last - first, N, P), to be compared afterwards.
@@ -138,8 +137,9 @@ def gradient(
     """Adds to out (items * own_size, D) the gradient of one side's tokens. One program per item, BT tokens, BD columns.
 
     index_own has, for each own token, which token of the other item it is paired with: that row is gathered.
-    index_other has, for each other token, which own one: a product with the matrix of zeros and ones that says so.
-    Either may be None. The weight g of a pair multiplies after that, in float32. Other items are taken in order.
+    index_other has, for each other token, which own token it is paired with: the rows are added by a product with
+    the matrix that is 1 at these pairs and 0 elsewhere. Either may be None. The weight g of a pair of items multiplies
+    the result, in float32. Other items are taken in order.
 
     Strides, in own and in other items: g_step, g_other_step of g_own and g_other; own_step, own_other_step of
     index_own; other_step, other_other_step of index_other.

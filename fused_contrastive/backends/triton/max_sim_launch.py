@@ -19,7 +19,7 @@ from fused_contrastive.core.tokens import (
     real,
 )
 
-PROGRAMS = 2**30  # of one launch
+PROGRAMS = 2**30  # the most of one launch
 ROOM = 2**27  # bytes of partial maxima at a time, or of argmaxima that the backward makes again
 
 
@@ -50,8 +50,8 @@ class Tiles(NamedTuple):
 
 
 def tiles(architecture: str, source: configs.Source) -> Tiles:
-    """Chosen by what they compile to, not by timing. "gemm" here is float32 at full precision, without matrix units
-    on NVIDIA, by these kernels all the same."""
+    """The tiles were chosen by what they compile to, not by timing. "gemm" stands for float32 at full precision: these
+    kernels make its products too, without matrix units on NVIDIA."""
     if architecture == "interpreter":  # small, so that small problems have several
         return Tiles(32, 16, 16, 4, 1, own=16, other=16, d=16)
     small = source == "gemm" or (source, architecture) == ("tf32", "sm_80")  # where larger blocks spill registers
@@ -60,8 +60,8 @@ def tiles(architecture: str, source: configs.Source) -> Tiles:
 
 
 def token_block(t: int, rows: int) -> int:
-    """Tokens of an item of x among a tile's rows: its T, up to a power of two, and at least 16 to bound the number of
-    kernels that are compiled."""
+    """How many of a tile's rows an item of x takes: T rounded up to a power of two, and at least 16 to bound the number
+    of kernels that are compiled."""
     return min(max(16, 1 << (t - 1).bit_length()), rows)
 
 
@@ -86,7 +86,7 @@ class _Problem:
         self, first: int, last: int, x_sums: Tensor | None, y_sums: Tensor | None, argmax_x: Tensor | None,
         argmax_y: Tensor | None, arg_first: int, arg_last: int, both: bool,
     ) -> None:  # fmt: skip
-        """Items [first, last) of x. The argmaxima are those of [arg_first, arg_last), which they begin with."""
+        """The maxima of items [first, last) of x. Argmaxima are written for [arg_first, arg_last), from row 0 on."""
         in_parts = both and self.t > self.block
         items = self.tiles.m // self.block
         step = max(1, PROGRAMS // self.n) * items
@@ -165,7 +165,10 @@ def _add(
     p: _Problem, begin: int, end: int, g_x: Tensor | None, g_y: Tensor | None, argmax_x: Tensor, argmax_y: Tensor,
     dx: Tensor | None, dy: Tensor | None,
 ) -> None:  # fmt: skip
-    """The part of items [begin, end) of x: dx by x's items, dy by y's, so that every sum has one owner."""
+    """Adds the part of items [begin, end) of x to dx and dy.
+
+    Programs have one item of x for dx and one item of y for dy, so that every sum has one writer.
+    """
     c, n = p.tiles, p.n
     x_lengths = None if p.x_lengths is None else p.x_lengths[begin:end]
     g_x, g_y = (None if g is None else g[begin:end] for g in (g_x, g_y))

@@ -53,7 +53,7 @@ def cuts(begin: int, end: int, step: int) -> list[tuple[int, int]]:
 
 
 def blocks(m: int, n: int, kept_rows: int, height: int, width: int, upper: bool) -> Iterator[Block]:
-    """S by rows of blocks; each is kept as a whole or not at all. Of the upper triangle, those below are left out."""
+    """Cuts S into rows of blocks, each kept as a whole or not at all. With ``upper``, blocks below it are left out."""
     for row0, row1 in (*cuts(0, kept_rows, height), *cuts(kept_rows, m, height)):
         for col0, col1 in cuts(0, n, width):
             if not upper or col1 > row0:
@@ -61,7 +61,7 @@ def blocks(m: int, n: int, kept_rows: int, height: int, width: int, upper: bool)
 
 
 def aligned(t: Tensor) -> Tensor:
-    """Features at 16-byte boundaries, row by row: what wide loads and the copy engine need. A view or a copy."""
+    """Features whose rows begin at 16-byte boundaries, as wide loads and TMA need: the tensor itself, or a copy."""
     unit = 16 // t.itemsize
     if t.stride(1) == 1 and t.stride(0) >= t.shape[1] and t.stride(0) % unit == 0 and t.data_ptr() % 16 == 0:
         return t
@@ -80,7 +80,7 @@ def tf32() -> bool:
 def rounded_to_tf32(t: Tensor) -> Tensor:
     """Float32 to the nearest tf32, ties to even; inf and NaN stay.
 
-    The matrix units cut off what they are given below the 10th bit, which makes all products too small.
+    The matrix units truncate a mantissa to its first 10 bits, which would make all products too small.
     """
     bits = t.view(torch.int32)
     rounded = (bits + (0xFFF + ((bits >> 13) & 1))) & ~0x1FFF
@@ -88,7 +88,7 @@ def rounded_to_tf32(t: Tensor) -> Tensor:
 
 
 def products_from(x: Tensor) -> configs.Source:
-    """Float32 at full precision has no matrix units on NVIDIA: the vendor GEMM makes those products, block by block."""
+    """Where products come from: of full float32, which has no matrix units on NVIDIA, from a vendor GEMM, by blocks."""
     if x.dtype != torch.float32:
         return "half"
     return "tf32" if tf32() and not torch.version.hip else "gemm"
@@ -112,7 +112,7 @@ class Problem:
         self.m, self.n, self.d = x.shape[0], y.shape[0], x.shape[1]
         self.dtype, self.source = x.dtype, products_from(x)
         self.multiplied = multiplied(x, y, self.source, self.device)
-        # Of the vendor GEMM's products, and of the positives.
+        # The features of the vendor GEMM's products and of the positives.
         self.x, self.y = (aligned(x), aligned(y)) if self.source == "tf32" else self.multiplied
         self.half = self.source == "half"
         self.softplus = spec.statistic == "softplus"
@@ -153,12 +153,12 @@ class Problem:
         return TensorDescriptor.from_tensor(matrix.whole, [c.block_m, c.block_n]), matrix.stride
 
     def blocks(self, height: int, width: int) -> list[Block]:
-        if self.spec.upper:  # smaller, so that less of those on the diagonal is for nothing
+        if self.spec.upper:  # smaller, so that less of the blocks on the diagonal is wasted
             height = width = min(height, width) // 2
         return list(blocks(self.m, self.n, self.kept_rows, height, width, self.spec.upper))
 
     def first_of_rows(self, b: Block) -> bool:
-        """Whether no block before it has its rows."""
+        """Whether this block is the first one of its rows."""
         return b.col0 <= b.row0 if self.spec.upper else b.col0 == 0
 
     def products(self, b: Block, out: Tensor) -> Tensor:
@@ -167,5 +167,5 @@ class Problem:
 
 
 def largest(all_blocks: list[Block]) -> tuple[int, int]:
-    """The height and width that any of the blocks has at most."""
+    """The largest height, and the largest width, of any of the blocks."""
     return max((b.height for b in all_blocks), default=0), max((b.width for b in all_blocks), default=0)

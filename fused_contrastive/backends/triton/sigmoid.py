@@ -39,7 +39,7 @@ def _log_1p_exp_of_minus_abs(s, MODE: tl.constexpr):
 
 @triton.jit
 def _part(s, TOP: tl.constexpr, SLOPES: tl.constexpr, dtype: tl.constexpr, MODE: tl.constexpr):
-    """Of logits: the rows' sums of softplus, and sigmoids times TOP in ``dtype`` (or, without SLOPES, anything)."""
+    """From logits, the rows' sums of softplus, and sigmoids times TOP in ``dtype`` (or, without SLOPES, anything)."""
     log = _log_1p_exp_of_minus_abs(s, MODE)
     total = tl.sum(tl.maximum(s, 0.0) + log, axis=1)
     slope = s
@@ -65,7 +65,7 @@ def _joined(a, b, SLOPES: tl.constexpr):
 def _part_by_part(
     s, TOP: tl.constexpr, SLOPES: tl.constexpr, dtype: tl.constexpr, MODE: tl.constexpr, SPLIT: tl.constexpr
 ):
-    """The same of half of the columns and then of the others, if SPLIT."""
+    """The results of ``_part``; with SPLIT, one half of the columns is done after the other."""
     if SPLIT:
         a, b = _halves(s)
         total_a, slope_a = _part(a, TOP, SLOPES, dtype, MODE)
@@ -80,9 +80,9 @@ def _part_by_part(
 def _sums_and_slopes(
     s, TOP: tl.constexpr, SLOPES: tl.constexpr, dtype: tl.constexpr, MODE: tl.constexpr, SPLIT: tl.constexpr
 ):
-    """The same in 2^SPLIT groups of columns, one after the other, which takes fewer registers; SPLIT is 0, 1 or 2.
+    """The results of ``_part`` in 2^SPLIT groups of columns, one after the other, to take fewer registers. SPLIT <= 2.
 
-    It does not call itself: Triton 3.4 cannot compile that.
+    It is not recursive because Triton 3.4 cannot compile recursion.
     """
     if SPLIT == 2:
         a, b = _halves(s)
@@ -115,10 +115,10 @@ def sigmoid_statistics(
     M, N, D, stride_x, stride_y, row_begin, row_end, col_begin, col_end,
     TOP: tl.constexpr, MODE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """One tile of S per program: the positives' logits, and of every row the sum of softplus.
+    """The positives' logits and every row's sum of softplus; one tile of S per program.
 
     rows_to: Partials (tiles across, height), the maxima 0. ``slopes`` (height, width), where not None, gets the signed
-    sigmoids times TOP, which are G but for its rows' weights; ``products_to`` (height, width) the products.
+    sigmoids times TOP, which are G without the rows' weights; ``products_to`` (height, width) the products.
     """
     BM: tl.constexpr = TILE.block_m
     BN: tl.constexpr = TILE.block_n

@@ -14,7 +14,7 @@ from torch import Tensor
 
 CELL = 32  # as in tiles.py
 WIDEST = 256  # columns of the widest tile: rows of a matrix are padded to it, so that no tile's columns need a mask
-LONGEST_ROW = 2**23 - WIDEST  # from it on, offsets in a tile would pass 2^31: nothing is kept
+LONGEST_ROW = 2**23 - WIDEST  # for longer rows nothing is kept: offsets in a tile could pass 2^31
 
 
 def padded(columns: int) -> int:
@@ -22,7 +22,7 @@ def padded(columns: int) -> int:
 
 
 def layout(rows: int, n: int, features: torch.dtype) -> tuple[tuple[int, ...], torch.dtype]:
-    """Shape and dtype of the tensor that keeps ``rows`` rows of an (M, n) problem: of too long ones, none."""
+    """Shape and dtype of the tensor that keeps ``rows`` rows of an (M, n) problem; none from LONGEST_ROW on."""
     if n >= LONGEST_ROW:
         rows = 0
     if features == torch.float32:
@@ -35,7 +35,7 @@ def _cells(size: int) -> int:
 
 
 class Matrix(NamedTuple):
-    """A block as kernels take it: rows that lie ``stride`` apart, and reach to a multiple of every tile's columns."""
+    """A block as kernels take it: rows lie ``stride`` apart and are padded to a multiple of every tile's columns."""
 
     whole: Tensor  # (height, padded width)
     width: int
@@ -59,7 +59,7 @@ class Kept(NamedTuple):
 
 
 class KeptRows:
-    """Blocks of the tensor that ``layout`` describes, which may be for more rows; without it, of none."""
+    """Blocks of the tensor that ``layout`` describes, which may have room for more rows. Without it none are kept."""
 
     def __init__(self, buffer: Tensor | None, rows: int, n: int, exact: bool) -> None:
         self.rows, self.exact = rows if buffer is not None else 0, exact
@@ -72,19 +72,19 @@ class KeptRows:
             return
         size = rows * padded(n)
         cells = _cells(rows), _cells(padded(n))
-        begin = buffer.numel() - 2 * math.prod(cells)  # of the references, behind all values
+        begin = buffer.numel() - 2 * math.prod(cells)  # where the references begin, behind all values
         self.values = buffer[:size].view(rows, padded(n))
         self.references = buffer[begin:].view(torch.float32).view(cells)
         self.unwritten = [buffer[size:begin], self.values[:, n:], self.references[:, _cells(n) :]]
 
     def clear_padding(self) -> None:
-        """Zeros where no kernel need write, so that the tensor, an operator's output, is the same each time."""
+        """Zeros what kernels may not write, so that the tensor, which an operator returns, is the same each time."""
         for t in self.unwritten:
             if t.numel():
                 t.zero_()
 
     def block(self, rows: slice, cols: slice) -> Kept:
-        """``rows`` and ``cols`` begin at multiples of a tile."""
+        """What is kept of the block ``rows`` x ``cols``; both begin at multiples of a tile."""
         if rows.stop > self.rows:
             return Kept()
         width = cols.stop - cols.start

@@ -1,7 +1,7 @@
 """Ranking on a GPU with torch's own operators. Nothing here waits for the GPU.
 
-``torch.topk`` does not say which of equal values it keeps. So a score and its column become one int64 key, whose order
-is that of ``core/order.py`` and which no other column shares: the score's bits above, the column's complement below.
+``torch.topk`` does not say which of equal values it keeps. So a score and its column are packed into
+one int64 key, the score's bits above the column's complement: keys are unique, and ordered as in ``core/order.py``.
 """
 
 from __future__ import annotations
@@ -11,16 +11,16 @@ from torch import Tensor
 
 COLUMN_BITS = 32
 COLUMN_MASK = (1 << COLUMN_BITS) - 1
-NAN_BITS = -(1 << 31)  # the smallest integer, below -inf; as bits of a score: NaN again
+NAN_BITS = -(1 << 31)  # the smallest int32, ranked below -inf; _swap makes it the bits of a NaN again
 
 
 def _swap(bits: Tensor) -> Tensor:
-    """float32 bits as int32 -> integers in the order of the floats, and back: negative floats' bits run downwards."""
+    """Maps float32 bits to int32 in the order of the floats, and back. The bits of negative floats run downwards."""
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 def _keys(scores: Tensor, columns: Tensor) -> Tensor:
-    """float32 scores and their int64 columns, below 2^32 -> int64 keys, larger is better."""
+    """The int64 keys of float32 scores and their int64 columns, below 2^32. A larger key ranks first."""
     bits = (scores + 0.0).view(torch.int32)  # -0.0 becomes 0.0, which equals it
     ordered = _swap(bits).masked_fill_(scores.isnan(), NAN_BITS)
     return (ordered.long() << COLUMN_BITS).bitwise_or_(COLUMN_MASK - columns)

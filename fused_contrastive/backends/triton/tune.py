@@ -1,8 +1,8 @@
 """The configuration in use: the table's; or, with FUSED_CONTRASTIVE_AUTOTUNE=1, the fastest measured on this GPU.
 
-Each kernel is measured once, for the dtype and D at hand (rounded up to a power of two), on random features. What was
-chosen is printed, and cached on disk in $XDG_CACHE_HOME/fused_contrastive, by GPU and version of Triton. Without that
-file, or with a damaged one, everything works but is measured again; a warning, one a process, names the file.
+Each kernel is measured once for each dtype and D (rounded up to a power of two) that it meets, on random features. The
+choice is printed, and cached on disk in $XDG_CACHE_HOME/fused_contrastive by GPU and version of Triton. A cache file
+that is damaged or cannot be written is named in one warning per process, and the kernels are measured again.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from fused_contrastive.backends.triton.device import Device
 from fused_contrastive.core import warn
 
 ENABLED = os.environ.get("FUSED_CONTRASTIVE_AUTOTUNE") == "1"
-# In the interpreter, which has no speed worth measuring, two are enough to test the rest.
+# Two are enough for the interpreter, whose speed is not worth measuring: they test the tuning itself.
 CANDIDATES: dict[str, list[Config]] = {
     "half": [
         Config(m, n, 64, warps, stages)
@@ -41,7 +41,7 @@ CANDIDATES: dict[str, list[Config]] = {
 
 
 class Trial(NamedTuple):
-    """What is tuned together: a kernel for features of ``dtype`` and D = ``d``, on a device."""
+    """One thing to tune: a kernel for features of ``dtype`` and D = ``d``, on a device."""
 
     device: Device
     source: Source
@@ -54,7 +54,7 @@ class Trial(NamedTuple):
 
     @property
     def candidates(self) -> list[Config]:
-        """The table's configuration and others. Statistics keep its strips."""
+        """The table's configuration, then others. For statistics, all have the strip length of the table's."""
         table = configs.default(self.device, self.source, self.kernel)
         listed = CANDIDATES["interpreter" if self.device.interpreted else self.source]
         if self.kernel == "statistics":
@@ -67,7 +67,7 @@ class Trial(NamedTuple):
 
 
 Work = Callable[[Trial], Callable[[], object]]
-"""Of a trial, one call of the kernel on everything it needs, to be called again and again."""
+"""Makes, for a trial, a function that runs the kernel once on random features; it is called repeatedly."""
 
 
 class _Trial(threading.local):
@@ -89,7 +89,7 @@ def choose(device: Device, source: Source, kernel: Kernel, dtype: torch.dtype, d
     if not ENABLED:
         return table
     chosen = _tuned(Trial(device, source, kernel, dtype, _bucket(d)), work)
-    if kernel == "kept":  # as in Trial.candidates, of the forward's own choice
+    if kernel == "kept":  # as in Trial.candidates, but for the configuration that the forward has chosen
         forward = choose(device, source, "statistics", dtype, d, work)
         chosen = chosen._replace(
             block_m=min(chosen.block_m, forward.block_m), block_n=min(chosen.block_n, forward.block_n)

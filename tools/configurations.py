@@ -3,8 +3,8 @@
     python tools/configurations.py             # docs/triton-configurations.md
     python tools/configurations.py --json      # for the tests
 
-Small problems run on CPU tensors that pass for those of a GPU, and Triton compiles each kernel they launch, with the
-arguments that it is launched with, but does not launch it.
+Small problems run on CPU tensors that pass for those of a GPU. Triton compiles each kernel for the arguments that it
+would be launched with, and does not launch it.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Gpu:
 
 
 def compile_only() -> dict[str, Any]:
-    """From now on kernels are compiled and not launched; they are put into what is returned, by their hash."""
+    """Makes Triton compile kernels without launching them, from now on. Returns where it puts them, by their hash."""
     compiled: dict[str, Any] = {}
     run = jit.JITFunction.run
 
@@ -73,7 +73,7 @@ def compile_only() -> dict[str, Any]:
 
 
 def pretend(arch: str) -> None:
-    """CPU tensors pass for tensors of this architecture."""
+    """Makes CPU tensors pass for tensors of this architecture."""
     Gpu.arch = arch
     device.stand_in = lambda _: device.Device("cpu", arch, arch, arch in ("sm_90", "sm_100"), 132)
     device.of.cache_clear()
@@ -135,7 +135,7 @@ def measure(architectures: list[str], kinds: list[str], sources: list[str]) -> I
                 for every_option in (False, True) if source == "half" else (False,):
                     statistics(source, every_option)
                     yield from rows(compiled, arch, source, "every" if every_option else "none")
-            if "max_sim" in kinds:  # 32: the queries of FILIP and ColBERT; 128: one item is a tile; 200: it is more
+            if "max_sim" in kinds:  # 32: FILIP's and ColBERT's queries; 128: an item fills a tile; 200: it needs two
                 for tokens, masked in ((32, False), (32, True), (128, True), (200, True)):
                     late_interaction(source, tokens, masked)
                     yield from rows(compiled, arch, source, f"{tokens} tokens{', every' if masked else ''}")

@@ -1,7 +1,7 @@
 """What is in the machine code of compiled kernels: registers, spills, and how many instructions a tile takes.
 
-The instructions of a tile are those of the cheapest path: what a tile takes that has nothing special about it, which is
-nearly every one. They are counted, not timed.
+The instructions of a tile are those of the shortest path through its code, which is the path of a tile without special
+cases (positives, edges): nearly every tile. They are counted, not timed.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 LINE = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z][\w.]*)\s*([^;]*);", re.M)
-MATRIX = re.compile(r"(?:[HQID]G?MMA|UTC\w*MMA)\b")  # of Ampere, of Hopper's warp groups, of Blackwell's tensor memory
+MATRIX = re.compile(r"(?:[HQID]G?MMA|UTC\w*MMA)\b")  # Ampere's, Hopper's and Blackwell's matrix instructions
 STORE = re.compile(r"(?:STG|UTMASTG)\b")
 
 
@@ -48,13 +48,13 @@ def parse(sass: str) -> list[Instruction]:
             code.append(Instruction(name, (*to, *after) if guarded else to, False))
         elif base in ("EXIT", "RET", "KILL", "BRX", "JMX"):  # beyond a computed branch nothing is known
             code.append(Instruction(name, after if guarded else (), base == "EXIT"))
-        else:  # a call goes on too: those that there are belong to special tiles, and are not counted
+        else:  # a call goes on too; the only ones are in special tiles, and are not counted
             code.append(Instruction(name, after, False))
     return code
 
 
 def _distances(starts: Iterable[int], following: Callable[[int], Iterable[int]]) -> dict[int, int]:
-    """Instructions from a start to each that can be reached from it, the start being 1."""
+    """How many instructions it takes from a start to each that can be reached, counting both."""
     found = dict.fromkeys(starts, 1)
     queue = deque(found)
     while queue:
@@ -85,7 +85,7 @@ def _innermost_loop(code: list[Instruction], at: int) -> set[int]:
 
 
 class FastPath(NamedTuple):
-    """Instructions that each warp issues at least, the loop over D apart."""
+    """The fewest instructions that a warp issues, without those of the loop over D."""
 
     before: int | None  # from the beginning to that loop; None for a kernel that makes no products
     again: int | None  # from it to the jump back to the next tile; None for a kernel of one tile
@@ -113,7 +113,7 @@ def fast_path(sass: str) -> FastPath:
         if not ways:
             raise ValueError("no way from the start to an end that stores something")
         return FastPath(None, None, min(ways))
-    loop = _innermost_loop(code, products[0])  # products further away are made again, of a special tile
+    loop = _innermost_loop(code, products[0])  # products further away are those of a special tile, made again
     if len(loop) == 1:
         loop = {products[-1]}
     after = {to for i in loop for to in code[i].next} - loop

@@ -3,7 +3,8 @@
     python tools/roofline.py                  # the table in docs/triton.md: an H200, bf16
     python tools/roofline.py --gemm 700       # another assumption
 
-A prediction, to be held against `python benchmarks/gpu_day.py`; nothing here is measured. A program computes a tile's
+Nothing here is measured: it is a prediction, to be compared with `python benchmarks/gpu_day.py`. Times are in u, the
+time of one N x N x D product by the vendor's GEMM. A program computes a tile's
 products, and then issues the instructions of its logits while the matrix units wait: one program fits on an SM, so the
 two do not overlap. Loads of features and stores of tiles are taken to be hidden behind them, unless HBM is what limits.
 Instructions are read from docs/triton-configurations.md.
@@ -17,8 +18,8 @@ from typing import NamedTuple
 
 PAGE = Path(__file__).parents[1] / "docs/triton-configurations.md"
 SMS, CLOCK = 132, 1.755e9
-LANES, EXPONENTIALS = 128, 16  # an SM issues for so many threads per clock, and has so many results of exp2
-BETWEEN = 3.0  # instructions per logit from one tile to the products of the next: counted, 309 to 342 for 128 logits
+LANES, EXPONENTIALS = 128, 16  # of an SM, per clock: threads that it issues for, results of exp2
+BETWEEN = 3.0  # instructions per logit between a tile and the next one's products: 309 to 342 were counted for 128
 DIMS = (256, 512, 768, 1024)
 GEMM_LOSS = 1.1  # dx = G y and dy = G^T x against a large square product
 KERNELS = {  # exponentials per logit, bytes per logit that HBM moves
@@ -33,7 +34,7 @@ class Gpu(NamedTuple):
 
 
 def instructions() -> dict[str, float]:
-    """Per logit, of sm_90's kernels of half-precision features, without options."""
+    """Instructions per logit of sm_90's kernels of half-precision features, without options."""
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in PAGE.read_text().splitlines() if "|" in line]
     names = next(row for row in rows if row[0] == "arch")
     table = [dict(zip(names, row, strict=True)) for row in rows]
@@ -45,7 +46,7 @@ def instructions() -> dict[str, float]:
 
 
 def kernel(gpu: Gpu, d: int, name: str, counts: dict[str, float], hidden: bool = False) -> float:
-    """All of S, in u. ``hidden``: if all but the slowest of products, instructions, exponentials and HBM overlapped."""
+    """A kernel's time for all of S, in u. ``hidden``: as if products, instructions, exponentials and HBM overlapped."""
     per_sm = SMS * CLOCK
     u = 2 * d / (gpu.gemm / per_sm)  # clocks per logit, as all below
     exponentials, moved = KERNELS[name]
@@ -58,7 +59,7 @@ def kernel(gpu: Gpu, d: int, name: str, counts: dict[str, float], hidden: bool =
 
 
 def predict(gpu: Gpu, d: int, counts: dict[str, float], hidden: bool = False) -> dict[str, float]:
-    """Each kernel and step, in u."""
+    """The time of each kernel and step, in u."""
     one = {name: kernel(gpu, d, name, counts, hidden) for name in KERNELS}
     gemms = 2.0 if hidden else 2 * GEMM_LOSS
     return {

@@ -22,24 +22,25 @@ from fused_contrastive.backends.triton.tiles import (
     store_tile,
 )
 
-# Binary orders of magnitude that the normalisers of a tile may differ by for one exponential to serve it: weights
-# below 2^-60 of their row's may vanish, none may overflow. With HEADROOM on both sides of the highest normaliser,
+# How many binary orders of magnitude the normalisers of a tile may differ by if one exponential is to serve it: the
+# reference lies HEADROOM below the highest one, and the lowest one may lie as far below the reference. Then no weight
+# overflows, and only weights below 2^-60 of their row's vanish.
 REACH = tl.constexpr(120.0)
-# and how far above the lowest one the reference of a kept tile may be.
+# The same for a kept tile: how far its reference, which is given, may lie above the lowest normaliser.
 KEPT_REACH = tl.constexpr(60.0)
 
 
 class Direction(NamedTuple):
-    """What the rows, or the columns, give G: g exp(S - normaliser). ``prepare`` makes it. One argument of a kernel.
+    """The part of the rows, or of the columns, in G: g exp(S - normaliser). It is one argument of a kernel.
 
-    Without integers, which Triton would compile anew for.
+    ``prepare`` fills it. It has no integer fields, since Triton would compile a kernel again for some values of them.
     """
 
-    high: Tensor  # (length,) float32: the normaliser, in the logits' units; -inf where nothing was left
-    low: Tensor  # (length,) float32: what rounding to ``high`` has left
+    high: Tensor  # (length,) float32: the normaliser, in the logits' units; -inf where all pairs are excluded
+    low: Tensor  # (length,) float32: the normaliser minus ``high``
     g: Tensor  # (length,) float32
-    highest: Tensor  # (segments,) float32: of each SEGMENT the highest normaliser,
-    lowest: Tensor  # (segments,) float32: and the lowest that is not -inf
+    highest: Tensor  # (segments,) float32: the highest normaliser of each SEGMENT of them
+    lowest: Tensor  # (segments,) float32: the lowest one that is not -inf
 
 
 @triton.jit
@@ -80,7 +81,7 @@ def prepare(
 
 @triton.jit
 def _ranges(rows, cols, row_segment, col_segment):
-    """The highest normaliser of segments (or vectors of them), 0 where none is left, and the lowest."""
+    """The highest normaliser of two segments (or vectors of them), 0 where all are -inf, and the lowest."""
     highest = tl.full((), float("-inf"), tl.float32)
     lowest = tl.full((), float("inf"), tl.float32)
     if rows is not None:
@@ -102,7 +103,7 @@ def _is_far(rows, cols, row_segment, col_segment):
 def _is_far_kept(
     rows, cols, references, stride_references, row_begin, col_begin, row_cell, col_cell, SEGMENT: tl.constexpr
 ):  # fmt: skip
-    """The same of a cell of the block's kept exponentials (or vectors of them), which have a reference already."""
+    """``_is_far`` for a cell (or a vector of them) of the block's kept exponentials, which have a reference already."""
     row_segment = (row_begin + row_cell * CELL) // SEGMENT
     _, lowest = _ranges(rows, cols, row_segment, (col_begin + col_cell * CELL) // SEGMENT)
     reference = tl.load(references + row_cell.to(tl.int64) * stride_references + col_cell)
@@ -111,7 +112,7 @@ def _is_far_kept(
 
 @triton.jit
 def _multiplier(direction, i, inside, reference):
-    """What exponentials relative to ``reference`` are multiplied by to be g exp(S - normaliser)."""
+    """The factor that turns exponentials relative to ``reference`` into g exp(S - normaliser)."""
     high = tl.load(direction.high + i, mask=inside, other=float("-inf"))
     low = tl.load(direction.low + i, mask=inside, other=0.0)
     g = tl.load(direction.g + i, mask=inside, other=0.0)
@@ -120,7 +121,7 @@ def _multiplier(direction, i, inside, reference):
 
 @triton.jit
 def _weighted(e, rows, cols, row0, row_end, col0, col_end, reference):
-    """Exponentials relative to ``reference`` -> G."""
+    """G from exponentials ``e`` relative to ``reference``."""
     i = row0 + tl.arange(0, e.shape[0])
     j = col0 + tl.arange(0, e.shape[1])
     if rows is None:
@@ -160,7 +161,7 @@ def gradient_of_kept(
     kept, stride_kept, references, stride_references, rows, cols, out, stride_out, row_begin, row_end, col_begin,
     col_end, MODE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """The same from the exponentials that ``strip_statistics`` kept of the block, and their references."""
+    """G as ``gradient`` makes it, from the exponentials that ``strip_statistics`` kept and their references."""
     BM: tl.constexpr = TILE.block_m
     BN: tl.constexpr = TILE.block_n
     height = row_end - row_begin
@@ -169,7 +170,7 @@ def gradient_of_kept(
     e = load_tile(kept, stride_kept, i, j, height, BM, BN, MODE.tma).to(tl.float32)
     reference = tl.load(references + (i // CELL).to(tl.int64) * stride_references + j // CELL)
     g = _weighted(e, rows, cols, row0, row_end, col0, col_end, reference)
-    if MODE.upper:  # the forward has not been to tiles below the diagonal: what they hold is anything
+    if MODE.upper:  # the forward skips tiles below the diagonal, which may hold anything
         g = tl.where((row0 + tl.arange(0, BM))[:, None] < (col0 + tl.arange(0, BN))[None, :], g, 0.0)
     store_tile(out, stride_out, i, j, height, g, MODE.tma)
 
@@ -179,10 +180,10 @@ def _weights(s, direction, i, inside, AXIS: tl.constexpr, MODE: tl.constexpr):
     """g exp(S - normaliser), the vectors along rows (AXIS 0) or columns (AXIS 1)."""
     high = finite(tl.load(direction.high + i, mask=inside, other=float("-inf")))
     z = s - tl.expand_dims(high, 1 - AXIS)
-    if not MODE.half:  # for half-precision features the lower part is far below what their products are good for
+    if not MODE.half:  # for half-precision features it is far below the error of a product
         z -= tl.expand_dims(tl.load(direction.low + i, mask=inside, other=0.0), 1 - AXIS)
     g = tl.load(direction.g + i, mask=inside, other=0.0)
-    z = tl.where(z > 0, 0.0, z)  # no logit is above its normaliser, but by roundings of huge ones
+    z = tl.where(z > 0, 0.0, z)  # no logit is above its normaliser, except by roundings of huge ones
     return tl.expand_dims(g, 1 - AXIS) * power(z, MODE)
 
 
@@ -192,8 +193,8 @@ def exact_gradient(
     M, N, D, stride_x, stride_y, row_begin, row_end, col_begin, col_end,
     ONLY_FAR: tl.constexpr, MODE: tl.constexpr, TILE: tl.constexpr, SEGMENT: tl.constexpr,
 ):  # fmt: skip
-    """G with an exponential for each direction, of float32 features, or of those tiles of half-precision features
-    (ONLY_FAR) that the kernels above cannot do. Products are ``gemm_products``, or made here.
+    """G with an exponential for each direction, for float32 features or (ONLY_FAR) for those tiles of half-precision
+    features whose normalisers lie too far apart for the kernels above. Products are ``gemm_products``, or made here.
 
     Axis 0 of the grid: rows of tiles. Axis 1: the programs that share the tiles of a row.
     """
@@ -203,7 +204,7 @@ def exact_gradient(
     i = row0 + tl.arange(0, BM)
     tiles = tl.cdiv(col_end - col_begin, BN)
     if ONLY_FAR:
-        # Most often none is far: one look at all columns' ranges is then all that happens here.
+        # Most often no tile is far, and all that happens here is to check the ranges of all columns.
         far = tl.full((), 0, tl.int32)
         if references is None:
             for first in range(col_begin // SEGMENT, tl.cdiv(col_end, SEGMENT), 64):
@@ -254,12 +255,12 @@ def finish(
     grad, own, other, g_pos, targets, scale, largest, out, dots, rows, first, paired, D, stride_own, stride_other,
     TOP: tl.constexpr, ROWS: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """Sums over the negatives, grad (rows, D) -> gradient of the features ``own``: out = scale * (grad + positives).
+    """Turns sums over the negatives, grad (rows, D), into gradients of the features: out = scale * (grad + positives).
 
-    These are the rows from ``first`` on; row i < paired gains g_pos[i] times the row of ``other`` that is its positive.
-    ``grad`` is divided by TOP / largest, which G was multiplied by. dots gets each program's part of
-    sum(own * (grad + positives)), the gradient of the scale. One pass, after the products: as one more term among
-    thousands of small ones, the positive would cost the sum its low bits.
+    These are rows ``first`` and on of ``own``; row i < paired gains g_pos[i] times the row of ``other`` that is its
+    positive. ``grad`` is divided by TOP / largest, which G was multiplied by. dots gets each program's part of
+    sum(own * (grad + positives)), the gradient of the scale. The positives are added after the products: one large term
+    among thousands of small ones would cost the sum its low bits.
     """
     local = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = local < rows

@@ -26,18 +26,18 @@ from fused_contrastive.backends.triton.tiles import (
 
 # A sum of exponentials below this, 2^-88 where the largest is 2^HEADROOM, has lost terms to underflow.
 LOST = tl.constexpr(3e-27)
-# References of a strip's tiles may lie so many binary orders apart: the factor between them is a normal float32.
+# How many binary orders the references of a strip's tiles may lie apart: the factor between them is a normal float32.
 APART = tl.constexpr(120.0)
 
 
-# Triton 3.4 does not know the option: what it computes before a loop over tiles then takes registers all the while.
+# Triton 3.4 lacks disable_licm: what it moves out of a loop over tiles then takes registers during the whole loop.
 KEEPS_INVARIANTS_INSIDE = tl.constexpr("disable_licm" in inspect.signature(tl.range.__init__).parameters)
 
 
 class Partials(NamedTuple):
-    """Of each row or column of a part of S: log sum exp = maximum + log(sum), in the logits' units."""
+    """The log-sum-exp of each row or column of a part of S: maximum + log(sum), in the logits' units."""
 
-    maxima: Tensor  # (parts, length) float32; -inf where nothing is left. Any reference serves as a maximum
+    maxima: Tensor  # (parts, length) float32; -inf where all pairs are excluded. It may be any reference
     sums: Tensor  # (parts, length) float32
 
 
@@ -58,9 +58,10 @@ def _add_scaled(total, maximum, more, its_maximum, MODE: tl.constexpr):
 
 @triton.jit
 def _strip_of(index, row_begin, row_end, col_begin, col_end, MODE: tl.constexpr, TILE: tl.constexpr):
-    """A strip, TILE.strip tiles down one column of tiles: its row, its column, its first pair, how many tiles count.
+    """Where strip ``index`` lies, which is TILE.strip tiles down one column of tiles.
 
-    No tile counts that lies beyond the last row or, with ``upper``, below the diagonal.
+    Returns its row among the strips, its column among the tiles, the row and column of its first pair, and how many of
+    its tiles count: none does that lies beyond the last row or, with ``upper``, below the diagonal.
     """
     BM: tl.constexpr = TILE.block_m
     BN: tl.constexpr = TILE.block_n
@@ -103,13 +104,13 @@ def _tile_of_strip(
             rows_to, tile_n, row_end - row_begin, rows - row_begin, tl.zeros((BM,), tl.float32) + maximum, total,
             rows < row_end,
         )  # fmt: skip
-        # Of a tile with nothing left no sum is lost.
+        # If all pairs of a tile are excluded, none of its sums is lost.
         total = tl.where(rows < row_end, total + tl.where(top == float("-inf"), 1.0, 0.0), 1.0)
         if FOLD:
             total = tl.min(tl.min(tl.reshape(total, (BM // (16 * FOLD), FOLD, 2, 8)), axis=2), axis=0)
         least = tl.minimum(least, total)
     if cols_to is not None:
-        if FOLD:  # rows of one thread: of the matrix units' layout, every eighth of the 16 rows of a warp
+        if FOLD:  # the rows of one thread, which in the matrix units' layout lie 8 apart
             part = tl.sum(tl.sum(tl.reshape(e, (BM // (16 * FOLD), FOLD, 2, 8, BN)), axis=2), axis=0)
         else:
             part = tl.sum(e, axis=0)
@@ -139,10 +140,10 @@ def strip_statistics(
     from tile to tile of the strip, and threads add theirs up at its end. Either may be None.
 
     A tile's exponentials are relative to one reference, HEADROOM below its maximum. ``lost`` (strips, tiles across)
-    int32 says of each strip whether that may be so far above some row or column that its sum has underflowed (1),
-    which ``exact_statistics`` looks at more closely, or whether references cannot serve (2): logits too large, or too
-    far apart. ``kept`` (height, width), where not None, gets the exponentials, and ``references`` (cells of the block)
-    their reference.
+    int32 is 1 for a strip in which that may be so far above some row or column that its sum has underflowed, which
+    ``exact_statistics`` then checks. It is 2 if logits are too large, or too far apart, for references, else 0.
+    ``kept`` (height, width), where not None, gets the exponentials, and ``references`` (cells of the block) their
+    references.
     """
     BM: tl.constexpr = TILE.block_m
     BN: tl.constexpr = TILE.block_n
@@ -191,7 +192,7 @@ def strip_statistics(
 @triton.jit
 def _is_lost(mask, rows_from, cols_from, strip, tile_n, row0, col0, tiles, row_begin, row_end, col_begin, col_end,
              MODE: tl.constexpr, TILE: tl.constexpr):  # fmt: skip
-    """Whether a row or column of a strip has something left and too small a sum. Makes no products."""
+    """Whether some row or column of a strip has a pair that counts, but too small a sum. Makes no products."""
     BM: tl.constexpr = TILE.block_m
     BN: tl.constexpr = TILE.block_n
     cols = col0 + tl.arange(0, BN)
@@ -220,11 +221,11 @@ def exact_statistics(
     x, y, gemm_products, stride_gemm, mask, pos, rows_to, cols_to, lost, kept, stride_kept,
     M, N, D, stride_x, stride_y, row_begin, row_end, col_begin, col_end, MODE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Statistics against every row's and column's own maximum. The results are those of ``strip_statistics``.
+    """Statistics against every row's and column's own maximum. The outputs are those of ``strip_statistics``.
 
-    Where ``lost`` is None, all strips, one per program: this is how float32 features are done, their products from
-    ``gemm_products`` (height, width) or made here, and then written to ``kept`` (height, width) if that is not None.
-    Else only strips whose sums are lost, by as many programs as there are tiles across.
+    If ``lost`` is None, each program does one strip. This is the way for float32 features, whose products come from
+    ``gemm_products`` (height, width) or are made here and written to ``kept`` (height, width), if that is not None.
+    Otherwise there are as many programs as tiles across, and they do only the strips whose sums are lost.
     """
     BM: tl.constexpr = TILE.block_m
     BN: tl.constexpr = TILE.block_n
@@ -234,7 +235,7 @@ def exact_statistics(
     step = strips * tiles_n
     if lost is not None:
         step = tl.num_programs(0)
-        # Most often nothing is lost: one read of all flags is then all that happens here.
+        # Most often nothing is lost, and all that happens here is to read the flags.
         marked = tl.full((), 0, tl.int32)
         for first in range(0, strips, 64):
             i = first + tl.arange(0, 64)
@@ -306,7 +307,8 @@ def _merge_one(
         tops = tl.load(parts_of.maxima + where, mask=inside, other=float("-inf"))
         sums = tl.load(parts_of.sums + where, mask=inside, other=0.0)
         higher = tl.maximum(top, tl.max(tops, axis=0))
-        # The factor in two halves: with HEADROOM, a sum counts next to one whose reference is 2^150 higher.
+        # The factor may underflow, so it is applied in two halves: with HEADROOM, a sum counts beside one whose
+        # reference is 150 binary orders higher.
         half = power((tops - finite(higher)[None, :]) * 0.5, MODE)
         added = tl.sum((sums * half * half).to(tl.float64), axis=0)
         half = power((top - finite(higher)) * 0.5, MODE).to(tl.float64)
@@ -323,7 +325,7 @@ def _merge_one(
 
 
 class Totals(NamedTuple):
-    """Of one direction of the whole matrix, so far."""
+    """What the blocks so far add up to, in one direction of the whole matrix."""
 
     maxima: Tensor  # (length,) float32
     sums: Tensor  # (length,) float64
@@ -350,5 +352,5 @@ def merge(
                 row_parts, row_totals, parts_n, height, known_height, first, PART_WIDTH, MODE, PLAIN, MODE.upper,
                 PARTS, LENGTH,
             )  # fmt: skip
-    elif col_parts is not None:  # of columns every part holds something: a strip without tiles writes -inf and 0
+    elif col_parts is not None:  # every part of columns is filled: a strip without tiles writes -inf and 0
         _merge_one(col_parts, col_totals, parts_m, width, known_width, 0, 0, MODE, PLAIN, False, PARTS, LENGTH)

@@ -12,16 +12,17 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 CELL = tl.constexpr(32)  # rows and columns that share one reference of kept exponentials; every tile is a multiple
 
-# Exponentials are taken against a reference this many binary orders below the maximum. float32 reaches 2^127 upwards
-# and 2^-126 downwards: without it, what lies more than 87 below the maximum would be lost, with it 130.
+# Exponentials are taken against a reference this many binary orders below the maximum. float32 reaches from 2^-126 to
+# 2^127: without this, a logit more than 87 below the maximum would be lost, with it one more than 130 below.
 HEADROOM = tl.constexpr(60.0)
-# Logits from here on, in units of log 2, are known to half a binary order at best: one rounding more or less, as
-# where a product and a subtraction are one instruction, must not become a power of 2. The exact kernels take them.
+# From this size on, a logit in units of log 2 is rounded to half a binary order or more. One rounding more or less, as
+# where a multiplication and a subtraction are fused, would then change an exponential by a factor of 2^0.5 or more, so
+# the exact kernels take such logits.
 HUGE = tl.constexpr(2.0**22)
 
 
 class Mask(NamedTuple):
-    """The tensors that make logits of products, and exclude pairs; None where absent. One argument of a kernel."""
+    """The tensors that turn products into logits and exclude pairs, None where absent, as one argument of a kernel."""
 
     scale: Tensor  # () float32
     targets: Tensor | None  # (M,) int64
@@ -31,7 +32,7 @@ class Mask(NamedTuple):
 
 
 class Mode(NamedTuple):
-    """What is settled when a kernel is compiled, beside its tile."""
+    """What is known when a kernel is compiled, beside its tile."""
 
     half: bool  # half-precision features: logits in units of log 2, and one exponential per logit
     tma: bool  # x, y, kept tiles and G are descriptors for the tensor memory accelerator, not pointers
@@ -44,7 +45,7 @@ class Mode(NamedTuple):
 
 @triton.jit
 def tile_at(index, tiles_m, tiles_n, GROUP: tl.constexpr):
-    """Tiles in bands of GROUP rows of tiles, down each band's columns: neighbours in time share x and y in L2."""
+    """Row and column of a tile. They go down the columns of bands of GROUP rows of tiles, to share x and y in L2."""
     band = index // (GROUP * tiles_n)
     height = min(tiles_m - band * GROUP, GROUP)
     inside = index % (GROUP * tiles_n)
@@ -63,7 +64,7 @@ def corner(height, width, TILE: tl.constexpr):
 def _pointers(matrix, stride, row, col, BM: tl.constexpr, BN: tl.constexpr):
     """Pointers to a tile (BM, BN). Rows and tiles begin at multiples of 16 elements, so that 16 bytes move at once.
 
-    The corner's offset is 64-bit; those from it, below 256 rows of less than 2^23 each, need no more than 32.
+    The corner's offset is 64-bit. Offsets from it fit into 32 bits: they are below 256 rows of less than 2^23 each.
     """
     i = tl.arange(0, BM)
     j = tl.arange(0, BN)
@@ -167,10 +168,10 @@ def excluded(mask, rows, row_end, cols, col_end, MODE: tl.constexpr):
 
 @triton.jit
 def logits(acc, mask, pos, row0, row_end, col0, col_end, MODE: tl.constexpr):
-    """Products -> (s, c), with logits s * c, in units of log 2 where MODE.half; -inf where excluded.
+    """(s, c) from products: the logits are s * c, in units of log 2 if MODE.half, and -inf where excluded.
 
     c is the scale, to be multiplied in the same instruction that subtracts a reference; it is not negative. It is 1
-    where a bias has been added or a pair is excluded. Most tiles have nothing to exclude, and skip the comparisons.
+    if a bias has been added or a pair is excluded. Most tiles have nothing to exclude, and skip the comparisons.
     ``pos``, where not None, gets the positives' logits.
     """
     BM: tl.constexpr = acc.shape[0]
@@ -215,7 +216,7 @@ def logits(acc, mask, pos, row0, row_end, col0, col_end, MODE: tl.constexpr):
 
 @triton.jit
 def power(s, MODE: tl.constexpr):
-    """exp of logits: base 2 where they are in units of log 2, base e else."""
+    """exp of logits: to base 2 if they are in units of log 2, else to base e."""
     return tl.exp2(s) if MODE.half else tl.exp(s)
 
 
@@ -228,5 +229,5 @@ def log1p_unit(u):
 
 @triton.jit
 def finite(reference):
-    """A maximum to subtract: 0 where nothing is left (-inf), which gives exp(-inf) = 0 and not NaN."""
+    """A maximum to subtract: 0 where all pairs are excluded (-inf), which gives exp(-inf) = 0 and not NaN."""
     return tl.where(reference == float("-inf"), 0.0, reference)

@@ -221,12 +221,13 @@ Triton {version}, compiled without a GPU; remake with `make configurations`. Non
 - source: products from half-precision features (bf16 here), from float32 features as tf32, or given by the vendor GEMM
   (float32 at full precision).
 - kernel: as in `fused_contrastive/backends/triton/`; "keeping": it stores exponentials, sigmoids or products as well.
-- options: none (but the one bias that SigLIP has); or, of half precision, targets, col_bias, ids, exclude_self and one
-  triangle at once.
-- spilled: stores of registers to memory for want of room, counted in the code. With every option at once some
-  configurations have them; without, only the exact kernels of half precision may, which make again what is lost or far.
-- per logit, on sm_90: instructions that a thread issues for one logit of a tile that has nothing special about it, from
-  the end of the loop over D to the end of the tile; of a strip, its last reduction is shared out among its tiles.
+- options: none (except the one bias that SigLIP has); or, for half precision, "every": targets, col_bias, ids,
+  exclude_self and one triangle at once.
+- spilled: stores of registers to memory because there are too few, counted in the code. With every option at once some
+  configurations have them; without, only the exact kernels of half precision may, which redo the few tiles that one
+  exponential per logit cannot serve ([The Triton backend](triton.md)).
+- per logit, on sm_90: instructions that a thread issues for one logit of a tile without positives or edges, from the
+  end of the loop over D to the end of the tile. The last reduction of a strip is divided among its tiles.
 - stores: to global memory; UTMASTG is the tensor memory accelerator's, of a whole tile or a part of it.
 
 | arch | source | kernel | options | tile | warps | stages | shared | registers | spilled | matrix units | per logit |\

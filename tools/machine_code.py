@@ -75,7 +75,7 @@ def _innermost_loop(code: list[Instruction], at: int) -> set[int]:
     ahead = _distances(code[at].next, lambda i: code[i].next)
     if at not in ahead:
         return {at}
-    # Back along the shortest cycle: its lowest address is the head of the loop, which is entered nowhere else.
+    # Follow the shortest cycle backwards. Its lowest address is the head of the loop, which is entered nowhere else.
     cycle = [at]
     while ahead[cycle[-1]] > 1:
         cycle.append(next(i for i in before[cycle[-1]] if ahead.get(i) == ahead[cycle[-1]] - 1))
@@ -92,7 +92,7 @@ class FastPath(NamedTuple):
     last: int  # from it to the end
 
     def of_tile(self, tiles: int = 1) -> float:
-        """Instructions of one tile, after its products, where a program walks so many tiles in turn."""
+        """Instructions of one tile, after its products, in a program that walks ``tiles`` tiles in turn."""
         if self.again is None:
             return self.last
         return ((tiles - 1) * self.again + self.last) / tiles

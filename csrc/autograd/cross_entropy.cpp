@@ -49,7 +49,8 @@ struct CrossEntropy : torch::autograd::Function<CrossEntropy> {
     const int64_t m = saved[0].numel(), step = upstream[0].dim() ? 1 : 0;  // a scalar has one gradient for all rows
     const at::Tensor positive = double_vector("pos", saved[0], m), g_pos = at::zeros_like(positive);
     const at::Tensor g = readable("gradient", upstream[0], at::kDouble);
-    TORCH_CHECK_VALUE(g.numel() == (step ? m : 1), "gradient: got shape ", g.sizes());
+    TORCH_CHECK_VALUE(g.numel() == (step ? m : 1), "gradient: got shape ", g.sizes(),
+                      ", expected the shape of the loss");
     const double *p = positive.const_data_ptr<double>(), *g_loss = g.const_data_ptr<double>();
     double* out_pos = g_pos.mutable_data_ptr<double>();
 

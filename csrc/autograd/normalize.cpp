@@ -1,5 +1,5 @@
 // F.normalize's backward is eight passes over the features; for a batch of 1000 they take a third of a matrix product.
-// Here a row stays in L1 from its norm to its result, and its gradient likewise.
+// Here a row stays in L1 from its norm to its result, and so does its gradient.
 #include "autograd/normalize.h"
 
 #include <ATen/ATen.h>

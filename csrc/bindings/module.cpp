@@ -61,7 +61,7 @@ fc::RowLoss row_loss_of(const py::handle& loss) {
           loss.attr("over_counted").cast<bool>()};
 }
 
-// A Needs (core/spec.py): whether the gradients of x, y, scale and col_bias are asked, and `joint`.
+// The Needs of core/spec.py: whether the gradients of x, y, scale and col_bias are needed, and `joint`.
 using Needs = std::array<bool, 5>;
 fc::Needs needs_of(const Needs& n) {
   return {{n[0], n[1], n[2], n[3]}, n[4]};

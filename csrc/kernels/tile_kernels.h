@@ -45,7 +45,7 @@ struct ForwardTile {
   const T* products;  // (rows, cols), row stride `stride`
   int64_t stride;
   T* pos;                // (M,) logits of the positives; written where this tile holds them
-  T *row_max, *row_sum;  // (rows,), or null where the direction is not asked
+  T *row_max, *row_sum;  // (rows,), or null where the direction is not needed
   T *col_max, *col_sum;  // (cols,), or null
 };
 

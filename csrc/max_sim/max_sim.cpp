@@ -50,7 +50,8 @@ struct ArgmaxDirection {
     if (!g) return;
     check_sizes(name, *g, {m, n});
     grad = readable(name, *g, c10::CppTypeToScalarType<T>::value);
-    TORCH_CHECK_VALUE(kept.dim() == 3 && kept.size(0) <= m, "argmaxima: got shape ", kept.sizes());
+    TORCH_CHECK_VALUE(kept.dim() == 3 && kept.size(0) <= m, "argmaxima: got shape ", kept.sizes(),
+                      ", expected 3 dimensions and at most ", m, " rows");
     if (kept.size(0) == 0) return;
     check_sizes("argmaxima", kept, {kept.size(0), n, own.length});
     check_dtype("argmaxima", kept, index_dtype(other.length));
@@ -148,7 +149,8 @@ void check(const TokenProblem& p) {
   for (const auto& [name, t] : {std::pair("x", &p.x), std::pair("y", &p.y)}) {
     TORCH_CHECK_VALUE(t->dim() == 3 && t->size(2) == p.x.size(2) && t->size(1) && t->size(2), name, ": got shape ",
                       t->sizes(), ", expected (items, tokens, D) with at least one token, the same D >= 1 for both");
-    TORCH_CHECK_TYPE(at::isFloatingType(t->scalar_type()), name, ": got dtype ", t->scalar_type());
+    TORCH_CHECK_TYPE(at::isFloatingType(t->scalar_type()), name, ": got dtype ", t->scalar_type(),
+                     ", expected a floating dtype");
   }
   check_dtype("y", p.y, p.x.scalar_type());
 }
@@ -159,7 +161,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> max_sim_forward(const
                                                                            int64_t kept_rows,
                                                                            const Interrupt& interrupt) {
   check(problem);
-  TORCH_CHECK_VALUE(kept_rows >= 0 && kept_rows <= problem.x.size(0), "kept_rows: got ", kept_rows);
+  TORCH_CHECK_VALUE(kept_rows >= 0 && kept_rows <= problem.x.size(0), "kept_rows: got ", kept_rows, ", expected 0 to ",
+                    problem.x.size(0));
   return problem.x.scalar_type() == at::kDouble ? forward<double>(problem, kept_rows, interrupt)
                                                 : forward<float>(problem, kept_rows, interrupt);
 }

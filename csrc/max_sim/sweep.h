@@ -37,7 +37,8 @@ struct MaximaOutput {
   }
 };
 
-// Takes the maxima of items [first, last) of x with all items of y. An output is null where its direction is not asked.
+// Takes the maxima of items [first, last) of x with all items of y. An output is null where its direction is not
+// needed.
 template <class T>
 class Sweep {
  public:

@@ -16,7 +16,7 @@ struct TokenSide {
   at::Tensor tokens;           // (real, D)
   std::vector<int64_t> start;  // (items + 1,) where each item's tokens begin
   int64_t items, length;       // length: T or P, tokens per item, real or not
-  at::Tensor places;           // (real,) where each token stands among all; undefined if all are real
+  at::Tensor places;           // (real,) index of each token among all tokens; undefined if all are real
 
   TokenSide(const char* name, const at::Tensor& x, const OptionalTensor& lengths, at::ScalarType dtype)
       : items(x.size(0)), length(x.size(1)) {

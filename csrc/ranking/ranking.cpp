@@ -135,10 +135,12 @@ void check(const at::Tensor& scores, const at::Tensor& of_scores, std::initializ
   const at::ScalarType dtype = scores.scalar_type();
   TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kDouble, "scores: got dtype ", dtype,
                    ", expected float32 or 64");
-  TORCH_CHECK_TYPE(of_scores.scalar_type() == dtype, "values: got dtype ", of_scores.scalar_type());
+  TORCH_CHECK_TYPE(of_scores.scalar_type() == dtype, "values: got dtype ", of_scores.scalar_type(), ", expected ",
+                   dtype);
   TORCH_CHECK_VALUE(scores.is_contiguous() && of_scores.is_contiguous(), "scores, values: expected contiguous tensors");
   TORCH_CHECK_VALUE(scores.dim() == 2 && of_scores.dim() && of_scores.size(0) == scores.size(0),
-                    "scores, values: got shapes ", scores.sizes(), " and ", of_scores.sizes());
+                    "scores, values: got shapes ", scores.sizes(), " and ", of_scores.sizes(),
+                    ", expected (M, n) and M rows");
   check_memory("scores", scores);
   check_memory("values", of_scores);
   for (const at::Tensor& t : of_columns) {
@@ -153,7 +155,7 @@ void check(const at::Tensor& scores, const at::Tensor& of_scores, std::initializ
 void merge_top_k(const at::Tensor& scores, int64_t first_column, const at::Tensor& values, const at::Tensor& indices) {
   check(scores, values, {indices});
   TORCH_CHECK_VALUE(values.dim() == 2 && values.size(1) > 0 && first_column >= 0, "values: got shape ", values.sizes(),
-                    " for columns from ", first_column);
+                    " for columns from ", first_column, ", expected (M, k), k >= 1, and columns from 0 or more");
   return scores.scalar_type() == at::kDouble ? merge_blocks<double>(scores, first_column, values, indices)
                                              : merge_blocks<float>(scores, first_column, values, indices);
 }
@@ -161,7 +163,7 @@ void merge_top_k(const at::Tensor& scores, int64_t first_column, const at::Tenso
 void count_ahead(const at::Tensor& scores, int64_t first_column, const at::Tensor& target_scores,
                  const at::Tensor& targets, const at::Tensor& counts) {
   check(scores, target_scores, {targets, counts});
-  TORCH_CHECK_VALUE(target_scores.dim() == 1, "target_scores: got shape ", target_scores.sizes());
+  TORCH_CHECK_VALUE(target_scores.dim() == 1, "target_scores: got shape ", target_scores.sizes(), ", expected (M,)");
   return scores.scalar_type() == at::kDouble ? count_block<double>(scores, first_column, target_scores, targets, counts)
                                              : count_block<float>(scores, first_column, target_scores, targets, counts);
 }

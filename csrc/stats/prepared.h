@@ -19,7 +19,8 @@ inline void check(const StatsProblem& p) {
   for (const auto& [name, t] : {std::pair("x", &p.x), std::pair("y", &p.y)}) {
     TORCH_CHECK_VALUE(t->dim() == 2 && t->size(1) == p.x.size(1), name, ": got shape ", t->sizes(), ", expected ",
                       "(rows, D), the same D for both");
-    TORCH_CHECK_TYPE(at::isFloatingType(t->scalar_type()), name, ": got dtype ", t->scalar_type());
+    TORCH_CHECK_TYPE(at::isFloatingType(t->scalar_type()), name, ": got dtype ", t->scalar_type(),
+                     ", expected a floating dtype");
   }
   check_dtype("y", p.y, p.x.scalar_type());
   const int64_t m = p.x.size(0), n = p.y.size(0);
@@ -27,7 +28,8 @@ inline void check(const StatsProblem& p) {
   TORCH_CHECK_VALUE(p.softplus || p.upper ? p.want_row && !p.want_col : p.want_row || p.want_col,
                     "want_row, want_col: expected at least one, for softplus and upper want_row alone");
   TORCH_CHECK_VALUE(!p.upper || m == n, "upper: got M = ", m, " and N = ", n, ", expected M = N");
-  TORCH_CHECK_VALUE(p.targets || m <= n, "targets: got None for M = ", m, " rows and N = ", n, " columns");
+  TORCH_CHECK_VALUE(p.targets || m <= n, "targets: got None for M = ", m, " rows and N = ", n,
+                    " columns, expected targets where M > N");
   TORCH_CHECK_VALUE(p.kept_rows >= 0 && p.kept_rows <= m, "kept_rows: got ", p.kept_rows, ", expected 0 to ", m);
   TORCH_CHECK_VALUE(p.row_ids.has_value() == p.col_ids.has_value(), "row_ids, col_ids: expected both or neither");
   if (p.targets) check_sizes("targets", *p.targets, {m});
@@ -80,7 +82,7 @@ struct Prepared {
   at::TensorOptions options() const { return x.tensor.options().dtype(scalar_type()); }
 
  private:
-  // A column's code is the rank of its id among the columns' ids. A row's code is its equal column's, or -1.
+  // A column's code is the rank of its id among the columns' ids. A row has the code of the columns with its id, or -1.
   void encode_ids(const at::Tensor& row_ids, const at::Tensor& col_ids) {
     const at::Tensor sorted = std::get<0>(at::sort(col_ids));
     col_codes = at::searchsorted(sorted, col_ids, /*out_int32=*/true);

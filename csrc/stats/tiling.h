@@ -46,7 +46,7 @@ class Tiling {
   Tiling(int64_t m, int64_t n, int64_t packed_cols, int64_t kept_rows, bool upper)
       : m_(m), n_(n), packed_cols_(packed_cols), kept_rows_(kept_rows), upper_(upper), threads_(at::get_num_threads()) {
     // Tiles are smaller where S is small, so that all threads find work, and in a triangle, where half of a tile on the
-    // diagonal is computed for nothing.
+    // diagonal is computed in vain.
     for (tile_rows_ = kLeastTileRows; tile_rows_ < std::min(kTileRows, m / (upper ? 8 : 4));) tile_rows_ *= 2;
     tile_cols_ = upper ? tile_rows_ : kTileCols;
   }

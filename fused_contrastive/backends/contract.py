@@ -82,7 +82,7 @@ class Backend(ABC):
         self, spec: TokenSpec, x: Tensor, y: Tensor, saved: MaxSimForward, upstream: MaxSimUpstream,
         needs: tuple[bool, bool],
     ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
-        """Gradients of x and y, each in its dtype or None where not needed, given ``upstream``, those of the sums.
+        """Gradients of x and y, each in its dtype or None where not needed, given ``upstream``, the sums' gradients.
 
         Of ``saved`` only the argmaxima are valid; those that were not kept are computed again. Must not write to
         ``saved``. A token beyond its item's length gets 0.

@@ -117,7 +117,7 @@ def _part(direction: kernels.Direction, rows: slice) -> kernels.Direction:
 
 
 def loss_and_gradients(spec: StatsSpec, x: Tensor, y: Tensor, loss: RowLoss, needs: Needs) -> tuple[Tensor, Gradients]:
-    """The weighted sum of the rows' losses (), float64, and its gradients; those of features are float32.
+    """The weighted sum of the rows' losses (), float64, and its gradients; the features' are float32.
 
     float16 might not hold them, since the caller has yet to multiply them by the gradient of the loss.
     """

@@ -1,5 +1,7 @@
-"""What the backend needs to know of a device: asked once, in one place, so that a rehearsal (tests/rehearsal) can
-answer for a GPU."""
+"""The properties of a device that the backend needs.
+
+They are looked up in one place, so that a rehearsal (tests/rehearsal) can stand in for a GPU.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The forward kernels: statistics of tiles of S, and their merging into those of the whole matrix."""
+"""The forward kernels: they compute statistics of tiles of S and merge them into statistics of the whole matrix."""
 
 from __future__ import annotations
 
@@ -81,9 +81,9 @@ def _tile_of_strip(
     so_far, x, y, mask, pos, rows_to, cols_to, kept, stride_kept, references, stride_references, shape, bounds,
     tile_n, row0, col0, MODE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Statistics of one tile of a strip.
+    """Computes the statistics of one tile of a strip.
 
-    so_far and the result: the columns' sums, the highest and the lowest reference of a tile, the least sum.
+    so_far, and the result, hold the columns' sums, the highest and lowest reference of a tile, and the least row sums.
     """
     BM: tl.constexpr = TILE.block_m
     BN: tl.constexpr = TILE.block_n

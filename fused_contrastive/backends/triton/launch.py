@@ -36,7 +36,7 @@ def config(p: Problem, kernel: configs.Kernel) -> configs.Config:
 
 
 class Direction:
-    """Memory for the totals of one direction and the partial statistics of a block; None if it was not asked for."""
+    """Memory for the totals of one direction and for partial statistics of a block; none if it is not needed."""
 
     def __init__(self, asked: bool, size: int, like: Tensor) -> None:
         self.value = like.new_empty(size if asked else 0, dtype=torch.float64)

@@ -115,7 +115,7 @@ class _CrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
         pos, first, second = ctx.saved_tensors
         pos, first, second = pos.contiguous(), first.contiguous(), second if second is None else second.contiguous()
-        if torch.is_grad_enabled():  # a second derivative is asked, which plain operations record
+        if torch.is_grad_enabled():  # for a second derivative, which needs operations that autograd records
             return (*_recorded(pos, first, second, g / ctx.averaged, ctx.flags["DECOUPLED"]), None, None, None)
         g_pos, g_first = torch.empty_like(pos), torch.empty_like(pos)
         g_second = None if second is None else torch.empty_like(pos)

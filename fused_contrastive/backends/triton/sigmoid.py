@@ -102,7 +102,7 @@ def _slope(s, log, MODE: tl.constexpr):
 
 @triton.jit
 def _signed(slope, mask, rows, row_end, cols, col_end):
-    """The sign of a slope changes with that of the logits of pairs with equal ids."""
+    """Slopes with their sign changed for pairs with equal ids, whose logits are negated."""
     if mask.row_ids is not None:
         equal = equal_ids(mask, rows, row_end, cols, col_end)
         slope = slope.to(tl.float32) * tl.where(equal, -1.0, 1.0)  # the interpreter cannot negate bfloat16

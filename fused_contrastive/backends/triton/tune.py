@@ -89,7 +89,7 @@ def choose(device: Device, source: Source, kernel: Kernel, dtype: torch.dtype, d
     if not ENABLED:
         return table
     chosen = _tuned(Trial(device, source, kernel, dtype, _bucket(d)), work)
-    if kernel == "kept":  # as in Trial.candidates, but for the configuration that the forward has chosen
+    if kernel == "kept":  # as in Trial.candidates, with the configuration that the forward has chosen
         forward = choose(device, source, "statistics", dtype, d, work)
         chosen = chosen._replace(
             block_m=min(chosen.block_m, forward.block_m), block_n=min(chosen.block_n, forward.block_n)

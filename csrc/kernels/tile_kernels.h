@@ -58,7 +58,7 @@ struct BackwardTile {
   int64_t stride;
   T* grad;  // (rows, cols), row stride `grad_stride`; may be `products`
   int64_t grad_stride;
-  const T *row, *row_low, *g_row;  // (M,) finite log-normaliser, its rounding error in T, its gradient; or null
+  const T *row, *row_low, *g_row;  // (M,) finite log-normaliser rounded to T, the remainder, its gradient; or null
   const T *col, *col_low, *g_col;  // (N,) the same for columns
 };
 

@@ -53,7 +53,10 @@ def cuts(begin: int, end: int, step: int) -> list[tuple[int, int]]:
 
 
 def blocks(m: int, n: int, kept_rows: int, height: int, width: int, upper: bool) -> Iterator[Block]:
-    """Cuts S into rows of blocks, each kept as a whole or not at all. With ``upper``, blocks below it are left out."""
+    """Cuts S into rows of blocks; a block is kept as a whole or not at all.
+
+    With ``upper``, blocks below the diagonal are left out.
+    """
     for row0, row1 in (*cuts(0, kept_rows, height), *cuts(kept_rows, m, height)):
         for col0, col1 in cuts(0, n, width):
             if not upper or col1 > row0:
@@ -88,7 +91,10 @@ def rounded_to_tf32(t: Tensor) -> Tensor:
 
 
 def products_from(x: Tensor) -> configs.Source:
-    """Where products come from: of full float32, which has no matrix units on NVIDIA, from a vendor GEMM, by blocks."""
+    """Where products come from.
+
+    Float32 at full precision has no matrix units on NVIDIA: the vendor GEMM makes those products, block by block.
+    """
     if x.dtype != torch.float32:
         return "half"
     return "tf32" if tf32() and not torch.version.hip else "gemm"

@@ -22,7 +22,7 @@ def padded(columns: int) -> int:
 
 
 def layout(rows: int, n: int, features: torch.dtype) -> tuple[tuple[int, ...], torch.dtype]:
-    """Shape and dtype of the tensor that keeps ``rows`` rows of an (M, n) problem; none from LONGEST_ROW on."""
+    """Shape and dtype of the tensor that keeps ``rows`` rows of an (M, n) problem, or none if n >= LONGEST_ROW."""
     if n >= LONGEST_ROW:
         rows = 0
     if features == torch.float32:

@@ -45,7 +45,11 @@ class Mode(NamedTuple):
 
 @triton.jit
 def tile_at(index, tiles_m, tiles_n, GROUP: tl.constexpr):
-    """Row and column of a tile. They go down the columns of bands of GROUP rows of tiles, to share x and y in L2."""
+    """Row and column of the tile with this index, among tiles_m x tiles_n.
+
+    The order is by bands of GROUP rows of tiles and, in a band, down its columns, so that programs that run at the same
+    time share x and y in L2.
+    """
     band = index // (GROUP * tiles_n)
     height = min(tiles_m - band * GROUP, GROUP)
     inside = index % (GROUP * tiles_n)

@@ -35,16 +35,16 @@ class StatsSpec(NamedTuple):
     exclude_self: bool = False
     want_row: bool = True  # the row direction is asked
     want_col: bool = True  # the column direction is asked
-    upper: bool = False  # of a set of features against itself, each pair once: half the products
+    upper: bool = False  # y is x, and each pair is computed once: half the products
     equal_ids: EqualIds = "exclude"
     statistic: Statistic = "logsumexp"  # over the logits not excluded: log sum exp, or the sum of log(1 + exp)
-    kept_rows: int = 0  # rows of S whose products to keep for the backward, in whatever form
+    kept_rows: int = 0  # how many rows of S, from the first on, have their products kept for the backward
 
 
 FIELDS = get_type_hints(StatsSpec)
 TENSORS = tuple(name for name, kind in FIELDS.items() if kind in (Tensor, Tensor | None))
-OF_ROWS = ("targets", "row_ids")  # those with an element for each row
-OF_COLS = ("col_bias", "col_ids")  # and for each column
+OF_ROWS = ("targets", "row_ids")  # fields with an element for each row
+OF_COLS = ("col_bias", "col_ids")  # fields with an element for each column
 
 
 class Forward(NamedTuple):
@@ -53,7 +53,7 @@ class Forward(NamedTuple):
     pos: Tensor  # (M,) NaN where the logit is +inf
     row: Tensor  # (M,)
     col: Tensor  # (N,)
-    kept: Tensor  # what saves the backward the products of the first kept_rows rows; only the backend knows it
+    kept: Tensor  # the products of the first kept_rows rows, for the backward, in a form that the backend chooses
 
 
 class Upstream(NamedTuple):
@@ -71,7 +71,7 @@ class Needs(NamedTuple):
     y: bool
     scale: bool
     col_bias: bool
-    joint: bool = False  # y is x: the gradient of x is to be the sum of both, that of y None
+    joint: bool = False  # y is x: the gradient of x is to be the sum of both, and the gradient of y None
 
 
 class Gradients(NamedTuple):
@@ -87,22 +87,22 @@ class RowLoss(NamedTuple):
     """A loss that is a sum over rows, or over rows and columns: what ``Backend.loss_and_gradients`` computes.
 
     With z the normaliser of a row or column minus its positive's logit, plus the margin, it is the sum of
-    ``weight * softplus(z)``; or of ``weight * z`` if decoupled; of a softplus statistic, of
-    ``weight * (row + softplus(-pos))``. Columns are those of the first M that are positives, which are their own rows'.
+    ``weight * softplus(z)``, or of ``weight * z`` if decoupled. For the softplus statistic it is the sum of
+    ``weight * (row + softplus(-pos))``. The columns that count are the first M, the positives of the M rows in order.
     """
 
     weight: float = 1.0
     margin: float = 0.0
     decoupled: bool = False
     normalize: bool = False  # x and y, float32 or float64, are divided by their rows' lengths first
-    # (M,) int64, of an ``upper`` problem: the loss is ``row`` minus the mean logit of the other rows with the same
-    # label; rows alone with theirs do not count. ``over_counted``: the weight is one over the number of those that do.
+    # (M,) int64, for an ``upper`` problem: a row's loss is ``row`` minus the mean logit of the other rows with its
+    # label. A row does not count if no other has its label. ``over_counted``: the weight is one over the rows that do.
     labels: Tensor | None = None
     over_counted: bool = False
 
 
 def summed_like(col_bias: Tensor | None, gradient: Tensor) -> Tensor:
-    """(N,) gradients of the columns' biases -> that of the bias, in its shape."""
+    """(N,) gradients of the columns' biases -> the gradient of ``col_bias``, in its shape."""
     return gradient.sum() if col_bias is not None and col_bias.dim() == 0 else gradient
 
 
@@ -120,7 +120,7 @@ def statistics_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-# Asked once: torch.compile of torch 2.8 cannot trace the question.
+# Computed once: torch.compile of torch 2.8 cannot trace is_autocast_available.
 AUTOCAST_DEVICES = frozenset(
     name for name in ("cpu", "cuda", "xpu", "mps", "hpu", "mtia") if torch.amp.is_autocast_available(name)
 )

@@ -104,7 +104,7 @@ def nt_xent_loss(
 
 
 def _other_view(rows: int) -> RowMap:
-    """Each feature of z becomes that of the same sample as many rows further on."""
+    """The map that puts in each row the feature ``rows`` further on: the same sample's in another view."""
     return lambda part: part.roll(-rows, dims=0)
 
 

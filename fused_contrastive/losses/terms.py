@@ -15,7 +15,7 @@ from fused_contrastive.ops.row_dots import RowMap, row_dots
 
 
 def check_module(reduction: object, memory_budget: object, backend: object, **flags: object) -> None:
-    """What modules share, when they are made and not only when first called."""
+    """Checks the options that all modules have, when a module is made and not only when it is first called."""
     checks.one_of("reduction", reduction, REDUCTIONS)
     checks.memory_budget(memory_budget)
     checks.one_of("backend", backend, ("auto", *dispatch.BACKENDS))
@@ -53,15 +53,15 @@ def nan_where_inf(logits: Tensor) -> Tensor:
 
 
 def class_sums(z: Tensor, codes: Tensor, classes: int) -> Tensor:
-    """(classes, D): of each class the sum of the rows of z, (N, D), whose code it is. The same bits each time."""
+    """(classes, D) sums of the rows of z (N, D) that have each code, with the same bits at every call."""
     sums = z.new_zeros(classes, z.shape[1])
-    if z.device.type == "cpu":  # index_put adds in no order here, with several threads
+    if z.device.type == "cpu":  # on several threads, index_put would add in no fixed order
         return sums.index_add(0, codes, z.contiguous())
-    return sums.index_put((codes,), z, accumulate=True)  # and index_add on a GPU
+    return sums.index_put((codes,), z, accumulate=True)  # on a GPU it is index_add that has no fixed order
 
 
 def rows_at(t: Tensor, index: Tensor) -> Tensor:
-    """``t[index]``, some rows more than once. The gradient, as of ``class_sums``, has the same bits each time."""
+    """``t[index]``, which may repeat rows. Its gradient, a sum like ``class_sums``, has the same bits at every call."""
     return t.index_select(0, index) if t.device.type == "cpu" else t[index]
 
 

@@ -72,7 +72,7 @@ def chosen(options: argparse.Namespace) -> Suite:
 
 
 def bench(options: argparse.Namespace, arguments: Sequence[str]) -> int:
-    """Runs a suite: the report's exit status is 1 if one of ours failed or was wrong."""
+    """Runs a suite and writes its report. Returns the exit status, 1 if one of ours failed or was wrong."""
     suite = chosen(options)
     name = options.name or options.suite
     if name != Path(name).name:
@@ -87,7 +87,7 @@ def bench(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     partial = options.out / f"{name}.partial.json"
 
     def keep(rows: list[dict[str, Any]]) -> None:
-        """After each problem, beside an earlier report, so that neither is lost to a run cut short."""
+        """Writes a partial report after each problem, which leaves an earlier report alone until the run is done."""
         made["rows"] = [{**row, "provenance": stamp} for row in rows]
         report.write_json(made, partial)
 
@@ -118,7 +118,7 @@ def show(made: dict[str, Any], folder: Path, name: str) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The exit status: 0, 1 for what of ours failed or became slower, 2 for bad arguments and files."""
+    """Returns the exit status: 0, 1 if one of ours failed or became slower, 2 for bad arguments and files."""
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parse(arguments)
     try:

@@ -19,15 +19,15 @@ from emoji_data import CREDIT, Pairs, picture
 from emoji_train import Recall, Run, features
 
 COMPARED_STEPS = 50
-MOST_DEVIATION = 1e-4  # relative, over the first COMPARED_STEPS steps
-LEAST_GAIN = 10  # recall@1 over chance
+MOST_DEVIATION = 1e-4  # largest relative difference of the losses over the first COMPARED_STEPS steps
+LEAST_GAIN = 10  # least recall@1, as a multiple of chance
 CARDS = (4, 3)  # rows and columns of the picture
 SHOWN = 3  # captions per card
 RIGHT, WRONG, INK, FAINT = "#2e9e5b", "#c9ced6", "#1f2933", "#7b8794"
 
 
 class Scores(NamedTuple):
-    """One model's recall, and the number of candidates in either setting."""
+    """One model's recall with the held-out pairs as candidates, and with all pairs."""
 
     held_out: Recall
     among_all: Recall

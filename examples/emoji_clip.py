@@ -43,7 +43,9 @@ def options() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=80, help="steps of either training (default %(default)s)")
     parser.add_argument("--batch", type=int, default=1774, help="pairs in a batch (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of split, weights and order (default %(default)s)")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads for torch (default %(default)s)")
+    parser.add_argument(
+        "--threads", type=int, default=torch.get_num_threads(), help="threads for torch (default %(default)s)"
+    )
     parser.add_argument("--out", type=Path, default=Path("emoji_clip.png"), help="picture (default %(default)s)")
     parser.add_argument(
         "--save-embeddings", type=Path, metavar="DIR", help="write images.npy and texts.npy of all pairs"

@@ -66,7 +66,9 @@ def options() -> argparse.Namespace:
     )
     parser.add_argument("--quick", action="store_true", help="a few steps of each; prints the table and writes nothing")
     parser.add_argument("--seed", type=int, default=0, help="seed of all that is drawn (default %(default)s)")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads for torch (default %(default)s)")
+    parser.add_argument(
+        "--threads", type=int, default=torch.get_num_threads(), help="threads for torch (default %(default)s)"
+    )
     chosen = parser.parse_args()
     if chosen.threads < 1:
         parser.error("--threads takes at least 1")

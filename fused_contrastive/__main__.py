@@ -65,9 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     planned.add_argument(
         "--tflops", type=positive, default=600.0, help="TFLOP/s of half-precision products (default %(default)s)"
     )
-    planned.add_argument(
-        "--gbytes", type=positive, default=40.0, help="GB/s that a GPU sends (default %(default)s)"
-    )
+    planned.add_argument("--gbytes", type=positive, default=40.0, help="GB/s that a GPU sends (default %(default)s)")
     planned.add_argument("--memory", type=positive, default=20.0, help="GB left for the loss (default %(default)s)")
     planned.add_argument("--markdown", action="store_true", help="print the table in Markdown")
     return parser

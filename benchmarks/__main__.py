@@ -30,7 +30,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         two = argparse.ArgumentParser(prog="python -m benchmarks compare", description=compare.__doc__)
         two.add_argument("old", type=Path, metavar="OLD", help="a report, .json, or a folder of them")
         two.add_argument("new", type=Path, metavar="NEW", help="the same, made by the changed code")
-        tolerance = "how far a ratio may lie from 1, beside the noise (default %(default)s)"
+        tolerance = "how far a ratio may be from 1, besides the noise (default %(default)s)"
         two.add_argument("--tolerance", type=float, default=compare.TOLERANCE, help=tolerance)
         return two.parse_args(arguments[1:])
     bench = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
@@ -45,7 +45,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         bench.add_argument(flag, nargs="+", choices=choices, type=kind, metavar=metavar, help="only these of the suite")
     bench.add_argument("--out", type=Path, default=Path("benchmark"), metavar="FOLDER", help="default ./%(default)s")
     bench.add_argument("--name", help="the files' name there; default: the suite's")
-    show = "print an earlier report and draw it, beside it; runs nothing"
+    show = "print an earlier report and write its plots next to it; runs nothing"
     bench.add_argument("--show", type=Path, metavar="REPORT.json", help=show)
     return bench.parse_args(arguments)
 

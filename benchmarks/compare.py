@@ -16,7 +16,7 @@ from benchmarks.timing import quantile
 from benchmarks.workloads import Problem, problem_of
 from fused_contrastive.core.errors import InputError
 
-TOLERANCE = 0.15  # half of the slowdown that is to be found, 1.3: noise and slowdown are then told apart alike
+TOLERANCE = 0.15  # half of the slowdown of 30% that should be found, which leaves as much room for noise
 FEWEST = 5  # rounds
 NOT_OURS_TO_KEEP_FAST = "ours, backend=reference"  # its slowdown is no failure: much of its time is page faults
 Key = tuple[Problem, str]  # and the implementation's name

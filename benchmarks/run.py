@@ -137,7 +137,7 @@ def figures(problem: Problem, rounds: Rounds, name: str) -> Row:
 
 
 def measure_memory(problem: Problem, only: tuple[str, ...]) -> list[Row]:
-    """Rows of all implementations, with the bytes that a step takes beside inputs and gradients."""
+    """Rows of all implementations, with the bytes that a step takes besides inputs and gradients."""
     rows = []
     for implementation, row in candidates(problem, only):
         rows.append(row)

@@ -97,7 +97,7 @@ def _both_views(
 ) -> tuple[Tensor, Tensor]:
     """pos and row (2N,): each feature of both views against all others, but its own positive, which is in pos."""
     n, group = len(out0), GlobalBatch(exchange="gather", gradients="sum") if gathers else None
-    first = dist.rank() * n if gathers else 0  # the library takes as many rows in every process
+    first = dist.rank() * n if gathers else 0  # the library assumes as many rows in every process
     sample = torch.arange(first, first + n, device=out0.device).repeat(2)
     row = self_stats(torch.cat((out0, out1)), scale, ids=sample, group=group, **options)
     return pair_logit(scale, out0, out1).to(row.dtype).repeat(2), row

@@ -26,7 +26,7 @@ PAIRS = 1 << 20  # how many positive pairs are held at a time
 _CHOSEN_PAIRS = (
     "chosen pairs, which are no function of labels and not covered, expected None: every pair counts here. They come "
     "from a miner, or from DistributedLossWrapper(efficient=True), which lists the pairs of its own rows: take "
-    "efficient=False. For CrossBatchMemory take that of this module; for a miner, pytorch_metric_learning's own loss"
+    "efficient=False. For CrossBatchMemory use this module's; for a miner, pytorch_metric_learning's own loss"
 )
 
 

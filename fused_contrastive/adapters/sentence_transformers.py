@@ -96,7 +96,7 @@ class _Batch:
         for k, column in enumerate(embeddings):
             check_pair("embeddings[0]", embeddings[0], f"embeddings[{k}]", column)
         self.queries, *self.docs = (prepare(autocast(e)) for e in embeddings)  # (B, D) each
-        self.documents = torch.cat(self.docs) if len(self.docs) > 1 else self.docs[0]  # column by column
+        self.documents = torch.cat(self.docs) if len(self.docs) > 1 else self.docs[0]  # all positives, then negatives
         count, gathers = len(self.queries), loss.gather_across_devices
         several = gathers and dist.is_available() and dist.is_initialized()
         rank = dist.get_rank() if several else 0

@@ -177,7 +177,7 @@ def vector(name: str, value: object, length: int, x: Tensor, *, of: str, integer
 
 
 def directions(value: object) -> tuple[bool, bool]:
-    """(row asked, col asked)."""
+    """A sequence of "row" and "col" -> whether each of the two is in it."""
     if isinstance(value, str) or not isinstance(value, Sequence):
         raise TypeError(f"directions: got {value!r}, expected a sequence of 'row' and 'col'")
     if len(value) == 0:

@@ -71,8 +71,8 @@ def _refuse_tangents(values: tuple[Any, ...]) -> None:
 
 def second_backward(ctx: Any, *_: Tensor) -> None:
     raise RuntimeError(
-        "fused_contrastive: double backward is not supported (the gradients' own gradient was asked, for example by "
-        "create_graph=True or a gradient penalty); use the eager formula for that term"
+        "fused_contrastive: double backward is not supported (the gradients' own gradient was requested, for example "
+        "by create_graph=True or a gradient penalty); use the eager formula for that term"
     )
 
 

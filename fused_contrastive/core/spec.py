@@ -1,4 +1,4 @@
-"""The description of one problem that every backend receives beside the features."""
+"""The description of a problem, which every backend receives with the features."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ EqualIds = Literal["exclude", "only", "negate"]
 
 
 class StatsSpec(NamedTuple):
-    """How logits are made of x (M, D) and y (N, D), which are excluded, and what is asked.
+    """How logits are made of x (M, D) and y (N, D), which are excluded, and what is requested.
 
     ``S[i, j] = scale * x[i] . y[j] + col_bias[j]``. Excluded from ``row`` and ``col`` are the positive
     ``S[i, t(i)]`` and, with ``exclude_self``, ``S[i, i]``. Pairs with ``row_ids[i] == col_ids[j]`` are excluded too;
     or, as ``equal_ids`` says, all others are ("only"), or the logits of the pairs change sign ("negate").
 
     With ``upper``, y is x and there is no bias: S is symmetric, and only its pairs ``j > i`` are computed. ``row`` is
-    over both triangles, without the diagonal; ``col`` is not asked. Targets, if there are any, come in pairs:
+    over both triangles, without the diagonal; ``want_col`` is False. Targets, if there are any, come in pairs:
     ``t(t(i)) = i``.
 
     This is the one place in Python that lists the fields: the operators' schema, what autograd saves and what
@@ -33,8 +33,8 @@ class StatsSpec(NamedTuple):
     row_ids: Tensor | None = None  # (M,) int64
     col_ids: Tensor | None = None  # (N,) int64
     exclude_self: bool = False
-    want_row: bool = True  # the row direction is asked
-    want_col: bool = True  # the column direction is asked
+    want_row: bool = True  # the row direction is requested
+    want_col: bool = True  # the column direction is requested
     upper: bool = False  # y is x, and each pair is computed once: half the products
     equal_ids: EqualIds = "exclude"
     statistic: Statistic = "logsumexp"  # over the logits not excluded: log sum exp, or the sum of log(1 + exp)
@@ -48,7 +48,7 @@ OF_COLS = ("col_bias", "col_ids")  # fields with an element for each column
 
 
 class Forward(NamedTuple):
-    """A backend's forward result: statistics in the statistics' dtype; a direction that is not asked has 0 elements."""
+    """A backend's forward result, in ``statistics_dtype``; a direction that is not requested has 0 elements."""
 
     pos: Tensor  # (M,) NaN where the logit is +inf
     row: Tensor  # (M,)
@@ -57,7 +57,7 @@ class Forward(NamedTuple):
 
 
 class Upstream(NamedTuple):
-    """Gradients that arrive at the statistics; None is zero."""
+    """Gradients that arrive at the statistics; None means zero."""
 
     pos: Tensor | None  # (M,)
     row: Tensor | None  # (M,)
@@ -65,7 +65,7 @@ class Upstream(NamedTuple):
 
 
 class Needs(NamedTuple):
-    """Which gradients are asked."""
+    """Which gradients are requested."""
 
     x: bool
     y: bool
@@ -75,12 +75,12 @@ class Needs(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """A backend's backward result; None where not asked."""
+    """A backend's backward result; None for a gradient that is not requested."""
 
     x: Tensor | None  # (M, D) in the dtype of x
     y: Tensor | None  # (N, D) in the dtype of y
     scale: Tensor | None  # ()
-    col_bias: Tensor | None  # of its shape
+    col_bias: Tensor | None  # in the shape of the bias
 
 
 class RowLoss(NamedTuple):

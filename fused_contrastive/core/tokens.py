@@ -1,4 +1,4 @@
-"""Late interaction: the problem that every backend receives beside the tokens, and what its forward keeps."""
+"""Late interaction: the problem that every backend receives with the tokens, and what its forward keeps."""
 
 from __future__ import annotations
 
@@ -9,29 +9,29 @@ from torch import Tensor
 
 
 class TokenSpec(NamedTuple):
-    """Which tokens are real and what is asked. An item's real tokens come first; what follows them is 0."""
+    """Which tokens are real and what is requested. An item's real tokens come first; what follows them is 0."""
 
     x_lengths: Tensor | None  # (M,) int64, how many tokens of each x item are real; None: all T
-    y_lengths: Tensor | None  # (N,) likewise of each y item; None: all P
-    both: bool  # also the direction y; x is always asked
+    y_lengths: Tensor | None  # (N,) int64, how many tokens of each y item are real; None: all P
+    both: bool  # whether direction y is requested too; direction x always is
     kept_rows: int  # how many items of x, from the first on, have their argmaxima kept for the backward
 
 
 class MaxSimForward(NamedTuple):
-    """A backend's forward result. Sums are in the compute dtype; a direction that is not asked has 0 elements.
+    """A backend's forward result. Sums are in the compute dtype; a direction that is not requested has 0 elements.
 
     Argmaxima are kept for the first ``kept_rows`` items of x; of equal products, the first one is the maximum. They are
     undefined for a token that is not real, and where the other item has no real token.
     """
 
     x: Tensor  # (M, N) sum over x's tokens of the maximum over y's; 0 where either item has no token
-    y: Tensor  # (M, N) sum over y's tokens of the maximum over x's, likewise
+    y: Tensor  # (M, N) sum over y's tokens of the maximum over x's; 0 where either item has no token
     argmax_x: Tensor  # (kept, N, T) for each of x's tokens, which of y's
     argmax_y: Tensor  # (kept, N, P) for each of y's tokens, which of x's
 
 
 class MaxSimUpstream(NamedTuple):
-    """Gradients that arrive at the sums; None is zero."""
+    """Gradients that arrive at the sums; None means zero."""
 
     x: Tensor | None  # (M, N)
     y: Tensor | None  # (M, N)

@@ -189,7 +189,7 @@ def _place(group: dist.ProcessGroup | None) -> tuple[int, int]:
 
 
 def _refuse_inference(name: str, *values: object) -> None:
-    """Raises if a gradient is asked and a tensor was made in ``torch.inference_mode()``: autograd cannot save it."""
+    """Raises if a gradient is needed and a tensor was made in ``torch.inference_mode()``: autograd cannot save it."""
     tensors = [t for t in values if isinstance(t, Tensor)]
     if torch.compiler.is_dynamo_compiling() or not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
         return

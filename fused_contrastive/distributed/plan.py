@@ -25,7 +25,7 @@ VECTORS = 8  # bytes of a statistic, and of its gradient; an all-reduce sends 4 
 class Machine(NamedTuple):
     """What the model assumes about one GPU."""
 
-    flops: float  # of half-precision products, a second, as measured
+    flops: float  # FLOP/s of half-precision products, as measured
     bandwidth: float  # bytes a second that one process sends, all links together
     memory: float  # bytes that are left for the loss
 
@@ -36,7 +36,7 @@ class Cost(NamedTuple):
     strategy: str
     flops: float
     sent: float  # bytes
-    memory: float  # bytes beside its own features and their gradients
+    memory: float  # bytes at the peak, besides its own features and their gradients
     seconds: float
     fits: bool
 

@@ -44,7 +44,7 @@ def filip_loss(
     """The CLIP loss on token-level scores: the mean, over an item's tokens, of each one's best match in the other item.
 
     With ``s_it`` the scores of images against texts (mean over image tokens of the maximum over text tokens) and
-    ``s_ti`` those of texts against images, both (N, N) and from one pass over the tokens' products::
+    ``s_ti`` the scores of texts against images, both (N, N) and from one pass over the tokens' products::
 
         (CE of the rows of logit_scale * s_it + CE of the rows of logit_scale * s_ti) / 2
 
@@ -64,7 +64,7 @@ def filip_loss(
         direction: "image" for the loss of images against texts alone, "text" for texts against images alone.
         reduction: "mean", "sum" or "none" ((N,), the mean of a pair's two directions).
         memory_budget, backend: see ``max_sim``.
-        group: see ``contrastive_stats``. The loss is that of the whole batch; each process gathers the texts' tokens
+        group: see ``contrastive_stats``. It is the loss of the whole batch; each process gathers the texts' tokens
             and stores its own rows of the scores.
 
     Returns:

@@ -78,10 +78,10 @@ def info_nce_loss(
         weight: (M,) weights of the queries; the mean is over their sum, as in ``F.cross_entropy``.
         reduction: "mean", "sum" or "none" ((M,)).
         normalize: L2-normalise query, key and negatives first; rows shorter than 1e-12 get a gradient of zeros.
-        memory_budget, backend, group: see ``contrastive_stats``. Over a group, the loss is that of the whole batch: the
-            columns of process 0, its keys and then its shared negatives, those of process 1, and so on. ``targets``
-            count the keys of all processes, without the negatives. If every process holds the same queue, pass a
-            different part of it in each.
+        memory_budget, backend, group: see ``contrastive_stats``. Over a group, it is the loss of the whole batch, whose
+            columns are process 0's keys and then its shared negatives, then process 1's, and so on. ``targets`` count
+            the keys of all processes, without the negatives. If every process holds the same queue, pass a different
+            part of it in each.
 
     Returns:
         A scalar, or (M,) with ``reduction="none"``; float32 (float64 for float64 features).
@@ -208,7 +208,7 @@ def _check_options(
 
 
 class InfoNCELoss(nn.Module):
-    """``info_nce_loss`` as a module. It holds no parameters; options as there.
+    """``info_nce_loss`` as a module. It holds no parameters; its options are the function's.
 
     Raises:
         TypeError, ValueError: at construction, naming the option, what came and what was expected.

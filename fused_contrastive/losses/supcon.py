@@ -57,7 +57,7 @@ def supcon_loss(
             counts them with loss 0, "nan" with NaN (as 0 / 0 in the formula).
         reduction: "mean", "sum" or "none" ((N * V,), sample by sample; 0 for skipped features).
         normalize: L2-normalise first; rows shorter than 1e-12 get a gradient of zeros.
-        memory_budget, backend, group: see ``contrastive_stats``. Over a group, the loss is that of the whole batch.
+        memory_budget, backend, group: see ``contrastive_stats``. Over a group, it is the loss of the whole batch.
 
     Returns:
         A scalar, or (N * V,) with ``reduction="none"``; float32 (float64 for float64 features). 0 with zero gradients
@@ -127,7 +127,7 @@ def _in(problem: Problem, shape: Shape, code: Tensor, shared: Tensor, has: Tenso
 
 
 class SupConLoss(nn.Module):
-    """``supcon_loss`` as a module. It holds no parameters; options as there.
+    """``supcon_loss`` as a module. It holds no parameters; its options are the function's.
 
     Raises:
         TypeError, ValueError: at construction, naming the option, what came and what was expected.

@@ -1,4 +1,4 @@
-"""Terms that losses share, beside ``ops/row_loss.py``."""
+"""Terms that several losses use; ``ops/row_loss.py`` has the rest."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def own_logits(
 
 
 def nan_where_inf(logits: Tensor) -> Tensor:
-    """NaN where +inf, as ``contrastive_stats`` has it: softplus(row - pos) would be a loss of 0 there."""
+    """NaN where a positive's logit is +inf, as in ``contrastive_stats``: softplus(row - pos) would be 0 there."""
     return logits - logits.detach().masked_fill(logits != torch.inf, 0)  # inf - inf; the gradient is NaN as well
 
 

@@ -65,13 +65,13 @@ def x_clip_loss(
         text_mask: (N, T) or (V, N, T) bool (or numbers 0 and 1); only with ``use_all_token_embeds``.
         text_latents_extra, image_latents_extra: like the others, from the second pair of projections, CLOOB's, for
             image to text (``extra_latent_projection``). Both or neither.
-        use_all_token_embeds: FILIP's token-level similarity, as x-clip has it (``filip_loss(compat="x_clip")``).
+        use_all_token_embeds: FILIP's token-level similarity in x-clip's variant (``filip_loss(compat="x_clip")``).
         decoupled_contrastive_learning: the positives stay out of the denominators (Yeh et al. 2022).
         multiview_loss_weight: counts only where there are several views.
         sim_reg_loss_weight: counts only for single views without tokens, where x-clip can compute it.
         ssl_loss_weight: the sum of the weights of x-clip's self-supervised losses, which the weight of the first pair
             is less by. The caller adds those losses.
-        memory_budget, backend, group: see ``contrastive_stats``. Over a group, the loss is that of the whole batch.
+        memory_budget, backend, group: see ``contrastive_stats``. Over a group, it is the loss of the whole batch.
 
     Returns:
         A scalar; float32 (float64 for float64 latents).

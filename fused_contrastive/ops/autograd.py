@@ -22,7 +22,7 @@ from fused_contrastive.ops import schema
 from fused_contrastive.ops.transforms import register_formula
 
 SPEC, TENSORS = len(StatsSpec._fields), len(spec.TENSORS)
-INPUTS = 2 + SPEC + 1  # of stats_forward: x, y, the problem, the backend
+INPUTS = 2 + SPEC + 1  # stats_forward takes x, y, the problem's fields and the backend
 SCALE, COL_BIAS = (2 + StatsSpec._fields.index(name) for name in ("scale", "col_bias"))
 
 

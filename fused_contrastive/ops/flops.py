@@ -47,7 +47,7 @@ def _max_sim_backward(
     g_x: Any, g_y: Any, argmax_x: Any, argmax_y: Any, needs: list[bool], x: Shape, y: Shape, x_mask: Any, y_mask: Any,
     both: bool, kept: int, *_: Any, **__: Any,
 ) -> int:  # fmt: skip
-    """A token's maximum is one product, which adds D multiply-adds to each gradient that is asked."""
+    """A token's maximum is one product, which adds D multiply-adds to each gradient that is needed."""
     (m, t, d), n, p = x, y[0], y[1]
     maxima = m * n * ((t if g_x is not None else 0) + (p if both and g_y is not None else 0))
     return 2 * d * ((m - kept) * n * t * p + maxima * sum(needs))

@@ -36,7 +36,7 @@ from fused_contrastive.ops.transforms import register_formula
 
 REDUCTIONS = ("sum", "mean")
 DIRECTIONS = ("x", "y", "both")
-INPUTS = 7  # of max_sim_forward
+INPUTS = 7  # the number of arguments of max_sim_forward
 
 _PROBLEM = "Tensor x, Tensor y, Tensor? x_mask, Tensor? y_mask, bool both, SymInt kept_rows, str backend"
 library.define(f"max_sim_forward({_PROBLEM}) -> (Tensor x_sums, Tensor y_sums, Tensor argmax_x, Tensor argmax_y)")
@@ -61,7 +61,7 @@ def _backward_of_sums(
     g_x: Tensor | None, g_y: Tensor | None, argmax_x: Tensor, argmax_y: Tensor, needs: list[bool],
     x: Tensor, y: Tensor, x_mask: Tensor | None, y_mask: Tensor | None, both: bool, kept_rows: int, backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Calls the backend. An operator must return tensors, so a gradient that is not asked has 0 elements."""
+    """Calls the backend. An operator must return tensors, so a gradient that is not needed has 0 elements."""
     (x_order, x_lengths), (y_order, y_lengths) = ordered(x_mask), ordered(y_mask)
     spec = TokenSpec(x_lengths, y_lengths, both, kept_rows)
     nothing = x.new_empty(0)
@@ -217,7 +217,7 @@ def max_sim(
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind, shape, dtype, device or value.
-        RuntimeError: the backend cannot run here; or a second derivative is asked.
+        RuntimeError: the backend cannot run here; or a second derivative is needed.
 
     Under autocast, float32 tokens are cast to autocast's dtype as for a matmul; the products accumulate in float32.
     """

@@ -52,7 +52,7 @@ def stats_saved(
     _vector("row", saved.row, (rows,), x)
     _vector("col", saved.col, (cols,), x)
     _vector("g_pos", upstream.pos, (m,), x)
-    _vector("g_row", upstream.row, (rows,), x)  # also of a direction not asked: torch.compile gives it zeros
+    _vector("g_row", upstream.row, (rows,), x)  # torch.compile gives zeros for a direction that is not requested
     _vector("g_col", upstream.col, (cols,), x)
     checks.same_device("kept", saved.kept, "x", x)
     if spec.targets is not None:

@@ -16,7 +16,7 @@ from fused_contrastive.ops.normalize import normalized
 
 
 class Problem:
-    """Features and what is asked of them, as the operators take them.
+    """Features and the other arguments of the operators.
 
     The caller has checked the tensors under its own names for them. ``scale``, ``memory_budget`` and ``backend``, which
     have one name in all functions, are checked here. With ``normalize``, the statistics are of the rows' unit vectors.
@@ -45,7 +45,7 @@ class Problem:
         )  # fmt: skip
 
     def unit(self) -> None:
-        """Normalises the features, if that was asked and is still to be done."""
+        """Normalises the features if ``normalize`` is set, and clears it."""
         if self.normalize:
             same, name = self.y is self.x, self.backend
             self.x = normalized(self.x, backend=name)

@@ -41,7 +41,7 @@ def row_loss(
     ``cross_entropy``. For the softplus statistic it is ``row + softplus(-pos)``.
 
     Args:
-        problem: checked; its rows are those of ``shape``.
+        problem: the checked problem of this process.
         shape: what ``problem.agree`` returned.
         reduction: "mean", "sum" or "none"; over a group, of the rows of all processes.
         decoupled: leave the positive out of the denominator.

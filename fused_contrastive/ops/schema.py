@@ -65,7 +65,7 @@ def stats_backward(
     y: Tensor,
     *problem: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Calls the backend. An operator must return tensors, so a gradient that is not asked has 0 elements."""
+    """Calls the backend. An operator must return tensors, so a gradient that is not needed has 0 elements."""
     *fields, backend = problem
     spec = StatsSpec(*fields)
     upstream = Upstream(g_pos, g_row if spec.want_row else None, g_col if spec.want_col else None)

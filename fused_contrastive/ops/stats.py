@@ -25,7 +25,7 @@ Col = TypeVar("Col", bound=Tensor | None, default=Tensor | None, covariant=True)
 
 
 class ContrastiveStats(NamedTuple, Generic[Row, Col]):
-    """Statistics of the similarity matrix; None for a direction that was not asked.
+    """Statistics of the similarity matrix; None for a direction that was not requested.
 
     Attributes:
         pos: (M,) the positives' logits.
@@ -133,8 +133,8 @@ def contrastive_stats(
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind, shape, dtype, device or value.
-        RuntimeError: the backend cannot run here; a second derivative is asked; the scale is on another device than the
-            features while a CUDA graph is captured; or another process of the group has refused its input.
+        RuntimeError: the backend cannot run here; a second derivative is needed; the scale is on another device than
+            the features while a CUDA graph is captured; or another process of the group has refused its input.
 
     Under autocast, float32 features are cast to autocast's dtype as for a matmul; the products accumulate in float32.
     """

@@ -27,7 +27,7 @@ OPTIONS = [(name, option) for name, member in LOSSES.items() for option in membe
 
 @dataclass(frozen=True)
 class Case:
-    """One problem of one loss or primitive. The tensors are made anew, the same each time.
+    """One problem of one loss or primitive. Each use makes the same tensors again.
 
     ``features``, if given, take the place of the first two tensors.
     """

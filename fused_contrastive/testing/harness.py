@@ -138,7 +138,7 @@ def _terms_of_norm_1(case: Case, leaves: Leaves, options: dict[str, Any], truth:
     logit = 2.0 * scale
     # The regulariser's gradient is a mean over pairs of differences of similarities, whatever the scale.
     regularised = weight if options.get("sim_reg_loss_weight") else 0.0
-    terms = dict.fromkeys(truth, weight * scale + regularised)  # feature gradients, and those of a bias
+    terms = dict.fromkeys(truth, weight * scale + regularised)  # gradients of features and of a bias
     terms |= dict.fromkeys(("dlogit_scale", "dlogit_bias"), weight * n) | {"dtemperature": weight * n * scale**2}
     rounded = _with_rounded_weights(case.dtype, logit, n)
     return {name: term * rounded for name, term in terms.items()} | {"loss": logit + options.get("margin", 0.0)}

@@ -15,7 +15,7 @@ from fused_contrastive.core.budget import Deviation, allowed, difference, larges
 from fused_contrastive.core.forks import guarded
 from fused_contrastive.ops import dispatch
 
-ROUNDINGS = 32  # allowed, in eps of the largest element, beside twice the reference's own error in the same dtype
+ROUNDINGS = 32  # eps of the largest element that are allowed beyond twice the reference's own error in the same dtype
 
 
 @dataclass(frozen=True)

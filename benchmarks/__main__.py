@@ -22,7 +22,7 @@ from benchmarks.suites import SUITES, Suite
 from benchmarks.workloads import DTYPES, WORKLOADS, Problem
 from fused_contrastive.core.errors import InputError
 
-FILTERS = {"losses": "loss", "n": "n", "d": "d", "dtype": "dtype"}  # and the problem's field
+FILTERS = {"losses": "loss", "n": "n", "d": "d", "dtype": "dtype"}  # option -> field of the problem
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:

@@ -17,13 +17,13 @@ from benchmarks.workloads import Problem, problem_of
 from fused_contrastive.core.errors import InputError
 
 TOLERANCE = 0.15  # half of the slowdown of 30% that should be found, which leaves as much room for noise
-FEWEST = 5  # rounds
+FEWEST = 5  # rounds that a row must have to be compared
 NOT_OURS_TO_KEEP_FAST = "ours, backend=reference"  # its slowdown is no failure: much of its time is page faults
-Key = tuple[Problem, str]  # and the implementation's name
+Key = tuple[Problem, str]  # problem, name of the implementation
 
 
 class Change(NamedTuple):
-    """A row that both sides have: times in u, and what the quartiles allow the ratio of their medians to be."""
+    """A row that both sides have: median times in u, and the least and largest ratio of the two by the quartiles."""
 
     what: str
     counts: bool  # whether a slowdown is a failure

@@ -109,7 +109,7 @@ def seconds(cost: Cost | None) -> str:
 
 
 def verdict(console: Console, runs: dict[str, Run], score: Recall, held_out: int) -> bool:
-    """Print and return whether recall and the agreement of the curves hold."""
+    """Prints and returns whether recall is high enough and the loss curves agree."""
     gains = [share[0] * held_out for share in score]
     first = min(COMPARED_STEPS, len(runs["fused"].losses))
     apart = deviation(runs, first)

@@ -45,7 +45,7 @@ def _parser() -> argparse.ArgumentParser:
         "temperature",
         help="how far each temperature concentrates the gradient on hard negatives: a table and a picture",
     )
-    # Two arguments: argparse cannot print the help of one with two names for its values.
+    # Two arguments, because argparse cannot print the help of one whose two values have different names.
     sweep.add_argument("x", type=Path, metavar="A.npy", help="(N, D) features")
     sweep.add_argument("y", type=Path, metavar="B.npy", help="(N, D) features; row i is the partner of row i of A.npy")
     values = sweep.add_mutually_exclusive_group()
@@ -101,7 +101,7 @@ def positive(text: str) -> float:
     try:
         value = float(text)
         checks.positive("value", value)
-        checks.positive("its inverse", 1 / value)  # a temperature's scale
+        checks.positive("its inverse", 1 / value)  # a temperature's inverse is its logit scale
     except ValueError:
         raise argparse.ArgumentTypeError(f"got {text}, expected a finite number above 0") from None
     return value

@@ -61,7 +61,7 @@ class ClipLoss(Fused, library.ClipLoss):
             total = self._over_processes(image_features, text_features, scale, options)
         else:
             total = clip_loss(image_features, text_features, scale, **options)
-        if logit_bias is not None:  # 0, with its gradient; NaN where it is NaN or inf
+        if logit_bias is not None:  # adds 0, so that the bias has a gradient of 0; NaN if the bias is NaN or inf
             checks.scalar("logit_bias", scalar(logit_bias))
             total = total + (scalar(logit_bias) - scalar(logit_bias))
         return {"contrastive_loss": total} if output_dict else total
@@ -104,7 +104,7 @@ class ClipLoss(Fused, library.ClipLoss):
         return gathered
 
     def _own_rows(self, features: Tensor) -> Tensor | None:
-        """Which gathered columns are this process's own positives, where only its own rows count; None: all rows do."""
+        """The gathered columns of this process's own positives, if only its own rows count; None if all rows do."""
         if self.world_size == 1 or not self.local_loss:
             return None
         return torch.arange(len(features), device=features.device) + len(features) * int(self.rank)
@@ -153,7 +153,7 @@ class DistillClipLoss(ClipLoss):
         columns, teacher_columns = self._gathered(*student), self._gathered(*teacher)
         own = self._own_rows(image_features)
         options: dict[str, Any] = {"targets": own, **self._options()}
-        if own is None:  # one matrix, whose columns are the texts' rows
+        if own is None:  # one matrix has both directions: images are its rows, texts its columns
             options["directions"] = ["row", "col"]
             blocks = [(columns[0], columns[1], teacher_columns[0], teacher_columns[1])]
         else:
@@ -195,7 +195,7 @@ class SigLipLoss(Fused, library.SigLipLoss):
     ) -> Tensor | dict[str, Tensor]:
         """(N, D), (N, D), scalars -> the sum over all pairs with this process's images, per image."""
         options = self._options()
-        if self.world_size > 1:  # neighbours' exchange passes texts round, the others gather
+        if self.world_size > 1:
             exchange: Any = "ring" if self.dist_impl in ("bidir", "shift") else "gather"
             options["group"] = GlobalBatch(exchange=exchange, gradients="sum")
         bias = None if logit_bias is None else scalar(logit_bias)
@@ -238,7 +238,7 @@ def _expected(
             p = weights(a[k], b, short_row[k], short_col)
             torch.mm(p, wide_y, out=for_x[k])
             for_y.addmm_(p.T, wide_x[k])
-    through_y = (wide_y - wide_y.detach()) * for_y  # 0, with the gradient
+    through_y = (wide_y - wide_y.detach()) * for_y  # its value is 0, and it gives y the gradient for_y
     return (wide_x * for_x).sum(dim=1).to(row.dtype).sum() + through_y.sum()
 
 

@@ -246,7 +246,7 @@ class _Labelled(NamedTuple):
         return total
 
     def positive_pairs(self, scale: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(P,) rows, their positives and the pairs' logits, row by row, as ``torch.where`` of the mask has them."""
+        """(P,) rows, their positives and the pairs' logits, in the order of ``torch.where`` of the library's mask."""
         logits, pairs = [], []
         for rows, references, x, y in self.blocks():
             logits.append((scale * (x @ y.mT)).flatten())

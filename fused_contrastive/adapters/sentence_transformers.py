@@ -91,7 +91,7 @@ class _Batch:
     """
 
     def __init__(self, embeddings: list[Tensor], loss: MultipleNegativesRankingLoss) -> None:
-        _check_similarity(loss)  # it can be assigned
+        _check_similarity(loss)  # again, because users may have assigned another one
         prepare = partial(normalized, backend=loss.backend) if loss.similarity_fct is util.cos_sim else _same
         for k, column in enumerate(embeddings):
             check_pair("embeddings[0]", embeddings[0], f"embeddings[{k}]", column)
@@ -100,7 +100,7 @@ class _Batch:
         count, gathers = len(self.queries), loss.gather_across_devices
         several = gathers and dist.is_available() and dist.is_initialized()
         rank = dist.get_rank() if several else 0
-        first = rank * count  # the library takes as many queries in every process
+        first = rank * count  # the library assumes as many queries in every process
         self.query = torch.arange(first, first + count, device=self.queries.device)
         before = rank * len(self.documents)
         self.positives = torch.arange(before, before + count, device=self.queries.device)  # columns, rank by rank

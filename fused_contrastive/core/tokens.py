@@ -26,8 +26,8 @@ class MaxSimForward(NamedTuple):
 
     x: Tensor  # (M, N) sum over x's tokens of the maximum over y's; 0 where either item has no token
     y: Tensor  # (M, N) sum over y's tokens of the maximum over x's; 0 where either item has no token
-    argmax_x: Tensor  # (kept, N, T) for each of x's tokens, which of y's
-    argmax_y: Tensor  # (kept, N, P) for each of y's tokens, which of x's
+    argmax_x: Tensor  # (kept_rows, N, T) for each of x's tokens, the index of y's token with the maximum
+    argmax_y: Tensor  # (kept_rows, N, P) for each of y's tokens, the index of x's token with the maximum
 
 
 class MaxSimUpstream(NamedTuple):

@@ -28,7 +28,7 @@ from fused_contrastive.distributed.shape import GlobalShape, LocalShape, Shape
 P = ParamSpec("P")
 R = TypeVar("R")
 
-# Groups whose other processes wait in a call that this one has left, and why it did.
+# Groups in which this process has left a call that the others still wait in, with the reason.
 _left: weakref.WeakKeyDictionary[dist.ProcessGroup, str] = weakref.WeakKeyDictionary()
 
 GATHER_SHARE = 8  # "auto" gathers while columns and their gradient take at most memory divided by this
@@ -86,7 +86,7 @@ class Call:
         }
         memory = total_memory(x.device.type, x.device.index)
         keys = len(y) if keys is None else keys
-        lowest, highest = 0, -1  # unknown without waiting for a GPU
+        lowest, highest = 0, -1  # passes the check below: on a GPU, the host would have to wait for the values
         if targets is not None and len(targets) and targets.device.type == "cpu":
             lowest, highest = (int(t) for t in targets.aminmax())
         options_hash = zlib.crc32(repr((name, described)).encode())

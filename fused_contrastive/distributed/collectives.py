@@ -1,4 +1,4 @@
-"""Collectives on rows of several sizes, and those with a gradient. Every process of the group calls them together."""
+"""Collectives for processes with different numbers of rows, some with a gradient. All of a group call each one."""
 
 from __future__ import annotations
 

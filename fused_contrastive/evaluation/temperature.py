@@ -43,7 +43,7 @@ def run(
         if out.is_dir():
             raise InputError(f"--out: got {out}, a folder, expected a picture file")
         out = out if out.suffix else out.with_suffix(".png")
-        try:  # before the work
+        try:  # imported before the work, which would be lost without matplotlib
             from fused_contrastive.evaluation import picture
         except ModuleNotFoundError as error:
             raise InputError(

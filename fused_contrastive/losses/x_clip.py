@@ -51,10 +51,11 @@ def x_clip_loss(
 ) -> Tensor:
     """The loss of x-clip 0.14 from the latents of its forward, computed stably: its own exp overflows at logits of 89.
 
-    The CLIP loss (Radford et al. 2021, arXiv:2103.00020) of the first text view against the first image view, times
-    ``1 - multiview_loss_weight``; plus ``multiview_loss_weight`` times its mean over all other pairs of a text and an
-    image view; plus ``sim_reg_loss_weight`` times the mean squared difference between the texts' similarities to each
-    other and the images', without the diagonal (arXiv:2309.08773), in closed form from D x D products.
+    The CLIP loss (Radford et al. 2021, arXiv:2103.00020) of the first text view against the first image view. If there
+    are several views, that is weighted ``1 - multiview_loss_weight``, and the mean loss of all other pairs of a text
+    and an image view ``multiview_loss_weight``. Then ``sim_reg_loss_weight`` times the mean squared difference between
+    the texts' similarities to each other and the images' is added, without the diagonal (arXiv:2309.08773), in closed
+    form from D x D products.
 
     Args:
         text_latents: L2-normalised, (N, D) or, with V views, (V, N, D); (N, T, D) or (V, N, T, D) with
@@ -69,8 +70,8 @@ def x_clip_loss(
         decoupled_contrastive_learning: the positives stay out of the denominators (Yeh et al. 2022).
         multiview_loss_weight: counts only where there are several views.
         sim_reg_loss_weight: counts only for single views without tokens, where x-clip can compute it.
-        ssl_loss_weight: the sum of the weights of x-clip's self-supervised losses, which the weight of the first pair
-            is less by. The caller adds those losses.
+        ssl_loss_weight: the sum of the weights of x-clip's self-supervised losses, by which the first pair's weight is
+            reduced. The caller adds those losses.
         memory_budget, backend, group: see ``contrastive_stats``. Over a group, it is the loss of the whole batch.
 
     Returns:

@@ -29,7 +29,7 @@ from fused_contrastive.ops.transforms import register_constant
 BLOCK = (2048, 2048)
 GPU_BLOCK = (4096, 4096)
 
-NOWHERE = torch.iinfo(torch.int64).max  # the column of no answer, after all others
+NOWHERE = torch.iinfo(torch.int64).max  # stands for the column of an answer that is missing, after all real ones
 
 
 class Ranking(NamedTuple):
@@ -323,7 +323,7 @@ class _Walk:
     def holding(self, answers: Tensor) -> list[list[slice]]:
         """The blocks of columns that hold some answer, for each block of rows; answers (M, P) on the CPU."""
         ends = torch.tensor([columns.stop for columns in self.columns], device="cpu")
-        found = torch.searchsorted(ends, answers, right=True)  # (M, P) numbers of blocks
+        found = torch.searchsorted(ends, answers, right=True)  # (M, P) index of each answer's block
         return [[self.columns[i] for i in found[rows].unique().tolist()] for rows in self.rows]
 
 

@@ -1,4 +1,4 @@
-"""``contrastive_stats``: the public form of the primitive."""
+"""``contrastive_stats``, ``sigmoid_stats`` and ``self_stats``: the public forms of the primitive."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def contrastive_stats(
         x: (M, D) row features, float32, float64, bfloat16 or float16. Not normalised here.
         y: (N, D) column features, same dtype and device.
         scale: multiplies the products (an inverse temperature); a number or a 0-d tensor, which gets a gradient. In
-            every function of this package, a tensor scale, temperature or bias on the CPU is copied to features on a
+            every function of this package, a tensor scale, temperature or bias on the CPU is copied to the features'
             GPU at every call, and the host waits for that; while a CUDA graph is captured, it raises.
         targets: (M,) integers, the column of each row's positive. Default: t(i) = i, which needs M <= N.
         col_bias: (N,) added to each column's logits, with a gradient; -inf marks a column as empty.
@@ -116,8 +116,8 @@ def contrastive_stats(
         directions: which of "row" and "col" to compute.
         memory_budget: bytes of products to keep for the backward. With 0 it computes all of them again: 4 matrix
             products for forward and backward. Room for all M * N (4 bytes each; 2 for half-precision features on a GPU)
-            saves one of the 4, and less room saves a part of it. "auto" keeps up to 64 MB on a CPU and up to a
-            sixty-fourth of a GPU's memory; on a GPU, half-precision features with D < 160 are never kept.
+            saves one of the 4, and less room saves a part of it. "auto" keeps up to 64 MB on a CPU, and on a GPU up to
+            a sixty-fourth of its memory, but nothing for half-precision features with D < 160.
         backend: "cpp" (CPU), "triton" (NVIDIA and AMD GPUs; not float64), "reference" (plain torch, any device), or
             "auto": "cpp" for CPU tensors ("reference", after a warning, where the extension was not built), "triton"
             for GPU tensors but "reference" for float64 ones, elsewhere "reference".

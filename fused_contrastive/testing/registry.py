@@ -202,7 +202,7 @@ def positional(function: Callable[..., Any], *names: str) -> Callable[..., Any]:
     """The textbook's function, with its positional tensors taken from arguments of these names."""
 
     def call(logits: oracle.Logits, **arguments: Any) -> Any:
-        arguments.pop("memory_budget", None)  # which changes no result
+        arguments.pop("memory_budget", None)  # it changes no result
         return function(logits, *(arguments.pop(name, None) for name in names), **arguments)
 
     return call

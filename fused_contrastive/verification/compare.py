@@ -63,7 +63,7 @@ def compare(
         RuntimeError: another thread called a loss meanwhile, unless ``any_threads`` may.
     """
     state = torch.get_rng_state() if draws else None
-    with torch.random.fork_rng(enabled=draws):  # a training goes on with the numbers it would have drawn
+    with torch.random.fork_rng(enabled=draws):  # afterwards, a training draws the same numbers as without this call
         ours, dtype = _evaluate(function, args, options, None, state)
         with dispatch.using("reference") as forced:
             plain, _ = _evaluate(function, args, options, None, state)
@@ -104,7 +104,7 @@ def _evaluate(
 ) -> tuple[dict[str, Tensor], torch.dtype]:
     """Value and gradients in float64, by name; and the dtype of the first features."""
     if state is not None:
-        torch.set_rng_state(state)  # dropout drops the same
+        torch.set_rng_state(state)  # dropout drops the same elements in each call
     leaves: dict[str, Tensor] = {}
     found: list[torch.dtype] = []
 

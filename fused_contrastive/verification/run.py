@@ -59,7 +59,7 @@ class Report:
     """Cells by (backend, option) and dtype."""
 
     rows: dict[tuple[str, str], dict[torch.dtype, Cell]] = field(default_factory=dict)
-    failed: list[tuple[Case, str]] = field(default_factory=list)  # and the backend
+    failed: list[tuple[Case, str]] = field(default_factory=list)  # case, backend
 
     @property
     def cells(self) -> list[Cell]:

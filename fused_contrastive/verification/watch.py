@@ -75,7 +75,7 @@ class verify_against_reference(AbstractContextManager["verify_against_reference"
                     "each time that it is entered"
                 )
             here = [entry for entry in observing.here() if entry in self._entries]
-            entry = (here or self._entries)[-1]  # entered here, or in another thread or task that does not leave it
+            entry = (here or self._entries)[-1]  # an entry of this context, or else one that another context made
             self._entries.remove(entry)
         observing.remove(entry)
 

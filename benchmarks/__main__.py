@@ -22,7 +22,7 @@ from benchmarks.suites import SUITES, Suite
 from benchmarks.workloads import DTYPES, WORKLOADS, Problem
 from fused_contrastive.core.errors import InputError
 
-FILTERS = {"losses": "loss", "n": "n", "d": "d", "dtype": "dtype"}  # and the problem's field
+FILTERS = {"losses": "loss", "n": "n", "d": "d", "dtype": "dtype"}  # option -> field of the problem
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -30,7 +30,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         two = argparse.ArgumentParser(prog="python -m benchmarks compare", description=compare.__doc__)
         two.add_argument("old", type=Path, metavar="OLD", help="a report, .json, or a folder of them")
         two.add_argument("new", type=Path, metavar="NEW", help="the same, made by the changed code")
-        tolerance = "how far a ratio may lie from 1, beside the noise (default %(default)s)"
+        tolerance = "how far a ratio may be from 1, besides the noise (default %(default)s)"
         two.add_argument("--tolerance", type=float, default=compare.TOLERANCE, help=tolerance)
         return two.parse_args(arguments[1:])
     bench = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
@@ -45,7 +45,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         bench.add_argument(flag, nargs="+", choices=choices, type=kind, metavar=metavar, help="only these of the suite")
     bench.add_argument("--out", type=Path, default=Path("benchmark"), metavar="FOLDER", help="default ./%(default)s")
     bench.add_argument("--name", help="the files' name there; default: the suite's")
-    show = "print an earlier report and draw it, beside it; runs nothing"
+    show = "print an earlier report and write its plots next to it; runs nothing"
     bench.add_argument("--show", type=Path, metavar="REPORT.json", help=show)
     return bench.parse_args(arguments)
 
@@ -72,7 +72,7 @@ def chosen(options: argparse.Namespace) -> Suite:
 
 
 def bench(options: argparse.Namespace, arguments: Sequence[str]) -> int:
-    """Runs a suite: the report's exit status is 1 if one of ours failed or was wrong."""
+    """Runs a suite and writes its report. Returns the exit status, 1 if one of ours failed or was wrong."""
     suite = chosen(options)
     name = options.name or options.suite
     if name != Path(name).name:
@@ -87,7 +87,7 @@ def bench(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     partial = options.out / f"{name}.partial.json"
 
     def keep(rows: list[dict[str, Any]]) -> None:
-        """After each problem, beside an earlier report, so that neither is lost to a run cut short."""
+        """Writes a partial report after each problem, which leaves an earlier report alone until the run is done."""
         made["rows"] = [{**row, "provenance": stamp} for row in rows]
         report.write_json(made, partial)
 
@@ -118,7 +118,7 @@ def show(made: dict[str, Any], folder: Path, name: str) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The exit status: 0, 1 for what of ours failed or became slower, 2 for bad arguments and files."""
+    """Returns the exit status: 0, 1 if one of ours failed or became slower, 2 for bad arguments and files."""
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parse(arguments)
     try:

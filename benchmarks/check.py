@@ -12,13 +12,13 @@ from benchmarks.implementations import Implementation
 from benchmarks.workloads import PER_LABEL, WORKLOADS, Loss, Problem
 from fused_contrastive.core.budget import allowed
 
-CHECKED = 4096**2  # similarities at most: the float64 truth writes its matrix many times
+CHECKED = 4096**2  # similarities of the largest problem that is checked: its float64 truth writes the matrix many times
 
-Results = dict[str, Tensor]  # "loss", and by the name of an input its gradient
+Results = dict[str, Tensor]  # "loss", and for each input's name its gradient
 
 
 def small_enough(problem: Problem) -> Problem:
-    """The problem, or one of half as many rows, and so on; whole groups of one label."""
+    """The problem, or one with its rows halved until it is small enough to check; groups of one label stay whole."""
     m, _, n = WORKLOADS[problem.loss].unit(problem)
     if m * n <= CHECKED or problem.n == 1:
         return problem
@@ -69,7 +69,7 @@ class Truth:
         return None
 
 
-last_truth = functools.lru_cache(maxsize=1)(Truth)  # problems of one size follow each other
+last_truth = functools.lru_cache(maxsize=1)(Truth)  # implementations of one problem are checked one after another
 
 
 @functools.cache

@@ -1,7 +1,7 @@
 """Compares reports of one machine, before a change and after: what became slower in u, beyond noise.
 
-A side is one report or a folder of several, whose rounds are put together. On a machine that others use too, make the
-reports of both sides in turns.
+u is the time of the vendor's product of all similarities. A side is one report, or a folder of reports whose rounds are
+put together. On a machine that others use too, make the reports of both sides in turns.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from benchmarks.timing import quantile
 from benchmarks.workloads import Problem, problem_of
 from fused_contrastive.core.errors import InputError
 
-TOLERANCE = 0.15  # half of the slowdown that is to be found, 1.3: noise and slowdown are then told apart alike
-FEWEST = 5  # rounds
-NOT_OURS_TO_KEEP_FAST = "ours, backend=reference"  # much of its time is page faults: a slowdown is shown, no failure
-Key = tuple[Problem, str]  # and the implementation's name
+TOLERANCE = 0.15  # half of the slowdown of 30% that should be found, which leaves as much room for noise
+FEWEST = 5  # rounds that a row must have to be compared
+NOT_OURS_TO_KEEP_FAST = "ours, backend=reference"  # its slowdown is no failure: much of its time is page faults
+Key = tuple[Problem, str]  # problem, name of the implementation
 
 
 class Change(NamedTuple):
-    """A row that both sides have: times in u, and what the quartiles allow the ratio of their medians to be."""
+    """A row that both sides have: median times in u, and the least and largest ratio of the two by the quartiles."""
 
     what: str
     counts: bool  # whether a slowdown is a failure
@@ -40,7 +40,7 @@ class Change(NamedTuple):
 
 
 def side(path: Path) -> list[Report]:
-    """The report, or those in a folder."""
+    """The report of a file, or the reports of a folder."""
     paths = [path]
     if path.is_dir():
         paths = sorted(p for p in path.glob("*.json") if not p.name.endswith(".partial.json"))
@@ -78,7 +78,7 @@ def lost(old: Sequence[Report], new: Sequence[Report]) -> list[str]:
 
 
 def compare(old: Path, new: Path, tolerance: float) -> int:
-    """Prints what changed; 1 if something of ours became slower or was lost, 2 if there is nothing to compare."""
+    """Prints what changed. Returns 1 if one of ours became slower or was lost, 2 if there is nothing to compare."""
     sides = side(old), side(new)
     for report in (*sides[0], *sides[1]):
         print(line(report["provenance"]))

@@ -1,4 +1,4 @@
-"""The loss of a batch spread over processes: time and bytes, beside what open_clip's flags compute.
+"""The loss of a batch spread over processes: time and bytes, compared with open_clip's.
 
     python -m benchmarks.distributed [--world 4] [--n 1024] [--dim 512]
 
@@ -33,7 +33,7 @@ Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class SentBytes:
-    """Within the ``with`` block, ``total`` is what this process sends, in the collectives' usual (ring) algorithms."""
+    """In its ``with`` block, ``total`` counts bytes that this process sends, if collectives use ring algorithms."""
 
     def __enter__(self) -> SentBytes:
         self.total = 0.0
@@ -128,7 +128,7 @@ def work(rank: int, world: int, n: int, dim: int, rounds: int, folder: str) -> N
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--world", type=int, default=4, help="processes")
-    parser.add_argument("--n", type=int, default=1024, help="rows of each")
+    parser.add_argument("--n", type=int, default=1024, help="rows of each process")
     parser.add_argument("--dim", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=20)
     options = parser.parse_args()

@@ -1,12 +1,12 @@
-"""A quarter of an hour with a GPU: is it right, how fast is it, what would be faster. One command, one page.
+"""Fifteen minutes with a GPU, in one command: whether the package is right there, how fast it is, what would be faster.
 
     python benchmarks/gpu_day.py --minutes 8 [--stage correctness tests table tune million peers] [--out FOLDER]
 
 Each stage runs in processes of its own, which append what they find to a file as JSON lines; gpu-day.json and
-gpu-day.md are rewritten whenever there are more. A stage that crashes or hangs is stopped, and the page says so and has
-what it found before. ``--toy`` is the same at toy sizes on a CPU, under Triton's interpreter.
+gpu-day.md are rewritten whenever there are more lines. A stage that hangs is stopped; if one crashes or is stopped, the
+page says so and has what the stage found before. ``--toy`` is the same at toy sizes on a CPU, in Triton's interpreter.
 
-Exit code: 0 where correctness and tests passed, as far as they were asked for, 1 where not, 2 if nothing was started.
+Exit code: 0 if the stages correctness and tests passed, or were not asked for; 1 if not; 2 if nothing was started.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-if not __package__:  # run as a script: the packages of this clone are imported, and not the modules of this folder
+if not __package__:  # run as a script, it must import this clone's packages, not the modules of this folder
     sys.path[0] = str(ROOT)
 
-Entry = dict[str, Any]  # "row", "column" and "status"; if that is "ok", mostly a "value"; what else was found
-LEAST = 8.0  # seconds, with less of which no stage is started
-SPARE = 3.0  # seconds, for the end of a process and for the page
+Entry = dict[str, Any]  # "row", "column" and "status"; mostly a "value" if the status is "ok"; perhaps more
+LEAST = 8.0  # seconds that must be left for a stage to be started
+SPARE = 3.0  # seconds kept for ending a process and writing the page
 LOSSES = ("clip", "siglip", "info_nce", "nt_xent", "supcon", "max_sim")
 PEERS = (
     "ours", "ours, memory_budget=0", "eager", "2 x F.linear_cross_entropy", "2 x cut_cross_entropy", "2 x liger_kernel",
@@ -46,7 +46,7 @@ PEERS = (
 class Turn(NamedTuple):
     """The arguments of a stage's process."""
 
-    until: float  # of time.monotonic
+    until: float  # the end of its time, by time.monotonic
     toy: bool
     part: str | None
     out: Path
@@ -60,7 +60,7 @@ class Turn(NamedTuple):
 
 
 def correctness(turn: Turn) -> Iterator[Entry]:
-    """One step of each loss, in each dtype, against float64; twice, with the same bits."""
+    """Compares one step of each loss and dtype with float64, and with a second run, which must have the same bits."""
     import torch
 
     from benchmarks import run
@@ -78,7 +78,7 @@ def correctness(turn: Turn) -> Iterator[Entry]:
 
 
 def checked(turn: Turn, loss: str, dtype: str, kept: int | str) -> Entry:
-    """The largest part of its allowed error that a value or gradient uses."""
+    """For one loss, the largest share of its allowed error that the value or a gradient uses."""
     import torch
 
     from benchmarks.check import evaluate, last_truth
@@ -101,7 +101,7 @@ def checked(turn: Turn, loss: str, dtype: str, kept: int | str) -> Entry:
 
 
 def command(turn: Turn, *arguments: str, **environment: str) -> Entry:
-    """Runs Python with these arguments: how it ended, and what it said until then."""
+    """Runs Python with these arguments; the entry has how it ended and what it printed."""
     with tempfile.TemporaryFile("w+") as output:
         words = [sys.executable, *arguments]
         process = subprocess.Popen(words, stdout=output, stderr=output, cwd=ROOT, env=os.environ | environment)
@@ -121,7 +121,7 @@ def tests(turn: Turn) -> Iterator[Entry]:
     several = {"xdist": ["-n", str(min(12, os.cpu_count() or 1))], "pytest_timeout": ["--timeout", "120"]}
     options = [word for name, words in several.items() if importlib.util.find_spec(name) for word in words]
     ended = command(turn, "-m", "pytest", "-v", "-p", "no:cacheprovider", *options, which)
-    # Counted in each test's own line, which has a percentage: a run that was stopped has no summary.
+    # Results are counted in each test's own line, which has a percentage, because a stopped run has no summary.
     lines = [line for line in ended["said"].splitlines() if "%]" in line]
     counts = Counter(word for line in lines for word in re.findall(r"(?<=\s)(?:PASSED|FAILED|ERROR|SKIPPED)\b", line))
     value = ", ".join(f"{count} {word.lower()}" for word, count in counts.items())
@@ -147,7 +147,10 @@ for d in sizes:
 
 
 def tune(turn: Turn) -> Iterator[Entry]:
-    """The package's own tuning, from nothing, once other processes have compiled the candidates into Triton's cache."""
+    """The package's own tuning, with an empty cache of its own.
+
+    Other processes compile the candidates into Triton's cache first.
+    """
     parts = 1 if turn.toy else min(16, os.cpu_count() or 1)
     sizes = ("20", "20") if turn.toy else ("8192", "512", "1024")
     with tempfile.TemporaryDirectory() as folder:
@@ -172,7 +175,7 @@ def tune(turn: Turn) -> Iterator[Entry]:
 
 
 def bench(turn: Turn, stage: str, toy: str, *arguments: str) -> Iterator[Entry]:
-    """The rows of a suite of the benchmarks, as far as it got."""
+    """The rows of a suite of the benchmarks; if it was stopped, those that it had measured."""
     name = f"gpu-day-{stage}"
     files = [turn.out / f"{name}.json", turn.out / f"{name}.partial.json"]
     for file in files:
@@ -208,12 +211,12 @@ def peers(turn: Turn) -> Iterator[Entry]:
 STAGES: dict[str, Callable[[Turn], Iterator[Entry]]] = {
     "correctness": correctness, "tests": tests, "table": table, "tune": tune, "million": million, "peers": peers
 }  # fmt: skip
-SHARES = {"correctness": 12, "tests": 25, "table": 18, "tune": 18, "million": 15, "peers": 12}  # of the time
-PARTS = {"correctness": ["bf16", "fp16", "fp32", "tf32"]}  # processes at once, as most of the time is compiling
+SHARES = {"correctness": 12, "tests": 25, "table": 18, "tune": 18, "million": 15, "peers": 12}  # percent of the time
+PARTS = {"correctness": ["bf16", "fp16", "fp32", "tf32"]}  # run in parallel, because most of the time is compiling
 
 
 def work(options: argparse.Namespace) -> int:
-    """In a process of a stage."""
+    """What a stage's process runs: writes the stage's entries as JSON lines."""
     for entry in STAGES[options.work](Turn(options.until - SPARE, options.toy, options.part, options.out)):
         if "said" in entry:
             entry = entry | {"said": entry["said"][-6000:]}
@@ -223,7 +226,7 @@ def work(options: argparse.Namespace) -> int:
 
 
 def run_stage(stage: str, until: float, options: argparse.Namespace, tell: Callable[[list[Entry]], None]) -> str:
-    """Starts it, tells what it finds, and returns how it ended: it was done, failed, or its time was over."""
+    """Starts a stage, passes what it finds to ``tell``, and returns "done", or how it failed or was stopped."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.getenv("PYTHONPATH")]))}
     if options.toy:
         environment |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -244,11 +247,11 @@ def run_stage(stage: str, until: float, options: argparse.Namespace, tell: Calla
                 tell(read(lines))
         finally:
             late = [process for process in processes if process.poll() is None]
-            for process in processes:  # and whatever it has started
+            for process in processes:  # the group also has the processes that this one started
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
             for process in late:
-                with contextlib.suppress(subprocess.TimeoutExpired):  # stuck in the driver
+                with contextlib.suppress(subprocess.TimeoutExpired):  # a process stuck in the driver does not end
                     process.wait(SPARE)
         tell(read(lines))
         if late:
@@ -260,7 +263,7 @@ def run_stage(stage: str, until: float, options: argparse.Namespace, tell: Calla
 
 
 def read(lines: Path) -> list[Entry]:
-    """All but one that is being written."""
+    """All complete lines; the last one may still be being written."""
     text = lines.read_text() if lines.exists() else ""
     return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
@@ -271,7 +274,7 @@ def passed(stage: dict[str, Any]) -> bool:
 
 
 def markdown(made: dict[str, Any]) -> str:
-    """A table of each stage, the reasons of what is not in it, and the last words of a command that failed."""
+    """A table for each stage, the reasons for what is missing in it, and the last output of a command that failed."""
     from benchmarks import report
 
     lines = ["# A day with a GPU", "", f"`{made['command']}`", "", f"{made['line']}.", ""]
@@ -351,11 +354,11 @@ def positive(text: str) -> float:
 def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=positive, default=8.0, help="in all (default %(default)s)")
+    parser.add_argument("--minutes", type=positive, default=8.0, help="minutes for all stages (default %(default)s)")
     parser.add_argument("--stage", nargs="+", choices=list(STAGES), default=list(STAGES), help="default: all")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results", metavar="FOLDER")
     parser.add_argument("--toy", action="store_true", help="toy sizes on the CPU, by Triton's interpreter")
-    for name, kind in (("work", str), ("part", str), ("until", float), ("lines", Path)):  # of a stage's process
+    for name, kind in (("work", str), ("part", str), ("until", float), ("lines", Path)):  # for a stage's process
         parser.add_argument(f"--{name}", type=kind, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.work:
@@ -368,7 +371,7 @@ def main(arguments: list[str] | None = None) -> int:
     except OSError as error:
         print(f"--out: got {options.out}, expected a folder ({error.strerror})")
         return 2
-    for number in (signal.SIGTERM, signal.SIGALRM):  # its processes are stopped then, too
+    for number in (signal.SIGTERM, signal.SIGALRM):  # SystemExit lets run_stage stop its processes
         signal.signal(number, lambda *_: sys.exit(1))
     signal.alarm(int(60 * options.minutes + 3 * SPARE))
     return run(options, arguments)

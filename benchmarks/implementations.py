@@ -20,7 +20,7 @@ INTERPRETER = "interpreter"  # Triton's interpreter counts as a device
 
 
 class CannotRunError(Exception):
-    """Why an implementation does not run here."""
+    """Raised where an implementation does not run here; its message says why."""
 
 
 def failure(error: BaseException) -> str:
@@ -43,11 +43,11 @@ class Implementation:
     loss: str
     load: Load
     devices: tuple[str, ...] = ("cpu", "cuda")
-    largest: int | None = None  # rows, beyond which it is not run
+    largest: int | None = None  # the most rows that it is run with; None: any number
     why_largest: str = "slow, and there to check by"
     matrices: float = 0  # N x N tensors that it holds at once: it is not run where these would not fit in memory
-    no_gradient: tuple[str, ...] = ()  # inputs that it has no gradient of
-    compiled: bool = False  # for the shapes it is first called with
+    no_gradient: tuple[str, ...] = ()  # inputs for which it has no gradient
+    compiled: bool = False  # whether it is compiled for the shapes of its first call
     ours: bool = False
 
 
@@ -78,7 +78,7 @@ def named(loss: str, name: str) -> Implementation:
 
 
 def reason_not_to(implementation: Implementation, problem: Problem) -> str | None:
-    """Why it is not tried on a problem, before anything is imported."""
+    """Why an implementation is not tried on a problem, as far as that is known without importing it; None if it is."""
     devices = {problem.device, *([INTERPRETER] if interpreted() else [])}
     if devices.isdisjoint(implementation.devices):
         return f"needs {' or '.join(implementation.devices)}"
@@ -114,7 +114,7 @@ _matrices = [loss for loss in WORKLOADS if loss != "max_sim"]
 register("ours, everything kept", *_matrices, ours=True, devices=("cuda", INTERPRETER), matrices=1)(
     functools.partial(_ours, memory_budget=2**50)
 )
-# The reference is there to be read and to check results by: at sizes that take seconds, its time is of no interest.
+# The reference is there to be read and to check results by, so it is not timed at sizes that take seconds.
 _reference = functools.partial(_ours, backend="reference")
 register("ours, backend=reference", *_matrices, ours=True, largest=1024)(_reference)
 register("ours, backend=reference", "max_sim", ours=True, largest=64)(_reference)
@@ -130,11 +130,11 @@ def _(problem: Problem) -> Loss:
     return torch.compile(WORKLOADS[problem.loss].eager, dynamic=False)
 
 
-CrossEntropy = Callable[[Tensor, Tensor, Tensor], Tensor]  # of the logits x @ y.T, and the targets
+CrossEntropy = Callable[[Tensor, Tensor, Tensor], Tensor]  # (x, y, targets) -> the loss of the logits x @ y.T
 
 
 def clip_by(cross_entropy: CrossEntropy) -> Loss:
-    """CLIP's loss by a loss of one direction, called for each."""
+    """CLIP's loss, by calling a loss of one direction twice."""
 
     def both(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
         a, b = (scale * x).to(x.dtype), (scale * y).to(y.dtype)

@@ -1,4 +1,4 @@
-"""Peak memory of one forward and backward above inputs and gradients.
+"""Peak memory of one forward and backward, beyond inputs and gradients.
 
 On a CPU it is how far the peak of resident memory rises (Linux), in a process of its own; on a GPU it is what torch's
 allocator counts, in this process.
@@ -23,8 +23,8 @@ from benchmarks.implementations import CannotRunError, Implementation, failure, 
 from benchmarks.workloads import WORKLOADS, Problem
 
 ROOT = Path(__file__).parents[1]
-PEAK = Path("/proc/self/clear_refs")  # written to, it lets the peak start anew
-WARM_UP = 64  # rows of the first call: it loads libraries and starts threads
+PEAK = Path("/proc/self/clear_refs")  # writing to it resets the peak
+WARM_UP = 64  # rows of the first call, which loads libraries and starts threads
 
 
 def _resident(field: str) -> int:
@@ -42,7 +42,7 @@ def rise(run: Callable[[], Any], device: str) -> tuple[int, Any]:
         result = run()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - start, result
-    ctypes.CDLL(None).malloc_trim(0)  # nothing freed is left for the call to take without being seen
+    ctypes.CDLL(None).malloc_trim(0)  # otherwise the call could take freed memory, and the peak would not rise
     start = _resident("VmRSS")
     PEAK.write_text("5")
     result = run()
@@ -50,7 +50,7 @@ def rise(run: Callable[[], Any], device: str) -> tuple[int, Any]:
 
 
 def extra_bytes(implementation: Implementation, problem: Problem) -> int:
-    """Measured in this process, which on a CPU should have run nothing else."""
+    """A call's extra bytes, measured in this process, which on a CPU should have run nothing else."""
     work = WORKLOADS[problem.loss]
     loss = implementation.load(problem)
 
@@ -84,7 +84,7 @@ def measure(implementation: Implementation, problem: Problem) -> dict[str, Any]:
 
 
 def main(problem: Problem, name: str) -> dict[str, Any]:
-    """In the process of its own."""
+    """What ``measure`` runs in a process of its own."""
     try:
         return {"extra_bytes": extra_bytes(named(problem.loss, name), problem)}
     except Exception as error:

@@ -1,4 +1,4 @@
-"""The libraries' own losses on the same tensors, called as their documentation has it.
+"""The libraries' own losses on the same tensors, called as their documentation says.
 
 A loss of one direction is called once for each direction. If a library has no gradient of the temperature, its
 registration says so.
@@ -52,7 +52,7 @@ class _Bare:
 
 
 def module_alone(name: str) -> ModuleType:
-    """A module of a library, itself unchanged, where the library as a whole cannot be imported (for torchvision)."""
+    """A library's module, unchanged, even if the whole library cannot be imported, for example without torchvision."""
     library = name.partition(".")[0]
     try:
         return importlib.import_module(name)
@@ -64,7 +64,7 @@ def module_alone(name: str) -> ModuleType:
         return importlib.import_module(name)
     finally:
         sys.meta_path.remove(finder)
-        _forget(library)  # nobody else should meet the bare packages
+        _forget(library)  # later imports should not find the packages without their __init__
 
 
 def _forget(library: str) -> None:
@@ -119,7 +119,7 @@ def _(_: Problem) -> Loss:
 
 
 def _cut_cross_entropy(problem: Problem) -> CrossEntropy:
-    """On a GPU its kernels with no gradient filtered out, which is exact; elsewhere what it offers there."""
+    """On a GPU, its kernels without gradient filtering, which are exact; elsewhere, its torch.compile version."""
     from cut_cross_entropy import linear_cross_entropy
 
     if problem.device == "cuda":
@@ -161,7 +161,7 @@ def _(problem: Problem) -> Loss:
 
 @register("memeff", "clip", devices=GPU, no_gradient=("scale",))
 def _(_: Problem) -> Loss:
-    """Its temperature is a number: the benchmark's is fixed, so that nothing waits to read it."""
+    """It takes the temperature as a number, so the benchmark's is passed at construction: no call waits to read it."""
     os.environ.setdefault("MEMEFF_INPUT_PRECISION", "ieee")  # read when it is imported; its default is tf32
     from memeff import MemoryEfficientCLIPLoss
 

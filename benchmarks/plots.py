@@ -1,4 +1,4 @@
-"""Pictures of a report: time and memory of every loss against N; and of CLIP at its largest N, as bars."""
+"""Pictures of a report: time and memory of every loss against N, and bars of both for CLIP at its largest N."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def ours_first(names: set[str]) -> list[str]:
 
 
 def draw(rows: list[Row], path: Path) -> list[Path]:
-    """A panel for each loss, dtype, D and quantity with at least two sizes. Returns what was written, if anything."""
+    """A panel for each loss, dtype, D and quantity with at least two sizes. Returns the files that it wrote."""
     from matplotlib import pyplot
 
     panels: dict[tuple[str, str], dict[str, list[tuple[int, float]]]] = {}

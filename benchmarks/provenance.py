@@ -1,4 +1,4 @@
-"""What every report says about its origin: versions, machine, commit, date."""
+"""The origin of a report: versions, machine, commit and date."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PEERS = (
 
 
 def _processor() -> str:
-    """Its name, and on Linux the family and model, which tell apart what has one name."""
+    """The processor's name, and on Linux its family and model, because different processors may have one name."""
     path = Path("/proc/cpuinfo")
     lines = path.read_text().splitlines() if path.exists() else []
     fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}

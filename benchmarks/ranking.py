@@ -2,10 +2,10 @@
 
     python -m benchmarks.ranking [--n 100000] [--dim 256] [--k 10]
 
-u makes the same blocks of products in the same process and does nothing with them. All of it is timed a strip of
-queries at a time, in turns, so that a busy machine slows all alike; the ratios are each strip's. A sample of rows is
-checked against float64 before anything is timed. Memory is how far the resident peak rises during one call with all
-queries, its result included.
+u makes the same blocks of products in the same process and does nothing with them. Every function is timed on one strip
+of queries after another, in turns, so that a busy machine slows all alike; a ratio is of the times of one strip. A
+sample of rows is checked against float64 before anything is timed. Memory is how far the resident peak rises during one
+call with all queries, its result included.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from fused_contrastive import rank, target_ranks
 from fused_contrastive.ops import ranking
 
 SAMPLE = 64  # rows that are checked
-ROUNDING = 1e-5  # of a float32 product of unit features, generously
+ROUNDING = 1e-5  # a generous bound on the rounding of a float32 product of unit features
 
 
 def gemm(x: Tensor, y: Tensor, scratch: Tensor) -> None:

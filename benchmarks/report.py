@@ -12,18 +12,18 @@ from benchmarks.provenance import line
 from benchmarks.workloads import Problem, problem_of
 from fused_contrastive.core.errors import InputError
 
-LEAST = 1024  # rows: below, a call's overhead is part of the time, and says nothing of how it grows
+LEAST = 1024  # rows: with fewer, much of the time is a call's overhead, which does not grow with N
 
 Report = dict[str, Any]
 Row = dict[str, Any]
 
 
 def write_json(report: Report, path: Path) -> None:
-    """Whole or not at all: an interrupted run leaves the last whole one."""
+    """Writes the report whole or not at all: an interrupted run leaves the one that was there before."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
     fields = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in report.items() if key != "rows"]
-    rows = ",\n".join(map(json.dumps, report["rows"]))  # a row a line: for git, and for reading
+    rows = ",\n".join(map(json.dumps, report["rows"]))  # one row a line, for git's diffs and for readers
     part.write_text("{\n" + ",\n".join([*fields, f'"rows": [\n{rows}\n]']) + "\n}\n")
     part.replace(path)
 
@@ -65,7 +65,7 @@ def grids(rows: list[Row], title: str, quantity: str, cell: Callable[[Row], str]
 
 
 def standings(rows: list[Row]) -> list[list[str]]:
-    """Each problem, the fastest of the others, and its time over ours."""
+    """For each problem, the fastest implementation that is not ours, and its time divided by ours."""
     by_problem: dict[Problem, list[Row]] = {}
     for row in (row for row in rows if "both" in row):
         by_problem.setdefault(problem_of(row), []).append(row)

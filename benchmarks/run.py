@@ -23,8 +23,8 @@ from benchmarks.suites import Suite
 from benchmarks.timing import Rounds, Step, interleaved, product, quantile, step
 from benchmarks.workloads import WORKLOADS, Loss, Problem, problem_of
 
-KEPT = 60  # rounds of an implementation that go into the report, for `compare`
-SLOW = 30.0  # seconds of a call, beyond which an implementation is not timed
+KEPT = 60  # how many rounds of an implementation go into the report, for `compare`
+SLOW = 30.0  # an implementation whose call takes more seconds is not timed
 
 Row = dict[str, Any]  # a problem's fields, "implementation", "ours", "status"; if that is "ok", what was measured
 
@@ -53,15 +53,15 @@ def release() -> None:
         gc.collect()
         try:
             torch.cuda.empty_cache()
-        except Exception:  # the device is lost: what runs next says so
+        except Exception:  # the device is lost, which the next problem's rows will say
             return
 
 
 def forget_shapes() -> None:
-    """What is compiled next is compiled for the next problem.
+    """Makes torch.compile forget what it has compiled, so that it compiles anew for the next problem's shapes.
 
-    Else code for any size that was compiled for a small one would serve, and after 8 sizes a function would run
-    uncompiled without a word.
+    Otherwise torch.compile would turn to code for any size, and after 8 sizes would run a function uncompiled, both
+    without a word.
     """
     if "torch._dynamo" in sys.modules:  # importing it takes seconds, and nothing was compiled without it
         torch._dynamo.reset()
@@ -90,7 +90,7 @@ def time_problem(problem: Problem, only: tuple[str, ...], seconds: float, fewest
 
 
 def check(implementation: Implementation, problem: Problem, losses: dict[str, Loss]) -> Row:
-    """Whether it is right; if so it goes into ``losses``."""
+    """Checks an implementation; if it is right, its loss goes into ``losses``."""
     loss = load(implementation, problem)
     if (why := wrong(implementation, small_enough(problem))) is not None:
         return {"status": why}
@@ -99,10 +99,10 @@ def check(implementation: Implementation, problem: Problem, losses: dict[str, Lo
 
 
 def first_call(name: str, loss: Loss, leaves: dict[str, Tensor], device: str, steps: dict[str, Step]) -> Row:
-    """Compiles what is compiled when it is called first; if the loss is not too slow it goes into ``steps``."""
+    """Calls a loss once, which may compile it; if it is not too slow, it goes into ``steps``."""
     run = step(loss, leaves, device)
     spent = sum(run())
-    if spent > SLOW:  # to compile, perhaps
+    if spent > SLOW:  # perhaps it was compiled
         spent = sum(run())
     if spent > SLOW:
         return {"status": f"not timed: {spent:.0f} s a call"}
@@ -115,7 +115,7 @@ def figures(problem: Problem, rounds: Rounds, name: str) -> Row:
     u = statistics.median(rounds.u)
     forward, backward = ([times[k] for times in rounds.times[name]] for k in (0, 1))
     both = [a + b for a, b in zip(forward, backward, strict=True)]
-    # Drawn: rounds at equal distances may have something in common.
+    # A random sample, because rounds at equal distances may have something in common.
     kept = sorted(random.Random(0).sample(range(len(both)), min(len(both), KEPT)))
 
     def in_units(values: list[float]) -> dict[str, float]:
@@ -137,7 +137,7 @@ def figures(problem: Problem, rounds: Rounds, name: str) -> Row:
 
 
 def measure_memory(problem: Problem, only: tuple[str, ...]) -> list[Row]:
-    """Rows of all implementations, with the bytes that a step takes beside inputs and gradients."""
+    """Rows of all implementations, with the bytes that a step takes besides inputs and gradients."""
     rows = []
     for implementation, row in candidates(problem, only):
         rows.append(row)
@@ -159,7 +159,7 @@ def run_suite(suite: Suite, say: Callable[[str], None], keep: Callable[[list[Row
         release()
         try:
             found = measure()
-        except Exception as error:  # its tensors have no room, say, or the device is lost
+        except Exception as error:  # for example, memory does not hold its tensors, or the device is lost
             found = [row | {"status": failure(error)} for _, row in candidates(problem, suite.only)]
         for row in found:
             say(f"    {row['implementation']}: {shown(row)}")

@@ -1,4 +1,4 @@
-"""Which problems are timed, and whose memory is measured, in each suite."""
+"""The suites: which problems each one times, and for which problems it measures memory."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from benchmarks.workloads import Problem
 
 
 class Suite(NamedTuple):
-    """Problems with the seconds of timing each gets, and problems whose memory is measured."""
+    """Problems with the seconds that each is timed for, and problems whose memory is measured."""
 
     timed: list[tuple[Problem, float]]
     memory: list[Problem]
     only: tuple[str, ...] = ()  # implementations; empty: all
-    fewest: int = FEWEST  # rounds
+    fewest: int = FEWEST  # rounds of each timed problem, even if they take longer than its seconds
 
     @property
     def problems(self) -> list[Problem]:
@@ -75,7 +75,7 @@ def gpu() -> Suite:
 
 
 def gpu_table() -> Suite:
-    """What `gpu_day.py` has a minute and a half for: ours and eager in bf16."""
+    """The table of `gpu_day.py`, which takes about a minute and a half: ours and eager in bf16."""
     losses, only = ("clip", "siglip", "info_nce"), ("ours", "ours, memory_budget=0", "ours, everything kept", "eager")
     sizes = [(n, d) for n in (8192, 32768, 65536) for d in (512, 768, 1024)]
     problems = [problem for n, d in sizes for problem in _each(losses, [n], d, ["bf16"], "cuda")]
@@ -83,13 +83,13 @@ def gpu_table() -> Suite:
 
 
 def million() -> Suite:
-    """One batch whose N x N matrix would fit nowhere."""
+    """One batch whose N x N matrix no GPU could hold."""
     problems = [Problem("clip", 1_048_576, 512, "bf16", "cuda")]
     return Suite(_seconds(problems, 0), problems, only=("ours, memory_budget=0",), fewest=2)
 
 
 def toy() -> Suite:
-    """Sizes for Triton's interpreter (TRITON_INTERPRET=1): the GPU suite's code where there is no GPU."""
+    """Sizes for Triton's interpreter (TRITON_INTERPRET=1), which runs the GPU kernels where there is no GPU."""
     timed = _seconds(_each(["clip"], [65], 33, ["bf16"]), 0) + _seconds(_each(["nt_xent", "siglip"], [64], 20), 0)
     return Suite(timed, [Problem("clip", 65, 33)], fewest=2)
 

@@ -3,8 +3,8 @@
     pytest benchmarks --benchmark-group-by=param:problem --benchmark-sort=min
     pytest benchmarks -k "clip and ours" --benchmark-autosave ; pytest benchmarks --benchmark-compare
 
-One implementation after the other, in milliseconds; ``python -m benchmarks`` interleaves them and counts
-in u. Each is checked against float64 first.
+It times one implementation after the other, in milliseconds, while ``python -m benchmarks`` interleaves them and counts
+in u, the time of the vendor's product of all similarities. Each is checked against float64 first.
 """
 
 from __future__ import annotations

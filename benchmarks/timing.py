@@ -1,4 +1,4 @@
-"""Times implementations in turns, so that all meet the same noise, beside the product that is their unit u."""
+"""Times implementations in turns, so that all meet the same noise, and with them the product that is the unit u."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from benchmarks.implementations import failure
 from benchmarks.workloads import WORKLOADS, Loss, Problem
 
 AHEAD = 4_000_000  # clocks that the GPU waits, about 2 ms, while the host queues what is timed
-FITS = 16 * 2**30  # bytes of a product that u is measured on in one piece
+FITS = 16 * 2**30  # a larger product, in bytes, is made in parts
 
 Step = Callable[[], tuple[float, float]]  # seconds forward, seconds backward
 
@@ -24,7 +24,7 @@ def quantile(values: list[float], q: float) -> float:
 
 
 class Watch:
-    """Seconds between marks: the host's on a CPU; on a GPU the device's, with the host ahead of it."""
+    """Seconds between marks: by the host's clock on a CPU; on a GPU by the device's, while the host queues ahead."""
 
     def __init__(self, device: str) -> None:
         self.gpu = device == "cuda"
@@ -32,7 +32,7 @@ class Watch:
 
     def start(self) -> None:
         self.marks = []
-        if self.gpu:  # else a small problem's time would be the time of its launches
+        if self.gpu:  # otherwise a small problem's time would be the time of its launches
             torch.cuda._sleep(AHEAD)
         self.mark()
 
@@ -54,7 +54,7 @@ class Watch:
 
 
 def product(problem: Problem) -> Callable[[], float]:
-    """Seconds of one u: the vendor's product of all similarities, in parts where it is larger than FITS."""
+    """A function that returns the seconds of one u, the vendor's product of all similarities."""
     m, k, n = WORKLOADS[problem.loss].unit(problem)
     parts = max(1, -(-m * n * problem.torch_dtype.itemsize // FITS))
     x, y = (torch.randn(rows, k, device=problem.device).to(problem.torch_dtype) for rows in (-(-m // parts), n))
@@ -69,7 +69,7 @@ def product(problem: Problem) -> Callable[[], float]:
 
 
 def step(loss: Loss, leaves: dict[str, Tensor], device: str) -> Step:
-    """Forward and backward of one call."""
+    """A function that times forward and backward of one call."""
     watch, inputs = Watch(device), list(leaves.values())
 
     def run() -> tuple[float, float]:
@@ -84,7 +84,7 @@ def step(loss: Loss, leaves: dict[str, Tensor], device: str) -> Step:
 
 
 class Rounds(NamedTuple):
-    """Seconds of u and of each step (forward, backward), round by round; and why a step has failed, with no times."""
+    """Seconds of u and of each step (forward, backward), round by round; a step that failed has a reason, no times."""
 
     u: list[float]
     times: dict[str, list[tuple[float, float]]]
@@ -94,8 +94,8 @@ class Rounds(NamedTuple):
 def interleaved(unit: Callable[[], float], steps: dict[str, Step], seconds: float, fewest: int) -> Rounds:
     """Rounds of one call each, until ``seconds`` and ``fewest`` rounds have passed.
 
-    Each round has another order, and before u the product runs untimed: nobody always runs behind the same one, whose
-    data and code are in the caches. A step that raises is left out from then on.
+    Each round has another order, and before u the product runs once untimed, so that no step always finds the caches
+    as the same other one left them. A step that raises is left out from then on.
     """
     found = Rounds([], {name: [] for name in steps}, {})
     started = time.perf_counter()

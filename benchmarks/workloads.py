@@ -1,7 +1,7 @@
 """What is timed: each loss as a function of a few tensors, as training code writes it, and its float64 truth.
 
-Losses that SimCLR-like code normalises the features for (InfoNCE, NT-Xent, SupCon) take them as the encoder gives them
-and have a fixed temperature, which is what the libraries offer; CLIP and SigLIP take unit features and a learned scale.
+InfoNCE, NT-Xent and SupCon take features as the encoder gives them, which the loss normalises, and have a fixed
+temperature, as in the libraries' versions; CLIP and SigLIP take unit features and a learned scale.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 import fused_contrastive as fc
 from fused_contrastive.testing import oracle, textbook
 
-Loss = Callable[..., Tensor]  # of a workload's tensors
+Loss = Callable[..., Tensor]  # a function of a workload's tensors
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SCALE = 14.3  # CLIP's at the start of training
 TEMPERATURE = 1 / SCALE
@@ -27,7 +27,7 @@ PER_LABEL = 4  # samples with one label, for SupCon
 
 @dataclass(frozen=True)
 class Problem:
-    """One loss at one size. ``n`` counts the rows of its matrix of similarities: for NT-Xent both views'."""
+    """One loss at one size. ``n`` is the number of rows of its matrix of similarities, for NT-Xent of both views."""
 
     loss: str
     n: int
@@ -50,18 +50,18 @@ def problem_of(row: dict[str, Any]) -> Problem:
 
 @dataclass(frozen=True)
 class Workload:
-    """One loss."""
+    """One loss, in several implementations, with its inputs."""
 
-    inputs: Callable[[Problem], dict[str, Tensor]]  # by name, those with gradients
+    inputs: Callable[[Problem], dict[str, Tensor]]  # the tensors that get gradients, by name
     ours: Loss  # takes the loss's own options too
     eager: Loss
-    truth: Loss  # in float64, written apart from ours and from eager
-    unit: Callable[[Problem], tuple[int, int, int]]  # the product that is its u: (M, K) by (K, N)
+    truth: Loss  # for float64 inputs, written independently of ours and of eager
+    unit: Callable[[Problem], tuple[int, int, int]]  # (M, K, N) of the product (M, K) by (K, N) that is its unit u
     slack: float = 0.0  # relative error that a gradient may have beyond the budget
 
 
 def _features(problem: Problem, normalize: bool, **shapes: tuple[int, ...]) -> dict[str, Tensor]:
-    """Leaves of these shapes, and D features each."""
+    """Leaves of these shapes, with D as their last size."""
     leaves = {name: torch.randn(*shape, problem.d, device=problem.device) for name, shape in shapes.items()}
     units = {name: F.normalize(x, dim=-1) if normalize else x for name, x in leaves.items()}
     return {name: x.to(problem.torch_dtype).requires_grad_() for name, x in units.items()}
@@ -147,7 +147,7 @@ def supcon_eager(x: Tensor) -> Tensor:
 
 
 def scores_loss(scores: Tensor) -> Tensor:
-    """What a late-interaction model trains on."""
+    """The loss that a late-interaction model trains on."""
     return F.cross_entropy(scores, rows(scores))
 
 
@@ -160,7 +160,7 @@ def max_sim_eager(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _max_sim_truth(x: Tensor, y: Tensor) -> Tensor:
-    """A few items of x at a time."""
+    """The same for a few items of x at a time, to save memory."""
     scores = [torch.einsum("mtd,npd->mntp", part, y).amax(dim=3).sum(dim=2) for part in x.split(8)]
     return scores_loss(torch.cat(scores))
 

@@ -9,8 +9,8 @@ composed of words that training has seen: "woman firefighter dark skin tone" is 
 skin tone" are not.
 
 Two copies of one model train in lockstep on the same batches, one with ``fused_contrastive.clip_loss``, one with the
-loss as usually written, so that their curves, times and memory stand side by side. Exits with 1 if the held-out
-recall@1 is below ten times chance or if the curves part.
+loss as usually written, so that their curves, times and memory can be compared. Exits with 1 if the held-out recall@1
+is below ten times chance, or if the two loss curves differ by more than rounding.
 """
 
 from __future__ import annotations
@@ -40,10 +40,12 @@ LARGE_BATCH = 16384
 
 def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=80, help="of either training (default %(default)s)")
+    parser.add_argument("--steps", type=int, default=80, help="steps of either training (default %(default)s)")
     parser.add_argument("--batch", type=int, default=1774, help="pairs in a batch (default %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of split, weights and order (default %(default)s)")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch (default: its own)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of split, weights and order (default %(default)s)")
+    parser.add_argument(
+        "--threads", type=int, default=torch.get_num_threads(), help="threads for torch (default %(default)s)"
+    )
     parser.add_argument("--out", type=Path, default=Path("emoji_clip.png"), help="picture (default %(default)s)")
     parser.add_argument(
         "--save-embeddings", type=Path, metavar="DIR", help="write images.npy and texts.npy of all pairs"
@@ -75,7 +77,7 @@ def train_with_progress(
 
 
 def measure_costs(console: Console, rows: int, threads: int) -> emoji_report.Costs:
-    """Every loss at (rows, FEATURES) in fresh processes; the eager one only where its matrices fit."""
+    """Measures every loss at (rows, FEATURES) in fresh processes; the eager one only if its matrices fit in memory."""
     by_loss: dict[str, emoji_cost.Cost | None] = {}
     for name in emoji_cost.LOSSES:
         needed, free = emoji_cost.eager_needs(rows), emoji_cost.available_memory()

@@ -1,4 +1,4 @@
-"""What the loss alone costs: time and extra resident memory, each figure from a fresh process.
+"""The cost of the loss alone: time and extra resident memory, each measured in a fresh process.
 
 Run as ``python emoji_cost.py LOSS ROWS FEATURES THREADS``; prints one JSON object.
 """
@@ -21,7 +21,7 @@ from torch import Tensor
 from fused_contrastive import clip_loss
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
-EAGER_MATRICES = 5  # N x N float32 matrices that the eager loss may hold at once: four, and one to spare
+EAGER_MATRICES = 5  # N x N float32 matrices to allow for the eager loss: it holds four at once, and one is a reserve
 
 
 def eager_clip_loss(image_features: Tensor, text_features: Tensor, logit_scale: Tensor) -> Tensor:
@@ -44,7 +44,7 @@ class Cost(NamedTuple):
 
 
 def loss_and_gradients(loss: Loss, inputs: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, ...], float]:
-    """The loss at (N, D), (N, D) and 0-d inputs, its gradient in each, and the seconds that both took."""
+    """The loss at (N, D), (N, D) and 0-d inputs, its gradient for each input, and the seconds that both took."""
     leaves = tuple(tensor.detach().requires_grad_() for tensor in inputs)
     start = time.perf_counter()
     value = loss(*leaves)

@@ -45,7 +45,7 @@ class Split:
 
 
 def file_stem(characters: str) -> str:
-    """Code points to Twemoji's file name: without the variation selector fe0f unless the emoji is joined by 200d."""
+    """Twemoji's file name: the code points, without the variation selector fe0f unless the emoji is joined by 200d."""
     if "\u200d" not in characters:
         characters = characters.replace("\ufe0f", "")
     return "-".join(f"{ord(character):x}" for character in characters)
@@ -101,7 +101,7 @@ def load_pairs() -> Pairs:
 
 
 def is_composed(caption: str) -> bool:
-    """Whether a caption is person(s) x skin tone(s) x something more, as "woman firefighter dark skin tone"."""
+    """Whether a caption has person(s), skin tone(s) and something more, as "woman firefighter dark skin tone" has."""
     words = words_of(caption)
     plain = PEOPLE | {"skin", "tone", "and", "light", "medium-light", "medium", "medium-dark", "dark"}
     return words[0] in PEOPLE and "tone" in words and not plain.issuperset(words)

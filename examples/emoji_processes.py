@@ -1,12 +1,12 @@
 """The emoji demo's training in several processes, each with its part of every batch, against one with the whole batch.
 
     python examples/emoji_processes.py                                            # starts 2 processes itself
-    torchrun --nproc-per-node 2 examples/emoji_processes.py                       # in those that torchrun started
+    torchrun --nproc-per-node 2 examples/emoji_processes.py                       # uses the processes of torchrun
 
-Model, optimiser and data are those of emoji_clip.py; the model is wrapped in DistributedDataParallel, and the loss gets
-``group=``: that is all that changes. DDP averages the processes' gradients, and the average is the gradient of the loss
-of the whole batch. The first process trains a second copy alone on the whole batches; exits with 1 if the curves part,
-or if nothing is learned.
+Model, optimiser and data are the same as in emoji_clip.py; the model is wrapped in DistributedDataParallel, and the
+loss gets ``group=``: that is all that changes. DDP averages the processes' gradients, and the average is the gradient
+of the loss of the whole batch. The first process trains a second copy alone on the whole batches. Exits with 1 if the
+two loss curves differ, or if the loss does not halve.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from fused_contrastive import GlobalBatch, clip_loss
 def train(
     model: nn.Module, pairs: emoji_data.Pairs, rows_of_steps: list[Tensor], group: GlobalBatch | None
 ) -> list[float]:
-    """The loss of each step, of the whole batch."""
+    """Trains the model and returns each step's loss, which is of the whole batch."""
     optimiser = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: rate(step, len(rows_of_steps)))
     losses = []
@@ -56,7 +56,7 @@ def work(options: argparse.Namespace) -> None:
     alone = copy.deepcopy(model)
     generator = torch.Generator().manual_seed(options.seed)
     steps = list(islice(batches(split.train, options.batch, generator), options.steps))
-    own = [rows.tensor_split(world)[rank] for rows in steps]  # not all of one size, where the batch does not divide
+    own = [rows.tensor_split(world)[rank] for rows in steps]  # sizes differ if the batch does not divide evenly
     losses = train(DistributedDataParallel(model), pairs, own, GlobalBatch(exchange=options.exchange))
     if rank == 0:
         expected = train(alone, pairs, steps, None)
@@ -77,14 +77,14 @@ def spawned(rank: int, options: argparse.Namespace, folder: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--processes", type=int, default=2, help="to start (default %(default)s)")
-    parser.add_argument("--steps", type=int, default=40, help="(default %(default)s)")
+    parser.add_argument("--processes", type=int, default=2, help="processes to start (default %(default)s)")
+    parser.add_argument("--steps", type=int, default=40, help="steps of the training (default %(default)s)")
     parser.add_argument(
         "--batch", type=int, default=1001, help="pairs in a batch of all processes (default %(default)s)"
     )
     parser.add_argument("--exchange", choices=["auto", "gather", "ring"], default="auto")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--any-loss", action="store_true", help="do not ask that the loss halves")
+    parser.add_argument("--any-loss", action="store_true", help="do not fail if the loss does not halve")
     options = parser.parse_args()
     if "TORCHELASTIC_RUN_ID" in os.environ:  # started by torchrun
         dist.init_process_group("gloo")

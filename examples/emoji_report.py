@@ -19,15 +19,15 @@ from emoji_data import CREDIT, Pairs, picture
 from emoji_train import Recall, Run, features
 
 COMPARED_STEPS = 50
-MOST_DEVIATION = 1e-4  # relative, over the first COMPARED_STEPS steps
-LEAST_GAIN = 10  # recall@1 over chance
+MOST_DEVIATION = 1e-4  # largest relative difference of the losses over the first COMPARED_STEPS steps
+LEAST_GAIN = 10  # least recall@1, as a multiple of chance
 CARDS = (4, 3)  # rows and columns of the picture
 SHOWN = 3  # captions per card
 RIGHT, WRONG, INK, FAINT = "#2e9e5b", "#c9ced6", "#1f2933", "#7b8794"
 
 
 class Scores(NamedTuple):
-    """One model's recall, and the number of candidates in either setting."""
+    """One model's recall with the held-out pairs as candidates, and with all pairs."""
 
     held_out: Recall
     among_all: Recall
@@ -109,7 +109,7 @@ def seconds(cost: Cost | None) -> str:
 
 
 def verdict(console: Console, runs: dict[str, Run], score: Recall, held_out: int) -> bool:
-    """Print and return whether recall and the agreement of the curves hold."""
+    """Prints and returns whether recall is high enough and the loss curves agree."""
     gains = [share[0] * held_out for share in score]
     first = min(COMPARED_STEPS, len(runs["fused"].losses))
     apart = deviation(runs, first)

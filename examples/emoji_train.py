@@ -24,7 +24,7 @@ TRAINED = ("fused", "eager")
 
 
 class Recall(NamedTuple):
-    """Shares of the held-out pairs, image to text and text to image, found in the first one and the first five."""
+    """recall@1 and recall@5 of the held-out pairs, image to text and text to image."""
 
     image_to_text: tuple[float, float]
     text_to_image: tuple[float, float]
@@ -37,7 +37,7 @@ class Run:
         self.model = model
         self.loss = LOSSES[loss_name]
         self.losses: list[float] = []
-        self.seconds: list[float] = []  # of the loss alone, forward and backward
+        self.seconds: list[float] = []  # each step's forward and backward of the loss alone
         encoders = [*model.image_encoder.parameters(), *model.text_encoder.parameters()]
         self.optimiser = torch.optim.AdamW(
             [
@@ -81,7 +81,7 @@ def train(
 ) -> dict[str, Run]:
     """Train one copy of a freshly drawn model per loss; ``report`` is called after every step.
 
-    The copies take turns at going first, which evens out what a step leaves behind in the caches.
+    The copies take turns at going first, so that neither always finds the caches as the other's step left them.
     """
     torch.manual_seed(seed)
     model = EmojiClip(pairs.vocabulary)
@@ -104,7 +104,7 @@ def features(model: EmojiClip, pairs: Pairs, rows: Tensor) -> tuple[Tensor, Tens
 
 
 def recall(queries: Tensor, candidates: Tensor, right: Tensor) -> tuple[float, float]:
-    """(Q, D), (C, D), the (Q,) right candidates -> shares of queries with the right one in the first 1 and 5."""
+    """(Q, D) queries, (C, D) candidates and the (Q,) right ones -> recall@1 and recall@5."""
     shares = recall_at_k(queries, candidates, (1, 5), targets=right)
     return shares[1], shares[5]
 
@@ -117,6 +117,6 @@ def held_out_recall(model: EmojiClip, pairs: Pairs, held_out: Tensor) -> Recall:
 
 
 def recall_among_all(model: EmojiClip, pairs: Pairs, held_out: Tensor) -> Recall:
-    """The harder task: H unseen queries against all P texts or images, those of the training pairs included."""
+    """The harder task: rank all P texts or images, the training pairs' included, for each of H unseen queries."""
     images, texts = features(model, pairs, torch.arange(len(pairs.captions)))
     return Recall(recall(images[held_out], texts, held_out), recall(texts[held_out], images, held_out))

@@ -3,7 +3,7 @@
     python examples/late_interaction.py
 
 Documents are random "sentences" of word ids; a query names four of a document's words in another language, in another
-order. The vectors of both languages' words learn from in-batch negatives which translates which; padding is masked.
+order. From in-batch negatives, the word vectors learn which word translates which; padding is masked.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """The trainings of library_trainings.py, one function per library: by its own loss, or by this package's adapter.
 
-What is drawn, batches, weights, dropout and augmentations, follows from the seed alone, so that two runs differ in the
-loss and in nothing else.
+Batches, weights, dropout and augmentations follow from the seed alone, so that two runs differ in nothing but the loss.
 """
 
 from __future__ import annotations
@@ -43,8 +42,8 @@ transformers.utils.logging.disable_progress_bar()
 
 HELD_OUT_SHARE = 0.1
 LIBRARY, OURS, FLOAT64 = "library", "ours", "library in float64"
-LANGUAGE = "de"  # what the English names are paired with
-VIEW = 32  # pixels of a side of an augmented picture
+LANGUAGE = "de"  # the language whose names are paired with the English ones
+VIEW = 32  # side of an augmented picture, in pixels
 
 
 class Run(NamedTuple):
@@ -56,7 +55,10 @@ class Run(NamedTuple):
 
 
 class Size(NamedTuple):
-    """``samples`` of the training set are used, None for all: as many as the batch make every step an epoch."""
+    """The size of a training. ``samples`` of the training set are used, None for all.
+
+    With as many samples as the batch has, every step is an epoch.
+    """
 
     steps: int
     batch: int
@@ -77,7 +79,7 @@ class Training(NamedTuple):
 
 
 class KeepsLosses:
-    """Before a Trainer class: every step's loss, unrounded, in ``losses``."""
+    """A mix-in before a Trainer class, which keeps every step's loss, unrounded, in ``losses``."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -109,7 +111,7 @@ def train_clip(loss: str, size: Size, seed: int) -> Run:
     """transformers: a small CLIPModel by Trainer, on pictures of emoji and their names."""
     pairs = emoji_pairs()
     split = emoji_data.hold_out(pairs, HELD_OUT_SHARE, seed)
-    end = pairs.vocabulary  # each word is a token, and one more ends a name
+    end = pairs.vocabulary  # each word is a token, and this further token ends a name
     ids = F.pad(pairs.words, (0, 1)).scatter(1, (pairs.words > 0).sum(1, keepdim=True), end)
     pixels = pairs.images.float() / 127.5 - 1
     transformers.set_seed(seed)
@@ -196,7 +198,7 @@ def train_sentences(loss: str, size: Size, seed: int) -> Run:
 
 
 class Float64NTXentLoss(NTXentLoss):
-    """lightly's loss with nothing but its rounding changed: how far apart that alone takes two trainings."""
+    """lightly's loss, computed in float64: it shows how far rounding alone drives two trainings apart."""
 
     def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
         value: Tensor = super().forward(out0.double(), out1.double())
@@ -219,7 +221,7 @@ class Views:
 
 
 def convolution(inputs: int, outputs: int) -> Iterable[nn.Module]:
-    """Half the side. Not ReLU, whose kink a white background meets in all places at once, which amplifies rounding."""
+    """Halves the side. ReLU would amplify rounding, because a white background meets its kink everywhere at once."""
     yield nn.Conv2d(inputs, outputs, 3, stride=2, padding=1, bias=False)
     yield nn.BatchNorm2d(outputs)
     yield nn.SiLU()
@@ -231,7 +233,7 @@ def train_simclr(loss: str, size: Size, seed: int) -> Run:
     rows = torch.tensor([row for row, name in enumerate(pairs.captions) if "skin tone" not in name])
     rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))]
     held_out, train = rows.tensor_split([round(HELD_OUT_SHARE * len(rows))])
-    transformers.set_seed(seed)  # of random, numpy and torch
+    transformers.set_seed(seed)  # seeds random, numpy and torch
     unseen = torch.utils.data.default_collate(list(Views(pairs.images[held_out])))
     backbone = nn.Sequential(
         *convolution(3, 32), *convolution(32, 64), *convolution(64, 128), *convolution(128, 256),

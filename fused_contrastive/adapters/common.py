@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor
-from torch.torch_version import TorchVersion  # compares as packaging does, which not every library brings
+from torch.torch_version import TorchVersion  # compares like packaging, which may not be installed
 
 from fused_contrastive.core import checks
 from fused_contrastive.core.spec import BackendName
@@ -17,7 +17,7 @@ from fused_contrastive.ops.problem import autocast
 
 @contextmanager
 def importing(distribution: str, tested: str, least: str | None = None) -> Iterator[None]:
-    """Around the imports of a library: what fails there names the version found and the versions tested.
+    """Goes around a library's imports: an ImportError there names the version found and the versions tested.
 
     Args:
         distribution: its name for pip.
@@ -48,7 +48,7 @@ def not_covered(adapter: str, library: Any, reasons: Mapping[str, str] | None = 
     Args:
         adapter: the ``__name__`` of the adapter's module.
         library: the library's module of losses.
-        reasons: by the class's name, why, and what to do.
+        reasons: for a class's name, why it is not covered and what to use instead.
     """
     package = library.__name__.partition(".")[0]
 
@@ -63,7 +63,7 @@ def not_covered(adapter: str, library: Any, reasons: Mapping[str, str] | None = 
 
 
 class Fused:
-    """Mixed in before a library's class.
+    """A mix-in that stands before a library's class.
 
     Attributes:
         backend, memory_budget: see ``contrastive_stats``.
@@ -92,7 +92,7 @@ def scalar(value: float | Tensor) -> float | Tensor:
 
 
 def check_pair(x_name: str, x: object, y_name: str, y: object) -> None:
-    """Two sets of features (rows, D) that can be multiplied, as autocast will have them, by the caller's names."""
+    """Two sets of features (rows, D) that can be multiplied after autocast; errors name them as the caller does."""
     checks.features(x_name, x)
     checks.features(y_name, y)
     assert isinstance(x, Tensor)

@@ -26,10 +26,10 @@ with importing("lightly", tested="1.6.0"):
 
 
 class NTXentLoss(Fused, ntx_ent_loss.NTXentLoss):
-    """lightly's NTXentLoss without the logits: SimCLR's, or MoCo's where there is a memory bank.
+    """lightly's NTXentLoss without the logits: SimCLR's, or MoCo's if there is a memory bank.
 
-    Constructor, call and memory bank as there, ``gather_distributed`` included: out0, out1 of shape (N, D), normalised
-    here. The loss is float32 (float64) whatever the features.
+    Constructor, call and memory bank are lightly's, ``gather_distributed`` included: out0, out1 of shape (N, D), which
+    are normalised here. The loss is float32 (float64 for float64 features).
     """
 
     def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
@@ -38,7 +38,7 @@ class NTXentLoss(Fused, ntx_ent_loss.NTXentLoss):
         out0, out1 = normalized(out0, backend=self.backend), normalized(out1, backend=self.backend)
         out1, bank = self.memory_bank.forward(
             out1, update=out0.requires_grad
-        )  # which keeps what autocast has not rounded
+        )  # before autocast, so that the bank's features are not rounded
         out0, out1 = autocast(out0), autocast(out1)
         if bank is not None:
             pos, row = self._against_bank(out0, out1, bank.T.to(out0))
@@ -48,7 +48,7 @@ class NTXentLoss(Fused, ntx_ent_loss.NTXentLoss):
         return cross_entropy(pos, row, dtype=compute_dtype(out0.dtype), backend=self.backend)
 
     def _against_bank(self, query: Tensor, key: Tensor, bank: Tensor) -> tuple[Tensor, Tensor]:
-        """The positive is among the columns, the other keys of the batch are not negatives: excluded by their id."""
+        """pos and row, (N,): the positive is a key of the batch, but only the bank's columns are negatives, by ids."""
         n = len(query)
         col_ids = torch.ones(n + len(bank), dtype=torch.long, device=query.device).index_fill_(
             0, torch.arange(n, device=query.device), 0
@@ -61,9 +61,9 @@ class NTXentLoss(Fused, ntx_ent_loss.NTXentLoss):
 
 
 class DCLLoss(Fused, dcl_loss.DCLLoss):
-    """lightly's DCLLoss without the logits: decoupled, the other view is not in the denominator.
+    """lightly's DCLLoss without the logits: the other view is not in the denominator.
 
-    Constructor and call as there, ``weight_fn`` included: out0, out1 of shape (N, D), normalised here.
+    Constructor and call are lightly's, ``weight_fn`` included: out0, out1 of shape (N, D), which are normalised here.
     """
 
     bypassed: ClassVar[tuple[str, ...]] = ("_loss",)
@@ -71,7 +71,7 @@ class DCLLoss(Fused, dcl_loss.DCLLoss):
     def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
         """(N, D), (N, D) -> scalar."""
         _check_views(out0, out1)
-        if self.weight_fn:  # which may do with them, and with their gradients, whatever it likes
+        if self.weight_fn:  # it may use the features too, and ``normalized`` writes to a gradient in place
             out0, out1 = F.normalize(out0, dim=1), F.normalize(out1, dim=1)
         else:
             out0, out1 = normalized(out0, backend=self.backend), normalized(out1, backend=self.backend)
@@ -95,9 +95,9 @@ def _check_views(out0: Tensor, out1: Tensor) -> None:
 def _both_views(
     out0: Tensor, out1: Tensor, scale: float, gathers: bool, options: dict[str, Any]
 ) -> tuple[Tensor, Tensor]:
-    """pos and row (2N,): each feature of both views against all others, the positive apart."""
+    """pos and row (2N,): each feature of both views against all others, but its own positive, which is in pos."""
     n, group = len(out0), GlobalBatch(exchange="gather", gradients="sum") if gathers else None
-    first = dist.rank() * n if gathers else 0  # the library takes as many rows in every process
+    first = dist.rank() * n if gathers else 0  # the library assumes as many rows in every process
     sample = torch.arange(first, first + n, device=out0.device).repeat(2)
     row = self_stats(torch.cat((out0, out1)), scale, ids=sample, group=group, **options)
     return pair_logit(scale, out0, out1).to(row.dtype).repeat(2), row
@@ -110,7 +110,7 @@ __getattr__ = not_covered(__name__, library)
 def patch_lightly() -> Patch:
     """Makes ``lightly.loss`` hold the classes of this module.
 
-    Call it before the losses are created. Returns a ``Patch``, which ``undo()`` or leaving a ``with`` block takes back.
+    Call it before the losses are created. ``undo()`` of the ``Patch``, or leaving its ``with`` block, takes it back.
     """
     patch = Patch()
     patch.replace_everywhere("lightly", ORIGINALS)

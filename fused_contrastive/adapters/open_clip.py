@@ -24,16 +24,16 @@ from fused_contrastive.ops.stats import contrastive_stats
 with importing("open_clip_torch", tested="3.3.0"):
     from open_clip import loss as library
 
-TEACHER_LOGITS = 1 << 20  # of the teacher's logits, this many at a time
+TEACHER_LOGITS = 1 << 20  # how many of the teacher's logits are held at a time
 
 
 class ClipLoss(Fused, library.ClipLoss):
     """open_clip's ClipLoss without the logits.
 
-    Constructor and call as there: (N, D) features, ``logit_scale`` already exponentiated (0-d, or of shape (1,) as
-    FSDP2 keeps it). Over processes, ``local_loss`` and ``gather_with_grad`` give value and gradients as there, of the
-    scale after DDP's mean. The loss is float32 (float64) whatever the features; a ``logit_bias`` cancels in the softmax
-    and gets a gradient of 0.
+    Constructor and call are open_clip's: (N, D) features, ``logit_scale`` already exponentiated (0-d, or of shape (1,)
+    as FSDP2 keeps it). Over processes, ``local_loss`` and ``gather_with_grad`` give the library's value and gradients;
+    the scale's gradient is the library's after DDP's mean. The loss is float32 (float64 for float64 features); a
+    ``logit_bias`` cancels in the softmax and gets a gradient of 0.
 
     Raises:
         NotImplementedError: ``use_horovod``.
@@ -61,7 +61,7 @@ class ClipLoss(Fused, library.ClipLoss):
             total = self._over_processes(image_features, text_features, scale, options)
         else:
             total = clip_loss(image_features, text_features, scale, **options)
-        if logit_bias is not None:  # 0, with its gradient; NaN where it is NaN or inf
+        if logit_bias is not None:  # adds 0, so that the bias has a gradient of 0; NaN if the bias is NaN or inf
             checks.scalar("logit_bias", scalar(logit_bias))
             total = total + (scalar(logit_bias) - scalar(logit_bias))
         return {"contrastive_loss": total} if output_dict else total
@@ -69,7 +69,7 @@ class ClipLoss(Fused, library.ClipLoss):
     def _over_processes(
         self, image_features: Tensor, text_features: Tensor, scale: float | Tensor, options: dict[str, Any]
     ) -> Tensor:
-        """What each flag means there, gradients included, with one block of the logits where it means the whole batch.
+        """What the flags give in open_clip, gradients included; for the whole batch, it takes one block of the logits.
 
         local_loss  gather_with_grad   value          features' gradient, in units of the whole batch's mean loss
         False       False              whole batch    1: after DDP's mean, 1 / world
@@ -89,7 +89,7 @@ class ClipLoss(Fused, library.ClipLoss):
                 image_features, text_features, scale, reduction="none", group=GlobalBatch(gradients="sum"), **options
             )
             return losses.mean()
-        if not self.gather_with_grad and isinstance(scale, Tensor):  # every process has the whole of its gradient there
+        if not self.gather_with_grad and isinstance(scale, Tensor):  # in open_clip each process has all of its gradient
             scale = scale.detach() + self.world_size * (scale - scale.detach())
         group = GlobalBatch(gradients="mean" if self.gather_with_grad else "sum")
         return clip_loss(image_features, text_features, scale, group=group, **options)
@@ -104,7 +104,7 @@ class ClipLoss(Fused, library.ClipLoss):
         return gathered
 
     def _own_rows(self, features: Tensor) -> Tensor | None:
-        """Which gathered columns are this process's own positives, where only its own rows count; None: all rows do."""
+        """The gathered columns of this process's own positives, if only its own rows count; None if all rows do."""
         if self.world_size == 1 or not self.local_loss:
             return None
         return torch.arange(len(features), device=features.device) + len(features) * int(self.rank)
@@ -153,7 +153,7 @@ class DistillClipLoss(ClipLoss):
         columns, teacher_columns = self._gathered(*student), self._gathered(*teacher)
         own = self._own_rows(image_features)
         options: dict[str, Any] = {"targets": own, **self._options()}
-        if own is None:  # one matrix, whose columns are the texts' rows
+        if own is None:  # one matrix has both directions: images are its rows, texts its columns
             options["directions"] = ["row", "col"]
             blocks = [(columns[0], columns[1], teacher_columns[0], teacher_columns[1])]
         else:
@@ -178,7 +178,7 @@ class DistillClipLoss(ClipLoss):
 
 
 class SigLipLoss(Fused, library.SigLipLoss):
-    """open_clip's SigLipLoss without the logits; over processes, value and gradients as there.
+    """open_clip's SigLipLoss without the logits, with its value and gradients over processes too.
 
     ``dist_impl`` "bidir" and "shift" pass the texts round, "reduce" and "gather" gather them.
     """
@@ -195,7 +195,7 @@ class SigLipLoss(Fused, library.SigLipLoss):
     ) -> Tensor | dict[str, Tensor]:
         """(N, D), (N, D), scalars -> the sum over all pairs with this process's images, per image."""
         options = self._options()
-        if self.world_size > 1:  # neighbours' exchange passes texts round, the others gather
+        if self.world_size > 1:
             exchange: Any = "ring" if self.dist_impl in ("bidir", "shift") else "gather"
             options["group"] = GlobalBatch(exchange=exchange, gradients="sum")
         bias = None if logit_bias is None else scalar(logit_bias)
@@ -209,8 +209,9 @@ def _expected(
 ) -> Tensor:
     """The sum of ``P * (x @ y.T)``: P are the teacher's softmaxes over each row and, with ``col``, over each column.
 
-    (M, D), (N, D), the teacher's scale and features, and its normalisers (M,) and (N,) -> scalar in their dtype. It is
-    linear in x and in y: where the teacher gets no gradient, P y and P^T x are its gradients, and made with it.
+    (M, D), (N, D), the teacher's scale and features, and its normalisers (M,) and (N,) -> scalar in their dtype. The
+    sum is linear in x and in y, so if the teacher gets no gradient, x and y have the gradients P y and P^T x, which
+    are computed with the sum.
     """
     dtype = compute_dtype(x.dtype)
     a, b = scale * teacher_x.to(dtype), teacher_y.to(dtype)
@@ -237,7 +238,7 @@ def _expected(
             p = weights(a[k], b, short_row[k], short_col)
             torch.mm(p, wide_y, out=for_x[k])
             for_y.addmm_(p.T, wide_x[k])
-    through_y = (wide_y - wide_y.detach()) * for_y  # 0, with the gradient
+    through_y = (wide_y - wide_y.detach()) * for_y  # its value is 0, and it gives y the gradient for_y
     return (wide_x * for_x).sum(dim=1).to(row.dtype).sum() + through_y.sum()
 
 
@@ -246,9 +247,9 @@ __getattr__ = not_covered(__name__, library)
 
 
 def patch_open_clip() -> Patch:
-    """Makes open_clip create our losses: its factory, and so its training entry point, and all that imports them.
+    """Makes open_clip create our losses: in its factory, and so in its training, and wherever they are imported.
 
-    Call it before the loss is created. Returns a ``Patch``, which ``undo()`` or leaving a ``with`` block takes back.
+    Call it before the loss is created. ``undo()`` of the ``Patch``, or leaving its ``with`` block, takes it back.
     """
     patch = Patch()
     for package in ("open_clip", "open_clip_train"):

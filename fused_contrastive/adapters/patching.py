@@ -7,15 +7,15 @@ from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any
 
-# Of each place that is patched: what was there, and what the patches put there, the last one on top.
+# For each place that is patched: what was there before, and what each patch put there, the last one on top.
 _originals: dict[tuple[Any, str], Any] = {}
 _layers: dict[tuple[Any, str], list[tuple[Patch, Any]]] = {}
 
 
 class Patch(AbstractContextManager["Patch"]):
-    """What was replaced. ``undo()`` takes it back, and so does leaving a ``with`` block.
+    """Replacements in other modules, until ``undo()`` or the end of a ``with`` block puts the originals back.
 
-    Of several patches of one place the last one holds; they can be undone in any order.
+    If several patches replace the same name, the last one holds; they can be undone in any order.
     """
 
     def __init__(self) -> None:
@@ -23,7 +23,7 @@ class Patch(AbstractContextManager["Patch"]):
         self._everywhere: list[tuple[str, dict[Any, Any]]] = []
 
     def replace(self, owner: Any, name: str, new: Any) -> None:
-        """``owner.name = new``, remembered. ``owner`` is a module or a class."""
+        """Sets ``owner.name = new`` and remembers what was there. ``owner`` is a module or a class."""
         place = owner, name
         _originals.setdefault(place, vars(owner)[name])
         _layers.setdefault(place, []).append((self, new))
@@ -31,9 +31,10 @@ class Patch(AbstractContextManager["Patch"]):
         setattr(owner, name, new)
 
     def replace_everywhere(self, package: str, originals: dict[Any, Any]) -> None:
-        """In every loaded module of ``package``, a class that is a key becomes its value. Keys are never patched ones.
+        """In every loaded module of ``package``, replaces each class that is a key by its value.
 
-        Modules that did ``from .loss import ClipLoss`` hold the class under a name of their own.
+        All modules are searched because ``from .loss import ClipLoss`` gives a module a name of its own for the class.
+        Keys are the library's classes, never classes that a patch has put there.
         """
         self._everywhere.append((package, originals))
         for module, name, value in _classes_of(package):
@@ -43,7 +44,7 @@ class Patch(AbstractContextManager["Patch"]):
                 self.replace(module, name, value)
 
     def undo(self) -> None:
-        """Takes it back. Doing it twice does nothing more."""
+        """Puts the originals back. A second call does nothing."""
         while self._places:
             place = self._places.pop()
             layers = _layers[place] = [layer for layer in _layers[place] if layer[0] is not self]
@@ -51,7 +52,7 @@ class Patch(AbstractContextManager["Patch"]):
             if not layers:
                 del _layers[place], _originals[place]
             setattr(*place, original)
-        while self._everywhere:  # modules that were first imported meanwhile
+        while self._everywhere:  # modules imported since then took our classes from patched ones
             package, originals = self._everywhere.pop()
             back = {new: original for original, new in originals.items()}
             for module, name, value in _classes_of(package):
@@ -65,7 +66,7 @@ class Patch(AbstractContextManager["Patch"]):
 
 
 def _classes_of(package: str) -> list[tuple[Any, str, type]]:
-    """(module, name, class) of every loaded module of the package, once for a module that has several names."""
+    """(module, name, class) for the classes in the package's loaded modules; a module under two names counts once."""
     modules = {
         id(module): module
         for module_name, module in list(sys.modules.items())

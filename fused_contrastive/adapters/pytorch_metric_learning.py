@@ -21,17 +21,17 @@ from fused_contrastive.ops.stats import contrastive_stats, self_stats
 with importing("pytorch-metric-learning", tested="2.9.0"):
     from pytorch_metric_learning import distances, losses, reducers
 
-PAIRS = 1 << 20  # of positive pairs, this many at a time
+PAIRS = 1 << 20  # how many positive pairs are held at a time
 
 _CHOSEN_PAIRS = (
     "chosen pairs, which are no function of labels and not covered, expected None: every pair counts here. They come "
     "from a miner, or from DistributedLossWrapper(efficient=True), which lists the pairs of its own rows: take "
-    "efficient=False. For CrossBatchMemory take that of this module; for a miner, pytorch_metric_learning's own loss"
+    "efficient=False. For CrossBatchMemory use this module's; for a miner, pytorch_metric_learning's own loss"
 )
 
 
 class _LabelLoss(Fused):
-    """What both losses share: labels in place of N x N masks. Mixed in before the library's class."""
+    """A mix-in with what both losses share, labels in place of N x N masks; it stands before the library's class."""
 
     bypassed: ClassVar[tuple[str, ...]] = ("_compute_loss", "mat_based_loss", "pair_based_loss")
     distance: Any
@@ -40,7 +40,7 @@ class _LabelLoss(Fused):
     def compute_loss(
         self, embeddings: Tensor, labels: Tensor, indices_tuple: Any, ref_emb: Tensor, ref_labels: Tensor
     ) -> Any:
-        """The library's hook: loss dict of (M, D) embeddings against (N, D) references."""
+        """The library's hook: returns its dict of losses, for (M, D) embeddings against (N, D) references."""
         ref_labels = labels if ref_labels is None else ref_labels
         own = torch.arange(len(embeddings), device=embeddings.device) if ref_labels is labels else None
         if isinstance(indices_tuple, OwnSlots):
@@ -83,10 +83,10 @@ class _LabelLoss(Fused):
 class NTXentLoss(_LabelLoss, losses.NTXentLoss):
     """pytorch-metric-learning's NTXentLoss without the N x N matrix: one term for each positive pair.
 
-    Each pair of the same label against the anchor's features of other labels, which the kernel tells by the labels.
+    A pair's negatives are the features with another label than its anchor; the kernel excludes the others by label.
     With the library's MeanReducer, its default, the terms are summed as they are made; any other reducer gets the list.
-    Constructor, call, reducers, regularisers and ``ref_emb`` as there; it works in SelfSupervisedLoss, and in the
-    CrossBatchMemory of this module.
+    Constructor, call, reducers, regularisers and ``ref_emb`` are the library's; it works in SelfSupervisedLoss, and in
+    the CrossBatchMemory of this module.
 
     Raises:
         NotImplementedError: a distance other than cosine or dot product, or an ``indices_tuple``.
@@ -97,7 +97,7 @@ class NTXentLoss(_LabelLoss, losses.NTXentLoss):
         scale = 1 / scalar(self.temperature)
         if own is not None and y is x:
             row = self_stats(x, scale, ids=codes, **self._options())
-        else:  # the target, one of the positives, is excluded by its id anyhow; where there is none the row is not read
+        else:  # any positive will do for a target, since its id excludes it too; a row without one is not read
             one_of = torch.zeros_like(problem.counts).index_put((ref_codes,), torch.arange(len(y), device=y.device))
             stats = contrastive_stats(
                 x, y, scale, targets=one_of[codes], row_ids=codes, col_ids=ref_codes, directions=("row",),
@@ -116,8 +116,8 @@ class NTXentLoss(_LabelLoss, losses.NTXentLoss):
 class SupConLoss(_LabelLoss, losses.SupConLoss):
     """pytorch-metric-learning's SupConLoss without the N x N matrices: the positives' sum is closed form.
 
-    Constructor, call, reducers, regularisers and ``ref_emb`` as there; it works in SelfSupervisedLoss, and in the
-    CrossBatchMemory of this module.
+    Constructor, call, reducers, regularisers and ``ref_emb`` are the library's; it works in SelfSupervisedLoss, and in
+    the CrossBatchMemory of this module.
 
     Raises:
         NotImplementedError: a distance other than cosine or dot product, or an ``indices_tuple``.
@@ -143,15 +143,15 @@ class SupConLoss(_LabelLoss, losses.SupConLoss):
 
 
 class OwnSlots(NamedTuple):
-    """In place of an indices_tuple: all pairs count, but each embedding with the reference that is itself."""
+    """Stands for an indices_tuple: all pairs count, except an embedding with the reference that is its own copy."""
 
-    slots: Tensor | None  # (M,) that reference
+    slots: Tensor | None  # (M,) the reference that is each embedding's own copy; None: there is none
 
 
 class CrossBatchMemory(losses.CrossBatchMemory):
-    """pytorch-metric-learning's CrossBatchMemory; for the losses of this module without the list of all pairs.
+    """pytorch-metric-learning's CrossBatchMemory; with a loss of this module, it does not list all pairs.
 
-    Constructor, call, queue and ``enqueue_mask`` as there. Around a loss of the library it is the library's.
+    Constructor, call, queue and ``enqueue_mask`` are the library's. With a loss of the library, so is all else.
 
     Raises:
         NotImplementedError: a miner or an ``indices_tuple`` with a loss of this module.
@@ -169,7 +169,7 @@ class CrossBatchMemory(losses.CrossBatchMemory):
         self, embeddings: Any, labels: Any, E_mem: Any, L_mem: Any, input_indices_tuple: Any,  # noqa: N803
         do_remove_self_comparisons: bool,
     ) -> Any:  # fmt: skip
-        """The library's hook: what the loss gets as its indices_tuple. Losses of the library get the library's."""
+        """The library's hook, which makes the loss's indices_tuple; a loss of the library gets the library's."""
         if not isinstance(self.loss, _LabelLoss):
             return super().create_indices_tuple(
                 embeddings, labels, E_mem, L_mem, input_indices_tuple, do_remove_self_comparisons
@@ -184,19 +184,19 @@ class _Labelled(NamedTuple):
 
     x: Tensor  # (M, D)
     y: Tensor  # (N, D)
-    codes: Tensor  # (M,) labels as small numbers
-    ref_codes: Tensor  # (N,)
-    own: Tensor | None  # (M,) the reference that is the row itself, and no positive
+    codes: Tensor  # (M,) the rows' labels, as numbers below M + N
+    ref_codes: Tensor  # (N,) the references' labels, likewise
+    own: Tensor | None  # (M,) the reference that is the row itself, and so is not a positive
 
     @property
     def counts(self) -> Tensor:
-        """(codes,) references of each label."""
+        """(M + N,) how many references have each code."""
         counts = torch.zeros(len(self.x) + len(self.y), dtype=torch.long, device=self.x.device)
         return counts.index_add_(0, self.ref_codes, torch.ones_like(self.ref_codes))
 
     @property
     def positives(self) -> Tensor:
-        """(M,) how many."""
+        """(M,) how many positives each row has."""
         return self.counts[self.codes] - (0 if self.own is None else 1)
 
     @property
@@ -204,15 +204,15 @@ class _Labelled(NamedTuple):
         return len(self.y) - self.counts[self.codes]
 
     def blocks(self) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-        """Rows (G, m), references (G, n) and their features, of G labels at a time that have as many of both.
+        """Rows (G, m), references (G, n) and the features of both, for G labels at a time with equal m and equal n.
 
-        The pairs of one label are a block of S. Features are sorted by label once, so that no pair's are gathered.
+        One label's pairs are a block of S. Features are sorted by label once, so they are not gathered pair by pair.
         """
         counts, own_counts = self.counts, torch.zeros_like(self.counts)
         own_counts.index_add_(0, self.codes, torch.ones_like(self.codes))
         sizes = torch.stack((own_counts, counts), dim=1)
         kinds, kind_of, labels = torch.unique(sizes, dim=0, return_inverse=True, return_counts=True)
-        place = kind_of.argsort(stable=True).argsort()  # of each label
+        place = kind_of.argsort(stable=True).argsort()  # each label's place in the order of kinds
         order, ref_order = (place[codes].argsort(stable=True) for codes in (self.codes, self.ref_codes))
         m, n, groups = (t.tolist() for t in (*kinds.unbind(1), labels))
         dtype = compute_dtype(self.x.dtype)
@@ -228,7 +228,7 @@ class _Labelled(NamedTuple):
     def softplus_sum(self, scale: float | Tensor, row: Tensor) -> Tensor:
         """The sum of softplus(row - logit) over all positive pairs, some of them at a time.
 
-        They are recomputed in the backward: no more than ``PAIRS`` are held, and 4 products of each made.
+        The backward computes their logits again, so that no more than ``PAIRS`` are held, for 4 products a pair.
         """
         total = row.new_zeros(())
         for rows, references, x, y in self.blocks():
@@ -246,7 +246,7 @@ class _Labelled(NamedTuple):
         return total
 
     def positive_pairs(self, scale: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(P,) rows, their positives and the pairs' logits, row by row, as ``torch.where`` of the mask has them."""
+        """(P,) rows, their positives and the pairs' logits, in the order of ``torch.where`` of the library's mask."""
         logits, pairs = [], []
         for rows, references, x, y in self.blocks():
             logits.append((scale * (x @ y.mT)).flatten())
@@ -262,7 +262,7 @@ class _Labelled(NamedTuple):
 def _softplus_sum(
     x: Tensor, y: Tensor, scale: float | Tensor, row: Tensor, own: Tensor | None, references: Tensor
 ) -> Tensor:
-    """(G, m, D), (G, n, D), scalar, (G, m) and, to be left out, own (G, m) among references (G, n) -> scalar."""
+    """(G, m, D), (G, n, D), scalar, (G, m) -> scalar; pairs of a row and its ``own`` (G, m) reference do not count."""
     margins = row.to(x.dtype)[..., None] - scale * (x @ y.mT)
     if own is not None:
         margins = margins.masked_fill(own[..., None] == references[:, None], -torch.inf)
@@ -287,7 +287,7 @@ __getattr__ = not_covered(__name__, losses)
 def patch_pytorch_metric_learning() -> Patch:
     """Makes ``pytorch_metric_learning.losses`` hold the classes of this module.
 
-    Call it before the losses are created. Returns a ``Patch``, which ``undo()`` or leaving a ``with`` block takes back.
+    Call it before the losses are created. ``undo()`` of the ``Patch``, or leaving its ``with`` block, takes it back.
     """
     patch = Patch()
     patch.replace_everywhere("pytorch_metric_learning", ORIGINALS)

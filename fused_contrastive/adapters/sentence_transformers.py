@@ -25,7 +25,7 @@ with importing("sentence-transformers", tested="5.3.0 and 6.2.0", least="5.3"):
 
     if importlib.util.find_spec("sentence_transformers.sentence_transformer"):
         from sentence_transformers.sentence_transformer import losses
-    else:  # before 5.4, from where on this is a deprecated name
+    else:  # older than 5.4, where this name became deprecated
         from sentence_transformers import losses
 
 
@@ -38,8 +38,8 @@ _OPTIONS = (
 class MultipleNegativesRankingLoss(Fused, losses.MultipleNegativesRankingLoss):
     """sentence-transformers' MultipleNegativesRankingLoss without the matrices of scores.
 
-    Constructor and call as there: directions, partition modes, hardness and ``gather_across_devices`` included. The
-    loss is float32 (float64) whatever the embeddings.
+    Constructor and call are the library's: directions, partition modes, hardness and ``gather_across_devices``
+    included. The loss is float32 (float64 for float64 embeddings).
 
     Raises:
         NotImplementedError: a ``similarity_fct`` other than ``util.cos_sim`` and ``util.dot_score``.
@@ -85,22 +85,22 @@ def _check_similarity(loss: Any) -> None:
 
 
 class _Batch:
-    """This process's embeddings, for the four blocks of scores, against those of all processes where they are gathered.
+    """The four blocks of scores: this process's embeddings against its own, or against all that are gathered.
 
     Every block's denominator leaves out the positive, which the caller adds.
     """
 
     def __init__(self, embeddings: list[Tensor], loss: MultipleNegativesRankingLoss) -> None:
-        _check_similarity(loss)  # it can be assigned
+        _check_similarity(loss)  # again, because users may have assigned another one
         prepare = partial(normalized, backend=loss.backend) if loss.similarity_fct is util.cos_sim else _same
         for k, column in enumerate(embeddings):
             check_pair("embeddings[0]", embeddings[0], f"embeddings[{k}]", column)
         self.queries, *self.docs = (prepare(autocast(e)) for e in embeddings)  # (B, D) each
-        self.documents = torch.cat(self.docs) if len(self.docs) > 1 else self.docs[0]  # column by column
+        self.documents = torch.cat(self.docs) if len(self.docs) > 1 else self.docs[0]  # all positives, then negatives
         count, gathers = len(self.queries), loss.gather_across_devices
         several = gathers and dist.is_available() and dist.is_initialized()
         rank = dist.get_rank() if several else 0
-        first = rank * count  # the library takes as many queries in every process
+        first = rank * count  # the library assumes as many queries in every process
         self.query = torch.arange(first, first + count, device=self.queries.device)
         before = rank * len(self.documents)
         self.positives = torch.arange(before, before + count, device=self.queries.device)  # columns, rank by rank
@@ -115,7 +115,7 @@ class _Batch:
         }  # fmt: skip
 
     def query_to_doc(self) -> tuple[Tensor, dict[str, Tensor]]:
-        """The positives' logits and the denominators of this block, and of doc_to_query where it comes with it."""
+        """The positives' logits, and the denominators of this block and, if the same pass gives it, of doc_to_query."""
         x, y = self.queries, self.documents
         if self.mode is None or (self.mode == "hard_negatives" and len(self.docs) == 1):
             pos, row, col = contrastive_stats(
@@ -127,8 +127,8 @@ class _Batch:
             if col is not None:
                 found["doc_to_query"] = col[: len(x)]
             return pos, found
-        # Hardness adds strength * stop_gradient(cosine) to some negatives' logits: their scale is larger than that of
-        # their gradients. The query's own documents, of another scale than the others, are a few pairs of their own.
+        # Hardness adds strength * stop_gradient(cosine) to some negatives' logits, so these have a larger scale than
+        # their gradients. The query's own documents have another scale than the others, and are computed separately.
         in_batch = self._of_other_queries(x, y, self.mode != "hard_negatives")
         pos = pair_logit(self.scale, x, self.docs[0]).to(in_batch.dtype)
         if len(self.docs) > 1:
@@ -142,7 +142,7 @@ class _Batch:
     def _of_other_queries(self, x: Tensor, y: Tensor, harder: bool) -> Tensor:
         """Denominator over the documents of other queries."""
         scale = self.scale
-        if harder:  # logits (scale + strength) * cosine, of which the strength's part is a constant to every gradient
+        if harder:  # logits are (scale + strength) * cosine; no gradient goes through the part with strength
             scale = scale + self.strength
             share = self.scale / scale
             share = share.detach() if isinstance(share, Tensor) else share
@@ -173,7 +173,7 @@ def _same(x: Tensor) -> Tensor:
 
 
 def _scale_gradient(x: Tensor, factor: float | Tensor) -> Tensor:
-    """x, whose gradient is multiplied by ``factor``."""
+    """Returns x, but multiplies its gradient by ``factor``."""
     return x.detach() + factor * (x - x.detach())
 
 
@@ -184,8 +184,8 @@ class MultipleNegativesSymmetricRankingLoss(losses.MultipleNegativesSymmetricRan
 class CachedMultipleNegativesRankingLoss(Fused, losses.CachedMultipleNegativesRankingLoss):
     """sentence-transformers' CachedMultipleNegativesRankingLoss (GradCache) without the matrices of scores.
 
-    Embedding goes mini-batch by mini-batch as there. The loss of the whole batch is one call, where the library's goes
-    through ``mini_batch_size`` rows at a time.
+    As in the library, embeddings are made mini-batch by mini-batch. The loss of the whole batch is one call, while the
+    library's goes through ``mini_batch_size`` rows at a time.
     """
 
     @wraps(losses.CachedMultipleNegativesRankingLoss.__init__)  # type: ignore[misc]
@@ -196,8 +196,8 @@ class CachedMultipleNegativesRankingLoss(Fused, losses.CachedMultipleNegativesRa
     def calculate_loss(
         self, reps: list[list[Tensor]], labels: Tensor | None = None, *, with_backward: bool = False
     ) -> Tensor:
-        """The library's hook: each column's embeddings, mini-batch by mini-batch."""
-        for name in ("backend", "memory_budget", *_OPTIONS):  # which can be assigned; from 6 on to self.loss itself
+        """The library's hook: the loss of each column's embeddings, which come mini-batch by mini-batch."""
+        for name in ("backend", "memory_budget", *_OPTIONS):  # self.loss has copies, and users may assign new values
             setattr(self.loss, name, getattr(self, name))
         loss: Tensor = self.loss.compute_loss_from_embeddings([torch.cat(column) for column in reps], labels)
         if with_backward:
@@ -224,7 +224,7 @@ _not_covered = not_covered(__name__, losses, {"GISTEmbedLoss": _GUIDE, "CachedGI
 
 
 def __getattr__(name: str) -> Any:
-    """What only newer versions of the library have is imported when it is asked for."""
+    """Imports the names that only newer versions of the library have, when they are asked for."""
     if name in _MULTI_VECTOR:
         return getattr(importlib.import_module(f"{__name__}_multi_vector"), name)
     return _not_covered(name)
@@ -242,7 +242,7 @@ ORIGINALS = {
 def patch_sentence_transformers() -> Patch:
     """Makes sentence_transformers hold the ranking losses of this module (GISTEmbedLoss stays the library's).
 
-    Call it before the losses are created. Returns a ``Patch``, which ``undo()`` or leaving a ``with`` block takes back.
+    Call it before the losses are created. ``undo()`` of the ``Patch``, or leaving its ``with`` block, takes it back.
     """
     originals = ORIGINALS
     if importlib.util.find_spec("sentence_transformers.multi_vector_encoder"):

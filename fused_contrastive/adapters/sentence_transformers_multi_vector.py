@@ -1,6 +1,6 @@
 """sentence-transformers' ranking losses of multi-vector models (tested with 6.2.0; 5.3.0 has none).
 
-A module of its own, as the others are there with older versions too.
+They are in a module of their own because the other adapters work with older versions too.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def fused_colbert_scores(
     )  # fmt: skip
     if mask is not None:
         least = scores.new_full((len(scores), 1), NO_TOKEN_SCORE)
-        if length_normalize:  # the library divides it as well
+        if length_normalize:  # the library divides this score too
             every = queries_embeddings.shape[1]
             least = least / (every if queries_mask is None else queries_mask.sum(dim=1, keepdim=True).clamp_min(1))
         scores = torch.where(mask.any(dim=1), scores, least)
@@ -55,7 +55,7 @@ def fused_colbert_scores(
 
 
 class _MaxSimLoss(Fused):
-    """What both multi-vector losses share. Mixed in before the library's class."""
+    """A mix-in with what both multi-vector losses share; it stands before the library's class."""
 
     def __init__(self, model: Any, *, similarity_fct: Any = None, **options: Any) -> None:
         library: Any = similarity_fct or colbert_scores
@@ -75,7 +75,7 @@ class _MaxSimLoss(Fused):
         return fused_colbert_scores(queries, documents, **options, **self._options())
 
     def get_config_dict(self) -> dict[str, Any]:
-        """For model cards: by the name of the library's scorer."""
+        """The configuration for model cards, with the name of the library's scorer."""
         return {**super().get_config_dict(), "similarity_fct": self._scorer_name}  # type: ignore[misc]
 
 

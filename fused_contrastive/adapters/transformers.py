@@ -21,8 +21,8 @@ with importing("transformers", tested="4.57.6 and 5.24.0", least="4.57"):
     import transformers
     from transformers.utils.generic import can_return_tuple
 
-# Models whose logits are scale * text_embeds @ image_embeds.T: by the name of the model's module, its class. What is
-# normalised is what get_image_features and get_text_features give.
+# Models whose logits are scale * text_embeds @ image_embeds.T, with the class for each module's name. Their embeddings
+# are what get_image_features and get_text_features give, normalised.
 MODELS = {
     "clip": "CLIPModel",
     "metaclip_2": "MetaClip2Model",
@@ -34,8 +34,8 @@ MODELS = {
     "siglip": "SiglipModel",
     "siglip2": "Siglip2Model",
 }
-# Whose forward returns the towers' outputs as they are, where get_*_features puts the projection in their place. Before
-# transformers 5 all did, and get_*_features gives the projection alone.
+# Models whose forward returns the towers' outputs unchanged, though their get_*_features replaces pooler_output by the
+# projection. Before transformers 5 all models did, and get_*_features gives the projection alone.
 BEFORE_5 = transformers.__version__.startswith("4.")
 TOWERS_UNCHANGED = tuple(MODELS) if BEFORE_5 else ("altclip", "blip", "vision_text_dual_encoder")
 _OTHER_INPUTS = "it embeds sound or video, and is not tested here: call {} on its embeddings"
@@ -69,10 +69,10 @@ def patch_transformers(models: str | Sequence[str] = tuple(MODELS), *, output_lo
 
     The output's ``loss``, ``text_embeds``, ``image_embeds`` and the towers' outputs are as before. In training,
     ``logits_per_image`` and ``logits_per_text`` are None, unless ``output_logits=True`` here or in the call asks for
-    them, and so are ``output[1]`` and ``output[2]``, so that the others keep their positions; without gradients, as in
-    evaluation, and with ``return_dict=False`` they are there as before. Calls without ``return_loss`` are the library's
-    own. The class is patched, so existing models are too, but for those whose own ``forward`` something has wrapped:
-    patch before ``accelerator.prepare``. Trainer and DDP need nothing else.
+    them; ``output[1]`` and ``output[2]`` are then None as well, so that later elements keep their positions. Without
+    gradients, as in evaluation, and with ``return_dict=False`` the logits are there as before. Calls without
+    ``return_loss`` are the library's own. The class is patched, and with it existing models, except those whose own
+    ``forward`` has been wrapped: patch before ``accelerator.prepare``. Trainer and DDP need nothing else.
 
     Args:
         models: a model type or several, as in ``config.model_type``: keys of ``MODELS``.
@@ -104,13 +104,13 @@ def patch_transformers(models: str | Sequence[str] = tuple(MODELS), *, output_lo
 def _forward(name: str, model_class: Any, default_output_logits: bool) -> Any:
     original = model_class.forward
     signature = inspect.signature(original)
-    decorated = not {"return_dict", "kwargs"} & set(signature.parameters)  # by can_return_tuple, which takes it away
+    decorated = not {"return_dict", "kwargs"} & set(signature.parameters)  # by can_return_tuple; it takes return_dict
     towers = {
         tower: set(inspect.signature(getattr(model_class, f"get_{tower}_features")).parameters)
         for tower in ("image", "text")
     }
     embed = _embed_by_towers if name in TOWERS_UNCHANGED else _embed_by_features
-    order = ("text", "image") if name == "altclip" and BEFORE_5 else ("image", "text")  # in which dropout draws
+    order = ("text", "image") if name == "altclip" and BEFORE_5 else ("image", "text")  # dropout draws in this order
     output_class = _positions_kept(_output_class(model_class))
 
     @can_return_tuple
@@ -175,7 +175,7 @@ def _embed_by_towers(model: Any, tower: str, inputs: dict[str, Any]) -> tuple[Te
     encoder, projection = (
         (model.text_model, "text_projection") if tower == "text" else (model.vision_model, "visual_projection")
     )
-    if "pixel_attention_mask" in inputs:  # of SigLIP 2, whose tower has another name for it
+    if "pixel_attention_mask" in inputs:  # SigLIP 2's tower has another name for it
         inputs = {**inputs, "attention_mask": inputs["pixel_attention_mask"]}
         del inputs["pixel_attention_mask"]
     parameters = inspect.signature(encoder.forward).parameters
@@ -203,14 +203,14 @@ def _output_class(model_class: Any) -> Any:
 
 @functools.cache
 def _positions_kept(output_class: Any) -> Any:
-    """The class with None, not the next value, in the positions of logits that are not there."""
+    """The class, but where there are no logits its tuple has None in their positions, not the next values."""
 
     class Output(output_class):
         def to_tuple(self) -> tuple[Any, ...]:
             loss, *rest = super().to_tuple()
             return (loss, *rest) if self.logits_per_image is not None else (loss, None, None, *rest)
 
-        def __reduce__(self) -> Any:  # is unpickled as the library's
+        def __reduce__(self) -> Any:  # unpickled, it is of the library's class
             return output_class, *super().__reduce__()[1:]
 
     Output.__name__, Output.__qualname__ = output_class.__name__, output_class.__qualname__

@@ -22,8 +22,8 @@ def patch_x_clip() -> Patch:
     """Makes ``x_clip.CLIP(...)(text, image, return_loss=True)`` compute its loss by ``x_clip_loss``.
 
     All switches of x-clip's constructor and forward stay as they are, its self-supervised losses included; calls
-    without ``return_loss`` are x-clip's own. The loss is computed stably, where x-clip's exp overflows. Returns a
-    ``Patch``, which ``undo()`` or leaving a ``with`` block takes back.
+    without ``return_loss`` are x-clip's own. The loss does not overflow where x-clip's exp does. ``undo()`` of the
+    returned ``Patch``, or leaving its ``with`` block, takes the change back.
 
     Raises:
         NotImplementedError (in forward): several processes (x-clip's own forward raises NameError there).
@@ -43,7 +43,7 @@ def patch_x_clip() -> Patch:
                 "fused_contrastive.x_clip_loss with group= on the latents of return_latents=True"
             )
         checks.same_rows("text", call["text"], "image", call["image"])
-        call["return_latents"] = True  # after the self-supervised losses, which are kept on their way
+        call["return_latents"] = True  # these are returned after the self-supervised losses, which _Kept keeps
         with _Kept(self) as kept:
             latents = original(*bound.args, **bound.kwargs)
         return _loss(self, latents, (call["text"], call.get("aug_text")), (call["image"], call.get("aug_image")), kept)

@@ -1,1 +1,1 @@
-"""What a problem is: which logits are excluded, which reductions are asked, and whether the input makes sense."""
+"""What all other layers build on: the description of a problem, input checks, the memory budget, modes and forks."""

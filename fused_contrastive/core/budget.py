@@ -2,8 +2,8 @@
 
     |ours - fp64| <= 2 |eager - fp64| + 8 eps(dtype) (max |fp64| + the largest term before cancellation)
 
-It comes from data, not from taste: where eager PyTorch itself is far off (scale 1000 in bfloat16), so may we be, twice;
-where it is exact, we get a few roundings.
+Eager PyTorch sets the measure: where it is far off (scale 1000 in bfloat16), we may be off twice as far; where it is
+exact, we may be off by a few roundings.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ class Deviation:
 
     Attributes:
         quantity: its name, "loss" or "dx" for example.
-        error: the largest error of ours.
-        eager_error: that of the same formula in plain PyTorch and the dtype of ours.
-        allowed: what the error budget allows ours.
+        error: our largest error.
+        eager_error: the largest error of the same formula in plain PyTorch, in our dtype.
+        allowed: the largest error that the budget allows us.
     """
 
     quantity: str
@@ -38,8 +38,8 @@ class Deviation:
 
     @property
     def share(self) -> float:
-        """The part of the budget used; above 1 is a breach. NaN where it should not be counts as infinite, and inf
-        unless eager has it too, as past what float16 holds."""
+        """The part of the budget used; above 1 is a breach. A NaN error counts as infinite, and so does an infinite
+        one unless eager's is infinite too, for example beyond float16's range."""
         if not math.isfinite(self.error):
             return 0.0 if self.error == self.eager_error else math.inf
         return self.error / self.allowed if self.allowed else float(self.error > 0)

@@ -22,7 +22,7 @@ def one_of(name: str, value: object, valid: Sequence[str | None]) -> None:
 
 
 def local(name: str, value: Tensor) -> None:
-    """Not a DTensor: no operator here is defined on its shards."""
+    """Raises TypeError for a DTensor: no operator here is defined on its shards."""
     if type(value) is not Tensor and hasattr(value, "full_tensor"):
         raise TypeError(
             f"{name}: got a DTensor, expected a plain tensor: its full_tensor(), or its to_local() and group="
@@ -30,7 +30,7 @@ def local(name: str, value: Tensor) -> None:
 
 
 def features(name: str, value: object, empty: bool = False) -> None:
-    """A (rows, D) floating tensor, not empty, or with ``empty`` perhaps without rows."""
+    """A (rows, D) floating tensor that is not empty; ``empty`` allows 0 rows."""
     _floating(name, value, 2, "(rows, D)", "rows >= 1 and D >= 1", empty)
 
 
@@ -101,7 +101,7 @@ def _shown(value: object) -> str:
 
 
 def scalar_beside(name: str, value: object, x: Tensor) -> float | Tensor:
-    """``scalar``, a number that the logits' dtype holds; a tensor is moved to the device of x."""
+    """As ``scalar``, but the logits' dtype must hold a number, and a tensor is moved to the device of x."""
     value = scalar(name, value)
     if isinstance(value, Tensor):
         return beside(name, value, x)
@@ -122,21 +122,21 @@ def largest(x: Tensor) -> float:
 
 
 def overflows(value: float, x: Tensor) -> bool:
-    """Whether a finite number is none in the dtype of the logits of x, which torch refuses without its name.
+    """Whether a finite number overflows the logits' dtype for x. torch's own error would not name the argument.
 
-    Not asked by torch.compile, which would guard on a number that may be another in each call.
+    False under torch.compile, which would guard on a number that may change from call to call.
     """
     return not torch.compiler.is_compiling() and largest(x) < abs(value) < float("inf")
 
 
 def beside(name: str, value: Tensor, x: Tensor) -> Tensor:
-    """A scale or a bias on the device of x.
+    """A scale or a bias, moved to the device of x.
 
-    From a CPU to a GPU it is copied out of pageable memory: the host waits for that, and a CUDA graph cannot hold it.
+    A copy from a CPU to a GPU comes from pageable memory: the host waits for it, and a CUDA graph cannot capture it.
     """
     if value.device == x.device:
         return value
-    # torch.compile captures on its own, and cannot trace the question.
+    # torch.compile captures graphs by itself, and cannot trace is_current_stream_capturing.
     if x.device.type == "cuda" and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             f"{name}: got a tensor on {value.device} while a CUDA graph is captured, expected one on {x.device}; move "
@@ -161,7 +161,7 @@ def integers(name: str, value: object, expected: Callable[[], str]) -> Tensor:
 def vector(name: str, value: object, length: int, x: Tensor, *, of: str, integer: bool) -> Tensor:
     """A (length,) tensor of an integer dtype -> in int64, or of a floating dtype -> as it is."""
 
-    def expected() -> str:  # only where it is raised: what formats a size makes a constant of it when traced
+    def expected() -> str:  # called only to raise: in a trace, formatting a size makes it a constant
         return f"{'an integer' if integer else 'a floating'} tensor of shape ({length},), {of}"
 
     if integer:
@@ -177,7 +177,7 @@ def vector(name: str, value: object, length: int, x: Tensor, *, of: str, integer
 
 
 def directions(value: object) -> tuple[bool, bool]:
-    """(row asked, col asked)."""
+    """A sequence of "row" and "col" -> whether each of the two is in it."""
     if isinstance(value, str) or not isinstance(value, Sequence):
         raise TypeError(f"directions: got {value!r}, expected a sequence of 'row' and 'col'")
     if len(value) == 0:
@@ -197,7 +197,7 @@ def memory_budget(value: object) -> None:
 
 
 def target_range(targets: Tensor, columns: int) -> None:
-    """Every target names a column. On a GPU, which must not be waited for, as a device-side assertion."""
+    """Every target names a column. On a GPU this is a device-side assertion, so that the host need not wait."""
     low, high = targets.aminmax()
     if targets.device.type != "cpu":
         torch._assert_async((low >= 0) & (high < columns), f"targets: expected values from 0 to {columns - 1} (N - 1)")
@@ -228,7 +228,7 @@ def boolean(name: str, value: object) -> None:
 
 
 def tokens(name: str, value: object, empty: bool = False) -> None:
-    """An (items, tokens, D) floating tensor, not empty, or with ``empty`` perhaps without items."""
+    """An (items, tokens, D) floating tensor that is not empty; ``empty`` allows 0 items."""
     _floating(name, value, 3, "(items, tokens, D)", "every size >= 1", empty)
 
 
@@ -260,7 +260,7 @@ def mask(name: str, value: object, shape: Sequence[int], of_name: str, of: Tenso
     same_device(name, value, of_name, of)
     if value.dtype == torch.bool:
         return value
-    # A mask to be added to logits, of 0 and -inf, means the opposite.
+    # Other values are refused because a mask that is added to logits, of 0 and -inf, means the opposite.
     valid = (value == 0) | (value == 1)
     if value.device.type != "cpu" or not is_plain(value):
         valid = valid if torch.compiler.is_compiling() else unwrapped(valid)
@@ -272,7 +272,7 @@ def mask(name: str, value: object, shape: Sequence[int], of_name: str, of: Tenso
 
 
 def count(name: str, value: object, most: int, of: str) -> None:
-    """An integer from 1 to ``most``, which is the problem's ``of``."""
+    """An integer from 1 to ``most``, which the error calls ``of``."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name}: got {value!r}, expected an integer from 1 to {most} ({of})")
     if not 1 <= value <= most:
@@ -304,7 +304,7 @@ def counts(name: str, value: object) -> None:
 
 
 def features_or_several(name: str, value: object, rows: str, several: str, empty: bool = False) -> None:
-    """A (rows, D) or (rows, several, D) floating tensor, not empty, or with ``empty`` perhaps without rows."""
+    """A (rows, D) or (rows, several, D) floating tensor that is not empty; ``empty`` allows 0 rows."""
     expected = f"({rows}, D) or ({rows}, {several}, D)"
     if isinstance(value, Tensor) and value.dim() not in (2, 3):
         raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected {expected}")

@@ -1,4 +1,4 @@
-"""What the package tells torch.compile, without importing it: that takes as long as importing torch."""
+"""Marks functions for torch.compile without importing its compiler, which takes as long as importing torch."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def constant(function: F) -> F:
-    """As ``torch.compiler.assume_constant_result``: called while a graph is traced, and its result a constant there."""
+    """Like ``torch.compiler.assume_constant_result``: a trace calls the function, and its result is a constant."""
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
 
 
 def outside(function: F) -> F:
-    """As ``torch.compiler.disable``: called between two graphs, never traced. With fullgraph=True, that is an error."""
+    """Like ``torch.compiler.disable``: the function runs between two graphs; with fullgraph=True, that is an error."""
     function._torchdynamo_disable = True  # type: ignore[attr-defined]
     function._torchdynamo_disable_msg = (  # type: ignore[attr-defined]
         "fused_contrastive.verify or verify_against_reference is active in this process and calls losses outside of "

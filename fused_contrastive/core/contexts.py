@@ -1,4 +1,4 @@
-"""What a block has set for the calls inside it: for its own context, not for other threads or asyncio's other tasks."""
+"""Values that a ``with`` block sets for the calls inside it, but not for other threads or other asyncio tasks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 
 class Entry(Generic[T]):
-    """A value, told apart from an equal one of another block."""
+    """A block's value, with an identity: equal values of two blocks are different entries."""
 
     def __init__(self, value: T) -> None:
         self.value = value
@@ -21,8 +21,8 @@ class Entry(Generic[T]):
 class Scoped(Generic[T]):
     """The values of the blocks that this context is in, the innermost last.
 
-    A task copies the context of its creator, and a block may be left in another context than it was entered in, so
-    what counts is whether its entry is still open.
+    A task copies its creator's context, and a block may be left in another context than it was entered in. Therefore
+    an entry in a context counts only while it is open, that is until ``remove`` is called anywhere.
     """
 
     def __init__(self, name: str) -> None:
@@ -37,7 +37,7 @@ class Scoped(Generic[T]):
         return tuple(entry for entry in self._here.get() if entry in self._open)
 
     def __len__(self) -> int:
-        """How many there are, in all contexts together."""
+        """How many entries are open in all contexts together."""
         return len(self._open)
 
     def everywhere(self) -> tuple[T, ...]:

@@ -1,4 +1,4 @@
-"""What a command says of arguments and files that it cannot work with."""
+"""The error that a command raises for arguments and files that it cannot work with."""
 
 from __future__ import annotations
 

@@ -26,8 +26,8 @@ def load_features(path: Path) -> Tensor:
         raise InputError(f"{path}: got no readable file ({error.strerror or error}), {EXPECTED}") from error
     except MemoryError as error:  # a damaged header, or a file that is too large
         raise InputError(f"{path}: got an array that memory does not hold ({error}), {EXPECTED}") from error
-    except Exception as error:  # of damaged files, whatever NumPy's parsers raise: EOFError, TokenError, BadZipFile
-        why = str(error).partition(". If you trust")[0]  # NumPy names an option that there is none of here
+    except Exception as error:  # damaged files make NumPy's parsers raise EOFError, TokenError, BadZipFile and others
+        why = str(error).partition(". If you trust")[0]  # NumPy goes on to advise an option that commands do not have
         raise InputError(f"{path}: got no array ({why}), {EXPECTED}") from error
     if not isinstance(array, np.ndarray):
         array.close()

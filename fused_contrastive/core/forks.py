@@ -20,7 +20,7 @@ from fused_contrastive.core import warn
 P = ParamSpec("P")
 R = TypeVar("R")
 
-_forked: int | None = None  # the thread of a child that stands where its parent forked, until its first call
+_forked: int | None = None  # in a forked child, the thread that goes on after the fork; None after its first call
 
 
 def _note() -> None:
@@ -33,7 +33,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def guard() -> None:
-    """Before the first parallel work of a call. A compiled function meets it where its operators run."""
+    """Goes before the first parallel work of a call. In a compiled function, it runs inside the operators."""
     if _forked is not None and not torch.compiler.is_compiling():
         _go_on_with_one_thread()
 
@@ -49,13 +49,13 @@ def _go_on_with_one_thread() -> None:
     warn.once(
         "forked",
         "fused_contrastive: this process was forked from one that may have used several threads, which it cannot use; "
-        "it goes on with one, torch.set_num_threads(1). Say so in the child, or start it by 'spawn'",
+        "it goes on with one. Call torch.set_num_threads(1) in the child, or start it by 'spawn'",
         RuntimeWarning,
     )
 
 
 def guarded(function: Callable[P, R]) -> Callable[P, R]:
-    """Of a public function that is not ``collective``: torch's own operators may come first in it."""
+    """Calls ``guard`` first in a public function that is not ``collective``, where torch's operators may run first."""
 
     @functools.wraps(function)
     def wrapper(*args: P.args, **options: P.kwargs) -> R:

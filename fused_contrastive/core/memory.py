@@ -21,11 +21,11 @@ from fused_contrastive.core import compiler
 AUTO_SHARE = {"cuda": 64}
 AUTO_SHARE_ELSEWHERE = 16
 
-# Keeping products takes a GPU's bandwidth, and saves time that grows with D. From here on, says the model of
-# tools/roofline.py, half-precision products are kept faster than made again.
+# Keeping products takes a GPU's bandwidth, and saves time that grows with D. From this D on, by the model of
+# tools/roofline.py, half-precision products are faster to keep than to compute again.
 LEAST_D = 160
 
-CPU_BYTES = 64 << 20  # of products, that "auto" keeps at most on a CPU
+CPU_BYTES = 64 << 20  # "auto" keeps at most this many bytes of products on a CPU
 
 Kept = tuple[tuple[int, ...], torch.dtype]  # shape and dtype of what is kept
 
@@ -48,7 +48,7 @@ def total_memory(device_type: str, index: int | None) -> int:
 
 
 def products_to_keep(x: Tensor, columns: int, kept: Callable[..., Kept], budget: int | str) -> int:
-    """How many rows of the products of x (M, D) with so many columns a backend keeps, whose ``kept`` is given."""
+    """How many rows of the products of x (M, D) with ``columns`` columns fit the budget; ``kept`` is the backend's."""
     if budget == "auto":
         if x.device.type == "cuda" and x.dtype.itemsize == 2 and x.shape[1] < LEAST_D:
             return 0
@@ -58,7 +58,7 @@ def products_to_keep(x: Tensor, columns: int, kept: Callable[..., Kept], budget:
 
 
 def rows_to_keep(m: int, of_64_rows: Kept, budget: int | str, device: torch.device) -> int:
-    """How many of m rows fit the budget; none where the backend keeps none."""
+    """How many of m rows fit the budget; 0 if the backend keeps no products."""
     shape, dtype = of_64_rows
     of_64 = math.prod(shape) * dtype.itemsize
     if not of_64:
@@ -66,6 +66,6 @@ def rows_to_keep(m: int, of_64_rows: Kept, budget: int | str, device: torch.devi
     if isinstance(budget, str):
         total = total_memory(device.type, device.index)
         budget = total // AUTO_SHARE.get(device.type, AUTO_SHARE_ELSEWHERE)
-    if device.type == "cpu":  # without a guard on the shapes where they are symbols
+    if device.type == "cpu":  # sym_min puts no guard on symbolic shapes
         return torch.sym_min(m, 64 * budget // of_64)  # type: ignore[no-any-return]
     return min(m, 64 * budget // of_64)

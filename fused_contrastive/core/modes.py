@@ -1,7 +1,7 @@
 """Whether a call is plain eager: nothing traces, transforms or intercepts it, and its tensors have memory to read.
 
-A backend's kernels read and write memory, which none of these would see; they see the registered operator. The question
-is asked several times a call, so it has to be cheap.
+A backend's kernels read and write memory directly, which a tracer, transform or mode cannot see. Where one is active,
+calls go through the registered operator, which it can. The check runs several times a call, so it has to be cheap.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import _disable_current_modes
 
-# Bound here: each look-up costs as much as the question.
+# Bound once, because looking up each of these names costs as much as calling it.
 _is_compiling = torch.compiler.is_compiling
 _transforms_active = torch._C._are_functorch_transforms_active  # torch.func and torch.vmap
 _dispatch_modes = torch._C._len_torch_dispatch_stack  # TorchDispatchMode: FakeTensorMode, make_fx, FlopCounterMode
 _function_mode_enabled = torch._C._is_torch_function_mode_enabled
 _jit_trace = torch._C._get_tracing_state  # torch.jit.is_tracing() takes ten times as long
 
-# And what else is asked about most: a set answers faster than isinstance.
+# The types of most arguments: looking one up in a set is faster than isinstance.
 _PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter, type(None), bool, int, float, str))
 
 NO_FORWARD_MODE = (
@@ -34,11 +34,11 @@ NO_FORWARD_MODE = (
 
 
 def is_plain(*values: Any) -> bool:
-    """Whether eager mode is all there is, and the tensors among ``values`` are no subclass with its own dispatch.
+    """Whether nothing but eager mode is active, and no tensor among ``values`` is of a subclass with its own dispatch.
 
     Raises:
-        RuntimeError: ``torch.jit.trace`` records, or a tensor carries a tangent of ``torch.autograd.forward_ad``: the
-            one would record uninitialised memory, the other be lost.
+        RuntimeError: ``torch.jit.trace`` is recording, and would record uninitialised memory; or a tensor carries a
+            tangent of ``torch.autograd.forward_ad``, which would be lost.
     """
     if _is_compiling():
         return False
@@ -60,7 +60,7 @@ def is_plain(*values: Any) -> bool:
 
 
 def _only_default_device() -> bool:
-    """``torch.set_default_device`` is a mode, too, of which only functions without a tensor take notice."""
+    """``torch.set_default_device`` is a mode too, but it changes only functions that take no tensor."""
     return all(type(mode) is DeviceContext for mode in _get_current_function_mode_stack())
 
 
@@ -71,8 +71,8 @@ def _refuse_tangents(values: tuple[Any, ...]) -> None:
 
 def second_backward(ctx: Any, *_: Tensor) -> None:
     raise RuntimeError(
-        "fused_contrastive: double backward is not supported (the gradients' own gradient was asked, for example by "
-        "create_graph=True or a gradient penalty); use the eager formula for that term"
+        "fused_contrastive: double backward is not supported (the gradients' own gradient was requested, for example "
+        "by create_graph=True or a gradient penalty); use the eager formula for that term"
     )
 
 
@@ -93,9 +93,9 @@ def refuse_transforms(what: str) -> None:
 
 
 def refuse_fake(what: str, *values: object) -> None:
-    """No call that a trace records or that computes with fake tensors, which other processes cannot be sent.
+    """Raises RuntimeError in a call that a trace records or that has fake tensors, which cannot be sent to a process.
 
-    torch.compile traces no further than to the first exchange, which it leaves to Python.
+    Nothing is raised under torch.compile: its trace ends before the first exchange, which runs in Python.
     """
     if torch.compiler.is_dynamo_compiling():
         return

@@ -24,13 +24,13 @@ _of_eager: Scoped[Observer] = Scoped("fused_contrastive observers of eager calls
 def add(observer: Observer, compiled: bool = True) -> Entry[Observer]:
     """Adds an observer to this context and to the copies of it that tasks take, until it is removed.
 
-    ``compiled``: also of losses that torch.compile traces, whose graphs break there.
+    With ``compiled``, losses that torch.compile traces are observed too, and their graphs break there.
     """
     return (_observers if compiled else _of_eager).add(observer)
 
 
 def remove(entry: Entry[Observer]) -> None:
-    """In whichever context it was added."""
+    """Removes an observer, in whichever context it was added."""
     for observers in (_observers, _of_eager):
         observers.remove(entry)
 

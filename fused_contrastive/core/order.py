@@ -1,4 +1,4 @@
-"""The order of candidates: higher scores first, equal scores by the smaller index, NaN last (by index among itself).
+"""The order of candidates: by falling score, equal scores by rising index; NaN scores last, also by rising index.
 
 It is total, so that every backend, block size and number of threads gives the same ranking of the same scores.
 """
@@ -9,6 +9,6 @@ from torch import Tensor
 
 
 def ahead(scores: Tensor, columns: Tensor, score: Tensor, column: Tensor) -> Tensor:
-    """Whether candidates stand ahead of one, all broadcast against each other -> bool; none is ahead of itself."""
+    """Whether (scores, columns) stand ahead of (score, column), all broadcast -> bool; none is ahead of itself."""
     tie = (scores == score) | (scores.isnan() & score.isnan())
     return (scores > score) | (score.isnan() & ~scores.isnan()) | (tie & (columns < column))

@@ -1,4 +1,4 @@
-"""``reduction``, as PyTorch's losses have it."""
+"""The option ``reduction`` of PyTorch's losses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The description of one problem that every backend receives beside the features."""
+"""The description of a problem, which every backend receives with the features."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ EqualIds = Literal["exclude", "only", "negate"]
 
 
 class StatsSpec(NamedTuple):
-    """How logits are made of x (M, D) and y (N, D), which are excluded, and what is asked.
+    """How logits are made of x (M, D) and y (N, D), which are excluded, and what is requested.
 
     ``S[i, j] = scale * x[i] . y[j] + col_bias[j]``. Excluded from ``row`` and ``col`` are the positive
     ``S[i, t(i)]`` and, with ``exclude_self``, ``S[i, i]``. Pairs with ``row_ids[i] == col_ids[j]`` are excluded too;
     or, as ``equal_ids`` says, all others are ("only"), or the logits of the pairs change sign ("negate").
 
     With ``upper``, y is x and there is no bias: S is symmetric, and only its pairs ``j > i`` are computed. ``row`` is
-    over both triangles, without the diagonal; ``col`` is not asked. Targets, if there are any, come in pairs:
+    over both triangles, without the diagonal; ``want_col`` is False. Targets, if there are any, come in pairs:
     ``t(t(i)) = i``.
 
     This is the one place in Python that lists the fields: the operators' schema, what autograd saves and what
@@ -33,31 +33,31 @@ class StatsSpec(NamedTuple):
     row_ids: Tensor | None = None  # (M,) int64
     col_ids: Tensor | None = None  # (N,) int64
     exclude_self: bool = False
-    want_row: bool = True  # the row direction is asked
-    want_col: bool = True  # the column direction is asked
-    upper: bool = False  # of a set of features against itself, each pair once: half the products
+    want_row: bool = True  # the row direction is requested
+    want_col: bool = True  # the column direction is requested
+    upper: bool = False  # y is x, and each pair is computed once: half the products
     equal_ids: EqualIds = "exclude"
     statistic: Statistic = "logsumexp"  # over the logits not excluded: log sum exp, or the sum of log(1 + exp)
-    kept_rows: int = 0  # rows of S whose products to keep for the backward, in whatever form
+    kept_rows: int = 0  # how many rows of S, from the first on, have their products kept for the backward
 
 
 FIELDS = get_type_hints(StatsSpec)
 TENSORS = tuple(name for name, kind in FIELDS.items() if kind in (Tensor, Tensor | None))
-OF_ROWS = ("targets", "row_ids")  # those with an element for each row
-OF_COLS = ("col_bias", "col_ids")  # and for each column
+OF_ROWS = ("targets", "row_ids")  # fields with an element for each row
+OF_COLS = ("col_bias", "col_ids")  # fields with an element for each column
 
 
 class Forward(NamedTuple):
-    """A backend's forward result: statistics in the statistics' dtype; a direction that is not asked has 0 elements."""
+    """A backend's forward result, in ``statistics_dtype``; a direction that is not requested has 0 elements."""
 
     pos: Tensor  # (M,) NaN where the logit is +inf
     row: Tensor  # (M,)
     col: Tensor  # (N,)
-    kept: Tensor  # what saves the backward the products of the first kept_rows rows; only the backend knows it
+    kept: Tensor  # the products of the first kept_rows rows, for the backward, in a form that the backend chooses
 
 
 class Upstream(NamedTuple):
-    """Gradients that arrive at the statistics; None is zero."""
+    """Gradients that arrive at the statistics; None means zero."""
 
     pos: Tensor | None  # (M,)
     row: Tensor | None  # (M,)
@@ -65,44 +65,44 @@ class Upstream(NamedTuple):
 
 
 class Needs(NamedTuple):
-    """Which gradients are asked."""
+    """Which gradients are requested."""
 
     x: bool
     y: bool
     scale: bool
     col_bias: bool
-    joint: bool = False  # y is x: the gradient of x is to be the sum of both, that of y None
+    joint: bool = False  # y is x: the gradient of x is to be the sum of both, and the gradient of y None
 
 
 class Gradients(NamedTuple):
-    """A backend's backward result; None where not asked."""
+    """A backend's backward result; None for a gradient that is not requested."""
 
     x: Tensor | None  # (M, D) in the dtype of x
     y: Tensor | None  # (N, D) in the dtype of y
     scale: Tensor | None  # ()
-    col_bias: Tensor | None  # of its shape
+    col_bias: Tensor | None  # in the shape of the bias
 
 
 class RowLoss(NamedTuple):
     """A loss that is a sum over rows, or over rows and columns: what ``Backend.loss_and_gradients`` computes.
 
     With z the normaliser of a row or column minus its positive's logit, plus the margin, it is the sum of
-    ``weight * softplus(z)``; or of ``weight * z`` if decoupled; of a softplus statistic, of
-    ``weight * (row + softplus(-pos))``. Columns are those of the first M that are positives, which are their own rows'.
+    ``weight * softplus(z)``, or of ``weight * z`` if decoupled. For the softplus statistic it is the sum of
+    ``weight * (row + softplus(-pos))``. The columns that count are the first M, the positives of the M rows in order.
     """
 
     weight: float = 1.0
     margin: float = 0.0
     decoupled: bool = False
     normalize: bool = False  # x and y, float32 or float64, are divided by their rows' lengths first
-    # (M,) int64, of an ``upper`` problem: the loss is ``row`` minus the mean logit of the other rows with the same
-    # label; rows alone with theirs do not count. ``over_counted``: the weight is one over the number of those that do.
+    # (M,) int64, for an ``upper`` problem: a row's loss is ``row`` minus the mean logit of the other rows with its
+    # label. A row does not count if no other has its label. ``over_counted``: the weight is one over the rows that do.
     labels: Tensor | None = None
     over_counted: bool = False
 
 
 def summed_like(col_bias: Tensor | None, gradient: Tensor) -> Tensor:
-    """(N,) gradients of the columns' biases -> that of the bias, in its shape."""
+    """(N,) gradients of the columns' biases -> the gradient of ``col_bias``, in its shape."""
     return gradient.sum() if col_bias is not None and col_bias.dim() == 0 else gradient
 
 
@@ -120,7 +120,7 @@ def statistics_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-# Asked once: torch.compile of torch 2.8 cannot trace the question.
+# Computed once: torch.compile of torch 2.8 cannot trace is_autocast_available.
 AUTOCAST_DEVICES = frozenset(
     name for name in ("cpu", "cuda", "xpu", "mps", "hpu", "mtia") if torch.amp.is_autocast_available(name)
 )

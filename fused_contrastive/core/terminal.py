@@ -1,4 +1,4 @@
-"""What the commands print: in colour by rich, which the extra "cli" installs, and else as plain text."""
+"""Prints what the commands say: in colour by rich, if the extra "cli" has installed it, otherwise as plain text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Late interaction: the problem that every backend receives beside the tokens, and what its forward keeps."""
+"""Late interaction: the problem that every backend receives with the tokens, and what its forward keeps."""
 
 from __future__ import annotations
 
@@ -9,29 +9,29 @@ from torch import Tensor
 
 
 class TokenSpec(NamedTuple):
-    """Which tokens are real and what is asked. An item's real tokens come first; what follows them is 0."""
+    """Which tokens are real and what is requested. An item's real tokens come first; what follows them is 0."""
 
     x_lengths: Tensor | None  # (M,) int64, how many tokens of each x item are real; None: all T
-    y_lengths: Tensor | None  # (N,) likewise of each y item; None: all P
-    both: bool  # also the direction y; x is always asked
-    kept_rows: int  # x items whose argmaxima to keep for the backward
+    y_lengths: Tensor | None  # (N,) int64, how many tokens of each y item are real; None: all P
+    both: bool  # whether direction y is requested too; direction x always is
+    kept_rows: int  # how many items of x, from the first on, have their argmaxima kept for the backward
 
 
 class MaxSimForward(NamedTuple):
-    """A backend's forward result, sums in the compute dtype; those of a direction that is not asked have 0 elements.
+    """A backend's forward result. Sums are in the compute dtype; a direction that is not requested has 0 elements.
 
-    The argmaxima, the first among equals, are of the first ``kept_rows`` items of x. For a token that is not real, or
-    where the other item has none, they hold anything.
+    Argmaxima are kept for the first ``kept_rows`` items of x; of equal products, the first one is the maximum. They are
+    undefined for a token that is not real, and where the other item has no real token.
     """
 
     x: Tensor  # (M, N) sum over x's tokens of the maximum over y's; 0 where either item has no token
-    y: Tensor  # (M, N) sum over y's tokens of the maximum over x's, likewise
-    argmax_x: Tensor  # (kept, N, T) for each of x's tokens, which of y's
-    argmax_y: Tensor  # (kept, N, P) for each of y's tokens, which of x's
+    y: Tensor  # (M, N) sum over y's tokens of the maximum over x's; 0 where either item has no token
+    argmax_x: Tensor  # (kept_rows, N, T) for each of x's tokens, the index of y's token with the maximum
+    argmax_y: Tensor  # (kept_rows, N, P) for each of y's tokens, the index of x's token with the maximum
 
 
 class MaxSimUpstream(NamedTuple):
-    """Gradients that arrive at the sums; None is zero."""
+    """Gradients that arrive at the sums; None means zero."""
 
     x: Tensor | None  # (M, N)
     y: Tensor | None  # (M, N)
@@ -45,14 +45,14 @@ def index_dtype(size: int) -> torch.dtype:
 
 
 def argmaxima(rows: int, x: Tensor, y: Tensor, both: bool) -> tuple[Tensor, Tensor]:
-    """Room for the argmaxima of both directions, of ``rows`` items of x (M, T, D) with all of y (N, P, D)."""
+    """Uninitialised argmaxima of both directions, for ``rows`` items of x (M, T, D) against all of y (N, P, D)."""
     (_, t, _), (n, p, _) = x.shape, y.shape
     of_y = (rows, n, p) if both else (0, 0, 0)
     return x.new_empty(rows, n, t, dtype=index_dtype(p)), x.new_empty(of_y, dtype=index_dtype(t))
 
 
 def bytes_of_row(x: Tensor, y: Tensor, both: bool) -> int:
-    """What ``argmaxima`` takes for one item of x."""
+    """How many bytes ``argmaxima`` takes for one item of x."""
     (_, t, _), (n, p, _) = x.shape, y.shape
     return n * (t * index_dtype(p).itemsize + (p * index_dtype(t).itemsize if both else 0))
 

@@ -1,4 +1,4 @@
-"""Warnings that are given once a process, in the name of the line that called this package."""
+"""Warnings that are given once a process, at the line of the user's code that called this package."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import torch
 from fused_contrastive.core import compiler
 
 _told: set[str] = set()
-# Callers in these folders are not who should be told: a module's call comes from torch.
+# Frames in these folders are skipped: torch is among them, because it calls a module's forward.
 _OURS = tuple(f"{folder}{os.sep}" for folder in (Path(__file__).parent.parent, Path(torch.__file__).parent))
 
 
 @compiler.constant
 def once(kind: str, text: str, category: type[Warning] = UserWarning) -> None:
-    """Each kind once; under torch.compile, while it traces."""
+    """Gives each kind of warning once; under torch.compile, while it traces."""
     if kind in _told:
         return
     level, frame = 2, sys._getframe(1)

@@ -1,9 +1,9 @@
 """Before anything is exchanged, the processes agree on sizes and options; or all raise the same error.
 
-One all-gather of a few integers. A process whose own input is bad takes part in it and says so, so that no other waits
-for it in vain. Later there is nothing that could be said: the others are in other collectives. So a function refuses
-what it can before it agrees; where it fails later all the same, out of memory or interrupted, its process refuses to
-use the group again, rather than to mix up the data of two calls.
+This takes one all-gather of a few integers. A process whose own input is bad takes part in it and says so, so that no
+other waits for it in vain. Later it could not say so, because the others are in other collectives: a function must
+refuse what it can before it agrees. If it fails later all the same, out of memory or interrupted, its process refuses
+to use the group again, because the data of two calls would be mixed up.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from fused_contrastive.distributed.shape import GlobalShape, LocalShape, Shape
 P = ParamSpec("P")
 R = TypeVar("R")
 
-# Groups whose other processes wait in a call that this one has left, and why it did.
+# Groups in which this process has left a call that the others still wait in, with the reason.
 _left: weakref.WeakKeyDictionary[dist.ProcessGroup, str] = weakref.WeakKeyDictionary()
 
 GATHER_SHARE = 8  # "auto" gathers while columns and their gradient take at most memory divided by this
@@ -47,7 +47,7 @@ class Alone:
 
 
 class Call:
-    """One call of a loss over a group, in this process, until and after the processes have agreed."""
+    """One call of a loss over a group, in this process: it agrees with the others, or tells them of a failure."""
 
     spread = True
 
@@ -64,13 +64,13 @@ class Call:
         self, name: str, x: Tensor, y: Tensor, options: dict[str, Any], *inputs: object,
         targets: Tensor | None = None, keys: int | None = None,
     ) -> Shape:  # fmt: skip
-        """What the processes agree on; after it nothing may be refused, because the others would wait.
+        """The shape that the processes agree on. Nothing may be refused after it, because the others would wait.
 
         ``x`` (m, D) and ``y`` (n, D) are this process's rows and columns, or items (m, P, D) and (n, T, D) of tokens;
         ``options`` must be the same everywhere; ``inputs`` are what else may require a gradient or be saved for one.
         ``targets`` count the first ``keys`` columns of each process.
         """
-        is_plain(x, y, *inputs)  # raises for what an operator could not compute with
+        is_plain(x, y, *inputs)  # raises under torch.jit.trace and for forward-mode tangents
         refuse_fake("group", x, y, *inputs)
         _refuse_inference(name, x, y, *inputs)
         needs = [torch.is_grad_enabled() and isinstance(t, Tensor) and t.requires_grad for t in (x, y, *inputs)]
@@ -86,7 +86,7 @@ class Call:
         }
         memory = total_memory(x.device.type, x.device.index)
         keys = len(y) if keys is None else keys
-        lowest, highest = 0, -1  # unknown without waiting for a GPU
+        lowest, highest = 0, -1  # passes the check below: on a GPU, the host would have to wait for the values
         if targets is not None and len(targets) and targets.device.type == "cpu":
             lowest, highest = (int(t) for t in targets.aminmax())
         options_hash = zlib.crc32(repr((name, described)).encode())
@@ -117,7 +117,7 @@ class Call:
         return GlobalShape(self.batch, rank, rows, cols, every_key, longest, any(needs), ring)
 
     def fail(self, error: BaseException) -> None:
-        """Tells the others, where they wait to agree; where they have agreed, this process is out of step with them."""
+        """Tells the others if they wait to agree. If they have agreed, this process must not use the group again."""
         message = f"{type(error).__name__}: {error}"
         if self._agreed:
             _left[_actual(self.batch.group)] = message
@@ -125,7 +125,7 @@ class Call:
             try:
                 with outside_everything():
                     self._exchange(1, 0, 0, 0, 0, 0, 0, -1, 0, message=message)
-            except Exception as untold:  # the error that could not be told is the one to raise
+            except Exception as untold:  # ``error`` is still the one that is raised
                 _left[_actual(self.batch.group)] = f"{message}; telling them: {untold}"
 
     def _exchange(self, failed: int, *values: int, message: str = "") -> list[list[int]]:
@@ -169,7 +169,7 @@ def _actual(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
 
 
 def _plain(value: Any) -> Any:
-    """The same for equal options, 0 and 0.0, or a number of NumPy's: what is compared is how they are printed."""
+    """One value for equal options such as 0, 0.0 and NumPy's 0, because options are compared as they are printed."""
     if isinstance(value, (tuple, list)):
         return tuple(_plain(each) for each in value)
     if isinstance(value, str):
@@ -189,7 +189,7 @@ def _place(group: dist.ProcessGroup | None) -> tuple[int, int]:
 
 
 def _refuse_inference(name: str, *values: object) -> None:
-    """A tensor made in ``torch.inference_mode()``, where a gradient is asked: autograd refuses to save it."""
+    """Raises if a gradient is needed and a tensor was made in ``torch.inference_mode()``: autograd cannot save it."""
     tensors = [t for t in values if isinstance(t, Tensor)]
     if torch.compiler.is_dynamo_compiling() or not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
         return
@@ -203,10 +203,10 @@ def _refuse_inference(name: str, *values: object) -> None:
 
 
 def collective(function: Callable[P, R]) -> Callable[P, R]:
-    """Makes a ``Call`` of the ``group`` of a public function, which takes it by ``call_of``.
+    """Makes the ``group`` argument of a public function a ``Call``, which the function gets by ``call_of``.
 
-    No process waits for one whose input was refused. Every loss and primitive begins here, so the guard against threads
-    lost in a fork does, too.
+    An error in the function is told to the other processes, so that none waits for this one. The guard against threads
+    lost in a fork is here too, because all losses and statistics begin here.
     """
 
     @functools.wraps(function)

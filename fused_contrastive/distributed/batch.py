@@ -1,4 +1,4 @@
-"""``GlobalBatch``: over which processes a batch is spread, and what their gradients mean."""
+"""``GlobalBatch``: over which processes a batch is spread, and how their gradients are combined."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Collectives on rows of several sizes, and those with a gradient. Every process of the group calls them together."""
+"""Collectives for processes with different numbers of rows, some with a gradient. All of a group call each one."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def all_gather_rows(rows: Tensor, sizes: Sequence[int], group: Group) -> Tensor:
 def reduce_scatter_rows(rows: Tensor, sizes: Sequence[int], rank: int, group: Group) -> Tensor:
     """(N, ...) here and in every process -> (n, ...): the sum over processes of the rows that are this one's.
 
-    As many bytes as a reduce-scatter, but rows of half precision are summed in float32, and in one order.
+    It sends as many bytes as a reduce-scatter, but sums half-precision rows in float32, and in a fixed order.
     """
     own, rest = sizes[rank], rows.shape[1:]
     received = rows.new_empty(len(sizes) * own, *rest)
@@ -114,13 +114,13 @@ class _ReportLoss(torch.autograd.Function):
 
 
 def all_gather_with_gradient(rows: Tensor, sizes: Sequence[int], rank: int, group: Group) -> Tensor:
-    """``all_gather_rows`` with a gradient: each row gets the sum of what all processes have for it."""
+    """``all_gather_rows`` with a gradient: a row's gradient is the sum of all processes' gradients for it."""
     result: Tensor = _AllGather.apply(rows, sizes, rank, group)  # type: ignore[no-untyped-call]
     return result
 
 
 def all_reduce(value: Tensor, group: Group) -> Tensor:
-    """The sum over processes, which all of them use: the gradient is the sum of theirs."""
+    """The sum over processes. All of them use it, so its gradient is the sum of their gradients."""
     result: Tensor = _AllReduce.apply(value, group)  # type: ignore[no-untyped-call]
     return result
 
@@ -132,6 +132,6 @@ def merge_log_sums_with_gradient(partial: Tensor, exact: bool, group: Group) -> 
 
 
 def report_loss(part: Tensor, factor: float, group: Group) -> Tensor:
-    """The sum over processes of their parts of the loss; the gradient goes to the own part, times ``factor``."""
+    """The sum over processes of their parts of the loss; a process's own part gets the gradient times ``factor``."""
     result: Tensor = _ReportLoss.apply(part, factor, group)  # type: ignore[no-untyped-call]
     return result

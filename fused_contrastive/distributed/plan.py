@@ -11,32 +11,32 @@ per process:
 
 open_clip is ``local_loss`` with ``gather_with_grad``: both matrices gathered, logits of both directions, their
 log-softmax in float32 and one gradient of them. inf-cl is counted from its source (1.2.1): one direction at a time, two
-for a symmetric loss, float32 features, tf32 products at half the half-precision rate. What passes along a ring does so
-while products are made; a gather does not.
+for a symmetric loss, float32 features, tf32 products at half the half-precision rate. A ring sends while products are
+computed; a gather does not.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-VECTORS = 8  # bytes of a statistic and its gradient; 4 of each all-reduced vector
+VECTORS = 8  # bytes of a statistic, and of its gradient; an all-reduce sends 4 for each
 
 
 class Machine(NamedTuple):
-    """What the model takes for granted of one GPU."""
+    """What the model assumes about one GPU."""
 
-    flops: float  # of half-precision products, a second, as measured
+    flops: float  # FLOP/s of half-precision products, as measured
     bandwidth: float  # bytes a second that one process sends, all links together
     memory: float  # bytes that are left for the loss
 
 
 class Cost(NamedTuple):
-    """Of one process, for forward and backward."""
+    """What forward and backward cost one process."""
 
     strategy: str
     flops: float
     sent: float  # bytes
-    memory: float  # bytes beside its own features and their gradients
+    memory: float  # bytes at the peak, besides its own features and their gradients
     seconds: float
     fits: bool
 
@@ -75,12 +75,12 @@ def gather_vectors(batch: int, world: int) -> float:
 
 
 def ring_vectors(batch: int, world: int) -> float:
-    """Bytes of statistics that travel with the blocks: the columns' sums there; bias, sums and gradients back."""
+    """Bytes of vectors that travel with the blocks: sums and bias forward; bias, sums and both gradients backward."""
     n = batch / world
     return n * (VECTORS * world + 4 * (world - 1) + (4 + 2 * VECTORS) * (world - 1) + 4 * world)
 
 
 def choose(found: list[Cost]) -> Cost | None:
-    """The fastest of ours that fits."""
+    """The faster of "gather" and "ring", among those that fit; None if neither does."""
     ours = [cost for cost in found if cost.strategy in ("gather", "ring") and cost.fits]
     return min(ours, key=lambda cost: cost.seconds, default=None)

@@ -44,7 +44,7 @@ class LocalShape(NamedTuple):
         return value
 
     def counted(self, share: Tensor) -> Tensor:
-        """A term () of the loss that every process has computed whole: it counts once."""
+        """A scalar term of the loss that every process has computed in full; it counts once, not once a process."""
         return share
 
     def gather(self, rows: Tensor) -> Tensor:
@@ -66,10 +66,10 @@ class GlobalShape:
 
     batch: GlobalBatch
     rank: int
-    rows: tuple[int, ...]  # of every process
-    cols: tuple[int, ...]
-    keys: tuple[int, ...]  # the first of the columns, which targets count
-    tokens: int  # of an item of the columns, in the process that has most; 0 for features
+    rows: tuple[int, ...]  # each process's number of rows
+    cols: tuple[int, ...]  # each process's number of columns
+    keys: tuple[int, ...]  # how many of each process's columns, from the first on, targets count
+    tokens: int  # the longest item of any process's columns, in tokens; 0 for features
     differentiable: bool
     ring: bool
 
@@ -103,7 +103,7 @@ class GlobalShape:
         return slice(self.first_col, self.first_col + self.cols[self.rank])
 
     def columns_of(self, targets: Tensor | None, device: torch.device) -> Tensor:
-        """(m,) the whole problem's columns of targets, which count the keys of all processes. Default: t(i) = i."""
+        """(m,) targets, which count the keys of all processes -> columns of the whole matrix. Default: t(i) = i."""
         if targets is None:
             targets = torch.arange(self.first_row, self.first_row + self.rows[self.rank], device=device)
         if self.keys == self.cols:
@@ -114,7 +114,7 @@ class GlobalShape:
         return targets - (last - keys)[owner] + (cols.cumsum(0) - cols)[owner]
 
     def reduce(self, losses: Tensor, reduction: Reduction, count: Tensor | None = None) -> Tensor:
-        """As ``LocalShape.reduce``, over the rows of all processes, which get the same; "none" gives (m,)."""
+        """As ``LocalShape.reduce``, over all processes' rows, with the same result in each; "none" gives (m,)."""
         if reduction == "none":
             return losses
         part = losses.sum()

@@ -1,4 +1,4 @@
-"""``python -m fused_contrastive plan``: the model's figures as a table, and which strategy it would take."""
+"""``python -m fused_contrastive plan``: the model's figures as a table, and which of our strategies is the fastest."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ def run(
     batches: Sequence[int], worlds: Sequence[int], dim: int, itemsize: int, machine: Machine, markdown: bool,
     terminal: Terminal,
 ) -> int:  # fmt: skip
-    """Prints a row per strategy, for every batch on every number of GPUs. 1 if none of ours fits somewhere, else 0."""
+    """Prints a row per strategy, for every batch on every number of GPUs.
+
+    Returns the exit status: 1 if for one of them neither "gather" nor "ring" fits, else 0.
+    """
     head = (
         f"per GPU, forward + backward, D = {dim}, {itemsize} bytes a feature; taken for granted: "
         f"{machine.flops / 1e12:g} TFLOP/s, {machine.bandwidth / 1e9:g} GB/s sent, {machine.memory / 1e9:g} GB free"

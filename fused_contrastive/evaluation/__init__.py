@@ -1,1 +1,1 @@
-"""What people do with a trained model: retrieval scores, zero-shot classification, a look at its feature space."""
+"""Evaluation of a trained model: retrieval scores, zero-shot classification, diagnosis of its feature space."""

@@ -70,12 +70,12 @@ def diagnose(x: Tensor, y: Tensor, scale: float | Tensor, *, k: int = 10) -> Dia
 
         w[i, j] = exp(scale x_i . y_j) / sum over l != i of exp(scale x_i . y_l)        j != i
 
-    (the relative penalty of Wang & Liu 2021, "Understanding the Behaviour of Contrastive Loss"), of which are reported,
-    as means over the rows, the effective number of negatives exp(-sum_j w log w) and the share of the k hardest, the
-    sum of the k largest. A weight is proportional to exp(similarity / temperature): dividing by a smaller temperature
-    stretches the differences of similarity, and the hardest negative outgrows all others. A few effective negatives of
-    thousands mean that the rest of the batch hardly trains; nearly N - 1 of them, that hard ones count no more than
-    easy ones. Wrong pairs and duplicates among the negatives, too, do the more harm the smaller the temperature is.
+    (the relative penalty of Wang & Liu 2021, "Understanding the Behaviour of Contrastive Loss"). Two means over the
+    rows are reported: the effective number of negatives, exp(-sum_j w log w), and the share of the k hardest, which is
+    the sum of the k largest weights. With a smaller temperature the hardest negative outweighs all others. If only a
+    few of thousands of negatives are effective, the rest of the batch hardly trains; if nearly all N - 1 are, hard
+    negatives count no more than easy ones. Wrong pairs and duplicates among the negatives also do more harm at a
+    smaller temperature.
 
     One pass over chunks of rows, in plain torch on any device, in O(chunk x N) memory: 4 matrix products in all.
 
@@ -90,8 +90,8 @@ def diagnose(x: Tensor, y: Tensor, scale: float | Tensor, *, k: int = 10) -> Dia
         the host waits for them, and for a scale that is a tensor.
 
     Warns:
-        UserWarning: once a process, of features that are not normalised, and of a scale below 1 with features that
-            are: a logarithm or a temperature.
+        UserWarning: once a process, if the features are not normalised; also if they are and the scale is below 1,
+            because then it is probably a logarithm or a temperature.
 
     Raises:
         TypeError, ValueError: naming the argument, what came and what was expected.

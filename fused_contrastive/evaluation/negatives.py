@@ -6,8 +6,8 @@ at all negatives together, and negative j takes the share
     w[i, j] = exp(scale * p[i, j]) / sum over l != i of exp(scale * p[i, l])        p = x @ y.T
 
 of the push: the relative penalty of Wang & Liu 2021 ("Understanding the Behaviour of Contrastive Loss", eq. 7). It is a
-Boltzmann distribution over the negatives. Its entropy only grows with the temperature: near 0 all weight is on the
-nearest negative, as in a triplet loss; at infinity every negative weighs the same.
+Boltzmann distribution over the negatives, whose entropy never falls as the temperature grows: near 0 all weight is on
+the nearest negative, as in a triplet loss; at infinity every negative weighs the same.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 from fused_contrastive.core.order import ahead
 from fused_contrastive.core.spec import statistics_dtype
 
-CHUNK_ELEMENTS = 1 << 22  # of one chunk of rows x N; a handful of such matrices are alive at once
+CHUNK_ELEMENTS = 1 << 22  # elements of a chunk's (rows, N) matrix; a handful of such matrices are alive at once
 
 
 class Weights(NamedTuple):
@@ -33,7 +33,7 @@ class Weights(NamedTuple):
 
 
 def chunks(n: int) -> list[slice]:
-    """Slices of n rows, so that one times n columns has at most CHUNK_ELEMENTS, or is one row."""
+    """Slices of n rows, each of one row or with at most CHUNK_ELEMENTS elements in n columns."""
     height = max(1, CHUNK_ELEMENTS // n)
     return [slice(start, min(start + height, n)) for start in range(0, n, height)]
 
@@ -49,7 +49,7 @@ class Negatives:
         self.first = torch.zeros((), dtype=torch.int64, device=device)
 
     def add(self, products: Tensor, first_row: int) -> None:
-        """Some rows' products (R, N), which are overwritten."""
+        """Adds rows with the products (R, N), which are overwritten; the first is row ``first_row``."""
         positive = products.diagonal(first_row).clone()  # (R,)
         columns = torch.arange(self.n, device=products.device)
         own = columns[first_row : first_row + len(products)]

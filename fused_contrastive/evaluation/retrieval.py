@@ -28,16 +28,16 @@ def recall_at_k(
     """The share of queries with a right answer among the first k candidates, for each k.
 
     ``recall_at_k(images, texts)`` is image-to-text retrieval, ``recall_at_k(texts, images)`` text-to-image. With
-    several captions an image, as in COCO and Flickr30K, ``targets`` names them: (M, P) of the captions of each image,
-    and (M,) of the image of each caption. The first k are those of ``rank``, so equal scores count by index: a model
-    that gives one feature to everything has 1 / N at k = 1, not 1.
+    several captions an image, as in COCO and Flickr30K, ``targets`` lists them: (M, P) has the captions of each image,
+    or (M,) the image of each caption. The first k are as in ``rank``, so that equal scores are in the order of the
+    index: a model that gives everything the same feature has a recall of 1 / N at k = 1, not of 1.
 
     Args:
         queries: (M, D) float32, float64, bfloat16 or float16.
         candidates: (N, D), same dtype and device.
         ks: integers of at least 1; from k = N on, recall is 1.
-        targets: (M,) or (M, P) integers, the right answers to each query; see ``target_ranks``. Default: query i's is
-            i, which needs M = N.
+        targets: (M,) or (M, P) integers, the right answers to each query; see ``target_ranks``. Default: candidate i
+            for query i, which needs M = N.
         exclude_self: queries and candidates are the same set, and no query is its own answer; needs ``targets``.
         backend: see ``contrastive_stats``.
 

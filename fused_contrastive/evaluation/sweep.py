@@ -1,4 +1,4 @@
-"""What each of several temperatures would make of the same features, in one pass; ``negatives`` has the formula."""
+"""The loss and the weights of the negatives at several temperatures, in one pass; ``negatives`` has the formula."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ class Row:
 def sweep(x: Tensor, y: Tensor, temperatures: Sequence[float]) -> list[Row]:
     """The same (N, D) pairs at each temperature, smallest first. Features are normalised here, as CLIP does.
 
-    One pass over chunks of rows, 2 matrix products in all. See ``diagnose`` for the quantities and errors.
+    It makes one pass over chunks of rows, 2 matrix products in all. See ``diagnose`` for the quantities and for what
+    is raised.
     """
     checks.feature_pair("x", x, "y", y)
     checks.same_rows("x", x, "y", y)

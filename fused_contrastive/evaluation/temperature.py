@@ -1,4 +1,4 @@
-"""``python -m fused_contrastive temperature``: what each temperature would make of the same features.
+"""``python -m fused_contrastive temperature``: loss and weights of the negatives at each of several temperatures.
 
 A smaller temperature concentrates the gradient on the hardest negatives: docs/temperature.md explains it.
 """
@@ -17,7 +17,7 @@ TEMPERATURES = (0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.3,
 
 
 def show(rows: Sequence[Row], n: int, terminal: Terminal) -> None:
-    """The table: a temperature a line."""
+    """Prints the table, one line for each temperature."""
     columns = ("temperature", "scale", "loss", "effective negatives", *(f"hardest {k}" for k in HARDEST))
     cells = [
         (
@@ -33,9 +33,9 @@ def show(rows: Sequence[Row], n: int, terminal: Terminal) -> None:
 def run(
     x_path: Path, y_path: Path, temperatures: Sequence[float], out: Path | None, mark: float | None, terminal: Terminal
 ) -> None:
-    """The table for two .npy files of (N, D) pairs, and the picture if ``out`` is given.
+    """Prints the table for two .npy files of (N, D) pairs, and draws the picture if ``out`` is given.
 
-    Raises: InputError for files, temperatures and pictures that will not do, and where the picture lacks matplotlib.
+    Raises: InputError for a file that cannot be used, a picture that cannot be written, and without matplotlib for it.
     """
     if out is not None:
         if not out.absolute().parent.is_dir():
@@ -43,7 +43,7 @@ def run(
         if out.is_dir():
             raise InputError(f"--out: got {out}, a folder, expected a picture file")
         out = out if out.suffix else out.with_suffix(".png")
-        try:  # before the work
+        try:  # imported before the work, which would be lost without matplotlib
             from fused_contrastive.evaluation import picture
         except ModuleNotFoundError as error:
             raise InputError(

@@ -24,11 +24,11 @@ def zero_shot(
     probabilities: bool = False,
     backend: BackendName = "auto",
 ) -> Ranking:
-    """The k best classes of each image, by the similarity of its features to those of the classes' descriptions.
+    """The k best classes of each image, by the similarity of the image's features and the classes' text features.
 
-    With P prompts for each class ("a photo of a {}.", "a drawing of a {}.") the class's feature is their mean, each
-    normalised before and the mean normalised after (Radford et al. 2021, "Learning Transferable Visual Models From
-    Natural Language Supervision", section 3.1.4, and the code they released).
+    With P prompts for each class ("a photo of a {}.", "a drawing of a {}.") the class's feature is the mean of their
+    normalised features, normalised again (Radford et al. 2021, "Learning Transferable Visual Models From Natural
+    Language Supervision", section 3.1.4, and the code they released).
 
     Args:
         image_features: (M, D) float32, float64, bfloat16 or float16.
@@ -66,10 +66,10 @@ def zero_shot(
         best = rank(images, classes, k, scale=scale, backend=backend)
         if not probabilities or scale is None:
             return best
-        # The normaliser over all classes, without the (M, C) logits: that of the others, and the best one.
+        # The normaliser over all classes, without the (M, C) logits: the other classes' denominator plus the best one.
         others = contrastive_stats(
             images, classes, scale, targets=best.indices[:, 0], directions=("row",), backend=backend
         )
-        # The best one's score as it was ranked: others.pos may be rounded otherwise, and a share be above 1.
+        # The best one's score is taken from the ranking: others.pos may be rounded differently, and give more than 1.
         normaliser = torch.logaddexp(best.scores[:, 0].to(others.row.dtype), others.row)
         return Ranking((best.scores - normaliser[:, None]).exp().to(dtype), best.indices)

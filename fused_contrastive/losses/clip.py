@@ -52,7 +52,7 @@ def clip_loss(
         decoupled: the DCL form.
         label_smoothing: in [0, 1), as in ``F.cross_entropy``: this share of the target is spread over all N.
         reduction: "mean", "sum" (over the N pairs) or "none" ((N,), the mean of a pair's two directions).
-        memory_budget, backend, group: see ``contrastive_stats``. Over a group, the loss is that of the whole batch.
+        memory_budget, backend, group: see ``contrastive_stats``. Over a group, it is the loss of the whole batch.
 
     Returns:
         A scalar, or (N,) with ``reduction="none"``; float32 (float64 for float64 features), under autocast too.

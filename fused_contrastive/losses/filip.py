@@ -41,10 +41,10 @@ def filip_loss(
     backend: BackendName = "auto",
     group: Group = None,
 ) -> Tensor:
-    """The CLIP loss on scores of tokens: each finds its best match, and the mean over an item's tokens is its score.
+    """The CLIP loss on token-level scores: the mean, over an item's tokens, of each one's best match in the other item.
 
     With ``s_it`` the scores of images against texts (mean over image tokens of the maximum over text tokens) and
-    ``s_ti`` those of texts against images, both (N, N) and from one pass over the tokens' products::
+    ``s_ti`` the scores of texts against images, both (N, N) and from one pass over the tokens' products::
 
         (CE of the rows of logit_scale * s_it + CE of the rows of logit_scale * s_ti) / 2
 
@@ -56,15 +56,15 @@ def filip_loss(
         text_tokens: (N, T, D), same dtype and device; item i is the caption of image i.
         logit_scale: multiplies the scores; a number or a 0-d tensor, which gets a gradient.
         temperature: divides them, instead: 1 / logit_scale.
-        image_mask, text_mask: (N, P) and (N, T) bool (or numbers 0 and 1), True for a real token, by default all; items
-            without any score 0.
+        image_mask, text_mask: (N, P) and (N, T) bool (or numbers 0 and 1), True for a real token. Default: all are
+            real. The scores of an item without a real token are 0.
         decoupled: the positive stays out of both denominators (Yeh et al. 2022).
         compat: "x_clip" for what x-clip 0.14 computes: its image-to-text scores are not transposed, so both softmaxes
             run over images.
-        direction: "image" for the loss of images against texts alone, "text" for that of texts against images.
+        direction: "image" for the loss of images against texts alone, "text" for texts against images alone.
         reduction: "mean", "sum" or "none" ((N,), the mean of a pair's two directions).
         memory_budget, backend: see ``max_sim``.
-        group: see ``contrastive_stats``. The loss is that of the whole batch; each process gathers the texts' tokens
+        group: see ``contrastive_stats``. It is the loss of the whole batch; each process gathers the texts' tokens
             and stores its own rows of the scores.
 
     Returns:
@@ -101,7 +101,7 @@ def loss_of_tokens(
     text_mask: Tensor | None, *, decoupled: bool, compat: str | None, direction: str = "both",
     reduction: Reduction = "mean", memory_budget: int | Literal["auto"], backend: BackendName,
 ) -> Tensor:  # fmt: skip
-    """``filip_loss`` of arguments that are checked and agreed on."""
+    """``filip_loss`` for arguments that have been checked and that the processes have agreed on."""
     if isinstance(shape, GlobalShape):
         text_tokens, text_mask = _gathered_tokens(shape, text_tokens, text_mask)
     scores = _scores(
@@ -120,7 +120,7 @@ def loss_of_tokens(
 
 
 def _scores(image_tokens: Tensor, text_tokens: Tensor, *masks: Tensor | None, **options: Any) -> Any:
-    """``max_sim``, of no images too."""
+    """``max_sim``, which here may be given no images: a process of a group may have none."""
     if image_tokens.shape[0]:
         return max_sim(image_tokens, text_tokens, *masks, **options)
     none = image_tokens.sum(dim=(1, 2))[:, None] + text_tokens.sum(dim=(1, 2))[None]  # (0, N), with its graph
@@ -140,7 +140,7 @@ def _gathered_tokens(shape: GlobalShape, tokens: Tensor, mask: Tensor | None) ->
 
 def _dense_stats(shape: Shape, logits: Tensor, by_columns: bool) -> tuple[Tensor, Tensor]:
     """(m, N) logits of this process's rows -> pos and denominators (m,) of its rows, or of its columns."""
-    # A boolean mask as an index would wait for a GPU to count it.
+    # Indexing by a boolean mask would make the host wait for a GPU to count it.
     own, positives = torch.zeros_like(logits, dtype=torch.bool), _own_columns(shape, logits)
     _own_columns(shape, own).fill_(True)
     pos, rest = terms.nan_where_inf(positives), logits.masked_fill(own, -torch.inf)

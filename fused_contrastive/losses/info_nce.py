@@ -1,4 +1,4 @@
-"""InfoNCE: queries against keys, in one direction or both, with whatever else retrieval training adds."""
+"""InfoNCE: queries against keys, in one direction or both, with the options that retrieval training adds."""
 
 from __future__ import annotations
 
@@ -60,11 +60,12 @@ def info_nce_loss(
         query: (M, D) float32, float64, bfloat16 or float16.
         key: (N, D), same dtype and device.
         temperature: divides the similarities, a positive number or 0-d tensor; default 0.07.
-        logit_scale: multiplies them, instead of the temperature. Whichever is a tensor gets a gradient.
+        logit_scale: multiplies them, instead of the temperature. Either of them, as a tensor, gets a gradient.
         targets: (M,) integers, the key of each query's positive. Default: t(i) = i, which needs M <= N.
-        negatives: (K, D) more columns for every query, such as hard negatives or a queue; or (M, K, D), K for each.
-        negatives_mask: (M, K) bool (or numbers 0 and 1), False where negatives (M, K, D) hold a filler, for queries
-            with fewer than K. It does not count, and may be anything.
+        negatives: (K, D) more columns for every query, such as hard negatives or a queue; or (M, K, D), each query's
+            own K.
+        negatives_mask: (M, K) bool (or numbers 0 and 1), False where negatives (M, K, D) hold padding, for queries with
+            fewer than K. Padding is ignored, whatever it holds.
         col_bias: (N,), or (N + K,) with shared negatives; added to each column's logits: minus log of the sampling
             probability corrects a sampled softmax (logQ), -inf marks an empty slot of a queue.
         row_ids, col_ids: (M,) and one per column, integers; pairs with equal ids are excluded (false negatives).
@@ -77,10 +78,10 @@ def info_nce_loss(
         weight: (M,) weights of the queries; the mean is over their sum, as in ``F.cross_entropy``.
         reduction: "mean", "sum" or "none" ((M,)).
         normalize: L2-normalise query, key and negatives first; rows shorter than 1e-12 get a gradient of zeros.
-        memory_budget, backend, group: see ``contrastive_stats``. Over a group, the loss is that of the whole batch: the
-            columns of process 0, its keys and then its shared negatives, those of process 1, and so on. ``targets``
-            count the keys of all processes, without the negatives. Of a queue that every process holds, give each a
-            part.
+        memory_budget, backend, group: see ``contrastive_stats``. Over a group, it is the loss of the whole batch, whose
+            columns are process 0's keys and then its shared negatives, then process 1's, and so on. ``targets`` count
+            the keys of all processes, without the negatives. If every process holds the same queue, pass a different
+            part of it in each.
 
     Returns:
         A scalar, or (M,) with ``reduction="none"``; float32 (float64 for float64 features).
@@ -152,7 +153,7 @@ def info_nce_loss(
 def _mean_over_columns(
     problem: Problem, shape: Shape, own_logits: Tensor | None, own_mask: Tensor | None, margin: float
 ) -> Tensor:
-    """(M,) mean of each query's logits; of own ones, masked are 0 and do not count."""
+    """(M,) mean of each query's logits. Own logits that are masked must be 0, and do not count."""
     spec, count = problem.spec, shape.all_cols
     mean = terms.mean_logit(spec.scale, problem.x, problem.y, shape, count)
     if spec.col_bias is not None:
@@ -171,7 +172,7 @@ def _mean_over_queries(problem: Problem, shape: Shape, keys: int, margin: float)
 
 
 def _keys_alone(targets: Tensor, keys: int, columns: int) -> Tensor:
-    """Targets that no shared negative may be, which the operator would take for a key."""
+    """Checks that targets are keys: the operator would also take a shared negative for one."""
     if is_plain(targets):
         checks.target_range(targets, keys)
         return targets
@@ -181,7 +182,7 @@ def _keys_alone(targets: Tensor, keys: int, columns: int) -> Tensor:
 def _checked_negatives(negatives: object, query: Tensor, empty: bool) -> Tensor:
     m, d = query.shape
 
-    def expected() -> str:  # only where it is raised: what formats a size makes a constant of it when traced
+    def expected() -> str:  # called only to raise: in a trace, formatting a size makes it a constant
         return f"a tensor of shape (K, {d}) or ({m}, K, {d})"
 
     if not isinstance(negatives, Tensor):
@@ -207,7 +208,7 @@ def _check_options(
 
 
 class InfoNCELoss(nn.Module):
-    """``info_nce_loss`` as a module. It holds no parameters; options as there.
+    """``info_nce_loss`` as a module. It holds no parameters; its options are the function's.
 
     Raises:
         TypeError, ValueError: at construction, naming the option, what came and what was expected.

@@ -54,7 +54,7 @@ def nt_xent_loss(
         reduction: "mean", "sum" or "none" ((V * N,), view by view), over the V * N features.
         normalize: L2-normalise first, as SimCLR does; rows shorter than 1e-12 get a gradient of zeros. Default: True,
             with a FutureWarning; from the next release on False, as in the other losses.
-        memory_budget, backend, group: see ``contrastive_stats``. Over a group, the loss is that of the whole batch; all
+        memory_budget, backend, group: see ``contrastive_stats``. Over a group, it is the loss of the whole batch; all
             views of a sample are in one process.
 
     Returns:
@@ -104,7 +104,7 @@ def nt_xent_loss(
 
 
 def _other_view(rows: int) -> RowMap:
-    """Each feature of z becomes that of the same sample as many rows further on."""
+    """The map that puts in each row the feature ``rows`` further on: the same sample's in another view."""
     return lambda part: part.roll(-rows, dims=0)
 
 
@@ -122,7 +122,7 @@ def _normalize(given: bool | None) -> bool:
 
 
 class NTXentLoss(nn.Module):
-    """``nt_xent_loss`` as a module. It holds no parameters; options as there.
+    """``nt_xent_loss`` as a module. It holds no parameters; its options are the function's.
 
     Raises:
         TypeError, ValueError: at construction, naming the option, what came and what was expected.

@@ -49,8 +49,8 @@ def siglip_loss(
         temperature: divides the similarities, instead: 1 / logit_scale.
         row_ids, col_ids: (N,) integers; pairs with equal ids are positives too.
         reduction: "mean" over the N images, as in the paper, "sum" or "none" ((N,)).
-        memory_budget, backend, group: see ``contrastive_stats``. One direction is all there is: a step costs 3 products
-            (on a GPU with nothing kept: 4). Over a group, the loss is that of the whole batch.
+        memory_budget, backend, group: see ``contrastive_stats``. The loss has one direction only, so a step costs 3
+            products (4 on a GPU that keeps nothing). Over a group, it is the loss of the whole batch.
 
     Returns:
         A scalar, or (N,) with ``reduction="none"``; float32 (float64 for float64 features).

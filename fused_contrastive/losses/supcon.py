@@ -53,11 +53,11 @@ def supcon_loss(
         temperature: divides the similarities, a positive number or a 0-d tensor, which gets a gradient; default 0.1.
         logit_scale: multiplies them, instead: 1 / temperature.
         variant: "out" or "in".
-        no_positive: what becomes of features whose label nobody shares: "skip" leaves them out of the mean, "zero"
+        no_positive: what to do with features whose label no other has: "skip" leaves them out of the mean, "zero"
             counts them with loss 0, "nan" with NaN (as 0 / 0 in the formula).
         reduction: "mean", "sum" or "none" ((N * V,), sample by sample; 0 for skipped features).
         normalize: L2-normalise first; rows shorter than 1e-12 get a gradient of zeros.
-        memory_budget, backend, group: see ``contrastive_stats``. Over a group, the loss is that of the whole batch.
+        memory_budget, backend, group: see ``contrastive_stats``. Over a group, it is the loss of the whole batch.
 
     Returns:
         A scalar, or (N * V,) with ``reduction="none"``; float32 (float64 for float64 features). 0 with zero gradients
@@ -115,7 +115,7 @@ def _out(problem: Problem, shape: Shape, code: Tensor, shared: Tensor, has: Tens
 
 
 def _in(problem: Problem, shape: Shape, code: Tensor, shared: Tensor, has: Tensor) -> Tensor:
-    """Likewise of the variant "in"."""
+    """(N,) losses of the variant "in", 0 for those without a positive."""
     problem.unit()
     problem.spec = problem.spec._replace(row_ids=code, col_ids=code)
     negatives, positives = (
@@ -127,7 +127,7 @@ def _in(problem: Problem, shape: Shape, code: Tensor, shared: Tensor, has: Tenso
 
 
 class SupConLoss(nn.Module):
-    """``supcon_loss`` as a module. It holds no parameters; options as there.
+    """``supcon_loss`` as a module. It holds no parameters; its options are the function's.
 
     Raises:
         TypeError, ValueError: at construction, naming the option, what came and what was expected.

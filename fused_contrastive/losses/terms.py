@@ -1,4 +1,4 @@
-"""Terms that losses share, beside ``ops/row_loss.py``."""
+"""Terms that several losses use; ``ops/row_loss.py`` has the rest."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fused_contrastive.ops.row_dots import RowMap, row_dots
 
 
 def check_module(reduction: object, memory_budget: object, backend: object, **flags: object) -> None:
-    """What modules share, when they are made and not only when first called."""
+    """Checks the options that all modules have, when a module is made and not only when it is first called."""
     checks.one_of("reduction", reduction, REDUCTIONS)
     checks.memory_budget(memory_budget)
     checks.one_of("backend", backend, ("auto", *dispatch.BACKENDS))
@@ -48,20 +48,20 @@ def own_logits(
 
 
 def nan_where_inf(logits: Tensor) -> Tensor:
-    """NaN where +inf, as ``contrastive_stats`` has it: softplus(row - pos) would be a loss of 0 there."""
+    """NaN where a positive's logit is +inf, as in ``contrastive_stats``: softplus(row - pos) would be 0 there."""
     return logits - logits.detach().masked_fill(logits != torch.inf, 0)  # inf - inf; the gradient is NaN as well
 
 
 def class_sums(z: Tensor, codes: Tensor, classes: int) -> Tensor:
-    """(classes, D): of each class the sum of the rows of z, (N, D), whose code it is. The same bits each time."""
+    """(classes, D) sums of the rows of z (N, D) that have each code, with the same bits at every call."""
     sums = z.new_zeros(classes, z.shape[1])
-    if z.device.type == "cpu":  # index_put adds in no order here, with several threads
+    if z.device.type == "cpu":  # on several threads, index_put would add in no fixed order
         return sums.index_add(0, codes, z.contiguous())
-    return sums.index_put((codes,), z, accumulate=True)  # and index_add on a GPU
+    return sums.index_put((codes,), z, accumulate=True)  # on a GPU it is index_add that has no fixed order
 
 
 def rows_at(t: Tensor, index: Tensor) -> Tensor:
-    """``t[index]``, some rows more than once. The gradient, as of ``class_sums``, has the same bits each time."""
+    """``t[index]``, which may repeat rows. Its gradient, a sum like ``class_sums``, has the same bits at every call."""
     return t.index_select(0, index) if t.device.type == "cpu" else t[index]
 
 

@@ -1,4 +1,4 @@
-"""What x-clip's CLIP computes from its latents, with all of its switches."""
+"""The loss that x-clip's CLIP computes from its latents, with all of its switches."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from fused_contrastive.ops.row_loss import row_loss
 
 
 class _Latents(NamedTuple):
-    """One text view and one image view: for text to image, and for image to text."""
+    """One text view and one image view for the loss of text to image, and their extra latents for image to text."""
 
     text: Tensor
     image: Tensor
@@ -49,12 +49,13 @@ def x_clip_loss(
     backend: BackendName = "auto",
     group: Group = None,
 ) -> Tensor:
-    """The loss of x-clip 0.14 from the latents its forward makes, stably: its raw exp overflows at logits of 89.
+    """The loss of x-clip 0.14 from the latents of its forward, computed stably: its own exp overflows at logits of 89.
 
-    The CLIP loss (Radford et al. 2021, arXiv:2103.00020) of the first text view against the first image view; plus
-    ``multiview_loss_weight`` times (and the first as much less) the mean over all other pairs of a text and an image
-    view; plus ``sim_reg_loss_weight`` times the mean squared difference between the texts' and the images' similarities
-    among themselves, the diagonal apart (arXiv:2309.08773), in closed form from D x D products.
+    The CLIP loss (Radford et al. 2021, arXiv:2103.00020) of the first text view against the first image view. If there
+    are several views, that is weighted ``1 - multiview_loss_weight``, and the mean loss of all other pairs of a text
+    and an image view ``multiview_loss_weight``. Then ``sim_reg_loss_weight`` times the mean squared difference between
+    the texts' similarities to each other and the images' is added, without the diagonal (arXiv:2309.08773), in closed
+    form from D x D products.
 
     Args:
         text_latents: L2-normalised, (N, D) or, with V views, (V, N, D); (N, T, D) or (V, N, T, D) with
@@ -62,16 +63,16 @@ def x_clip_loss(
         image_latents: likewise, with its own number of views and tokens.
         logit_scale: x-clip's ``temperature.exp()``; a number or a 0-d tensor, which gets a gradient.
         temperature: divides the similarities, instead: 1 / logit_scale. It is not x-clip's parameter of that name.
-        text_mask: (N, T) or (V, N, T) bool (or numbers 0 and 1), for tokens alone.
+        text_mask: (N, T) or (V, N, T) bool (or numbers 0 and 1); only with ``use_all_token_embeds``.
         text_latents_extra, image_latents_extra: like the others, from the second pair of projections, CLOOB's, for
             image to text (``extra_latent_projection``). Both or neither.
-        use_all_token_embeds: FILIP's token-level similarity, as x-clip has it (``filip_loss(compat="x_clip")``).
+        use_all_token_embeds: FILIP's token-level similarity in x-clip's variant (``filip_loss(compat="x_clip")``).
         decoupled_contrastive_learning: the positives stay out of the denominators (Yeh et al. 2022).
         multiview_loss_weight: counts only where there are several views.
         sim_reg_loss_weight: counts only for single views without tokens, where x-clip can compute it.
-        ssl_loss_weight: the sum of the weights of x-clip's self-supervised losses, which the main loss loses. Those
-            losses themselves are the caller's.
-        memory_budget, backend, group: see ``contrastive_stats``. Over a group, the loss is that of the whole batch.
+        ssl_loss_weight: the sum of the weights of x-clip's self-supervised losses, by which the first pair's weight is
+            reduced. The caller adds those losses.
+        memory_budget, backend, group: see ``contrastive_stats``. Over a group, it is the loss of the whole batch.
 
     Returns:
         A scalar; float32 (float64 for float64 latents).
@@ -175,7 +176,7 @@ def _pair_loss(
     shape: Shape, scale: float | Tensor, decoupled: bool, tokens: bool, extra: bool, kernel: dict[str, Any],
     latents: _Latents, text_mask: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """The loss of one text view and one image view; with extra latents, texts and images each choose by their own."""
+    """The loss of one text view and one image view; with ``extra``, image to text uses the extra latents."""
     text, image, text_extra, image_extra = latents
     if tokens:
         options = {"decoupled": decoupled, "compat": "x_clip", **kernel}
@@ -193,7 +194,7 @@ def _pair_loss(
 
 def _similarity_difference(a: Tensor, b: Tensor, shape: Shape) -> Tensor:
     """Mean over i != j of (a_i . a_j - b_i . b_j)^2, from D x D products: |A A^T - B B^T|^2 = |A^T A|^2 - 2 |A^T B|^2
-    + |B^T B|^2, less the diagonal. In float64: what is left after cancelling is small. 0 for a single row.
+    + |B^T B|^2, minus the diagonal. In float64, because these terms nearly cancel. 0 for a single row.
     """
     a, b = a.double(), b.double()
     aa, ab, bb = (shape.sum(t) for t in (a.T @ a, a.T @ b, b.T @ b))

@@ -1,1 +1,1 @@
-"""The primitive: its schema, the choice of backend, its one autograd formula, and the public function."""
+"""The primitives: the operators' schemas, the choice of a backend, the autograd formulas, and the public functions."""

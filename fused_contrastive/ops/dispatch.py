@@ -1,6 +1,6 @@
 """Chooses a backend. Nothing falls back silently: a backend that cannot run raises and says how to get it.
 
-"auto" without the compiled extension is the reference, after a warning that says the same: results are the same, too.
+Without the compiled extension, "auto" takes the reference for CPU tensors, after a warning: it is as exact but slower.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ def available() -> dict[str, Backend]:
 
 
 class Forced:
-    """Within ``using``: the backend that every call gets, how many calls there were, and whether any missed it.
+    """A ``using`` block: the backend that its calls get, how many calls got it, and whether a call missed it.
 
-    A call misses it that another thread makes in a context of its own, whether or not the block started that thread.
+    A call misses it if another thread makes it in a context of its own, even if the block started that thread.
     """
 
     def __init__(self, backend: str) -> None:
@@ -37,7 +37,7 @@ class Forced:
 
 
 _forced: Scoped[Forced] = Scoped("fused_contrastive forced backends")
-# What torch.compile traces takes the newest of any context: it cannot trace a ContextVar.
+# torch.compile cannot trace a ContextVar, so that a trace takes the newest block of any context.
 _when_traced: Forced | None = None
 
 
@@ -56,7 +56,10 @@ def using(backend: str) -> Iterator[Forced]:
 
 
 def forced() -> str | None:
-    """The backend of ``using`` here, which counts the call; or None, and the blocks elsewhere are told of it."""
+    """The backend of this context's innermost ``using`` block, which counts the call.
+
+    None outside of any such block; blocks of other contexts then note that a call missed them.
+    """
     if not (entries := _forced.entries):
         for other in _forced.everywhere():
             other.missed = True

@@ -1,6 +1,7 @@
 """What torch.utils.flop_counter counts for each operator: 2 for every multiply-add of its matrix products, and no more.
 
-Forward: the products x y^T once. Backward: those of them again that were not kept, and as many for each of dx and dy.
+Forward: the products x y^T once. Backward: the products that were not kept, again, and one full set for each of dx and
+dy.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ Shape = tuple[int, ...]
 
 
 def _pairs(rows: int, n: int, upper: bool) -> int:
-    """How many pairs the first rows of S have: with n columns each, or of a triangle those above the diagonal."""
+    """How many pairs the first ``rows`` rows of S have: n in each, or if ``upper`` those above the diagonal."""
     return rows * (n - 1) - rows * (rows - 1) // 2 if upper else rows * n
 
 
@@ -46,7 +47,7 @@ def _max_sim_backward(
     g_x: Any, g_y: Any, argmax_x: Any, argmax_y: Any, needs: list[bool], x: Shape, y: Shape, x_mask: Any, y_mask: Any,
     both: bool, kept: int, *_: Any, **__: Any,
 ) -> int:  # fmt: skip
-    """The gradient of a token's maximum is one row of the other item, for each of the pair."""
+    """A token's maximum is one product, which adds D multiply-adds to each gradient that is needed."""
     (m, t, d), n, p = x, y[0], y[1]
     maxima = m * n * ((t if g_x is not None else 0) + (p if both and g_y is not None else 0))
     return 2 * d * ((m - kept) * n * t * p + maxima * sum(needs))
@@ -74,7 +75,7 @@ def _register() -> None:
 
 
 class _WhenImported(importlib.abc.MetaPathFinder):
-    """Registers the formulas when the counter's module is first imported: it may import Triton, which takes long."""
+    """Registers the formulas once the counter's module is imported, which may import Triton and so take long."""
 
     name = "torch.utils.flop_counter"
 
@@ -96,7 +97,7 @@ class _WhenImported(importlib.abc.MetaPathFinder):
 
 
 def register() -> None:
-    """Once, with the package."""
+    """Called once, when the package is imported."""
     if _WhenImported.name in sys.modules:
         _register()
     else:

@@ -1,4 +1,4 @@
-"""The primitive over the processes of a group: each has rows of x and of y, S is that of all rows against all columns.
+"""The primitive over the processes of a group. Each has rows of x and of y; S has the rows and columns of all.
 
 A process computes its own rows' block of S once. The rows' statistics are final; the columns' are merged over the
 processes by two all-reduces of N numbers, or travel round the ring with the columns. In the backward a process gets the
@@ -40,7 +40,7 @@ class _Constants(NamedTuple):
     """What does not change from block to block, and is no tensor of the graph."""
 
     shape: GlobalShape
-    spec: StatsSpec  # of this process: targets are columns of the whole, ids and bias its own
+    spec: StatsSpec  # targets are columns of the whole matrix; ids and bias are this process's own
     budget: int | str
     backend: str
 
@@ -50,7 +50,7 @@ def global_stats(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """pos (m,), row (m,) and col (n,) of this process's rows and columns; ``asked`` are fields of the spec.
 
-    The rows' whole block is computed: of a triangle, too, whose diagonal is then excluded by ids or as the target.
+    With ``upper`` too, the whole block of this process's rows is computed; ids or targets then exclude the diagonal.
     """
     spec = spec._replace(**{**asked, "upper": False}, targets=shape.columns_of(spec.targets, x.device))
     if asked.get("upper") and spec.row_ids is None:

@@ -36,7 +36,7 @@ from fused_contrastive.ops.transforms import register_formula
 
 REDUCTIONS = ("sum", "mean")
 DIRECTIONS = ("x", "y", "both")
-INPUTS = 7  # of max_sim_forward
+INPUTS = 7  # the number of arguments of max_sim_forward
 
 _PROBLEM = "Tensor x, Tensor y, Tensor? x_mask, Tensor? y_mask, bool both, SymInt kept_rows, str backend"
 library.define(f"max_sim_forward({_PROBLEM}) -> (Tensor x_sums, Tensor y_sums, Tensor argmax_x, Tensor argmax_y)")
@@ -61,7 +61,7 @@ def _backward_of_sums(
     g_x: Tensor | None, g_y: Tensor | None, argmax_x: Tensor, argmax_y: Tensor, needs: list[bool],
     x: Tensor, y: Tensor, x_mask: Tensor | None, y_mask: Tensor | None, both: bool, kept_rows: int, backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Calls the backend. A gradient that is not asked comes back with 0 elements: an operator returns tensors."""
+    """Calls the backend. An operator must return tensors, so a gradient that is not needed has 0 elements."""
     (x_order, x_lengths), (y_order, y_lengths) = ordered(x_mask), ordered(y_mask)
     spec = TokenSpec(x_lengths, y_lengths, both, kept_rows)
     nothing = x.new_empty(0)
@@ -194,20 +194,20 @@ def max_sim(
         score[m, n] = sum over p of max over t of x_tokens[m, t] . y_tokens[n, p]       direction "y"
 
     with the sum of ColBERT (Khattab & Zaharia 2020, arXiv:2004.12832) or the mean of FILIP (Yao et al. 2021,
-    arXiv:2111.07783), over the tokens that the masks call real. Differentiable once in both; of equal products, the
-    first is the maximum and gets the gradient.
+    arXiv:2111.07783), over the tokens that the masks call real. Differentiable once in both; if several products are
+    equal, the first is the maximum and gets the gradient.
 
     Args:
         x_tokens: (M, T, D), M items of T tokens (ColBERT's queries), float32, float64, bfloat16 or float16. Not
             normalised here.
         y_tokens: (N, P, D) items to score them against (ColBERT's documents), same dtype and device.
-        x_mask, y_mask: (M, T) and (N, P) bool (or numbers 0 and 1), True for a real token; the others count for
-            nothing, whatever they hold. Default: all are real.
+        x_mask, y_mask: (M, T) and (N, P) bool (or numbers 0 and 1), True for a real token; the others are ignored,
+            whatever they hold. Default: all are real.
         reduction: "sum" or "mean", over the real tokens of x (direction "y": of y).
         direction: "x", "y" or "both", which takes the products once.
         memory_budget: bytes to keep for the backward, which needs only the index of each maximum: 1 byte for each of
-            M * N * T (2 where P > 256; direction "y": of M * N * P). What does not fit is computed again. "auto" is a
-            sixteenth of the machine's memory, of a GPU's a sixty-fourth.
+            M * N * T maxima (2 if P > 256; direction "y": M * N * P maxima). What does not fit is computed again.
+            "auto" is a sixteenth of the machine's memory, or a sixty-fourth of a GPU's.
         backend: as in ``contrastive_stats``.
 
     Returns:
@@ -217,7 +217,7 @@ def max_sim(
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind, shape, dtype, device or value.
-        RuntimeError: the backend cannot run here; or a second derivative is asked.
+        RuntimeError: the backend cannot run here; or a second derivative is needed.
 
     Under autocast, float32 tokens are cast to autocast's dtype as for a matmul; the products accumulate in float32.
     """

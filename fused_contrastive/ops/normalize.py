@@ -1,4 +1,4 @@
-"""L2 normalisation, as losses that take an encoder's output begin."""
+"""L2 normalisation, the first step of losses that take an encoder's output as it is."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from fused_contrastive.ops import dispatch
 
 
 def normalized(*views: Tensor, backend: BackendName = "auto") -> Tensor:
-    """``unit_rows(torch.cat(views))``, by way of float32: in float16 a row of zeros would become NaN.
+    """``unit_rows(torch.cat(views))``, half features in float32, since in float16 a row of zeros would become NaN.
 
-    The gradient that the result is given must be for it alone: the backward writes to it. Where something traces, it is
-    the plain formula, for the compiler to fuse.
+    The backward overwrites the gradient that arrives at the result, so nothing else may hold that tensor. Where
+    something traces, the plain formula is used, which a compiler can fuse.
     """
     if is_plain(*views) and views[0].dtype in (torch.float32, torch.float64):
         chosen = dispatch.resolve(backend, views[0].device, views[0].dtype)

@@ -46,13 +46,13 @@ def stats(x: Tensor, y: Tensor, spec: StatsSpec, backend: str) -> None:
 def stats_saved(
     x: Tensor, y: Tensor, spec: StatsSpec, saved: Forward, upstream: Upstream, needs: Sequence[bool]
 ) -> None:
-    """Likewise, unless this is what the forward of that problem returned, and gradients of it."""
+    """Raises likewise, unless ``saved`` is what the forward of this problem returned and ``upstream`` its gradients."""
     m, n = x.shape[0], y.shape[0]
     rows, cols = m if spec.want_row else 0, n if spec.want_col else 0
     _vector("row", saved.row, (rows,), x)
     _vector("col", saved.col, (cols,), x)
     _vector("g_pos", upstream.pos, (m,), x)
-    _vector("g_row", upstream.row, (rows,), x)  # also of a direction not asked: torch.compile gives it zeros
+    _vector("g_row", upstream.row, (rows,), x)  # torch.compile gives zeros for a direction that is not requested
     _vector("g_col", upstream.col, (cols,), x)
     checks.same_device("kept", saved.kept, "x", x)
     if spec.targets is not None:
@@ -61,7 +61,7 @@ def stats_saved(
 
 
 def tokens(x: Tensor, y: Tensor, masks: Sequence[Tensor | None], kept_rows: int, backend: str) -> None:
-    """Likewise, of max_sim: ``masks`` are those of x and y."""
+    """As ``stats``, for the operands of max_sim; ``masks`` are the masks of x and y."""
     forks.guard()
     checks.token_pair("x", x, "y", y, empty=True)
     dispatch.check(backend, x.device, x.dtype)

@@ -16,7 +16,7 @@ from fused_contrastive.core.spec import compute_dtype
 from fused_contrastive.core.unit import LEAST_NORM, unit_rows
 from fused_contrastive.ops.schema import without_autocast
 
-ELEMENTS = 1 << 20  # of ``own`` that are in the compute dtype at one time
+ELEMENTS = 1 << 20  # how many elements of ``own`` are held in the compute dtype at a time
 GPU_ELEMENTS = 1 << 24
 
 
@@ -66,12 +66,12 @@ class _OwnDots(torch.autograd.Function):
         x, own, mask, norms, dots = ctx.saved_tensors
         needs_x, needs_own = ctx.needs_input_grad[:2]
         if torch.is_grad_enabled():  # create_graph=True
-            x, own = x.view_as(x), own.view_as(own)  # without it, x's gradient would include that of an own made of x
+            x, own = x.view_as(x), own.view_as(own)  # if own was computed from x, x's gradient would include own's
             leaves = [t for t, needed in ((x, needs_x), (own, needs_own)) if needed]
             found = iter(torch.autograd.grad(_formula(x, own, mask, norms is not None), leaves, g, create_graph=True))
             return next(found) if needs_x else None, next(found) if needs_own else None, None, None
-        along = g if mask is None else g.masked_fill(~mask, 0)  # d dot / d own_ik is along x_i,
-        along_own, back = along, None  # less its part along a unit own_ik
+        along = g if mask is None else g.masked_fill(~mask, 0)  # the gradient of own_ik is this times x_i,
+        along_own, back = along, None  # with ``unit`` minus its component along own_ik
         if norms is not None:
             along, short = along / norms.clamp_min(LEAST_NORM), norms < LEAST_NORM
             along_own = along.masked_fill(short, 0)

@@ -1,4 +1,4 @@
-"""One problem with its arguments checked, and the one way from it to the statistics, on one process or over a group."""
+"""A problem with its arguments checked, and how it becomes statistics, in one process or over a group."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from fused_contrastive.ops.normalize import normalized
 
 
 class Problem:
-    """Features and what is asked of them, as the operators take them.
+    """Features and the other arguments of the operators.
 
-    The caller has checked the tensors under its own names for them. What all functions call alike is checked here:
-    ``scale``, ``memory_budget`` and ``backend``. With ``normalize``, statistics are those of the features' unit rows.
+    The caller has checked the tensors under its own names for them. ``scale``, ``memory_budget`` and ``backend``, which
+    have one name in all functions, are checked here. With ``normalize``, the statistics are of the rows' unit vectors.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class Problem:
     def agree(
         self, call: Call | Alone, name: str, options: dict[str, Any], *inputs: object, keys: int | None = None
     ) -> Shape:
-        """The shape of the whole batch, after which nothing may be refused; see ``Call.agree``."""
+        """Agrees on the shape of the whole batch; nothing may be refused after it. See ``Call.agree``."""
         spec = self.spec
         given = {"col_bias": spec.col_bias is not None, "ids": spec.row_ids is not None}
         return call.agree(
@@ -45,7 +45,7 @@ class Problem:
         )  # fmt: skip
 
     def unit(self) -> None:
-        """Normalises the features now, where something else needs them, too."""
+        """Normalises the features if ``normalize`` is set, and clears it."""
         if self.normalize:
             same, name = self.y is self.x, self.backend
             self.x = normalized(self.x, backend=name)
@@ -123,7 +123,7 @@ def log_add(a: Tensor, b: Tensor) -> Tensor:
 
 
 def autocast(features: Tensor) -> Tensor:
-    """What autocast does to the operands of a matmul."""
+    """Casts features as autocast casts the operands of a matmul."""
     if not isinstance(features, Tensor) or not autocast_enabled(features.device):
         return features
     casts = features.is_floating_point() and features.dtype != torch.float64

@@ -1,4 +1,4 @@
-"""``rank`` and ``target_ranks``: the best candidates of each query, and where its own one stands.
+"""``rank`` and ``target_ranks``: the best candidates of each query, and the place of its right answer.
 
 Both walk the (M, N) scores in blocks: a vendor GEMM fills one, a backend merges it into what is kept of each row.
 Memory is one block and the result, whatever N.
@@ -24,12 +24,12 @@ from fused_contrastive.ops import dispatch, operands
 from fused_contrastive.ops.schema import library
 from fused_contrastive.ops.transforms import register_constant
 
-# Rows and columns of a block, wider where there are fewer rows: 16 MB of float32, on a GPU 64 MB and a few times that
-# for the keys by which it sorts.
+# Rows and columns of a block, which is wider if there are fewer rows: 16 MB of float32. On a GPU it is 64 MB, and the
+# keys by which it sorts take a few times as much.
 BLOCK = (2048, 2048)
 GPU_BLOCK = (4096, 4096)
 
-NOWHERE = torch.iinfo(torch.int64).max  # the column of no answer, after all others
+NOWHERE = torch.iinfo(torch.int64).max  # stands for the column of an answer that is missing, after all real ones
 
 
 class Ranking(NamedTuple):
@@ -60,9 +60,9 @@ def rank(
         scores, indices = (scale * queries @ candidates.T).sort(dim=1, descending=True, stable=True)
         Ranking(scores[:, :k], indices[:, :k])
 
-    but for NaN, which comes last. Equal scores go by the smaller index, on every backend, so that the same scores give
-    the same ranking everywhere. Products are rounded as the vendor's GEMM rounds them: two candidates with the same
-    features may differ in the last bit where its tiles end.
+    except that NaN comes last. Of equal scores the smaller index comes first, on every backend, so that the same scores
+    give the same ranking everywhere. Products are rounded as the vendor's GEMM rounds them: the scores of two
+    candidates with the same features may differ in the last bit, at the edges of its tiles.
 
     Args:
         queries: (M, D) float32, float64, bfloat16 or float16.
@@ -119,18 +119,19 @@ def target_ranks(
     """Where each query's right answer stands among all candidates: 0 if it comes first, by the order of ``rank``.
 
     Counts the candidates ahead of it: those with a larger inner product, and those with the same one and a smaller
-    index. Of several right answers the best one counts, which is the protocol of retrieval on COCO and Flickr30K
-    (Karpathy & Fei-Fei 2015, "Deep Visual-Semantic Alignments for Generating Image Descriptions", arXiv:1412.2306).
-    A score is read from the block of products that is compared with it, so it is not off by a rounding from its own
-    copy or its duplicates. For that the blocks that hold right answers come first; if those of 2048 consecutive
-    queries, sorted by their first answer, lie in several blocks of candidates, these are computed twice.
+    index. If there are several right answers, the best one counts, which is the protocol of retrieval on COCO and
+    Flickr30K (Karpathy & Fei-Fei 2015, "Deep Visual-Semantic Alignments for Generating Image Descriptions",
+    arXiv:1412.2306). An answer's score is read from the blocks of products that the candidates' scores come from, so
+    that rounding cannot put a copy or duplicate of the answer ahead of it. Therefore the blocks with right answers are
+    computed first; if those of 2048 consecutive queries (sorted by first answer) lie in several blocks of candidates,
+    these blocks are computed twice.
 
     Args:
         queries: (M, D) float32, float64, bfloat16 or float16.
         candidates: (N, D), same dtype and device.
-        targets: (M,) integers, the candidate that belongs to each query; or (M, P), several of them, a row that has
-            fewer filled up with -1. Default: query i's is i, which needs M = N. On a GPU they are read once by the
-            host.
+        targets: (M,) integers, the candidate that belongs to each query; or (M, P), several for each, with -1 in the
+            places that a row does not need. Default: candidate i belongs to query i, which needs M = N. The host reads
+            them once, and waits for a GPU.
         exclude_self: queries and candidates are the same set: query i is not compared with candidate i, which is no
             right answer either. Needs M = N and targets.
         backend: see ``contrastive_stats``.
@@ -218,7 +219,7 @@ def _check_self(exclude_self: bool, m: int, n: int) -> None:
 
 
 def _checked_targets(targets: Tensor | None, queries: Tensor, n: int, exclude_self: bool) -> Tensor:
-    """(M, P) int64, of which the values are still to be checked."""
+    """(M, P) int64, whose values are not checked here."""
     m = queries.shape[0]
 
     def shape() -> str:
@@ -237,8 +238,8 @@ def _checked_targets(targets: Tensor | None, queries: Tensor, n: int, exclude_se
 
 
 def _answers(targets: Tensor, n: int, exclude_self: bool) -> Tensor:
-    """(M, P) right answers, ascending, on the CPU; a row that has fewer names one of them several times."""
-    answers = targets.detach().to("cpu", copy=True)  # what is checked is what is used
+    """(M, P) right answers, ascending, on the CPU; a row with fewer than P has one of them several times."""
+    answers = targets.detach().to("cpu", copy=True)  # a copy, so that the values checked are the values used
     if answers.min() < -1 or answers.max() >= n:
         raise ValueError(
             f"targets: got values from {answers.min()} to {answers.max()}, expected 0 to {n - 1} (N - 1), or -1 for "
@@ -261,8 +262,8 @@ def _count(
 ) -> Tensor:
     """(m,) how many candidates stand ahead of the best of the answers (m, P) of m queries (m, D).
 
-    ``holding`` are the blocks of columns with all the answers. The last of them is still there to be counted. ``own``
-    (m,) are candidates that do not count.
+    ``holding`` are the blocks of columns with all the answers; the scores of the last one are still there and are
+    counted first. ``own`` (m,) are candidates that do not count.
     """
     counts = torch.zeros_like(answers[:, 0])
     target = torch.full_like(counts, NOWHERE)
@@ -283,9 +284,9 @@ def _count(
 
 
 def _best(scores: Tensor, first_column: int, answers: Tensor) -> tuple[Tensor, Tensor]:
-    """Score and column (m,) of the answer (m, P) that stands ahead of the others in a block; else NaN and the largest.
+    """(m,) score and column of the best of the answers (m, P) that lie in a block; NaN and NOWHERE if none does.
 
-    The columns of the answers are those of the whole matrix, of which ``scores`` (m, n) begins at ``first_column``.
+    Answers are columns of the whole matrix; the block ``scores`` (m, n) begins at its column ``first_column``.
     """
     place = answers - first_column
     inside = (place >= 0) & (place < scores.shape[1])
@@ -298,7 +299,7 @@ def _best(scores: Tensor, first_column: int, answers: Tensor) -> tuple[Tensor, T
 
 
 class _Walk:
-    """The score matrix as blocks of rows x columns, and room for one of them."""
+    """The score matrix as blocks of rows x columns, and memory for one of them."""
 
     def __init__(self, queries: Tensor, candidates: Tensor) -> None:
         m, n = queries.shape[0], candidates.shape[0]
@@ -322,7 +323,7 @@ class _Walk:
     def holding(self, answers: Tensor) -> list[list[slice]]:
         """The blocks of columns that hold some answer, for each block of rows; answers (M, P) on the CPU."""
         ends = torch.tensor([columns.stop for columns in self.columns], device="cpu")
-        found = torch.searchsorted(ends, answers, right=True)  # (M, P) numbers of blocks
+        found = torch.searchsorted(ends, answers, right=True)  # (M, P) index of each answer's block
         return [[self.columns[i] for i in found[rows].unique().tolist()] for rows in self.rows]
 
 
@@ -335,6 +336,6 @@ def _cuts(size: int, most: int) -> list[slice]:
 
 @contextmanager
 def plain(x: Tensor) -> Iterator[None]:
-    """Nothing is recorded, and products stay in the compute dtype under autocast."""
+    """Autograd records nothing in this block, and under autocast, products stay in the compute dtype."""
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False) if autocast_enabled(x.device) else nullcontext():
         yield

@@ -1,8 +1,8 @@
-"""The primitive with the columns passing by: two processes' columns at a time in memory, the next on its way.
+"""The primitive over a ring: a process holds two processes' columns, one block in use and the next one arriving.
 
-Processes send to the next rank and receive from the one before. A block is one process's columns, padded to the largest
-process's number and one more: a row of zeros with bias -inf, which takes part in nothing and serves as the positive of
-the rows whose positive is in another block.
+Processes send to the next rank and receive from the one before. A block is one process's columns, padded to one more
+than the largest process has. Padding columns are zeros with bias -inf, so that they add nothing to a sum; the last one
+serves as the positive of rows whose positive is in another block.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def forward(shape: GlobalShape, spec: StatsSpec, backend: str, x: Tensor, y: Ten
                 row = row + found.row if sums else torch.logaddexp(row, found.row)
             if spec.want_col:
                 col = torch.logaddexp(col, found.col)
-        if spec.want_col:  # its last step brings it home
+        if spec.want_col:  # the last step returns it to its owner
             (col,) = _received(_pass_on(shape, [col]))
         if waiting is not None:
             block = _received(waiting)
@@ -56,7 +56,7 @@ def backward(
     shape: GlobalShape, spec: StatsSpec, backend: str, x: Tensor, y: Tensor, saved: tuple[Tensor, Tensor],
     upstream: Upstream,
 ) -> Gradients:  # fmt: skip
-    """Gradients of this process's rows and columns; of scale, the part of its rows."""
+    """Gradients of this process's rows and columns; for scale, this process's rows' part of the gradient."""
     dtype, m = compute_dtype(x.dtype), len(x)
     row, col = saved
     block, size = _block(shape, spec, y)
@@ -70,7 +70,7 @@ def backward(
         waiting = None if step == shape.world - 1 else _pass_on(shape, block)
         here, part = _of_block(shape, spec, step, block)
         if m:
-            # Rows whose positive is elsewhere have none of its gradient here.
+            # A row's gradient of pos counts only in the block that has its positive.
             g_pos = None if upstream.pos is None else torch.where(here, upstream.pos, 0)
             columns = (block[-2], block[-1]) if spec.want_col else (col, None)
             found = schema.backward_within(
@@ -98,7 +98,7 @@ def _padded(values: Tensor, size: int, fill: float) -> Tensor:
 
 
 def _block(shape: GlobalShape, spec: StatsSpec, y: Tensor) -> tuple[list[Tensor], int]:
-    """What of the columns goes round: features, bias, and what else a rule asks for; and how many rows each has."""
+    """The tensors of this process's columns that go round: features, bias, and those of a rule; and their length."""
     size, dtype = max(shape.cols) + 1, compute_dtype(y.dtype)
     bias = y.new_zeros(len(y), dtype=dtype) if spec.col_bias is None else spec.col_bias.detach()
     block = [_padded(y, size, 0.0), _padded(bias, size, -torch.inf)]
@@ -106,12 +106,12 @@ def _block(shape: GlobalShape, spec: StatsSpec, y: Tensor) -> tuple[list[Tensor]
 
 
 def _others(spec: StatsSpec) -> list[str]:
-    """The columns' tensors that a rule asks for, beside the bias."""
+    """The names of the columns' tensors that a rule of exclusion needs, such as ``col_ids``; not the bias."""
     return [name for name in OF_COLS if name != "col_bias" and getattr(spec, name) is not None]
 
 
 def _of_block(shape: GlobalShape, spec: StatsSpec, step: int, block: list[Tensor]) -> tuple[Tensor, StatsSpec]:
-    """Which rows have their positive in the block that is here at this step, and its problem."""
+    """Which rows have their positive in the block that is here at this step, and the block's StatsSpec."""
     owner = (shape.rank - step) % shape.world
     assert spec.targets is not None
     place = spec.targets - sum(shape.cols[:owner])

@@ -1,8 +1,8 @@
 """Dot products of features with partners made of the same features, a few columns at a time.
 
 Positives in closed form are such products: the partner of a feature is its other view, or the sum of its class. Written
-as ``(z * partners(z)).sum(dim=1)``, they hold several more copies of the features until the backward; nothing of them
-is needed at once, as every column of the features goes its own way.
+as ``(z * partners(z)).sum(dim=1)``, they would hold several more copies of the features until the backward. Each column
+of the features can be computed by itself, so no more than a few columns are held at a time.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from fused_contrastive.core.spec import compute_dtype
 
 RowMap = Callable[[Tensor], Tensor]  # (N, C) -> (N, C), a new tensor: linear, and the same for every column
 
-ELEMENTS = 1 << 17  # of the features that are looked at in one step
+ELEMENTS = 1 << 17  # how many elements of the features one step takes
 LEAST_COLUMNS = 32
-GPU_TIMES = 2  # as many of both where a step is several launches
+GPU_TIMES = 2  # on a GPU, where a step is several launches, it takes this many times as many columns
 
 
 def row_dots(z: Tensor, partners: RowMap, transposed: RowMap | None = None) -> tuple[Tensor, Tensor]:
     """z, and (N,) ``z_i . partners(z)_i`` in the compute dtype.
 
-    The z that comes back is for one use: what that gives it for a gradient is added to in place.
+    Use the returned z once only: the backward adds to its gradient in place.
 
     Args:
         z: (N, D) features.
@@ -40,7 +40,7 @@ def row_dots(z: Tensor, partners: RowMap, transposed: RowMap | None = None) -> t
 
 
 class _RowDots(torch.autograd.Function):
-    """``dz = g * A z + A.T (g * z)``, of which autograd records the operations where it is asked to."""
+    """``dz = g * A z + A.T (g * z)``; with ``create_graph=True``, autograd records these operations."""
 
     @staticmethod
     def forward(ctx: Any, z: Tensor, partners: RowMap, transposed: RowMap) -> tuple[Tensor, Tensor]:

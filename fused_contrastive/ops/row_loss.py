@@ -1,9 +1,9 @@
-"""From a problem to its loss, the end of most losses. The way is chosen here alone.
+"""From a problem to its loss, the last step of most losses. One of two ways is chosen here, and nowhere else.
 
-A loss that is a sum over rows needs each row's own statistics only; of a small problem all products are kept anyway. In
-both cases a backend can form the gradients of the features in the forward: 3 products in all and one node of the graph.
-What is left of the backward is to multiply by the gradient of the loss. Otherwise the loss is made of the statistics,
-whose backward reads the products that the memory budget kept, or makes them again.
+A backend can form the gradients of the features in the forward if the loss is a sum over rows, each of which needs its
+own statistics only, or if the memory budget holds all products: 3 products in all and one node of the graph, whose
+backward only multiplies by the gradient of the loss. Otherwise the loss is made of the statistics, whose backward reads
+the products that the memory budget kept, or makes them again.
 """
 
 from __future__ import annotations
@@ -35,20 +35,20 @@ def row_loss(
     smoothing: tuple[float, Tensor] | None = None,
     **asked: Any,
 ) -> Tensor:
-    """The loss of rows, or the mean with that of columns: -log softmax at the positives, or a sum of softplus.
+    """The loss of the rows, or the mean of the rows' and the columns': -log softmax at the positives, or SigLIP's sum.
 
-    With z the masked denominator of a row minus its positive's logit, ``softplus(z + margin)``; see
-    ``cross_entropy``. Of a softplus problem ``row + softplus(-pos)``.
+    A row's loss is ``softplus(z + margin)``, with z its masked denominator minus its positive's logit; see
+    ``cross_entropy``. For the softplus statistic it is ``row + softplus(-pos)``.
 
     Args:
-        problem: checked; its rows are those of ``shape``.
+        problem: the checked problem of this process.
         shape: what ``problem.agree`` returned.
         reduction: "mean", "sum" or "none"; over a group, of the rows of all processes.
         decoupled: leave the positive out of the denominator.
         margin: subtracted from the positives' logits.
         weight: (M,) weights of the rows; the mean is over their sum, as in ``F.cross_entropy``.
         own_logits: (M, K) further negatives of each row, -inf for none.
-        smoothing: the share of the target that is spread over all columns, and the (M,) mean logits of those.
+        smoothing: the share of the target that is spread over all columns, and each row's mean logit over them, (M,).
         asked: fields of the StatsSpec. ``want_col`` asks for the columns' loss as well, of the first M.
 
     Returns:
@@ -103,10 +103,10 @@ def cross_entropy(
     2022, "Decoupled Contrastive Learning").
 
     pos and each normaliser are (M,); the result is a scalar of ``dtype``, or (M,) with ``reduction="none"``. Where
-    something traces, it is the plain formula, for the compiler to fuse.
+    something traces, the plain formula is used, which a compiler can fuse.
     """
     name = "reference"
-    if is_plain(pos):  # a backend that was named takes these vectors whatever the features' dtype
+    if is_plain(pos):  # a named backend takes these vectors whatever dtype the features have
         name = dispatch.resolve(backend, pos.device, dtype if backend == "auto" else torch.float32)
     return dispatch.BACKENDS[name].cross_entropy(pos, normalisers, decoupled, reduction, dtype)
 
@@ -114,7 +114,7 @@ def cross_entropy(
 def in_the_forward(problem: Problem, loss: RowLoss, mean: bool, asked: dict[str, Any]) -> Tensor | None:
     """The loss, or its mean over the rows, with its gradients formed in the forward.
 
-    None where that would save nothing, or cannot be had.
+    None if that would save nothing, or is not possible.
     """
     x, y, m = problem.x, problem.y, problem.x.shape[0]
     spec = problem.spec._replace(**asked)

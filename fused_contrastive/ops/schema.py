@@ -25,7 +25,7 @@ from fused_contrastive.ops.dispatch import BACKENDS
 
 library = torch.library.Library("fused_contrastive", "DEF")
 
-_KINDS = {Tensor: "Tensor", Tensor | None: "Tensor?", bool: "bool", int: "SymInt"}  # the others are words
+_KINDS = {Tensor: "Tensor", Tensor | None: "Tensor?", bool: "bool", int: "SymInt"}  # the other fields are strings
 _SPEC = ", ".join(f"{_KINDS.get(kind, 'str')} {name}" for name, kind in FIELDS.items())
 _PROBLEM = f"Tensor x, Tensor y, {_SPEC}, str backend"
 library.define(f"stats_forward({_PROBLEM}) -> (Tensor pos, Tensor row, Tensor col, Tensor kept)")
@@ -39,12 +39,12 @@ _NOTHING: AbstractContextManager[None] = nullcontext()
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager[None]:
-    """Features come cast already; a backend's own products stay in the compute dtype."""
+    """Turns autocast off: features have been cast before, and a backend's products stay in the compute dtype."""
     return torch.autocast(x.device.type, enabled=False) if autocast_enabled(x.device) else _NOTHING
 
 
 def stats_forward(x: Tensor, y: Tensor, *problem: Any) -> Forward:
-    """Checks what only the values can tell, and calls the backend. ``problem``: a StatsSpec's fields, the backend."""
+    """Checks the values of the targets and calls the backend. ``problem``: a StatsSpec's fields, the backend."""
     *fields, backend = problem
     spec = StatsSpec(*fields)
     if spec.targets is not None:
@@ -65,7 +65,7 @@ def stats_backward(
     y: Tensor,
     *problem: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Calls the backend. A gradient that is not asked comes back with 0 elements: an operator returns tensors."""
+    """Calls the backend. An operator must return tensors, so a gradient that is not needed has 0 elements."""
     *fields, backend = problem
     spec = StatsSpec(*fields)
     upstream = Upstream(g_pos, g_row if spec.want_row else None, g_col if spec.want_col else None)
@@ -97,7 +97,7 @@ library.impl("stats_backward", _backward_operator, "CompositeExplicitAutograd")
 
 
 def forward_within(spec: StatsSpec, x: Tensor, y: Tensor, backend: str) -> Forward:
-    """For a node of the graph with a backward of its own: the backend, or the operator where something intercepts."""
+    """The forward inside an autograd function: by the backend, or by the operator where something intercepts."""
     if is_plain(x, y):
         with without_autocast(x):
             return BACKENDS[backend].stats_forward(spec, x, y)
@@ -107,7 +107,7 @@ def forward_within(spec: StatsSpec, x: Tensor, y: Tensor, backend: str) -> Forwa
 def backward_within(
     spec: StatsSpec, x: Tensor, y: Tensor, saved: Forward, upstream: Upstream, needs: Needs, backend: str
 ) -> Gradients:
-    """Likewise."""
+    """The backward inside an autograd function, likewise."""
     if is_plain(x, y):
         with without_autocast(x):
             return BACKENDS[backend].stats_backward(spec, x, y, saved=saved, upstream=upstream, needs=needs)

@@ -1,4 +1,4 @@
-"""``contrastive_stats``: the public form of the primitive."""
+"""``contrastive_stats``, ``sigmoid_stats`` and ``self_stats``: the public forms of the primitive."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Col = TypeVar("Col", bound=Tensor | None, default=Tensor | None, covariant=True)
 
 
 class ContrastiveStats(NamedTuple, Generic[Row, Col]):
-    """Statistics of the similarity matrix; None for a direction that was not asked.
+    """Statistics of the similarity matrix; None for a direction that was not requested.
 
     Attributes:
         pos: (M,) the positives' logits.
@@ -95,46 +95,46 @@ def contrastive_stats(
 
     With logits ``S[i, j] = scale * x[i] . y[j] + col_bias[j]`` and the positive of row i in column t(i)::
 
-        pos[i] = S[i, t(i)]                         NaN where that is +inf, as softmax has it
+        pos[i] = S[i, t(i)]                         NaN where that is +inf, as in softmax
         row[i] = log sum over j of exp S[i, j]      the positive and all excluded pairs left out
         col[j] = log sum over i of exp S[i, j]      likewise
 
     The contrastive losses are vector arithmetic on these: InfoNCE (van den Oord et al. 2018, CLIP: Radford et al.
-    2021) is the mean of ``softplus(row - pos)``, decoupled contrastive learning (Yeh et al. 2022) of ``row - pos``.
-    Differentiable once in x, y, scale and col_bias.
+    2021) is the mean of ``softplus(row - pos)``; decoupled contrastive learning (Yeh et al. 2022) is the mean of
+    ``row - pos``. Differentiable once in x, y, scale and col_bias.
 
     Args:
         x: (M, D) row features, float32, float64, bfloat16 or float16. Not normalised here.
         y: (N, D) column features, same dtype and device.
-        scale: multiplies the products (an inverse temperature); a number or a 0-d tensor, which gets a gradient. Of
-            every function here, a tensor scale, temperature or bias that is on the CPU while the features are on a GPU
-            is copied there at every call, for which the host waits; while a CUDA graph is captured, it raises.
+        scale: multiplies the products (an inverse temperature); a number or a 0-d tensor, which gets a gradient. In
+            every function of this package, a tensor scale, temperature or bias on the CPU is copied to the features'
+            GPU at every call, and the host waits for that; while a CUDA graph is captured, it raises.
         targets: (M,) integers, the column of each row's positive. Default: t(i) = i, which needs M <= N.
         col_bias: (N,) added to each column's logits, with a gradient; -inf marks a column as empty.
         row_ids, col_ids: (M,) and (N,) integers; pairs with equal ids (false negatives, duplicates) are excluded.
         exclude_self: exclude S[i, i], for x is y.
         directions: which of "row" and "col" to compute.
-        memory_budget: bytes to keep for the backward: 0 recomputes all products (4 matrix products for forward and
-            backward), enough for M * N of them (4 bytes each; on a GPU 2 for half-precision features) saves one
-            product, anything between saves a part of it. "auto" keeps up to 64 MB of products on a CPU; on a GPU a
-            sixty-fourth of its memory, of half-precision features with D < 160 nothing.
+        memory_budget: bytes of products to keep for the backward. With 0 it computes all of them again: 4 matrix
+            products for forward and backward. Room for all M * N (4 bytes each; 2 for half-precision features on a GPU)
+            saves one of the 4, and less room saves a part of it. "auto" keeps up to 64 MB on a CPU, and on a GPU up to
+            a sixty-fourth of its memory, but nothing for half-precision features with D < 160.
         backend: "cpp" (CPU), "triton" (NVIDIA and AMD GPUs; not float64), "reference" (plain torch, any device), or
             "auto": "cpp" for CPU tensors ("reference", after a warning, where the extension was not built), "triton"
             for GPU tensors but "reference" for float64 ones, elsewhere "reference".
         group: a ``torch.distributed`` process group or a ``GlobalBatch``: x and y are this process's rows and columns
             of a problem spread over the group (any number of them, 0 included), ``targets`` count the columns of all
-            processes, bias and ids are its own, and so are the results. Gradients are those of the sum of what all
-            processes make of their results. What one process refuses, all of them do.
+            processes, bias and ids are its own, and so are the results. Gradients are of the sum of the losses that all
+            processes make of their results. If one process refuses its input, all of them raise.
 
     Returns:
         ContrastiveStats(pos (M,), row (M,), col (N,)) in float64 (float32 on devices without it), whatever the
-        features: they are differences of large logarithms waiting to happen. Where nothing is left in a row, row is
-        -inf.
+        features' dtype, because a loss subtracts these large numbers from each other. Where all pairs of a row are
+        excluded, row is -inf.
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind, shape, dtype, device or value.
-        RuntimeError: the backend cannot run here; a second derivative is asked; the scale is on another device than the
-            features while a CUDA graph is captured; or another process of the group has refused its input.
+        RuntimeError: the backend cannot run here; a second derivative is needed; the scale is on another device than
+            the features while a CUDA graph is captured; or another process of the group has refused its input.
 
     Under autocast, float32 features are cast to autocast's dtype as for a matmul; the products accumulate in float32.
     """
@@ -183,10 +183,10 @@ def sigmoid_stats(
         row[i] = sum over j != t(i) of softplus(S[i, j]), or of softplus(-S[i, j]) where row_ids[i] == col_ids[j]
 
     so that the loss of Zhai et al. 2023, "Sigmoid Loss for Language Image Pre-Training", is the sum of
-    ``row + softplus(-pos)``. Differentiable once in x, y, scale and col_bias. Excluding a column: ``col_bias`` -inf.
+    ``row + softplus(-pos)``. Differentiable once in x, y, scale and col_bias. A ``col_bias`` of -inf excludes a column.
 
-    Arguments are those of ``contrastive_stats``: x (M, D), y (N, D) and so on, but for ``exclude_self`` and
-    ``directions``; and pairs with equal ids are positives here: their logits change sign.
+    The arguments are as in ``contrastive_stats``: x (M, D), y (N, D) and so on, without ``exclude_self`` and
+    ``directions``. Pairs with equal ids are positives here: their logits change sign.
 
     Returns:
         SigmoidStats(pos (M,), row (M,)) in float64 (float32 on devices without it).
@@ -224,7 +224,7 @@ def self_stats(
     Args:
         x: (N, D) float32, float64, bfloat16 or float16. Not normalised here.
         scale: multiplies the products; a number or a 0-d tensor, which gets a gradient.
-        ids: (N,) integers, which pairs are excluded (or kept). Default: only self-pairs are excluded.
+        ids: (N,) integers; pairs with equal ids are excluded, or the only ones left. Default: excludes self-pairs only.
         equal_ids: "exclude" or "only".
         memory_budget, backend, group: see ``contrastive_stats``; enough to keep N * N products saves half a product.
             Over a group the whole block of a process's rows is computed.

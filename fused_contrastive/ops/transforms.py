@@ -15,10 +15,10 @@ from fused_contrastive.ops.schema import library
 def register_formula(
     name: str, backward: Callable[..., Any], setup_context: Callable[[Any, Any, Any], None] | None = None
 ) -> None:
-    """``torch.library.register_autograd``, and the same as a function that torch.func.grad, vjp and vmap can transform.
+    """Registers a backward by ``torch.library.register_autograd``, and a second time for the transforms of torch.func.
 
-    What register_autograd makes of the formula is no such function. Hence the second one, at the key by which every
-    transform takes its first look at an operator. vmap calls the operator for each element of the batch in turn.
+    What register_autograd makes of it cannot be transformed by grad, vjp or vmap. They get an autograd function of
+    their own, at the dispatch key that every transform meets first. vmap calls the operator for each element in turn.
     """
     operator = getattr(torch.ops.fused_contrastive, name)
 
@@ -65,7 +65,7 @@ def register_formula(
 
 
 def register_constant(name: str) -> None:
-    """Of an operator whose results have no gradient."""
+    """Registers an operator whose results have no gradient."""
 
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         ctx.inputs = len(inputs)

@@ -16,7 +16,7 @@ from torch import Tensor
 from fused_contrastive.testing.registry import LOSSES, PRIMITIVES, Leaves, Maker, Member, Sizes
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-# 1: nothing left after the positive; 7, 257: one off the vector width and the tile; 1000: several tiles and a part.
+# 1: no negatives; 7, 257: one off the vector width and the tile; 1000: several tiles and a part of one.
 SIZES = (1, 2, 7, 64, 257, 1000)
 DIMS = (1, 3, 64, 513)
 SCALES = (0.01, 1.0, 14.3, 100.0, 1000.0)
@@ -27,7 +27,7 @@ OPTIONS = [(name, option) for name, member in LOSSES.items() for option in membe
 
 @dataclass(frozen=True)
 class Case:
-    """One problem of one loss or primitive. The tensors are made anew, the same each time.
+    """One problem of one loss or primitive. Each use makes the same tensors again.
 
     ``features``, if given, take the place of the first two tensors.
     """
@@ -39,7 +39,7 @@ class Case:
     features: tuple[Tensor, Tensor] | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if "tokens" in self.option or self.loss == "filip":  # at small D maxima tie, and their gradient is anyone's
+        if "tokens" in self.option or self.loss == "filip":  # at small D maxima tie, and their gradients may differ
             object.__setattr__(self, "sizes", replace(self.sizes, d=max(self.sizes.d, 16)))
 
     @property
@@ -56,7 +56,7 @@ class Case:
 
     @property
     def size(self) -> int:
-        """Multiplications of its products, more or less."""
+        """Roughly how many multiplications its products take."""
         return (self.sizes.m or self.sizes.n) * self.sizes.n * self.sizes.d
 
     def __str__(self) -> str:

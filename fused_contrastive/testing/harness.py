@@ -1,14 +1,16 @@
-"""Holds a case to the error budget of ``core/budget.py``: our results, the oracle's, and how far eager's are off.
+"""Compares a case's results with the oracle's, within the error budget of ``core/budget.py``.
 
 One evaluation can be exact by luck, so eager's error is the largest over the equal ways to write the logits
 (oracle.LOGITS).
 
-The largest term of a feature gradient is scale * weight (1/N for a mean) * max |feature|, times the rows per column
-where they are more than one; that of the scale's gradient is the positives' part, M * weight * max |x||y|, which the
-negatives' part cancels. A logit is held in the precision it is computed in, float32 for half-precision features, and
-its rounding is a relative error of the weight that is its exponential: eps / 2 * max |logit| of the largest term is
-allowed in a gradient. Without it eager's luck decides where one weight dominates (2 rows at scale 1000). For float64
-the oracle is no more exact than what it measures: 8 eps * max |logit| is allowed, and sqrt(N) eps in a sum over N.
+The budget needs the largest term before cancellation. In a feature's gradient it is scale * weight (1/N for a mean) *
+max |feature|, times the rows per column if they are more than one. In the scale's gradient it is the positives' part,
+M * weight * max |x||y|, which the negatives' part cancels.
+
+A logit is held in the precision it is computed in, float32 for half-precision features, and its rounding is a relative
+error of the weight that is its exponential. So eps / 2 * max |logit| of the largest term is allowed in a gradient;
+without it eager's luck decides where one weight dominates (2 rows at scale 1000). For float64 the oracle is no more
+exact than what it measures: 8 eps * max |logit| is allowed, and sqrt(N) eps in a sum over N.
 """
 
 from __future__ import annotations
@@ -32,13 +34,16 @@ Device = torch.device | str
 
 
 def weights(place: int, count: int, device: Device) -> Tensor:
-    """(count,) what an output is multiplied by in the objective: 0.5 to 1.5, of all but the first with either sign."""
+    """(count,) factors of an output in the objective: 0.5 to 1.5, and with either sign unless ``place`` is 0."""
     size = torch.linspace(0.5, 1.5, count, dtype=torch.float64, device=device)
     return size * torch.arange(place, place + count, device=device).double().cos() if place else size
 
 
 def evaluate(function: Callable[..., Any], leaves: Leaves, options: dict[str, Any]) -> Results:
-    """What it returns, a tensor or a tuple or dict of them, and the gradients of the weighted sum of what is finite."""
+    """The function's outputs, a tensor or a tuple or dict of them, and the gradients of a weighted sum of them.
+
+    Elements that are not finite are left out of the sum.
+    """
     held = {name: t.clone().requires_grad_() for name, t in leaves.items()}
     found = function(**held, **options)
     if isinstance(found, Tensor):
@@ -88,7 +93,7 @@ def expected(case: Case, device: Device = "cpu") -> Expected:
     errors = dict.fromkeys(truth, 0.0)
     for form in oracle.LOGITS.values():
         for name, value in by(member.textbook, form, case.dtype).items():
-            errors[name] = max(errors[name], difference(value, truth[name]))  # a NaN of eager's allows us nothing
+            errors[name] = max(errors[name], difference(value, truth[name]))  # max drops NaN, which allows nothing
     terms = (_terms_of_features if member.as_they_are else _terms_of_norm_1)(case, leaves, options, truth)
     most = {
         name: allowed(errors[name], case.dtype, largest_finite(value) + terms[name]) for name, value in truth.items()
@@ -102,7 +107,7 @@ def deviations(case: Case, backend: str, device: Device = "cpu", results: Result
 
 
 def _terms_of_features(case: Case, leaves: Leaves, options: dict[str, Any], truth: Results) -> dict[str, float]:
-    """Per quantity, the largest single term of the sums that make it, before they cancel."""
+    """For each result, the largest single term of the sums that make it, before they cancel."""
     (of_x, x), (of_y, y), (of_scale, scale), *_ = leaves.items()
     m, n = len(x), len(y)
     largest_x, largest_y, factor = x.abs().max().item(), y.abs().max().item(), scale.abs().item()
@@ -124,20 +129,23 @@ def _terms_of_features(case: Case, leaves: Leaves, options: dict[str, Any], trut
 
 
 def _terms_of_norm_1(case: Case, leaves: Leaves, options: dict[str, Any], truth: Results) -> dict[str, float]:
-    """The same for features of norm 1: a logit, scale * weight, M * weight; by temperature, scale^2 more."""
+    """The same for features of norm 1: the logit for the loss, scale * weight for features, N * weight for the scale.
+
+    For a temperature it is scale^2 times the scale's.
+    """
     scale, n = case.sizes.scale, case.sizes.n
     weight = 1.5 / n if options.get("reduction", "mean") == "mean" else 1.5
     logit = 2.0 * scale
     # The regulariser's gradient is a mean over pairs of differences of similarities, whatever the scale.
     regularised = weight if options.get("sim_reg_loss_weight") else 0.0
-    terms = dict.fromkeys(truth, weight * scale + regularised)  # feature gradients, and those of a bias
+    terms = dict.fromkeys(truth, weight * scale + regularised)  # gradients of features and of a bias
     terms |= dict.fromkeys(("dlogit_scale", "dlogit_bias"), weight * n) | {"dtemperature": weight * n * scale**2}
     rounded = _with_rounded_weights(case.dtype, logit, n)
     return {name: term * rounded for name, term in terms.items()} | {"loss": logit + options.get("margin", 0.0)}
 
 
 def _with_rounded_weights(dtype: torch.dtype, logit: float, count: int) -> float:
-    """What a gradient's largest term is multiplied by, for the rounding of the logits in its weights."""
+    """The factor of a gradient's largest term that allows for the rounding of the logits in its weights."""
     if dtype == torch.float64:
         return max(1.0, logit, math.sqrt(count))
     held, given = torch.finfo(compute_dtype(dtype)).eps, torch.finfo(dtype).eps
@@ -145,6 +153,6 @@ def _with_rounded_weights(dtype: torch.dtype, logit: float, count: int) -> float
 
 
 def farthest(a: Tensor, b: Tensor) -> tuple[float, float]:
-    """Where two tensors differ most, NaN before all: what each has there."""
+    """Both tensors' elements at the place where they differ most, or where one is NaN."""
     at = torch.where(a == b, 0, (a - b).abs()).flatten().argmax()
     return a.flatten()[at].item(), b.flatten()[at].item()

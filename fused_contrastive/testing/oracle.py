@@ -1,4 +1,4 @@
-"""What the formulas of ``textbook`` are made of: ways to write the logits, and a log-sum-exp."""
+"""Building blocks of the formulas in ``textbook``: several ways to write the logits, and a log-sum-exp."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ Logits = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class _Matmul(torch.autograd.Function):
-    """a @ b and its gradients by blocks of sqrt(K) of the K terms: rounding grows with sqrt(K), not K.
+    """a @ b and its gradients, summed in blocks of sqrt(K) of the K terms: rounding grows with sqrt(K), not with K.
 
-    What eager PyTorch and the backends sum in float64 would else be measured against sums no better: with D = 1, a
+    Otherwise float64 results would be measured against sums that are no more exact than they are: with D = 1, a
     thousand equal terms round the same way each time (7e-14 of dy, against our 2e-14, by an 80-bit evaluation).
     """
 

@@ -1,4 +1,4 @@
-"""Every loss with its options, seeded tensors and textbook formula: what is held to the error budget.
+"""Every loss that is held to the error budget, with its options, seeded tensors and textbook formula.
 
 A loss is added by one entry of ``LOSSES``: how to make its tensors, and the two functions to compare.
 """
@@ -35,7 +35,7 @@ class Sizes:
     dtype: torch.dtype
     scale: float
     duplicates: bool = False
-    m: int | None = None  # rows, of a primitive; default: n
+    m: int | None = None  # the rows of a primitive's problem; None: n
 
 
 class Maker:
@@ -73,12 +73,12 @@ class Member:
 
     Attributes:
         options: the variants of its arguments that are tried, by name.
-        make: of one of them the leaves, which get gradients, and the other arguments.
+        make: makes, for one variant, the leaves, which get gradients, and the other arguments.
         ours: the function under test.
-        textbook: its formula; takes the way to write logits first.
-        stable: the formula in float64, where the textbook's cancels.
-        as_they_are: the first two leaves are multiplied as they are, of whatever norm, and by the third: the largest
-            terms of its sums are theirs.
+        textbook: its formula, whose first argument is a way to write the logits.
+        stable: the formula for the float64 oracle, if the textbook's cancels.
+        as_they_are: the loss multiplies its first two leaves and the third, a scale, whatever the features' norms; the
+            largest terms of its sums are computed from these leaves.
     """
 
     options: dict[str, dict[str, Any]]
@@ -110,7 +110,7 @@ def _contrastive_stats(make: Maker, given: dict[str, Any]) -> tuple[Leaves, dict
         empty = make.vector(n) < 0.2
         empty[options.get("targets", slice(m))] = False  # a positive in an empty slot would be -inf
         leaves["col_bias"] = (4 * make.vector(n) - 2).masked_fill(empty, -torch.inf)
-    if options.pop("ids", False):  # few enough ids that some rows have nothing left
+    if options.pop("ids", False):  # so few ids that some rows have no negatives left
         high = max(2, n // 8)
         options["row_ids"], options["col_ids"] = make.ids(m, high) - high // 2, make.ids(n, high) - high // 2
     if options.get("memory_budget") == "half":
@@ -199,10 +199,10 @@ def _x_clip(make: Maker, given: dict[str, Any]) -> tuple[Leaves, dict[str, Any]]
 
 
 def positional(function: Callable[..., Any], *names: str) -> Callable[..., Any]:
-    """The textbook's function, its tensors given by the names of our arguments."""
+    """The textbook's function, with its positional tensors taken from arguments of these names."""
 
     def call(logits: oracle.Logits, **arguments: Any) -> Any:
-        arguments.pop("memory_budget", None)  # which changes no result
+        arguments.pop("memory_budget", None)  # it changes no result
         return function(logits, *(arguments.pop(name, None) for name in names), **arguments)
 
     return call

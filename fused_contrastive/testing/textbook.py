@@ -29,7 +29,7 @@ def contrastive_stats(
     exclude_self: bool = False,
     directions: Sequence[str] = ("row", "col"),
 ) -> dict[str, Tensor]:
-    """ "pos" (M,), and of the ``directions`` "row" (M,) and "col" (N,)."""
+    """Returns "pos" (M,), and "row" (M,) and "col" (N,) if they are among the ``directions``."""
     m, n = len(x), len(y)
     s = logits(x, y, scale)
     if col_bias is not None:
@@ -57,7 +57,7 @@ def clip(
     label_smoothing: float = 0.0,
     reduction: str = "mean",
 ) -> Tensor:
-    """As training code writes it; for DCL, the diagonal filled out of the denominator."""
+    """CLIP's loss as training code writes it; for DCL, the diagonal is masked out of the denominator."""
     s = logits(image, text, logit_scale)
     t = torch.arange(len(s), device=s.device)
     nothing = torch.zeros_like(s, dtype=torch.bool)
@@ -239,7 +239,7 @@ def siglip(
 def _max_sim(
     logits: Logits, image: Tensor, text: Tensor, scale: Tensor, image_mask: Tensor | None, text_mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Images against texts, and texts against images transposed to (images, texts) too."""
+    """The scores of images against texts and of texts against images, both as (images, texts)."""
     (n, p, d), t = image.shape, text.shape[1]
     s = logits(image.reshape(-1, d), text.reshape(-1, d), scale).reshape(n, p, len(text), t)
     real_p = image.new_ones(n, p) if image_mask is None else image_mask.to(s.dtype)
@@ -298,7 +298,7 @@ def x_clip(
     for m in range(len(texts)):
         for n in range(len(images)):
             mask = None if masks is None else masks[m]
-            if use_all_token_embeds:  # both with texts as rows
+            if use_all_token_embeds:  # both matrices get texts as rows
                 _, to_image = _max_sim(logits, images[n], texts[m], logit_scale, None, mask)
                 to_text, _ = _max_sim(logits, images_extra[n], texts_extra[m], logit_scale, None, mask)
                 pair = (to_image.T, to_text.T)

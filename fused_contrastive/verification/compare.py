@@ -15,15 +15,15 @@ from fused_contrastive.core.budget import Deviation, allowed, difference, larges
 from fused_contrastive.core.forks import guarded
 from fused_contrastive.ops import dispatch
 
-ROUNDINGS = 32  # allowed, in eps of the largest element, beside twice the reference's own error in the same dtype
+ROUNDINGS = 32  # eps of the largest element that are allowed beyond twice the reference's own error in the same dtype
 
 
 @dataclass(frozen=True)
 class Verification:
-    """What was found, of the value and of each gradient; one line for each when printed.
+    """The errors of the value and of each gradient; printed, it has one line for each.
 
     Attributes:
-        deviations: quantity, error, what the reference's own error is, what is allowed, and the share of it used.
+        deviations: for each, a ``Deviation``: quantity, error, the reference's own error, and what is allowed.
         held: whether every error is within what is allowed.
         worst: the deviation that used the largest share.
     """
@@ -52,17 +52,18 @@ def compare(
 ) -> Verification:
     """Calls ``function`` three times on copies: as it is, with the reference in the same dtype, and in float64.
 
-    Allowed is twice the second's error against the third and ``ROUNDINGS`` eps of the largest element. The function's
-    result is a tensor, or a tuple or dict of them; gradients are those of the sum of all its elements. One that
-    ``draws`` random numbers draws the same each time; the generators are those of all threads. One that is not a loss
-    of this package but calls them (``any_threads`` False) may start threads, where the reference is not forced.
+    The allowed error is twice the second call's error against the third, plus ``ROUNDINGS`` eps of the largest element.
+    The function's result is a tensor, or a tuple or dict of tensors; gradients are of the sum of all their elements.
+    With ``draws``, each call draws the same random numbers, from the generators that all threads share. With
+    ``any_threads``, other threads may call losses meanwhile: a function that calls losses in threads of its own needs
+    False, because the reference is not forced there.
 
     Raises:
         ValueError: the function calls none of this package's losses, or gives nothing to compare.
         RuntimeError: another thread called a loss meanwhile, unless ``any_threads`` may.
     """
     state = torch.get_rng_state() if draws else None
-    with torch.random.fork_rng(enabled=draws):  # a training goes on with the numbers it would have drawn
+    with torch.random.fork_rng(enabled=draws):  # afterwards, a training draws the same numbers as without this call
         ours, dtype = _evaluate(function, args, options, None, state)
         with dispatch.using("reference") as forced:
             plain, _ = _evaluate(function, args, options, None, state)
@@ -87,7 +88,7 @@ def compare(
 
 
 def _difference(found: Tensor, right: Tensor) -> float:
-    """The largest; none where NaN is right."""
+    """max |found - right|; where ``right`` is NaN, NaN agrees."""
     if not right.numel():
         return 0.0
     agree = found.isnan() & right.isnan()
@@ -103,7 +104,7 @@ def _evaluate(
 ) -> tuple[dict[str, Tensor], torch.dtype]:
     """Value and gradients in float64, by name; and the dtype of the first features."""
     if state is not None:
-        torch.set_rng_state(state)  # dropout drops the same
+        torch.set_rng_state(state)  # dropout drops the same elements in each call
     leaves: dict[str, Tensor] = {}
     found: list[torch.dtype] = []
 
@@ -128,7 +129,7 @@ def _evaluate(
     objective = torch.stack([t.double().sum() for t in tensors]).sum()
     results = {"value" if len(tensors) == 1 else f"value {k}": t.detach().double() for k, t in enumerate(tensors)}
     if objective.requires_grad:
-        # A checkpoint's loss is computed again in the backward: not in a GPU's own thread, where no backend is forced.
+        # A checkpoint computes its loss again in the backward, which must run in this thread: others force no backend.
         with torch.autograd.set_multithreading_enabled(False):
             gradients = torch.autograd.grad(objective, list(leaves.values()), allow_unused=True)
         for (name, leaf), gradient in zip(leaves.items(), gradients, strict=True):
@@ -138,7 +139,7 @@ def _evaluate(
 
 @guarded
 def verify(loss_fn: Callable[..., Any], *inputs: Any, **options: Any) -> Verification:
-    """Holds a loss of your own making to the reference, on tensors of your own.
+    """Compares a loss of your own with the reference in float64, on tensors of your own.
 
     ``loss_fn(*inputs, **options)`` is any function or module that calls this package's losses, an adapter's included:
     its value and its gradients of all floating tensors are compared with those that plain PyTorch gives in float64.
@@ -147,20 +148,19 @@ def verify(loss_fn: Callable[..., Any], *inputs: Any, **options: Any) -> Verific
         What was found, a ``Verification``.
 
     Warns:
-        UserWarning: once a process, of features that a loss multiplies as they are and that are not normalised, and
-            of a logit scale below 1 with features that are: a logarithm or a temperature.
+        UserWarning: once a process, if a loss multiplies features as they are and these are not normalised; also if
+            they are and its logit scale is below 1, because then it is probably a logarithm or a temperature.
 
-    A loss_fn that calls losses in threads of its own runs them in a copy of its context, each thread in one of its
-    own: ``pool.submit(contextvars.copy_context().run, clip_loss, x, y)``. Asyncio's tasks and ``to_thread`` do so by
+    A loss_fn that calls losses in threads of its own must run each thread in a copy of its context:
+    ``pool.submit(contextvars.copy_context().run, clip_loss, x, y)``. Asyncio's tasks and ``to_thread`` do so by
     themselves.
 
-    Random numbers that other threads draw meanwhile come from the generators that a loss_fn with dropout draws from,
-    and that are set back afterwards.
+    torch's random state is set back afterwards, so random numbers that other threads draw meanwhile come again.
 
     Raises:
         ValueError: loss_fn calls none of this package's losses, returns no tensor, or is given none.
-        RuntimeError: another thread called a loss meanwhile, outside of such a copy: it may be loss_fn's own, and is
-            not held to the reference.
+        RuntimeError: another thread called a loss meanwhile, outside of such a copy. It may be a thread of loss_fn's,
+            and was not compared with the reference.
     """
     found: list[hints.Hint | None] = []
 
@@ -170,7 +170,7 @@ def verify(loss_fn: Callable[..., Any], *inputs: Any, **options: Any) -> Verific
             found.append(_hint(function, args, given))
         return result
 
-    entry = observing.add(listen, compiled=False)  # for hints alone: nothing is lost
+    entry = observing.add(listen, compiled=False)  # it only finds hints, for which no graph should break
     try:
         return compare(loss_fn, inputs, options, draws=True, any_threads=False)
     finally:
@@ -179,7 +179,7 @@ def verify(loss_fn: Callable[..., Any], *inputs: Any, **options: Any) -> Verific
 
 
 def _hint(function: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]) -> hints.Hint | None:
-    """On the arguments of one of this package's losses."""
+    """A hint about the arguments of one of this package's losses; None if there is none."""
     bound = inspect.signature(function).bind(*args, **options)
     bound.apply_defaults()
     features = {}
@@ -188,7 +188,7 @@ def _hint(function: Callable[..., Any], args: tuple[Any, ...], options: dict[str
             many = isinstance(each, Tensor) and each.is_floating_point() and each.dim() > 1
             if many and not name.endswith("mask"):
                 features[name if k is None else f"{name}[{k}]"] = each
-    for mask in ("negatives_mask", "image_mask", "text_mask"):  # what they leave out may be anything
+    for mask in ("negatives_mask", "image_mask", "text_mask"):  # masked features may be anything
         kind = mask.removesuffix("_mask")
         for name in (kind, f"{kind}_tokens", f"{kind}_latents", f"{kind}_latents_extra"):
             if name in features and (there := bound.arguments.get(mask)) is not None:

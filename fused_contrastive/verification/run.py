@@ -26,8 +26,8 @@ from fused_contrastive.verification.script import script
 GRIDS = ("quick", "full")
 QUICK_CASES = 400
 LOSS_CASES = {"quick": 246, "full": 2460}
-SCRIPTS = 3  # of breaches, that are shown
-SMALL = 2**26  # multiplications: below it, one thread computes what is plain torch
+SCRIPTS = 3  # how many breaches are shown as scripts
+SMALL = 2**26  # multiplications of a case, below which plain torch computes on one thread
 
 
 @dataclass
@@ -59,7 +59,7 @@ class Report:
     """Cells by (backend, option) and dtype."""
 
     rows: dict[tuple[str, str], dict[torch.dtype, Cell]] = field(default_factory=dict)
-    failed: list[tuple[Case, str]] = field(default_factory=list)  # and the backend
+    failed: list[tuple[Case, str]] = field(default_factory=list)  # case, backend
 
     @property
     def cells(self) -> list[Cell]:
@@ -76,7 +76,7 @@ class Report:
             self.failed.append((case, backend))
 
     def simplest(self) -> list[tuple[Case, str]]:
-        """Of the cases that failed the smallest of each backend and option, smaller ones first."""
+        """The smallest failed case of each backend and option, smaller ones first."""
         best: dict[tuple[str, str], tuple[Case, str]] = {}
         for case, backend in sorted(self.failed, key=lambda failure: failure[0].size):
             best.setdefault((backend, case.option), (case, backend))
@@ -143,7 +143,7 @@ def target(device: str | None, backends: Sequence[str] | None) -> Target:
 def _threads(size: int, backend: str = "reference") -> Iterator[None]:
     """One thread for plain torch on a small problem: on a busy machine, threads spin while they wait for each other.
 
-    The other backends' kernels are what is verified, and run on as many threads as they will.
+    The other backends' kernels are what is verified, and use all threads.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(1 if backend == "reference" and size < SMALL else before)
@@ -187,8 +187,8 @@ def verify_features(
 ) -> bool:
     """The same for the CLIP loss on a user's own features, (N, D) arrays of one shape.
 
-    Raises: InputError for files that will not do, also because they are too many or values too large, and where no
-        backend takes their dtype.
+    Raises: InputError for files that cannot be read as pairs, have too many rows or too large values, or have a dtype
+        that no backend takes.
     """
     x, y = load_pairs(x_path, y_path)
     if not where.backends_for(x.dtype):
@@ -211,7 +211,7 @@ def verify_features(
 
 
 def _refuse_overflow(what: str, largest: float, dtype: torch.dtype) -> None:
-    """There infinities or NaN are right, so a comparison says nothing about the backend."""
+    """Raises InputError if values overflow: infinities or NaN are right there, and a comparison would say nothing."""
     if not largest <= (most := torch.finfo(dtype).max):
         held = f"{str(dtype).removeprefix('torch.')}'s largest, {most:.2g}"
         raise InputError(f"--features, --scale: got {what} up to {largest:.2g}, expected values up to {held}")
@@ -250,7 +250,7 @@ def _conclude(
 def _show_scripts(
     report: Report, where: Target, terminal: Terminal, save: Path | None, features: tuple[Path, Path] | None
 ) -> OSError | None:
-    """What went wrong when they were saved, if anything did."""
+    """Prints and saves the scripts of some breaches; returns the error of saving them, if there was one."""
     unsaved: OSError | None = None
     shown = report.simplest()[:SCRIPTS]
     for number, (case, backend) in enumerate(shown, start=1):

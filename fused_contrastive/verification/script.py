@@ -1,4 +1,4 @@
-"""A breach of the error budget as a script that anyone can run: what a report of it should bring along."""
+"""A breach of the error budget as a script that anyone can run, to go with a report of it."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ class verify_against_reference(AbstractContextManager["verify_against_reference"
 
     Calls are those of the block's own thread, and of asyncio's tasks that begin in it, until it ends. Other threads'
     losses are not checked; each thread may enter the same object, which then counts the calls of all of them.
-    A function of ``torch.compile`` breaks its graph at a loss while a block is active, in whichever thread, which
+    While a block is active in any thread, the graph of a function of ``torch.compile`` breaks at each loss, which
     raises if it was compiled with ``fullgraph=True``.
 
     ::
@@ -75,7 +75,7 @@ class verify_against_reference(AbstractContextManager["verify_against_reference"
                     "each time that it is entered"
                 )
             here = [entry for entry in observing.here() if entry in self._entries]
-            entry = (here or self._entries)[-1]  # entered here, or else in the thread or task that left it to this one
+            entry = (here or self._entries)[-1]  # an entry of this context, or else one that another context made
             self._entries.remove(entry)
         observing.remove(entry)
 

@@ -1,4 +1,4 @@
-"""FUSED_CONTRASTIVE_AUTOTUNE=1: measures, says what it chose, and remembers it on disk. Under Triton's interpreter."""
+"""FUSED_CONTRASTIVE_AUTOTUNE=1 measures, reports its choice and stores it on disk. Kernels are interpreted."""
 
 from __future__ import annotations
 
@@ -180,7 +180,7 @@ def test_a_full_disk(tune: Any, recwarn: pytest.WarningsRecorder, monkeypatch: p
 def test_without_a_home_folder(
     tune: Any, tmp_path: Path, recwarn: pytest.WarningsRecorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As in a container, under a user's number that it does not know."""
+    """As in a container whose user id is not in its list of users."""
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setattr(os.path, "expanduser", lambda path: path)
     monkeypatch.chdir(tmp_path)

@@ -47,7 +47,7 @@ def test_threads_at_once_give_the_bits_of_each_alone() -> None:
 @pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("loss", LOSSES)
 def test_the_same_call_gives_the_same_bits(loss: str) -> None:
-    """The problem has several C++ blocks. A GEMM, and torch's sums, may round differently on other numbers of threads."""
+    """The problem has several C++ blocks. A GEMM and torch's sums may round differently on other numbers of threads."""
     inputs = problem(2500, 24)
     torch.set_num_threads(1)
     first = step(loss, inputs)

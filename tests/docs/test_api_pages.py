@@ -28,7 +28,7 @@ MODULES = {
 
 
 def doc(thing: object) -> str:
-    """Its own docstring: without one, Python shows a dataclass's or NamedTuple's signature, or the parent's docstring."""
+    """Its own docstring: not the signature that a dataclass or NamedTuple gets without one, nor its parent's."""
     own = vars(thing).get("__doc__") if inspect.isclass(thing) else getattr(thing, "__doc__", None)
     assert own, f"{thing} has no docstring"
     assert not own.startswith(f"{getattr(thing, '__name__', '')}("), f"{thing} has no docstring of its own"

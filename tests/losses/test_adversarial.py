@@ -165,7 +165,7 @@ def check_kinds(backend: str, option: tuple[str, str], n: int, d: int, fill: str
         expected = results["reference"][name]
         place = f"{case} {fill} of_all={of_all} {backend} {name}: {value} and {expected} by the reference"
         if of_tokens(case) and name.startswith("d"):
-            # The reference multiplies what was not the maximum by 0, which turns inf into NaN; and with NaN, another token
+            # The reference multiplies what was not the maximum by 0, which turns inf into NaN. With NaN, another token
             # may be the maximum.
             if results[backend]["loss"].isfinite():
                 assert (value.isfinite() | ~expected.isfinite()).all(), place

@@ -1,4 +1,4 @@
-"""The benchmarks time what they say, refuse what is wrong, and report what fails."""
+"""The benchmarks time what they say, do not time a wrong implementation, and report failures."""
 
 from __future__ import annotations
 

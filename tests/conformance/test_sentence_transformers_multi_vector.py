@@ -72,7 +72,7 @@ def test_a_document_without_tokens_scores_as_in_the_library(masked: bool, length
 
 
 class Projected(torch.nn.Linear):
-    """Tokens whose embeddings have a gradient to give: GradCache embeds them twice."""
+    """Tokens whose embeddings depend on parameters, as GradCache needs, which embeds them twice."""
 
     def forward(self, batch: dict[str, torch.Tensor], task: str | None = None) -> dict[str, torch.Tensor]:
         return {

@@ -66,7 +66,7 @@ EVERYTHING = [*DIFFERENTIABLE, *RANKINGS]
 
 
 def call(name: str, backend: str, seed: int = 0) -> tuple[Call, list[Tensor]]:
-    """A loss, a primitive or a ranking as a function of tensors, and these."""
+    """A loss, a primitive or a ranking as a function of tensors, and the tensors."""
     if name in LOSSES:
         return problem(name, backend, seed)
     function = {**PRIMITIVES, **RANKINGS}[name]

@@ -148,7 +148,7 @@ def test_losses_keep_the_budget_triton(backend, **drawn) -> None:  # type: ignor
 
 
 def has_empty_row(z: Tensor, scale: float) -> bool:
-    """Whether each other feature's logit with some feature is -inf."""
+    """Whether there is a feature whose logits with all others are -inf."""
     logits = (scale * (z @ z.T)).fill_diagonal_(-torch.inf)
     return len(logits) > 1 and bool((logits == -torch.inf).all(dim=1).any())
 

@@ -39,7 +39,7 @@ def einsum(
     y_mask = torch.ones(y.shape[:2], dtype=torch.bool, device=y.device) if y_mask is None else y_mask
     products = torch.einsum("mtd,npd->mntp", x.masked_fill(~x_mask[..., None], 0), y.masked_fill(~y_mask[..., None], 0))
     x_real, y_real = x_mask[:, None, :, None], y_mask[None, :, None, :]
-    best_y = products.masked_fill(~y_real, -INF).max(dim=3).values  # (M, N, T), the first of equal ones gets it all
+    best_y = products.masked_fill(~y_real, -INF).max(dim=3).values  # (M, N, T); of equal ones the first
     best_x = products.masked_fill(~x_real, -INF).max(dim=2).values  # (M, N, P)
     scores = []
     if direction != "y":
@@ -122,7 +122,7 @@ def python_seed(seed: int) -> None:
     random.seed(seed)
 
 
-# 1: a single token or item; 33, 17: one past a tile of the interpreter; 40: items of x longer than one; 5, 3: odd D
+# 1: a single token or item; 33, 17: one past a tile of the interpreter; 40: items of x longer than a tile; 5, 3: odd D
 SHAPES = [(1, 1, 1, 1, 1), (3, 2, 1, 7, 5), (2, 3, 7, 1, 3), (5, 2, 12, 17, 16), (2, 2, 33, 9, 20), (2, 3, 40, 40, 8)]
 
 
@@ -170,7 +170,7 @@ def tokens(values: list[list[float]]) -> Tensor:
 @pytest.mark.every_level
 def test_by_hand(backend: str) -> None:
     x, y = tokens([[1.0, -2.0]]), tokens([[3.0, 4.0, -1.0], [0.5, 0.0, 0.25]])
-    # x_0 = 1 likes 4 and 0.5 best; x_1 = -2 likes -1 and 0
+    # x_0 = 1 has its maxima at 4 and 0.5, x_1 = -2 at -1 and 0
     scores = max_sim(x, y, direction="both", backend=backend)
     assert isinstance(scores, MaxSimScores)
     assert scores.x.tolist() == [[6.0, 0.5]]

@@ -37,7 +37,7 @@ SAVED_TOKENS: dict[str, Any] = dict(
     argmax_y=torch.zeros(0, 2, 5, dtype=torch.uint8), needs=[True, True],
 )  # fmt: skip
 
-# What is wrong, by the operand that the message names.
+# Bad operands, by the name that the error has.
 BAD_STATS: list[tuple[str, dict[str, Any]]] = [
     ("x", dict(x=features(D))),
     ("x", dict(x=ints(N * D).view(N, D))),

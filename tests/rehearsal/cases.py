@@ -99,7 +99,7 @@ def self_stats(**options: Any) -> Call:
 
 
 def max_sim(t: int, p: int, d: int, direction: str, masked: bool) -> Call:
-    """Items of T and of P tokens."""
+    """A call of ``max_sim`` on items of t and of p tokens."""
 
     def run(kind: Kind, kept: str) -> None:
         x, y = leaf((9, t, d), kind.dtype), leaf((11, p, d), kind.dtype)

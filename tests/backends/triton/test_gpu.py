@@ -41,7 +41,7 @@ def agree(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
 @pytest.mark.parametrize("dtype", [*HALF, torch.float32], ids=str)
 @pytest.mark.parametrize(("m", "n", "d"), [(1000, 1000, 513), (300, 2101, 100), (2101, 300, 1), (4097, 4097, 64)])
 def test_budget(m: int, n: int, d: int, dtype: torch.dtype, loss: str, option: str, tf32: bool, seed: int) -> None:
-    """Across the real tiles and alignments: one past them, D of 1, 64, 100 and 513."""
+    """Sizes around a GPU's tiles and alignments: one more than a tile, and D of 1, 64, 100 and 513."""
     if (loss == "clip" and m != n) or (tf32 and dtype != torch.float32):
         pytest.skip("CLIP takes M = N, and tf32 is of float32")
     torch.set_float32_matmul_precision("high" if tf32 else "highest")

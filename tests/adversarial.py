@@ -1,5 +1,5 @@
-"""Tensors that training never means to make and now and then does: values and layouts, and how calls with them are held
-to the float64 formulas.
+"""Values and memory layouts that training produces only by accident, and functions that compare calls with the float64
+formulas.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ BACKENDS = st.sampled_from(["reference", "cpp"])
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SEEDS = st.integers(0, 2**31)
 
-# Of logits beyond this, a log-normaliser in float64, in C++ two of float32, does not hold how many equal ones share the
-# softmax: gradients are finite, and no more is asked of them.
+# Beyond this, a log-normaliser (one float64 number, in C++ two float32) cannot tell how many equal logits share the
+# softmax: the tests only ask that gradients are finite.
 SHARED = 1e7
 
 Change = Callable[[Tensor], Tensor]
@@ -41,7 +41,7 @@ def _some_zero(t: Tensor) -> Tensor:
     return t.masked_fill(torch.rand(t.shape[:1]).reshape(-1, *(1,) * (t.dim() - 1)) < 0.4, 0)
 
 
-# Of features of norm 1. What float32 holds, to logits of 1e28; in float16 the largest of them are infinite.
+# Changes of features of norm 1 that float32 can represent, up to logits of 1e28; in float16 the largest are infinite.
 FINITE: dict[str, Change] = {
     "ordinary": lambda t: t,
     "subnormal": lambda t: t * 1e-40,
@@ -55,13 +55,13 @@ FINITE: dict[str, Change] = {
         t * 10 ** torch.linspace(-6, 6, len(t)).reshape(-1, *(1,) * (t.dim() - 1)).to(t)
     ),
 }
-# What it does not: products overflow, or there is nothing to multiply.
+# Changes that float32 cannot represent: products overflow, or features are NaN or infinite.
 BEYOND: dict[str, Change] = {
     "nan": _one(torch.nan),
     "inf": _one(torch.inf),
     "-inf": _one(-torch.inf),
     "largest": _one(3.4e38),
-    "products overflow": lambda t: t.abs() * 1e25,  # of both signs, their sum is inf, -inf or NaN by its order
+    "products overflow": lambda t: t.abs() * 1e25,  # with both signs, a sum's order would decide if it is NaN
     "all nan": lambda t: torch.full_like(t, torch.nan),
     "all inf": lambda t: torch.full_like(t, torch.inf),
 }
@@ -73,7 +73,7 @@ def _sliced(t: Tensor) -> Tensor:
     return room[1::2, ..., 2:-3]
 
 
-# Every one views memory that is not (rows, D) in a row, with the values of its argument or, the last two, others.
+# Views whose memory is not contiguous. The values are those of the argument, except for the last two.
 LAYOUTS: dict[str, Change] = {
     "transposed": lambda t: t.transpose(0, -1).contiguous().transpose(0, -1),
     "a slice": _sliced,
@@ -85,7 +85,7 @@ LAYOUTS: dict[str, Change] = {
 
 
 def bits(t: Tensor) -> Tensor:
-    """A copy of all bytes of the memory that a tensor views, what lies between its elements too."""
+    """A copy of all bytes of the storage that a tensor views, including those between its elements."""
     return torch.empty(0, dtype=torch.uint8).set_(t.untyped_storage()).clone()
 
 
@@ -102,7 +102,7 @@ def examples(count: int) -> Callable[[Any], Any]:
 
 
 def evaluate(function: Callable[..., Any], leaves: dict[str, Tensor], options: dict[str, Any]) -> Results:
-    """Outputs and gradients, in float64, of tensors as they are: no copy. They must not change."""
+    """Outputs and gradients, in float64. The tensors are passed without a copy, and must not be written to."""
     held = {name: t.detach().requires_grad_() for name, t in leaves.items()}
     before = {name: bits(t) for name, t in held.items()}
     found = function(**held, **options)
@@ -120,7 +120,7 @@ def evaluate(function: Callable[..., Any], leaves: dict[str, Tensor], options: d
 
 
 def tiny(dtype: torch.dtype, *factors: float) -> float:
-    """What is lost below the smallest normal number, where a GEMM may count a subnormal as 0, times what follows."""
+    """The error that is allowed because a GEMM may flush subnormals to 0, times the factors that are above 1."""
     lost = 8 * torch.finfo(dtype).tiny
     for factor in factors:
         lost *= max(1.0, factor)
@@ -128,6 +128,6 @@ def tiny(dtype: torch.dtype, *factors: float) -> float:
 
 
 def largest_error(eager: list[Results], name: str, truth: Tensor) -> float:
-    """Eager's; a NaN of it allows nothing."""
+    """The largest error of the eager forms; NaN counts as 0, so that it allows nothing."""
     errors = [difference(e[name], truth) for e in eager]
     return max(0.0 if error != error else error for error in errors)

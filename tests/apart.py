@@ -1,4 +1,4 @@
-"""The package built apart from the tree, in build/, with other flags or by another compiler."""
+"""Builds of the package outside the tree, in build/, with other flags or another compiler."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def importing(built: Path) -> dict[str, str]:
     """The environment of a Python that imports what was built there."""
     return {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(built), str(ROOT / "tests")]),  # tests start others that import from there
+        "PYTHONPATH": os.pathsep.join([str(built), str(ROOT / "tests")]),  # tests start others that import its modules
         "PYTHONSAFEPATH": "1",  # the tree's own package and extension stay out
         "PYTHONDONTWRITEBYTECODE": "1",
     }

@@ -1,6 +1,7 @@
 """`make clang`: the C++ backend built by Clang, with warnings as errors, and its tests.
 
-Clang is that of the PyPI package ziglang, or what CXX names. What it builds takes one thread (docs/packaging.md).
+Clang comes from the PyPI package ziglang, or CXX names it. The extension that it builds uses one thread
+(docs/packaging.md).
 
     python tests/clang.py [arguments for pytest in place of the usual ones]
 """
@@ -30,7 +31,7 @@ TESTS = [
     "core/test_trust",
     "backends/cpp/test_vector_levels",
 ]
-# Of two files a part: what the C++ backend takes part in, and its threads.
+# The tests of the C++ backend; of test_operators and test_trust only a part.
 CHOSEN = "not reference and not triton and not compile and (not test_operators or cpp) and (not test_trust or threads)"
 SELECTION = ["-q", "-x", "-p", "no:cacheprovider", "-k", CHOSEN]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is loaded: who waits leaves its core to the others
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is loaded: waiting threads leave their cores
 
 from collections.abc import Iterator
 
@@ -36,7 +36,7 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
     ]
 
 
-@pytest.hookimpl(trylast=True)  # of what -k and the command line leave: a case that is named runs
+@pytest.hookimpl(trylast=True)  # after -k and the command line have selected: a named case runs
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if not config.getoption("full"):
         kept = thinned.kept(items)
@@ -51,14 +51,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(autouse=True)
 def seed() -> int:
-    """Other inputs each run; one test gets the same ones whichever others run."""
+    """Seeds torch: inputs differ from run to run, and do not depend on which other tests run."""
     torch.manual_seed(SEED)
     return SEED
 
 
 @pytest.fixture(autouse=True)
 def poisoned_memory() -> Iterator[None]:
-    """torch.empty holds NaN, in C++ too, so that reading scratch before writing it shows."""
+    """torch.empty is filled with NaN, in C++ too, so that a read of memory that nobody has written shows."""
     torch.use_deterministic_algorithms(True)  # with torch.utils.deterministic.fill_uninitialized_memory, its default
     yield
     torch.use_deterministic_algorithms(False)
@@ -66,7 +66,7 @@ def poisoned_memory() -> Iterator[None]:
 
 @pytest.fixture
 def full(request: pytest.FixtureRequest) -> bool:
-    """Whether as many cases are wanted as there are."""
+    """Whether --full asks for all cases."""
     return bool(request.config.getoption("full"))
 
 
@@ -77,7 +77,7 @@ def fast_interpreter() -> None:
 
 @pytest.fixture
 def triton_kernels(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
-    """Skips without them; under Triton's interpreter, blocks so small that small problems have several."""
+    """Skips where the kernels cannot run. Under Triton's interpreter, small problems get several blocks."""
     if (reason := dispatch.BACKENDS["triton"].unavailable()) is not None:
         pytest.skip(f"backend 'triton': {reason}")
     if torch.cuda.is_available():
@@ -92,7 +92,7 @@ def triton_kernels(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureReque
 
 @pytest.fixture(params=["reference", "cpp", "triton"])
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Each backend's name. For triton, tensors are made on the GPU; under its interpreter, blocks of S are small."""
+    """Each backend's name. For triton, tensors are made on the GPU if there is one; see ``triton_kernels``."""
     if request.param == "triton":
         request.getfixturevalue("triton_kernels")
     elif (reason := dispatch.BACKENDS[request.param].unavailable()) is not None:
@@ -106,7 +106,7 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture
 def threads() -> Iterator[None]:
-    """Whatever number of threads a test sets, the next one finds the one before."""
+    """Restores the number of threads after a test that sets it."""
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
@@ -114,5 +114,5 @@ def threads() -> Iterator[None]:
 
 @pytest.fixture
 def not_interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The benchmark's "ours" is then the C++ backend, but where a test asks for Triton's interpreter."""
+    """Makes the C++ backend the benchmark's "ours", unless a test asks for Triton's interpreter."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)

@@ -1,4 +1,4 @@
-"""The arguments of one small call of everything public, for tests of how calls behave and not of what they compute."""
+"""The arguments of one small call of each public function and module, for tests of behaviour and not of results."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ FUNCTIONS: dict[str, dict[str, Any]] = {
     "x_clip_loss": {"text_latents": TOKENS[:2], "image_latents": TOKENS[:2], "logit_scale": 1.0},
     "zero_shot": {"image_features": X, "class_text_features": Y, "scale": 1.0, "probabilities": True},
 }
-# For each module: its options, and the function whose other arguments its call takes.
+# For each module: its options, and the function whose remaining arguments its call takes.
 MODULES: dict[str, tuple[dict[str, Any], str]] = {
     "ClipLoss": ({"label_smoothing": 0.1}, "clip_loss"),
     "FilipLoss": ({}, "filip_loss"),
@@ -49,7 +49,7 @@ MODULES: dict[str, tuple[dict[str, Any], str]] = {
 
 
 def call(name: str, **options: Any) -> Any:
-    """A function's result, or that of a module that is made and called."""
+    """The result of a function, or of a module, which is made and then called."""
     if name in FUNCTIONS:
         function: Callable[..., Any] = PUBLIC[name]
         return function(**{**FUNCTIONS[name], **options})

@@ -1,4 +1,4 @@
-"""One small call of every public function, for tests of how calls behave and not of what they compute."""
+"""One small call of every loss and primitive, for tests of behaviour and not of results."""
 
 from __future__ import annotations
 
@@ -44,5 +44,5 @@ def problem(n: int, d: int) -> list[Tensor]:
 
 
 def same(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:
-    """Bit for bit."""
+    """Whether the tensors are equal bit for bit."""
     return all(torch.equal(s, t) for s, t in zip(a, b, strict=True))

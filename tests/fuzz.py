@@ -1,9 +1,9 @@
 """`make fuzz`: random arguments of every public function, and random problems against float64, for some minutes.
 
-An odd number is a call with up to four of its arguments replaced by hostile ones, by the C++ backend and by the
-reference: both must return, with close results where values are ordinary, or both must raise a documented error that
-names an argument. An even number is a problem of a loss or primitive, held to the error budget. A number is a seed. The
-calls run in a process of its own, so that a crash, or a call without an end, is a finding, too.
+Each number is a seed. An odd number is a call with up to four of its arguments replaced by hostile ones, on the C++
+backend and the reference: both must return, with close results if the values are ordinary, or both must raise a
+documented error that names an argument. An even number is a problem of a loss or primitive, which must keep the error
+budget. The calls run in a separate process, so that a crash or a call that does not end is a finding, too.
 
     python tests/fuzz.py [--minutes 5] [--seed N] [--only NUMBER]
 """
@@ -67,7 +67,7 @@ def values(rng: random.Random, shape: tuple[int, ...]) -> tuple[Tensor, str]:
 
 
 def tensor(rng: random.Random, fitting: Any) -> tuple[Tensor, bool]:
-    """A tensor, half of the time of the fitting one's shape, and whether its values are ordinary."""
+    """A random tensor, half of the time with the shape of the fitting one, and whether its values are ordinary."""
     shape = tuple(fitting.shape) if isinstance(fitting, Tensor) and rng.random() < 0.5 else rng.choice(SHAPES)
     t, kind = values(rng, shape)
     t = t.to(rng.choice(DTYPES))
@@ -109,7 +109,7 @@ def drawn(number: int) -> tuple[str, dict[str, Any], bool]:
 
 
 def tensors(value: Any) -> list[Tensor]:
-    """Those in the results of a call."""
+    """The tensors in the results of a call."""
     if isinstance(value, Tensor):
         return [value]
     return [t for each in value for t in tensors(each)] if isinstance(value, (tuple, list)) else []
@@ -130,7 +130,7 @@ def outcome(name: str, arguments: dict[str, Any], backend: str) -> BaseException
 
 
 def api(number: int) -> tuple[str, str | None]:
-    """What came of one call, and what is wrong with it."""
+    """Makes one call; returns its description, and what is wrong with its outcome."""
     name, arguments, ordinary = drawn(number)
     shown = f"{name}({', '.join(f'{k}={describe(v)}' for k, v in arguments.items())})"
     names = (*arguments, "backend")
@@ -170,7 +170,7 @@ def size(rng: random.Random, least: int, most: int) -> int:
 
 
 def problem(number: int) -> tuple[str, str | None]:
-    """A random problem by the C++ backend against float64."""
+    """Compares the C++ backend with float64 on a random problem."""
     rng = random.Random(number)
     if rng.random() < 0.5:
         loss, variant = rng.choice(OPTIONS)
@@ -189,7 +189,7 @@ def problem(number: int) -> tuple[str, str | None]:
 
 
 def work(first: int) -> Iterator[str]:
-    """Lines for the parent: the number that begins, and then what came of it."""
+    """Prints lines for the parent process: the number that begins, and then its outcome."""
     warnings.simplefilter("ignore")
     for number in range(first, 2**63):
         faulthandler.dump_traceback_later(LIMIT, exit=True)

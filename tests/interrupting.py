@@ -7,8 +7,8 @@ import time
 
 from processes import Process
 
-SOON = 5  # seconds, on a busy machine; the calls take many times that, and on a quiet one end within one
-# The clock is the system's, the same in both processes: what the interpreter takes to end does not count.
+SOON = 5  # seconds, for a busy machine; without Ctrl-C the calls take many times that
+# Both processes read the system's clock, so that the time in which the interpreter exits does not count.
 PROGRAM = """
 import signal, time
 signal.signal(signal.SIGINT, signal.default_int_handler)

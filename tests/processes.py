@@ -1,6 +1,6 @@
-"""Processes of their own for tests. A server that has imported torch forks them, so that none has to import it again.
+"""Separate processes for tests. A server that has imported torch forks them, so that none has to import it again.
 
-The server never uses threads, and does not import fused_contrastive: to it, its processes are not forked.
+The server never uses threads and does not import fused_contrastive, which therefore does not see a forked process.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods()
 context = multiprocessing.get_context(METHOD)
 if METHOD == "forkserver":
     context.set_forkserver_preload(["torch", "numpy", "pytest"])
-HANGS = 300  # seconds, on however busy a machine
+HANGS = 300  # seconds, also for a very busy machine
 
 
 def spawn(work: Callable[..., None], args: tuple[Any, ...], nprocs: int) -> None:
-    """``work(rank, *args)`` in ``nprocs`` processes, as torch.multiprocessing.spawn; ends them where they hang."""
+    """Runs ``work(rank, *args)`` in ``nprocs`` processes, like torch.multiprocessing.spawn; kills them if they hang."""
     started = torch.multiprocessing.start_processes(
         _in_environment, (dict(os.environ), work, args), nprocs, join=False, start_method=METHOD
     )
     end = time.monotonic() + HANGS
-    while not started.join(timeout=max(0.0, end - time.monotonic())):  # True when all have ended, else at the time-out
+    while not started.join(timeout=max(0.0, end - time.monotonic())):  # False at the timeout
         if time.monotonic() > end:
             for process in started.processes:
                 process.kill()
@@ -40,13 +40,13 @@ def spawn(work: Callable[..., None], args: tuple[Any, ...], nprocs: int) -> None
 
 
 def _in_environment(rank: int, environment: dict[str, str], work: Callable[..., None], args: tuple[Any, ...]) -> None:
-    os.environ.clear()  # that of when the server began
+    os.environ.clear()  # it is the server's, from its start
     os.environ.update(environment)
     work(rank, *args)
 
 
 class Process:
-    """``python -c code``: its arguments are strings, and what it writes goes to files."""
+    """A process like ``python -c code``, with string arguments; its output goes to files."""
 
     def __init__(self, code: str, *arguments: str, **environment: str) -> None:
         self._folder = tempfile.TemporaryDirectory()
@@ -58,7 +58,7 @@ class Process:
         self._process.start()
 
     def interrupt(self) -> None:
-        """Ctrl-C."""
+        """Sends SIGINT, like Ctrl-C."""
         assert self._process.pid is not None
         os.kill(self._process.pid, signal.SIGINT)
 
@@ -85,7 +85,7 @@ def _execute(environment: dict[str, str], files: list[Path], code: str, argument
     os.environ.clear()
     os.environ.update(environment)
     sys.argv = ["-c", *arguments]
-    sys.modules["__main__"] = main = types.ModuleType("__main__")  # where a pool's processes look for its functions
+    sys.modules["__main__"] = main = types.ModuleType("__main__")  # a pool's processes look up functions there
     exec(compile(code, "<a test's process>", "exec"), main.__dict__)
 
 

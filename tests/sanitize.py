@@ -1,8 +1,8 @@
 """`make sanitize`: the C++ backend under AddressSanitizer and UndefinedBehaviorSanitizer.
 
-Builds the package apart, in build/sanitize, shows that both sanitizers see csrc by two calls that must end in their
-reports, and runs the tests of the C++ backend and the fuzzer there. Python itself is not instrumented and keeps memory
-until it ends, so leaks are not looked for; tests/core/test_trust.py watches memory instead.
+Builds the package in build/sanitize, makes two bad calls to show that both sanitizers report errors in csrc, and runs
+the tests of the C++ backend and the fuzzer. Leaks are not looked for, because Python itself is not instrumented and
+keeps memory until it ends; tests/core/test_trust.py watches memory instead.
 
     python tests/sanitize.py [arguments for pytest in place of the usual ones]
 """
@@ -17,17 +17,17 @@ from pathlib import Path
 from apart import ROOT, WARNINGS, build, importing
 
 CHECKS = "-fsanitize=address,undefined -fno-sanitize-recover=undefined"
-# -fno-wrapv: Python builds extensions with -fwrapv, under which overflows are defined and not seen.
-# _GLIBCXX_ASSERTIONS: an index beyond a std::vector's size aborts, though within the memory it has.
+# -fno-wrapv: Python builds extensions with -fwrapv, which defines signed overflow, so that UBSan would not report it.
+# _GLIBCXX_ASSERTIONS: an index beyond a std::vector's size aborts, even if it is within the vector's capacity.
 SEEN = "-O1 -g -fno-omit-frame-pointer -fno-wrapv -D_GLIBCXX_ASSERTIONS"
 FLAGS = f"{WARNINGS} {CHECKS} -fsanitize=float-cast-overflow {SEEN}"
 
 FUZZED = "5"  # minutes
 
-# Each needs csrc's own code to be instrumented: calls past the checks of the Python side, and what is reported of them.
+# Calls that bypass Python's checks, by the report that they must cause, which needs csrc's own code instrumented.
 CANARIES = {
     "heap-use-after-free": """
-import ctypes  # no size or index is taken on trust: what is left is memory that was somebody else's
+import ctypes  # the bindings check sizes and indices, but cannot see that memory was freed
 libc = ctypes.CDLL(None)
 libc.malloc.restype = ctypes.c_void_p
 block = libc.malloc(64)
@@ -59,14 +59,14 @@ TESTS = [
     "ops/test_operators",
     "backends/cpp/test_vector_levels",
 ]
-# All that the C++ backend takes part in, in this process: memory is the sanitizer's there.
+# Tests of the C++ backend; memory_does_not_grow is left out, because the sanitizer's own memory would count.
 CHOSEN = "not reference and not triton and not compile and not memory_does_not_grow"
-# --capture=sys: by default the report would end in a file of pytest's.
+# --capture=sys: by default pytest would capture the sanitizer's report in a file.
 SELECTION = ["-q", "-x", "--capture=sys", "-p", "no:cacheprovider", "-k", CHOSEN]
 
 
 def runtime(name: str) -> str:
-    """The path of one of the compiler's libraries."""
+    """The path of a library of the compiler."""
     compiler = os.environ.get("CXX", "c++")
     path = subprocess.check_output([compiler, f"-print-file-name={name}"], text=True).strip()
     if not Path(path).is_absolute():
@@ -75,7 +75,8 @@ def runtime(name: str) -> str:
 
 
 def environment(built: Path) -> dict[str, str]:
-    # First of all libraries, as Python itself is not linked with them; libstdc++, whose exceptions they watch.
+    # The runtimes must be loaded first, because Python is not linked with them, with libstdc++, whose exceptions they
+    # intercept.
     preloaded = [runtime("libasan.so"), runtime("libubsan.so"), runtime("libstdc++.so.6")]
     return {
         **importing(built),

@@ -1,4 +1,4 @@
-"""The random seed of this run, printed by pytest's header; the environment repeats one."""
+"""The random seed of this run, which pytest's header prints; an environment variable sets it."""
 
 from __future__ import annotations
 

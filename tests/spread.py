@@ -1,4 +1,4 @@
-"""A problem of one process cut into those of several, and their results put together again."""
+"""Cuts the problem of one process into problems of several, and puts their results together again."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fused_contrastive import GlobalBatch
 from fused_contrastive.testing import harness
 from fused_contrastive.testing.cases import Case
 
-# The samples of each process, in parts of the whole; the last one gets what is left. A process may have none.
+# The share of the samples of each process; the last one also gets the remainder. A process may have none.
 SPLITS = {"even": (1, 1, 1, 1), "ragged": (1, 3, 2, 1), "one empty": (2, 0, 1, 3)}
 
 
@@ -42,7 +42,7 @@ def cut(case: Case, split: str, rank: int, world: int) -> tuple[dict[str, Tensor
     extra_sizes = sizes_of(len(extra), "ragged", world) if shared else []
 
     def columns(t: Tensor) -> Tensor:
-        """Of one entry per column: this process's keys and then its shared negatives."""
+        """This process's part of a tensor over columns: its keys' entries, then its shared negatives' entries."""
         own = part_of(t[: len(keys)], key_sizes, rank)
         return torch.cat((own, part_of(t[len(keys) :], extra_sizes, rank))) if shared else own
 
@@ -63,7 +63,7 @@ def cut(case: Case, split: str, rank: int, world: int) -> tuple[dict[str, Tensor
 
 
 def evaluate(case: Case, split: str, rank: int, world: int, exchange: str) -> dict[str, Tensor]:
-    """This process's loss and gradients: the features' own, of the rest its part."""
+    """This process's loss and gradients: those of its features, and its share of the others (scale, bias)."""
     leaves, options = cut(case, split, rank, world)
     held = {name: t.clone().requires_grad_() for name, t in leaves.items()}
     group = GlobalBatch(exchange=exchange, gradients="sum")
@@ -77,7 +77,7 @@ def evaluate(case: Case, split: str, rank: int, world: int, exchange: str) -> di
 
 
 def weights_of(case: Case, split: str, rank: int, world: int) -> Tensor:
-    """Of the weights that the whole problem's losses have in ``harness.evaluate``, this process's."""
+    """This process's part of the weights that ``harness.evaluate`` gives to the losses of the whole problem."""
     leaves, _ = case.inputs()
     n = len(next(iter(leaves.values())))
     views = len(leaves) - 1 if case.loss == "nt_xent" else 1
@@ -108,7 +108,7 @@ def put_together(case: Case, parts: list[dict[str, Tensor]]) -> dict[str, Tensor
 
 
 def _columns(case: Case, each: list[Tensor], parts: list[dict[str, Tensor]]) -> Tensor:
-    """Keys of all processes, then their shared negatives."""
+    """The entries of all processes' keys, then those of their shared negatives."""
     keys = [len(part["dkey"]) for part in parts]
     return torch.cat(
         [t[:k] for t, k in zip(each, keys, strict=True)] + [t[k:] for t, k in zip(each, keys, strict=True)]
@@ -116,7 +116,7 @@ def _columns(case: Case, each: list[Tensor], parts: list[dict[str, Tensor]]) -> 
 
 
 def start(rank: int, world: int, folder: str) -> None:
-    """Joins this process to the others, until it ends: gloo's threads left running then can abort it."""
+    """Joins the process group, and leaves it at exit, where threads of gloo that still run could abort the process."""
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world, timeout=timedelta(seconds=HANGS)

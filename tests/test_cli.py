@@ -1,4 +1,4 @@
-"""``python -m fused_contrastive``: verify tells right from wrong, info what can run, temperature draws."""
+"""``python -m fused_contrastive``: verify finds errors, info says what can run, temperature draws."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_info(capsys: pytest.CaptureFixture[str]) -> None:
 def test_every_command_without_rich(
     features: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Plain text: the cells of a line as they stand, in columns."""
+    """The output is plain text, with the cells of a table in columns."""
     monkeypatch.setitem(sys.modules, "rich", None)
     monkeypatch.setitem(sys.modules, "rich.console", None)
     figures, files = r"[\d.]+ +" * 4, " ".join(features)
@@ -87,7 +87,7 @@ def test_verify_own_features(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 def test_the_first_line_says_which_backends_are_tested(
     features: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And of each of the others why not; on random cases and on files."""
+    """It also says why each of the others is not tested; on random cases and on files."""
     monkeypatch.setattr(cpp, "_unavailable", "it was not built")
     monkeypatch.setattr(run, "LOSS_CASES", {"quick": 3})
     said = "on cpu: testing reference; not testing cpp (it was not built); triton ("

@@ -19,7 +19,7 @@ COMMANDS = ("info", "verify", "temperature", "plan")
 
 
 def refusal(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """What is said on stderr, where argparse says it or a command does; nothing is said on stdout."""
+    """The error on stderr, by argparse or by the command. Asserts status 2 and nothing on stdout."""
     try:
         status = main(arguments)
     except SystemExit as error:
@@ -91,7 +91,7 @@ def test_arguments(
 
 
 def header(shape: str, dtype: str = "<f4") -> bytes:
-    """A .npy file's start, whatever follows."""
+    """The header of a .npy file."""
     text = f"{{'descr': '{dtype}', 'fortran_order': False, 'shape': {shape}, }}\n".encode()
     return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text
 
@@ -130,7 +130,7 @@ BYTES = {
 
 
 def file_named(name: str, folder: Path) -> tuple[Path, str]:
-    """A file that will not do beside A, and what is said."""
+    """Writes a file that cannot be used with A; returns its path and the expected error."""
     path, said = folder / name, ""
     if name in ARRAYS:
         array, said = ARRAYS[name]
@@ -155,7 +155,7 @@ NAMES = (*ARRAYS, *BYTES, "archive.npz", "tensor.pt", "folder.npy", "missing.npy
 @pytest.mark.parametrize("command", [["verify", "--features"], ["temperature", "--no-picture"]], ids=lambda c: c[0])
 @pytest.mark.parametrize("name", NAMES)
 def test_feature_files(name: str, command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """In either place; what is named is the file."""
+    """The error names the file, whether it is the first or the second argument."""
     np.save(tmp_path / "a.npy", A)
     path, said = file_named(name, tmp_path)
     error = refusal([*command, str(tmp_path / "a.npy"), str(path)], capsys)
@@ -186,7 +186,7 @@ TOO_LARGE = {
 
 @pytest.mark.parametrize("name", TOO_LARGE)
 def test_values_past_the_dtype_are_no_breach(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A breach is a backend's fault; an infinity that is right is not."""
+    """An infinity that is right is no breach, but bad input."""
     features, scale, said = TOO_LARGE[name]
     np.save(tmp_path / "a.npy", features)
     paths = [str(tmp_path / "a.npy")] * 2
@@ -197,7 +197,7 @@ def test_values_past_the_dtype_are_no_breach(name: str, tmp_path: Path, capsys: 
 
 
 def test_more_rows_than_the_comparison_can_hold(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """16 TB of float64 similarities are not there to be had."""
+    """The comparison would need 16 TB of float64 similarities."""
     np.save(tmp_path / "a.npy", np.ones((3 * 2**19, 1), np.float32))
     assert main(["verify", "--backend", "reference", "--features", *[str(tmp_path / "a.npy")] * 2]) == 2
     assert "--features: got 1572864 rows, expected fewer: memory does not hold" in capsys.readouterr().err
@@ -222,14 +222,14 @@ def test_features_of_either_byte_order_and_precision(
 
 @pytest.mark.parametrize("place", ["file", "file/below/it"])
 def test_a_folder_that_cannot_be_written(place: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Refused before the work."""
+    """The command ends before it computes anything."""
     (tmp_path / "file").touch()
     error = refusal(["verify", "--save", str(tmp_path / place)], capsys)
     assert f"--save: got {tmp_path / place}, expected a folder" in error
 
 
 def test_a_picture_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """No folder is found before the work; no format and no file, when matplotlib says so."""
+    """A missing folder is noticed before the work; a bad format or file only when matplotlib raises."""
     pytest.importorskip("matplotlib", reason="the picture needs matplotlib")
     np.save(tmp_path / "a.npy", A)
     (tmp_path / "folder.png").mkdir()
@@ -241,7 +241,7 @@ def test_a_picture_that_cannot_be_written(tmp_path: Path, capsys: pytest.Capture
 def test_scripts_that_cannot_be_written(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """They are shown, and so is what was found, before --save is named."""
+    """The results and the scripts are printed before the error that names --save."""
     np.save(tmp_path / "a.npy", A)
     monkeypatch.setattr(harness.Expected, "deviations", lambda *_: [Deviation("loss", 1.0, 0.0, 0.1)])
     for number in (1, 2, 3):
@@ -258,7 +258,7 @@ def test_scripts_that_cannot_be_written(
 def test_a_command_that_fails_has_a_status_of_its_own(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Python's own for an exception is 1: a breach."""
+    """Python's status for an exception is 1, which here means a breach."""
 
     def broken(*_: object) -> None:
         raise RuntimeError("the backend fell over")
@@ -292,7 +292,7 @@ def test_an_encoding_without_the_signs_of_tables() -> None:
 @pytest.mark.skipif(os.name != "posix", reason="pipes end otherwise elsewhere")
 @pytest.mark.parametrize("hidden", ["nothing", "rich"])
 def test_a_pipe_that_nobody_reads(hidden: str) -> None:
-    """A shell's status of a program that SIGPIPE ended, where rich's own is 1."""
+    """The status is the one that a shell reports for SIGPIPE; rich alone would exit with 1."""
     code = f"import sys; sys.modules[{hidden!r}] = None; from fused_contrastive.__main__ import main; sys.exit(main())"
     command = [sys.executable, "-c", code, "info"]
     read, write = os.pipe()

@@ -1,4 +1,4 @@
-"""The architecture: imports only point down, and the reference needs torch alone."""
+"""The architecture: imports only point down, and the reference needs only torch."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ MODULES = sorted(path.relative_to(ROOT) for path in ROOT.rglob("*.py"))
 
 
 def imports(source: str) -> set[str]:
-    """The names that a file imports anywhere in it: ``a.b.c`` for ``from a.b import c``, too."""
+    """The names that a file imports anywhere in it; ``from a.b import c`` gives ``a.b.c``."""
     found = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.ImportFrom):
@@ -42,7 +42,7 @@ def imports(source: str) -> set[str]:
 
 
 def cycle(sources: dict[str, str]) -> list[str]:
-    """Modules that import each other in a circle, the first one again at its end; none where there is no circle."""
+    """Modules that import each other in a cycle, with the first one repeated at the end; empty without a cycle."""
     graph = {}
     for name, source in sources.items():
         targets = {target if target in sources else target.rpartition(".")[0] for target in imports(source)}
@@ -134,7 +134,7 @@ assert "fused_contrastive.adapters" not in sys.modules
 
 
 def test_missing_extension() -> None:
-    """Named, it raises with the install hint; "auto" is the reference, with a warning that holds the same hint."""
+    """backend="cpp" raises with the install hint; "auto" uses the reference and warns with the same hint."""
     code = """
 import torch, fused_contrastive, warnings
 x = torch.randn(6, 4)
@@ -158,7 +158,7 @@ fused_contrastive.clip_loss(x.double(), x.double(), 2.0)  # once a process
 
 
 def test_importing_takes_no_longer_than_torch() -> None:
-    """torch's compiler, imported, would double it."""
+    """Importing torch's compiler would double the time."""
     code = """
 import sys, torch
 before = set(sys.modules)
@@ -172,7 +172,7 @@ assert "torch._dynamo" in before or "torch._dynamo" not in sys.modules
 
 
 def test_missing_extension_under_compile() -> None:
-    """The warning comes while the function is traced, and does not break the graph."""
+    """The warning is given while the function is traced, and does not break the graph."""
     code = """
 import torch, fused_contrastive, warnings
 x = torch.randn(6, 4)
@@ -187,7 +187,7 @@ assert ["backend 'cpp' cannot run here" in str(warning.message) for warning in c
 
 
 def test_extension_that_does_not_load(tmp_path: Path) -> None:
-    """Of another torch, say: the reason is the loader's."""
+    """For example one built for another torch. The reason given is the loader's message."""
     (tmp_path / "broken.py").write_text("raise ImportError('undefined symbol: at::gone')")
     code = f"""
 import importlib.util

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from snippets import ROOT
 
-# By their metadata: to look for the module pip makes setuptools' hook of distutils give way, in this process for good.
+# Found by metadata, because looking for the module pip would disable setuptools' distutils hook in this process.
 INSTALLED = {distribution.name for distribution in metadata.distributions()}
 pytestmark = pytest.mark.skipif(
     not INSTALLED.issuperset({"pip", "setuptools", "wheel"}),
@@ -37,7 +37,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def no_compiler(tmp_path: Path) -> dict[str, str]:
-    """An environment whose PATH has nothing on it."""
+    """An environment whose PATH is an empty folder."""
     (tmp_path / "bin").mkdir()
     hidden = ("CC", "CXX", "FUSED_CONTRASTIVE_EXTENSION", "PYTHONPATH")
     return {**{k: v for k, v in os.environ.items() if k not in hidden}, "PATH": str(tmp_path / "bin")}
@@ -45,7 +45,7 @@ def no_compiler(tmp_path: Path) -> dict[str, str]:
 
 @pytest.fixture
 def failing_compiler(no_compiler: dict[str, str]) -> dict[str, str]:
-    """The same with a compiler that says its version, repeats what it is given, and compiles nothing."""
+    """The same with a compiler that prints its version or its arguments, and compiles nothing."""
     return with_compiler(no_compiler, "c++ 1.0")
 
 
@@ -63,15 +63,15 @@ def with_compiler(environment: dict[str, str], version: str) -> dict[str, str]:
 
 
 def install(project: Path, into: Path, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    """``pip install`` into a folder of its own."""
+    """Runs ``pip install`` into a separate folder."""
     options = ["--verbose", "--no-build-isolation", "--no-deps", "--no-index", "--disable-pip-version-check"]
     return run(["-m", "pip", "install", *options, "--target", str(into), str(project)], into.parent, environment)
 
 
 def use(arguments: list[str], site: Path, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    """With what was installed there, on top of this environment's packages.
+    """Runs Python with the package installed in ``site``, beside this environment's other packages.
 
-    -S: an editable install of this project here would bring its own extension, by way of a .pth file.
+    -S, because the .pth file of an editable install of this project would bring its own extension.
     """
     paths = [str(site), *(path for path in sys.path if path.endswith("-packages"))]
     return run(["-S", *arguments], site.parent, {**environment, "PYTHONPATH": os.pathsep.join(paths)})
@@ -141,7 +141,7 @@ def test_works_without_a_compiler(project: Path, tmp_path: Path, no_compiler: di
 def test_sources_that_hide_an_installation(
     built: bool, project: Path, tmp_path: Path, no_compiler: dict[str, str]
 ) -> None:
-    """In a clone Python imports the sources: what is installed is named, if it has the extension."""
+    """In a clone Python imports the sources: the message names an installed package that has the extension."""
     package = tmp_path / "site" / "fused_contrastive"
     package.mkdir(parents=True)
     (package / "__init__.py").touch()
@@ -164,7 +164,7 @@ def test_sources_that_hide_an_installation(
 
 @pytest.mark.parametrize("missing", [["torch"], ["torch", "ninja", "pybind11", "numpy"]], ids=" ".join)
 def test_without_what_builds_it(missing: list[str], project: Path, failing_compiler: dict[str, str]) -> None:
-    """Without build isolation: what is missing, and a command that installs all that pyproject.toml lists."""
+    """Without build isolation, the error lists what is missing, and a command to install pyproject.toml's list."""
     hidden = f"import sys, runpy; sys.modules.update(dict.fromkeys({missing})); sys.argv = ['setup.py', 'dist_info']"
     made = run(["-c", f"{hidden}; runpy.run_path('setup.py')"], project, failing_compiler)
     assert made.returncode == 1
@@ -210,7 +210,7 @@ def test_openmp_is_for_gcc(
 
 
 def test_sdist_holds_all_that_is_built_from(project: Path, tmp_path: Path, no_compiler: dict[str, str]) -> None:
-    """Also that making one needs no compiler, whatever the switch says."""
+    """Making an sdist needs no compiler, even if the switch asks for the extension."""
     environment = {**no_compiler, "FUSED_CONTRASTIVE_EXTENSION": "1"}
     code = f"from setuptools import build_meta; print(build_meta.build_sdist({str(tmp_path)!r}))"
     made = run(["-c", code], project, environment)

@@ -1,4 +1,4 @@
-"""Of the cases that tests/thinned.py chooses."""
+"""Tests of the choice of cases that tests/thinned.py makes."""
 
 from __future__ import annotations
 

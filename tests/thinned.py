@@ -1,4 +1,4 @@
-"""A choice of a test's cases in which every combination of the values that matter together is still met."""
+"""Chooses few of a test's cases, so that every combination of values that matter together still occurs."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import torch
 
 
 def chosen(cases: Sequence[Mapping[str, Hashable]], groups: Sequence[str] = ()) -> list[int]:
-    """The places of as few of ``cases`` as a greedy search finds that still have each of the combinations asked for.
+    """Indices of cases, as few as a greedy search finds, in which each combination asked for still occurs.
 
-    A case is the value of each parameter. A group is the names of parameters, with spaces between them: all
-    combinations of their values that the cases have are kept. Without groups, those of any two parameters.
+    A case is the value of each parameter. A group is names of parameters, separated by spaces: every combination of
+    their values that occurs in ``cases`` is kept. Without groups, every combination of two parameters is kept.
     """
     names = sorted(set().union(*cases))
     asked = [tuple(group.split()) for group in groups] or list(itertools.combinations(names, min(2, len(names))))
@@ -27,14 +27,14 @@ def chosen(cases: Sequence[Mapping[str, Hashable]], groups: Sequence[str] = ()) 
 
 
 def kept(items: Sequence[pytest.Item]) -> set[pytest.Item]:
-    """The items without what the marker ``thinned`` of their test leaves out."""
+    """The items that remain after the marker ``thinned`` of their tests is applied."""
     left, tests = set(items), {}
     for item in items:
         if marker := item.get_closest_marker("thinned"):
             params = item.callspec.params
             interpreted = params.get("backend") == "triton" and not torch.cuda.is_available()
             if interpreted and torch.float64 in params.values():
-                left.discard(item)  # would be skipped
+                left.discard(item)  # the test would skip it
             elif interpreted or marker.kwargs.get("everywhere"):
                 tests.setdefault(item.nodeid.partition("[")[0], []).append(item)
     for cases in tests.values():

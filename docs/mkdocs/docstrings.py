@@ -1,4 +1,4 @@
-"""An extension of griffe: what the docstrings write for a terminal, as Markdown. Names of the API become links."""
+"""An extension of griffe that turns docstrings into Markdown. Names of the API become links."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from griffe import Extension, Object
 
-LITERAL_BLOCK = re.compile(r"(?m)(\S?)( ?)::$")  # the indented block that follows is code in Markdown as well
+LITERAL_BLOCK = re.compile(r"(?m)(\S?)( ?)::$")  # Markdown also takes the indented block that follows for code
 NAME = re.compile(r"``(\w+)``")
 
 

@@ -1,8 +1,8 @@
-"""A hook of mkdocs: the pages at the root of the repository become pages of the site, where they stand.
+"""A hook of mkdocs that makes pages of the site from the Markdown files at the root of the repository.
 
 A link means the same in the repository and on the site: it is resolved from the file it is written in, and leads to
-the target's page. What is no page, such as a script, is served as it is. Some sections of README are a page of their
-own.
+the target's page. A target that is not a page, such as a script, is served unchanged. Some sections of README become a
+separate page.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ PAGES = {
     "benchmarks/results/cpu-intel-amx.md": "benchmark-intel-amx.md",
 }
 CALLS = "calls.md"
-MOVED = ("Which call is my training", "The losses")  # README's sections that are CALLS and not on the home page
-# Tables of many columns take the room of the table of contents; the home page is two screens.
+MOVED = ("Which call is my training", "The losses")  # README's sections that are on CALLS and not on the home page
+# Wide tables use the room of the table of contents; the home page fits on two screens.
 HIDDEN = {"index.md": ["toc", "footer"], "triton-configurations.md": ["toc"]}
 LOG = logging.getLogger("mkdocs.hooks.links")  # with --strict, a warning fails the build
 ROW = re.compile(r"^\|.*", re.MULTILINE)
-SIZE = re.compile(r"(?<=\d) x (?=\d)")  # in a table no line ends within "128 x 64"
+SIZE = re.compile(r"(?<=\d) x (?=\d)")  # a table's cell must not wrap within "128 x 64"
 LINK = re.compile(r"(\]\()([^)#\s]+)((?:#[^)\s]*)?\))")
 
 
@@ -54,7 +54,7 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
         if "://" in link or link.startswith("mailto:"):
             return match[0]
         target = Path(os.path.normpath(here / link))
-        if not target.is_file():  # for mkdocs to report
+        if not target.is_file():  # mkdocs reports it
             return match[0]
         place = _place(target, Path(config.docs_dir))
         if target.suffix == ".md" and files.get_file_from_path(place) is None:
@@ -70,14 +70,14 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
 def _part_of_readme(markdown: str, moved: bool) -> str:
     sections = re.split(r"^(?=## )", markdown, flags=re.MULTILINE)
     kept = [section for section in sections if section.startswith(tuple(f"## {title}\n" for title in MOVED)) == moved]
-    for title in MOVED:  # a link to one of them from the rest of README
+    for title in MOVED:  # links to a moved section lead to CALLS
         anchor = "#" + title.lower().replace(" ", "-")
         kept = [section.replace(f"]({anchor})", f"]({CALLS}{anchor})") for section in kept]
     return "".join(kept)
 
 
 def _place(target: Path, docs: Path) -> str:
-    """A file's path in the site's sources."""
+    """The path of a file within the sources of the site."""
     if target.is_relative_to(docs):
         return target.relative_to(docs).as_posix()
     inside = target.relative_to(ROOT).as_posix()

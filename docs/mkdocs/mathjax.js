@@ -1,4 +1,4 @@
-// Only pages with formulas load the 2 MB.
+// MathJax is 2 MB, so only pages with formulas load it.
 window.MathJax = {
   tex: { inlineMath: [["\\(", "\\)"]], displayMath: [["\\[", "\\]"]], processEscapes: true },
   options: { ignoreHtmlClass: ".*|", processHtmlClass: "arithmatex", enableMenu: false },

@@ -1,4 +1,4 @@
-"""A hook of mkdocs: the site has its own MathJax, out of an installed package, so that formulas need no network."""
+"""A hook of mkdocs that copies MathJax from an installed package to the site, so that formulas need no network."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from mkdocs.structure.files import File, Files
 
-SCRIPT = "tex-svg.js"  # with its fonts inside; what docs/mkdocs/mathjax.js loads
+SCRIPT = "tex-svg.js"  # includes its fonts; docs/mkdocs/mathjax.js loads it
 
 
 def on_files(files: Files, config: Any) -> Files:

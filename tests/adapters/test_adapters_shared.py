@@ -1,4 +1,4 @@
-"""What the adapters share, on libraries made here: versions, classes that are not covered, patches."""
+"""What all adapters share (version errors, classes that are not covered, patches), on libraries that the tests make."""
 
 from __future__ import annotations
 
@@ -54,13 +54,13 @@ def test_a_version_that_is_new_enough_imports() -> None:
     for least in (None, "1.9", "1.9.0"):
         with common.importing("alib", tested="2.0.0", least=least):
             pass
-    with common.importing("blib", tested="2.0.0", least="1.9"):  # run from its sources: nothing tells its version
+    with common.importing("blib", tested="2.0.0", least="1.9"):  # run from its sources: it has no version metadata
         pass
 
 
 @pytest.fixture
 def package() -> Iterator[types.ModuleType]:
-    """A library "alib" whose module of losses has two names, as where the first is deprecated."""
+    """A library "alib" whose module of losses has two names, as when one of them is deprecated."""
     losses = types.ModuleType("alib.losses")
     losses.Loss = type("Loss", (), {"__module__": "alib.losses"})
     losses.OtherLoss = type("OtherLoss", (), {"__module__": "alib.losses"})

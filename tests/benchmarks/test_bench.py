@@ -1,4 +1,4 @@
-"""The benchmarks time what they say, refuse what is wrong, and report what fails."""
+"""The benchmarks time what they say, do not time a wrong implementation, and report failures."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def raising(error: Exception) -> Callable[..., Any]:
 
 @pytest.mark.parametrize("loss", list(WORKLOADS))
 def test_ours_and_eager_agree_with_the_truth(loss: str) -> None:
-    """Three independent forms of each workload: were one wrong, every benchmark of it would be."""
+    """Three independent forms of each workload agree: if one were wrong, so would be every benchmark of it."""
     for name in ("ours", "ours, memory_budget=0", "ours, backend=reference", "eager"):
         assert check.wrong(named(loss, name), SMALL[loss]) is None
 
@@ -95,7 +95,7 @@ def test_timing_counts_forward_and_backward(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_each_round_has_another_order() -> None:
-    """What runs directly behind a slow or an unlike one finds other caches than the others do."""
+    """The order changes, because what ran just before an implementation decides what its caches hold."""
     called: list[str] = []
 
     def stepping(name: str) -> timing.Step:
@@ -153,7 +153,7 @@ def test_a_peer_that_cannot_run_is_a_row_with_its_reason(monkeypatch: pytest.Mon
 
 
 def test_a_problem_that_cannot_be_made_or_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its tensors have no room; or u fails, as all does once a GPU is lost. The next problem is timed all the same."""
+    """Its tensors do not fit, or u cannot be measured, as after a GPU is lost. The next problem is still timed."""
     monkeypatch.setattr(run, "REGISTRY", [named("clip", "ours"), named("clip", "eager"), named("siglip", "ours")])
     whole, product = WORKLOADS["clip"], run.product
     monkeypatch.setitem(WORKLOADS, "clip", replace(whole, inputs=raising(torch.OutOfMemoryError("no room for x"))))
@@ -167,7 +167,7 @@ def test_a_problem_that_cannot_be_made_or_timed(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_step_that_fails_while_it_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is a row with its reason and without times, and the others' rounds are whole."""
+    """It is reported as a row with the reason and without times; the others have all their rounds."""
     calls = itertools.count()
 
     def weary(*leaves: Any) -> Any:

@@ -1,4 +1,4 @@
-"""`python -m benchmarks`: suites, reports, what it refuses, and the registry behind it."""
+"""`python -m benchmarks`: suites, reports, bad arguments, and the registry behind it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("not_interpreted")
 
 
 def test_the_toy_suite_is_the_gpu_s_code_under_the_interpreter(tmp_path: Path) -> None:
-    """Every file of a report, the Triton backend measured, and a reason for each implementation that is not."""
+    """It writes every file of a report, measures the Triton backend, and says why an implementation is not measured."""
     pytest.importorskip("triton")
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     arguments = [sys.executable, "-m", "benchmarks", "--suite", "toy", "--out", str(tmp_path / "made")]
@@ -91,7 +91,7 @@ def test_what_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 
 
 def test_an_interrupted_run_leaves_the_earlier_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And what it measured beside it. Names with dots are names."""
+    """What it had measured is written to another file. A report's name may have dots in it."""
     monkeypatch.setitem(suites.SUITES, "quick", lambda: suites.Suite([(Problem("clip", 48, 24), 0.0)], []))
     monkeypatch.setattr(run, "REGISTRY", [named("clip", "ours")])
     arguments, path = ["--out", str(tmp_path), "--name", "v0.1.2"], tmp_path / "v0.1.2.json"
@@ -116,7 +116,7 @@ def test_an_interrupted_run_leaves_the_earlier_report(tmp_path: Path, monkeypatc
 def test_the_exit_status_is_ours(
     of_ours: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """1 where something of ours was wrong or failed, after everything was written; a peer may fail."""
+    """It is 1 if something of ours was wrong or failed, and everything is written first; a peer may fail."""
     wrong = implementations.Implementation(
         "broken", "clip", lambda problem: lambda x, y, scale: (x + y).sum() * scale, ours=of_ours
     )
@@ -131,7 +131,7 @@ def test_the_exit_status_is_ours(
 
 
 def test_a_library_s_module_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where a library's __init__ cannot be imported its module is, unchanged, and no bare package stays behind."""
+    """If a library's __init__ cannot be imported, a module of it still can; no empty package stays in sys.modules."""
     folder = tmp_path / "half_a_library" / "loss"
     folder.mkdir(parents=True)
     (folder.parent / "__init__.py").write_text("import nowhere_to_be_found")
@@ -146,7 +146,7 @@ def test_a_library_s_module_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_pictures(tmp_path: Path) -> None:
-    """Lines where there are two sizes; bars where two implementations have both time and memory at CLIP's largest N."""
+    """Lines need two sizes; bars need two implementations with both time and memory at CLIP's largest N."""
     pytest.importorskip("matplotlib")
     base = {"loss": "clip", "dtype": "fp32", "d": 16, "status": "ok", "seconds": 1.0}
     made = [{**base, "n": n, "implementation": "ours", "extra_bytes": 2**20} for n in (64, 128)]

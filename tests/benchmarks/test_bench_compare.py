@@ -17,7 +17,7 @@ from benchmarks.workloads import Problem
 def made_up(
     seed: int, slower: float = 1.0, drift: float = 0.0, name: str = "ours", ours: bool = True
 ) -> dict[str, Any]:
-    """A report of noisy rounds: a spread of a twentieth, one in ten twice as long. ``drift`` slows all but u."""
+    """A report of rounds that spread by a twentieth, one in ten twice as long. ``drift`` slows everything but u."""
     draw = random.Random(seed)
     rows = []
     for n in (128, 1024, 4096):
@@ -34,7 +34,7 @@ def made_up(
 @pytest.fixture
 def compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Any:
     def compare(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> tuple[int, str]:
-        """A folder of reports for each side."""
+        """Writes a folder of reports for each side and compares them."""
         for name, reports in (("old", old), ("new", new)):
             (tmp_path / name).mkdir(exist_ok=True)
             for k, report in enumerate(reports):

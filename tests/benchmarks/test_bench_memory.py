@@ -21,7 +21,7 @@ SMALL = Problem("clip", 48, 24)
 
 
 def test_memory_sees_one_matrix() -> None:
-    """Eager holds at least two N x N at N = 2048 (16 MB each), ours with budget 0 a block of one."""
+    """Eager holds at least two N x N matrices at N = 2048 (16 MB each), ours with budget 0 a block of one matrix."""
     problem = Problem("clip", 2048, 16)
     found = {name: memory.measure(named("clip", name), problem) for name in ("eager", "ours, memory_budget=0")}
     assert 32 * 2**20 < found["eager"]["extra_bytes"] < 160 * 2**20
@@ -42,7 +42,7 @@ def test_a_measurement_that_ends_early(command: list[str], status: str, monkeypa
 
 
 def test_ours_failing_is_a_row_and_the_others_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The process of the first is told to load what its own registry does not have."""
+    """The process of the first implementation is told to load one that its registry does not have."""
 
     def lost(problem: Problem) -> Any:
         raise RuntimeError("the GPU is lost")

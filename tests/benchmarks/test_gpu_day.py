@@ -1,4 +1,4 @@
-"""`benchmarks/gpu_day.py` ends in time with a page, whatever its stages do; and runs whole at toy sizes."""
+"""`benchmarks/gpu_day.py` ends in time and writes a page, whatever its stages do; at toy sizes its stages run."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ INTERPRETED = pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's int
 
 @pytest.fixture(autouse=True)
 def signals() -> Iterator[None]:
-    """As they were."""
+    """Restores the signal handlers after the test."""
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGALRM)}
     yield
     signal.alarm(0)
@@ -101,7 +101,7 @@ sys.exit(gpu_day.main())
 
 @pytest.fixture
 def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """One whose stages go wrong in each way."""
+    """A script whose stages fail in every way."""
     monkeypatch.setattr(gpu_day, "LEAST", 1.0)
     monkeypatch.setattr(gpu_day, "SPARE", 0.5)
     path = tmp_path / "script.py"
@@ -121,13 +121,13 @@ def test_a_stage_that_fails_leaves_the_others(script: Path, tmp_path: Path, monk
         "million": "failed: exited with 1, and said 'RuntimeError: no such kernel'",
         "peers": "done",
     }
-    for stage in stages.values():  # what it found before
+    for stage in stages.values():  # the entries from before the failure
         assert stage["entries"][0]["value"] == "0.25"
     assert "## table: failed: exited with 7, and said 'the device is lost'" in page
     assert "| step | 0.25 | 99.00 **!** |" in page
     assert "- step: WRONG: dx is off by 1e-1, allowed 1e-3 (fp16)" in page
     child = int(stages["tune"]["entries"][1]["value"])
-    for _ in range(100):  # killed, and perhaps not waited for yet by who inherited it
+    for _ in range(100):  # killed, but the process that inherited it may not have reaped it yet
         state = Path(f"/proc/{child}/stat")
         if not state.exists() or state.read_text().rsplit(")")[-1].split()[0] == "Z":
             break
@@ -148,7 +148,7 @@ def test_the_exit_code_is_that_of_correctness(script: Path, tmp_path: Path, monk
 
 
 def test_the_suites_have_what_a_gpu_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the toy sizes do not try: filters that leave something of the suites for a GPU."""
+    """The filters of each stage leave some problems of the GPU suites, which the toy sizes do not show."""
     asked: dict[str, list[tuple[str, int, int]]] = {}
 
     def command(turn: gpu_day.Turn, *arguments: str, **environment: str) -> gpu_day.Entry:

@@ -1,4 +1,4 @@
-"""One problem, given to a library's own class and to ours: value and every gradient under the error budget."""
+"""Compares a library's own class and ours on one problem: value and every gradient, under the error budget."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ DTYPES = [torch.float32, torch.float64, torch.bfloat16]
 
 
 def features(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Near the unit sphere, not on it: what normalises must be seen to."""
+    """Features near the unit sphere but not on it, so that normalising them changes the result."""
     unit = F.normalize(torch.randn(*shape, dtype=torch.float64), dim=-1)
     return (unit * torch.empty(*shape[:-1], 1, dtype=torch.float64).uniform_(0.7, 1.4)).to(dtype)
 
@@ -25,8 +25,8 @@ def assert_same(
 ) -> None:
     """|ours - theirs in float64| <= 2 |theirs - theirs in float64| + 8 eps (largest value + largest term).
 
-    Of a loss of half-precision inputs, theirs is no measure: ours, in float32, may be off by eps times the scale, which
-    is what rounding a feature anew does to a logit.
+    The library's own error is not used for the loss of half-precision inputs: ours, in float32, may be off by eps times
+    the scale, the error that rounding a feature once more makes in a logit.
     """
     truth = evaluate(theirs, {name: t.double() for name, t in leaves.items()}, {})
     eager = evaluate(theirs, leaves, {})
@@ -36,7 +36,7 @@ def assert_same(
     for name, value in found.items():
         leaf = leaves.get(name[1:])
         term = 4 * scale if leaf is None else 4.0 if leaf.dim() < 2 else 4 * scale / len(matrix)
-        if matrix.dtype == torch.float64:  # whose truth is float64 itself
+        if matrix.dtype == torch.float64:  # the truth has the same dtype, and its own rounding
             term *= max(1.0, scale, len(matrix) ** 0.5)
         off_by = difference(eager[name], truth[name])
         most = allowed(off_by, matrix.dtype, truth[name].abs().max().item() + term)
@@ -47,7 +47,7 @@ def assert_same(
 
 
 def assert_close_results(theirs: Tensor | dict | tuple, ours: Tensor | dict | tuple) -> None:
-    """Whatever a call returns: the same keys or length, the same values."""
+    """Compares whatever two calls return: keys or length, and values."""
     if isinstance(theirs, dict):
         assert list(theirs) == list(ours)
         theirs, ours = tuple(theirs.values()), tuple(ours.values())

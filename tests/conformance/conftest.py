@@ -1,4 +1,4 @@
-"""Adapters against the libraries themselves, as ``make conformance`` installs them; skipped where they are not."""
+"""Tests of the adapters against the libraries themselves, which ``make conformance`` installs; skipped without them."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # models and data are made here, n
 
 @pytest.fixture(params=["reference", "cpp"])
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The backends that need no GPU and no interpreter: kernels are compared elsewhere, adapters here.
+    """The backends that need neither a GPU nor an interpreter, because these tests compare adapters and not kernels.
 
-    The one that is named must have done the work, and no other: an adapter that leaves it to the library would agree
+    The named backend must have done the work, and no other: an adapter that leaves the work to the library would agree
     with the library.
     """
     forwards: Counter[str] = Counter()

@@ -1,4 +1,4 @@
-"""The before and after of each adapter's page."""
+"""The code before and after the change on each adapter's page runs."""
 
 from __future__ import annotations
 
@@ -15,6 +15,6 @@ PAGES = ["open_clip", "transformers", "sentence_transformers", "lightly", "pytor
 
 @pytest.mark.parametrize("page", PAGES)
 def test_page(page: str) -> None:
-    module = "sentence_transformers.sentence_transformer" if page == "sentence_transformers" else page  # its import's
+    module = "sentence_transformers.sentence_transformer" if page == "sentence_transformers" else page  # its import
     pytest.importorskip(module, reason=f"{module} is not installed: make conformance")
     assert run_page(f"docs/adapters/{page}.md") >= 2

@@ -39,7 +39,7 @@ def test_weight_function(backend: str) -> None:
 
 
 def test_memory_bank_over_steps(backend: str) -> None:
-    """17 slots, 5 a step: the queue wraps. Held still while nothing requires a gradient. The bank is float32."""
+    """17 slots, 5 a step: the queue wraps. Without a gradient to compute it does not change. The bank is float32."""
     theirs, adapted = (cls(0.1, memory_bank_size=(17, 8)) for cls in (library.NTXentLoss, ours.NTXentLoss))
     adapted.backend = backend
     adapted.memory_bank.bank.copy_(theirs.memory_bank.bank)
@@ -57,7 +57,7 @@ def test_memory_bank_over_steps(backend: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
 def test_memory_bank_of_another_dtype(dtype: torch.dtype, backend: str) -> None:
-    """The bank stays float32, where the library's own must be brought to the features' dtype to work at all."""
+    """The bank stays float32; the library's own works only after a conversion to the features' dtype."""
     theirs, adapted = (cls(0.2, memory_bank_size=(17, 8)) for cls in (library.NTXentLoss, ours.NTXentLoss))
     adapted.backend = backend
     adapted.memory_bank.bank.copy_(theirs.memory_bank.bank)

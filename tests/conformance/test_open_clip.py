@@ -76,7 +76,7 @@ def test_coca_loss(weights: tuple[float, float], output_dict: bool, backend: str
 def test_distill_clip_loss(
     frozen: bool, rows: int, dtype: torch.dtype, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A teacher without and with gradients; its logits in chunks of so many rows."""
+    """The teacher is without or with gradients; its logits are read in chunks of several sizes."""
     n = 20
     monkeypatch.setattr(ours, "TEACHER_LOGITS", rows * n)
     theirs, adapted = pair(library.DistillClipLoss, ours.DistillClipLoss, backend)

@@ -1,4 +1,4 @@
-"""The adapters under autocast, on half-precision features and compiled, beside the libraries under the same."""
+"""The adapters under autocast, on half-precision features and compiled, against the libraries in float64."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def ours_of(case: Case, backend: str) -> Any:
 def assert_no_worse(
     case: Case, backend: str, call: Callable[[Any], Callable[[Tensor, Tensor], Tensor]], dtype: torch.dtype
 ) -> None:
-    """Ours is as near to the float64 truth as rounding features of ``dtype`` allows: eps times the scale, in all."""
+    """Asserts that our relative error against float64, in norm, is at most eps(dtype) times the scale."""
     x, y = features(N, D), features(N, D)
     truth = results(lambda a, b: case.call(case.theirs(), a, b), x.double(), y.double())
     found = results(call(ours_of(case, backend)), x, y)
@@ -121,7 +121,7 @@ def test_half_precision_features(name: str, dtype: torch.dtype, backend: str) ->
 
 @pytest.mark.parametrize("name", CASES)
 def test_compiled(name: str, backend: str) -> None:
-    """In one graph, but where the labels' values decide what is computed."""
+    """They compile into one graph, unless the labels' values decide what is computed."""
     case = CASES[name]
     loss = ours_of(case, backend)
     x, y = features(N, D), features(N, D)

@@ -24,7 +24,7 @@ Loss = Callable[..., Tensor]
 
 
 def cases(rank: int) -> dict[str, tuple[Loss, Loss]]:
-    """Theirs and ours, each called with two (N, D) tensors and a scale."""
+    """Pairs of their loss and ours, each called with two (N, D) tensors and a scale."""
     import lightly.loss
     from open_clip import loss as open_clip
     from sentence_transformers import losses as st
@@ -103,7 +103,7 @@ def test_every_flag() -> None:
         torch.multiprocessing.spawn(work, (folder,), nprocs=WORLD)
         of_ranks = [torch.load(f"{folder}/{rank}.pt") for rank in range(WORLD)]
     assert len(of_ranks[0]) == 24
-    for name in of_ranks[0]:  # of the scale, what DDP's mean makes of all processes' gradients
+    for name in of_ranks[0]:  # the scale's gradient after DDP's mean over the processes
         theirs, ours = (torch.stack([results[name][k][3] for results in of_ranks]).mean() for k in (0, 1))
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}, dscale: {m}")
     for rank, results in enumerate(of_ranks):

@@ -43,7 +43,7 @@ def test_labels(name: str, labels: str, dtype: torch.dtype, backend: str) -> Non
 @pytest.mark.parametrize("pairs", [1, 7, 60])
 @pytest.mark.parametrize("labels", LABELS)
 def test_pairs_some_at_a_time(labels: str, pairs: int, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Values, gradients, the temperature's too, whatever part of a label's pairs is made at once."""
+    """Values and gradients, also the temperature's, agree however many of a label's pairs are computed at once."""
     monkeypatch.setattr(ours, "PAIRS", pairs)
     theirs, adapted = pair("NTXentLoss", backend)
 
@@ -132,7 +132,7 @@ def test_regulariser_and_self_supervised(name: str, backend: str) -> None:
 @pytest.mark.parametrize("enqueue", [False, True])
 @pytest.mark.parametrize("name", NAMES)
 def test_cross_batch_memory(name: str, enqueue: bool, backend: str) -> None:
-    """19 slots, 6 a step: the queue wraps, and the step's own slots with it."""
+    """19 slots, 6 a step: the queue wraps, in the middle of a step's own slots too."""
     theirs, adapted = pair(name, backend)
     theirs = losses.CrossBatchMemory(theirs, 8, memory_size=19)
     adapted = ours.CrossBatchMemory(adapted, 8, memory_size=19)
@@ -147,7 +147,7 @@ def test_cross_batch_memory(name: str, enqueue: bool, backend: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_references_of_the_same_labels_and_a_learned_temperature(name: str, backend: str) -> None:
-    """Without ref_labels the labels are the references', and the diagonal is left out."""
+    """Without ref_labels the labels hold for the references too, and the diagonal is left out."""
     theirs, adapted = pair(name, backend, distance=distances.DotProductSimilarity(normalize_embeddings=False))
     labels = torch.arange(12) % 5
 

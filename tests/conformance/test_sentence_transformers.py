@@ -44,7 +44,7 @@ def columns(loss: torch.nn.Module):  # type: ignore[no-untyped-def]
     return run
 
 
-@pytest.mark.may_not_run  # what the library refuses as well
+@pytest.mark.may_not_run  # the library raises as well
 @pytest.mark.parametrize("negatives", [0, 2])
 @pytest.mark.parametrize("hardness", HARDNESS, ids=str)
 @pytest.mark.parametrize(
@@ -61,8 +61,8 @@ def test_multiple_negatives(mode: str, directions: tuple, hardness: str | None, 
     theirs, adapted = pair("MultipleNegativesRankingLoss", backend, Model(), **options)
     for dtype in (torch.float32, torch.float64):
         leaves = {f"column{k}": features(9, 8, dtype=dtype) for k in range(2 + negatives)}
-        if not set(directions) & {"query_to_query", "doc_to_doc"}:  # whose masks make the library's own gradient NaN
-            leaves["scale"] = torch.tensor([20.0], dtype=dtype)  # which may be learned
+        if not set(directions) & {"query_to_query", "doc_to_doc"}:  # their masks make the library's own gradient NaN
+            leaves["scale"] = torch.tensor([20.0], dtype=dtype)  # the scale may be learned
         assert_same(columns(theirs), columns(adapted), leaves, 24.0)
 
 

@@ -18,7 +18,7 @@ from fused_contrastive.adapters import sentence_transformers as ours
 
 
 class Tokens(torch.nn.Module):
-    """A MultiVectorEncoder's part in the loss: token embeddings and their mask."""
+    """What the loss uses of a MultiVectorEncoder: token embeddings and their mask."""
 
     def forward(self, batch: dict[str, torch.Tensor], task: str | None = None) -> dict[str, torch.Tensor]:
         return {"token_embeddings": batch["token_embeddings"], "attention_mask": batch["attention_mask"]}
@@ -72,7 +72,7 @@ def test_a_document_without_tokens_scores_as_in_the_library(masked: bool, length
 
 
 class Projected(torch.nn.Linear):
-    """Tokens whose embeddings have a gradient to give: GradCache embeds them twice."""
+    """Tokens whose embeddings depend on parameters, as GradCache needs, which embeds them twice."""
 
     def forward(self, batch: dict[str, torch.Tensor], task: str | None = None) -> dict[str, torch.Tensor]:
         return {
@@ -84,7 +84,7 @@ class Projected(torch.nn.Linear):
 @pytest.mark.parametrize("score", SCORES)
 @pytest.mark.parametrize("documents", [1, 2])
 def test_cached_multi_vector(documents: int, score: str, backend: str) -> None:
-    """Mini-batches of embeddings and of scores that do not divide the batch."""
+    """The sizes of the mini-batches of embeddings and of scores do not divide the batch."""
     model, found = Projected(12, 8), []
     masks = [torch.rand(7, 5 + k) < 0.8 for k in range(1 + documents)]
     for mask in masks:

@@ -50,7 +50,7 @@ def sgd(model: nn.Module) -> torch.optim.Optimizer:
 
 
 def assert_same(ours: Run, eager: Run, steps: int) -> None:
-    """Losses and final parameters, which have moved."""
+    """Asserts equal losses and final parameters, and that the parameters have changed."""
     assert len(eager[0]) == steps
     assert ours[0] == pytest.approx(eager[0], rel=1e-10)
     start = dict(Model(Eager()).named_parameters())

@@ -18,7 +18,7 @@ for package in (
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 import library_trainings  # noqa: E402
 
-TOLERANCE = 1e-3  # relative, of all steps: what the weights make of the early ones' rounding
+TOLERANCE = 1e-3  # relative, for all steps: the weights carry the rounding of early steps on
 
 
 @pytest.fixture(autouse=True)

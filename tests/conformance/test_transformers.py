@@ -91,7 +91,7 @@ def test_loss_and_gradients(name: str, dtype: torch.dtype) -> None:
     tolerance = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 1e-9, "atol": 1e-10}
     assert found.keys() == wanted.keys()
     for key, gradient in wanted.items():
-        size = max(1.0, gradient.abs().max().item())  # 1.6e8 of one: its small entries have the rounding of its large
+        size = max(1.0, gradient.abs().max().item())  # up to 1.6e8, whose rounding errors its small entries share
         near = {**tolerance, "atol": tolerance["atol"] * size}
         torch.testing.assert_close(found[key], gradient, **near, msg=lambda m, key=key: f"{key}: {m}")
     for key in ("loss", "text_embeds", "image_embeds"):
@@ -112,7 +112,7 @@ def test_loss_and_gradients(name: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("name", ours.MODELS)
 def test_positional_arguments_positions_and_token_types(name: str) -> None:
-    """All inputs by position, in the signature's order; what the text tower gets of them decides the loss."""
+    """All inputs are given by position, in the signature's order; a mix-up in the text tower would change the loss."""
     model, inputs = model_of(name), inputs_of(name)
     ids = inputs["input_ids"]
     inputs["position_ids"] = (torch.arange(ids.shape[1]).flip(0) + 2).expand_as(ids).contiguous()
@@ -152,7 +152,7 @@ def test_dropout_draws_as_in_the_library(name: str) -> None:
 
 
 def test_output_logits_is_true_or_false() -> None:
-    """In the patch and in the call, where "no" would otherwise ask for them."""
+    """The patch and the call check it, because a value such as "no" would otherwise count as True."""
     with pytest.raises(TypeError, match="output_logits: got 1, expected True or False"):
         ours.patch_transformers(output_logits=1)
     model, inputs = model_of("clip"), inputs_of("clip")
@@ -162,7 +162,7 @@ def test_output_logits_is_true_or_false() -> None:
 
 @pytest.mark.parametrize("name", ours.MODELS)
 def test_outputs_keep_their_positions(name: str) -> None:
-    """By number, by unpacking, after pickling, and as accelerate makes them anew: None where there are no logits."""
+    """By index, unpacked, pickled and rebuilt by accelerate, outputs keep their places; missing logits are None."""
     model, inputs = model_of(name), inputs_of(name)
     theirs = model(**inputs, return_loss=True)
     with ours.patch_transformers():

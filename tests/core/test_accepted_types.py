@@ -1,5 +1,5 @@
-"""What users have at hand and means one thing: any integer dtype, scales of one element, masks of 0 and 1,
-a temperature in place of a scale."""
+"""Inputs that are accepted because they have one meaning: any integer dtype, scales of one element, masks of 0 and 1,
+and a temperature in place of a scale."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def features(*shape: int) -> Tensor:
     return torch.nn.functional.normalize(torch.randn(*shape, D), dim=-1).requires_grad_()
 
 
-# Of one loss or primitive: a scalar of it, by the integers that are its targets, labels or ids.
+# For each loss or primitive: a scalar result as a function of its integer targets, labels or ids.
 INTEGERS: dict[str, Callable[[Tensor, dict[str, Any]], Tensor]] = {
     "stats targets": lambda i, o: fc.contrastive_stats(features(N), features(N), 9.0, targets=i, **o).row.sum(),
     "stats ids": lambda i, o: fc.contrastive_stats(features(N), features(N), 9.0, row_ids=i, col_ids=i, **o).row.sum(),

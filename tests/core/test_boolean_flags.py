@@ -1,4 +1,4 @@
-"""A flag is True or False: 1, "no" and their like raise, of every public function and module, on every backend."""
+"""A flag is True or False: every public function and module raises for 1, "no" and the like, on every backend."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_a_flag_is_true_or_false(name: str, flag: str) -> None:
 
 @pytest.mark.parametrize(("name", "flag"), [entry for entry in ENTRIES if entry[0] in FUNCTIONS])
 def test_on_every_backend(name: str, flag: str, backend: str) -> None:
-    """Before the backend is asked, and whichever it is."""
+    """The flag is checked before the backend is called, whichever backend it is."""
     arguments = {k: v.to(torch.get_default_device()) if hasattr(v, "to") else v for k, v in FUNCTIONS[name].items()}
     with pytest.raises(TypeError, match=f"^{flag}: got 1, expected True or False$"):
         PUBLIC[name](**{**arguments, flag: 1, "backend": backend})

@@ -1,6 +1,7 @@
-"""torch.set_default_device and torch.set_default_dtype change nothing: results are those of the tensors given.
+"""torch.set_default_device and torch.set_default_dtype do not change results.
 
-A tensor that is made on the default device and meets the inputs would fail on "meta", as it would on a GPU.
+A call that makes a tensor on the default device and combines it with its inputs fails if that device is "meta", as it
+would on a GPU.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ def assert_defaults_do_not_matter(run: Callable[[], object]) -> None:
 
 @pytest.mark.parametrize("name", [*FUNCTIONS, *MODULES])
 def test_everything_public(name: str) -> None:
-    """By the function that sets it for a whole process; what a call makes is beside what it is given."""
+    """The default is set for the whole process; a call makes its tensors on the device of its inputs."""
 
     def run() -> object:
         found = call(name)

@@ -174,7 +174,7 @@ def test_max_sim(name: str) -> None:
     "number", [np.float16(3), np.float32(3), np.float64(3), np.int64(3)], ids=lambda n: type(n).__name__
 )
 def test_numpy_s_scalars_are_numbers(number: Any) -> None:
-    """None of them makes the arithmetic on it narrower: 1 / 3 would be off by 2e-4 in float16."""
+    """None of them narrows the arithmetic: 1 / 3 would be off by 2e-4 in float16."""
     losses: list[Callable[[Any], torch.Tensor]] = [
         lambda s: clip_loss(X, X, s),
         lambda s: nt_xent_loss(X, X + 1, s, normalize=True),
@@ -188,6 +188,6 @@ def test_numpy_s_scalars_are_numbers(number: Any) -> None:
 
 @pytest.mark.parametrize("option", ["reduction", "memory_budget", "backend"])
 def test_an_array_where_a_word_is_expected(option: str) -> None:
-    """Compared with a word it would be compared element by element."""
+    """A comparison with the word would be made element by element."""
     with pytest.raises((TypeError, ValueError), match=rf"^{option}: got array"):
         clip_loss(X, X, 1.0, **{option: np.arange(6)})

@@ -1,4 +1,4 @@
-"""Features that nobody normalised, a temperature or a logarithm given as the scale: a hint, once, and no error."""
+"""Features that are not normalised, and a temperature or logarithm given as the scale, cause one hint and no error."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whatever is not plain eager: transforms of torch.func, modes that intercept, tracers. Right, or a clear error."""
+"""Transforms of torch.func, modes that intercept calls, and tracers get the right result or a clear error."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ EVERYTHING = [*DIFFERENTIABLE, *RANKINGS]
 
 
 def call(name: str, backend: str, seed: int = 0) -> tuple[Call, list[Tensor]]:
-    """A loss, a primitive or a ranking as a function of tensors, and these."""
+    """A loss, a primitive or a ranking as a function of tensors, and the tensors."""
     if name in LOSSES:
         return problem(name, backend, seed)
     function = {**PRIMITIVES, **RANKINGS}[name]
@@ -281,7 +281,7 @@ def test_plain() -> None:
 
 
 def test_a_target_that_is_a_negative_is_refused_everywhere() -> None:
-    """Where the values are not known at once, by the operator."""
+    """If the values are not known during the call, the operator refuses them."""
     query, key, negatives, targets = torch.randn(4, 8), torch.randn(4, 8), torch.randn(3, 8), torch.tensor([0, 1, 2, 5])
 
     def loss(query: Tensor) -> Tensor:

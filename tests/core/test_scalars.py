@@ -1,7 +1,7 @@
-"""A scale, temperature or bias that is not where the features are: moved, but not while a CUDA graph is captured.
+"""A scale, temperature or bias on another device than the features is moved, but not while a CUDA graph is captured.
 
-And numbers that float64 does not hold are refused by name. No GPU is needed: fake tensors have a device and a shape,
-and no values.
+Numbers outside float64's range raise an error that names the argument. No GPU is needed: fake tensors have a device
+and a shape, and no values.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ NUMBERS: dict[str, tuple[str, Callable[[int], object]]] = {
 @pytest.mark.parametrize("number", [10**400, -(10**5000)], ids=["10**400", "-10**5000"])
 @pytest.mark.parametrize("call", NUMBERS)
 def test_integers_that_no_float_holds(call: str, number: int) -> None:
-    """Nor does Python print the longer one."""
+    """The longer one has more digits than Python prints."""
     name, run = NUMBERS[call]
     with pytest.raises(ValueError, match=rf"^{name}: got an? (negative )?integer of \d+ bits, expected "):
         run(number)
@@ -115,7 +115,7 @@ def test_fractions() -> None:
 
 
 def test_integers_under_compile() -> None:
-    """They are dynamic from the second one on."""
+    """torch.compile makes an integer dynamic when its value changes for the first time."""
     torch._dynamo.reset()
     compiled = torch.compile(lambda s: fc.clip_loss(X, X, s, label_smoothing=0), fullgraph=True, backend="eager")
     for scale in (2, 3, 5):

@@ -1,4 +1,4 @@
-"""Calls beside other calls, after a fork, thousands of times over, and cut short by Ctrl-C."""
+"""Calls in several threads at once, after a fork, thousands of times, and interrupted by Ctrl-C."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ POSIX = pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals and fo
 
 
 def run(code: str, *arguments: str) -> str:
-    """What a process of its own prints."""
+    """What the code prints in a separate process."""
     result = processes.run(code, *arguments)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
@@ -47,7 +47,7 @@ def test_threads_at_once_give_the_bits_of_each_alone() -> None:
 @pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("loss", LOSSES)
 def test_the_same_call_gives_the_same_bits(loss: str) -> None:
-    """More than one block of the C++ backend. With other threads a GEMM, and torch's sums, may round otherwise."""
+    """The problem has several C++ blocks. A GEMM and torch's sums may round differently on other numbers of threads."""
     inputs = problem(2500, 24)
     torch.set_num_threads(1)
     first = step(loss, inputs)
@@ -60,8 +60,8 @@ def test_the_same_call_gives_the_same_bits(loss: str) -> None:
     assert same(found, first)
 
 
-# The parent used two threads, which no child of a fork has. What torch itself does with them there is wait for ever:
-# the children below come to it, through a loss, with one.
+# The parent used two threads, which do not exist in a forked child: there torch's own operators would wait for ever.
+# The children below call these operators through a loss, which goes on with one thread.
 FORK = """
 import os, sys, warnings
 import torch
@@ -128,7 +128,7 @@ os.wait()
     assert run(code).strip() == "1"
 
 
-# The first parallel operator of these is torch's own, or ours: neither may come before the guard.
+# In each function the first parallel operator is torch's own or ours; core/forks.py has to come before either.
 FORK_EACH = """
 import itertools, os, sys, time, warnings
 import torch
@@ -137,7 +137,7 @@ from test_trust import PUBLIC
 torch.set_num_threads(2)
 n = 1500
 x, y, labels = torch.randn(n, 64), torch.randn(n, 64), torch.arange(n) % 50
-half, mask = x.half(), labels.view(-1, 4) > 3  # here: torch's own operators hang in a child
+half, mask = x.half(), labels.view(-1, 4) > 3  # made here, because torch's own operators hang in a child
 calls = {name: eval(call) for name, call in PUBLIC.items()}
 for call in calls.values():
     call()
@@ -190,7 +190,7 @@ PUBLIC = {
 
 @POSIX
 def test_what_a_forked_child_calls_first_in_a_thread_or_compiled() -> None:
-    """The threads that are lost are those of the thread that forked, whichever calls first."""
+    """Only the thread that forked has lost its threads, whichever thread calls first."""
     code = """
 import os, sys, threading, warnings
 import torch
@@ -228,7 +228,7 @@ def test_no_public_function_hangs_in_a_forked_child() -> None:
 
 @POSIX
 def test_a_signal_handler_that_sets_the_number_of_threads() -> None:
-    """It runs between blocks of a call, whose scratch has room for the threads that it began with."""
+    """The handler runs between blocks of a call, whose scratch memory is sized for the threads at its start."""
     code = """
 import signal, torch
 import fused_contrastive as fc
@@ -271,7 +271,7 @@ for _ in range(int(sys.argv[2])):
     call(next(names))
 print(resident() - before)
 """
-# With more rows, fewer calls show that some of the products are not freed.
+# Code, rows and calls. Products that are not freed show after fewer calls if there are more rows.
 CALLS = {
     "clip": (["clip"], "lambda name: step(name, inputs)", 12, 9_000),
     "clip forward": (["clip"], "forward", 12, 9_000),
@@ -283,7 +283,7 @@ CALLS = {
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="Linux's /proc")
 @pytest.mark.parametrize("calls", CALLS)
 def test_thousands_of_calls_leave_nothing(calls: str) -> None:
-    """Megabytes of resident memory between call 1,000 and the last one."""
+    """Resident memory grows by less than 2 MB between call 1,000 and the last one."""
     names, call, rows, count = CALLS[calls]
     assert int(run(MEMORY.format(names=names, call=call), str(rows), str(count))) < 2
 

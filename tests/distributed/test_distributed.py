@@ -1,4 +1,4 @@
-"""The exact loss over processes: value and every gradient those of the whole batch in one process, under the budget."""
+"""The loss over processes: value and gradients are those of the whole batch in one process, under the error budget."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ EXCHANGES = ("gather", "ring")
 
 
 def all_cases(seed: int, world: int) -> list[tuple[Case, str, str]]:
-    """Every loss and option, with dtype, split and exchange taking turns so that each pair of them is met.
+    """Every loss and option; dtype, split and exchange alternate so that each pair of them occurs.
 
-    Two processes meet them all, more of them every second or third.
+    Two processes run all cases, three run every second one and four every third.
     """
     cases = []
     dtypes = (torch.float32, torch.float64, torch.bfloat16)
@@ -86,7 +86,7 @@ def test_sub_groups() -> None:
 
 
 class Reads(TorchDispatchMode):
-    """Counts the operations for whose values the host would wait on a GPU."""
+    """Counts the operations that make the host wait for values from a GPU."""
 
     count = 0
 
@@ -129,7 +129,7 @@ def test_texts_of_any_length() -> None:
 
 
 def test_torchrun() -> None:
-    """The demo's training in the processes that torchrun starts: each step's loss as in one process."""
+    """The demo's training, started by torchrun in several processes, has at each step the loss of one process."""
     pytest.importorskip("emoji")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     example = str(ROOT / "examples/emoji_processes.py")

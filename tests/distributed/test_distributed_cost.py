@@ -1,4 +1,4 @@
-"""Counted, not claimed: the products a process makes and the bytes it sends, beside open_clip's way."""
+"""Counts the products that a process computes and the bytes that it sends, for this package and for open_clip."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from snippets import ROOT
 from spread import start
 from torch.utils.flop_counter import FlopCounterMode
 
-sys.path.append(str(ROOT))  # the benchmarks are in no installed package
+sys.path.append(str(ROOT))  # the benchmarks are not part of an installed package
 import fused_contrastive as fc
 from benchmarks.distributed import SentBytes, as_open_clip
 from fused_contrastive.distributed import plan
@@ -43,7 +43,7 @@ def work(rank: int, folder: str) -> None:
 
 
 class sent_again:  # noqa: N801
-    """Goes on counting."""
+    """Continues a counter: its total is kept, and what is sent inside is added."""
 
     def __init__(self, counter: SentBytes) -> None:
         self.counter = counter
@@ -65,7 +65,7 @@ def counted() -> list[dict]:
 
 
 def test_products(counted: list[dict]) -> None:
-    """One block forward, where open_clip makes two; backward the block again and two products of its size, not four."""
+    """The forward computes one block, open_clip's two. The backward computes it again, and two products of its size."""
     for of_rank in counted:
         forward, backward, *_ = of_rank["gather"]
         assert forward == BLOCK
@@ -74,7 +74,7 @@ def test_products(counted: list[dict]) -> None:
         assert forward == 2 * BLOCK
         assert backward == 4 * BLOCK
         forward, backward, *_ = of_rank["ring"]
-        padded = BLOCK * (N + 1) / N  # a row of each block is nobody's
+        padded = BLOCK * (N + 1) / N  # the ring adds a row to each block
         assert forward == padded
         assert backward == 3 * padded
 
@@ -82,7 +82,7 @@ def test_products(counted: list[dict]) -> None:
 def test_bytes(counted: list[dict]) -> None:
     for of_rank in counted:
         theirs = of_rank["open_clip"][2]
-        assert theirs == 4 * 4 * N * D * (WORLD - 1)  # two matrices there, their gradients back, float32
+        assert theirs == 4 * 4 * N * D * (WORLD - 1)  # it sends two matrices and their gradients, float32
         assert of_rank["gather"][2] <= 0.55 * theirs
 
 
@@ -93,7 +93,7 @@ def test_same_gradients(counted: list[dict]) -> None:
 
 
 def test_the_plan_counts_the_same(counted: list[dict]) -> None:
-    """The model's bytes of each strategy, against those of a real step; a header and the reported loss apart."""
+    """The model's bytes of each strategy are those of a real step, but for a header and the reported loss."""
     machine = plan.Machine(flops=1e12, bandwidth=1e9, memory=1e9)
     planned = {cost.strategy: cost for cost in plan.costs(WORLD * N, D, WORLD, 4, machine)}
     for name in ("gather", "ring", "open_clip"):

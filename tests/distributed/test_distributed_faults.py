@@ -1,4 +1,4 @@
-"""Processes that disagree, or one that fails, dies, or holds NaN: an error or NaN in all of them, and nothing hangs."""
+"""If processes disagree, or one fails, dies or has NaN, all of them get an error or NaN, and none hangs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch import Tensor
 import fused_contrastive as fc
 
 WORLD = 3
-LIMIT = 30  # seconds; who waits for others waits longer
+LIMIT = 30  # seconds; a process that waits for others takes longer
 
 
 def features(n: int = 4, d: int = 8, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -25,7 +25,7 @@ def features(n: int = 4, d: int = 8, dtype: torch.dtype = torch.float32) -> Tens
 
 
 def scenarios(rank: int) -> dict[str, Callable[[], Tensor]]:
-    """What this process calls; process 1 is the odd one."""
+    """What this process calls in each scenario; process 1 differs from the others."""
     odd = rank == 1
     group = fc.GlobalBatch()
 

@@ -1,6 +1,6 @@
-"""One process's bad argument, whichever it is: an error in every process, at once, and the next call is right.
+"""A bad argument in one process raises in every process at once, and the next call is right.
 
-The arguments are those of the signatures: a new one without an entry here fails.
+The arguments are read from the signatures: a test fails if a new one has no entry here.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from fused_contrastive.distributed.shape import GlobalShape
 from fused_contrastive.ops import dispatch
 
 WORLDS, N, D = (2, 3), 4, 8
-LIMIT = 30  # seconds; a refusal takes milliseconds, but the machine may be busy; who was not told waits longer
-# A process that was not given the group has nobody to tell.
+LIMIT = 30  # seconds, for a busy machine; an error takes milliseconds, a process that is not told waits longer
+# A process with a bad group cannot tell the others.
 NOT_TOLD = {"group"}
 MISSING = object()
 
@@ -131,15 +131,15 @@ def functions_with_a_group() -> dict[str, Callable[..., Any]]:
 
 
 def cases(world: int = 2) -> Iterator[tuple[str, str, Any]]:
-    """The key of a good call, an argument of its function, and a bad value of that; of three processes, one value."""
+    """The key of a good call, an argument of its function, and its bad values; only one of them for three processes."""
     bad = bad_values() if world == 2 else {argument: values[1:2] for argument, values in bad_values().items()}
     for call, options in good_calls().items():
         name, *another = call.split(",")
         for argument in inspect.signature(functions_with_a_group()[name]).parameters:
             if another and argument not in (*options, "memory_budget", "backend"):
-                continue  # it has been tried
+                continue  # another call has tried it
             for value in bad.get(argument, []):
-                if value is not None or argument in options:  # None may be what is taken for an argument left out
+                if value is not None or argument in options:  # None may be the default
                     yield call, argument, value
 
 
@@ -161,7 +161,7 @@ def outcome(call: Callable[[], Any]) -> tuple[str, float]:
 
 
 class Checked:
-    """A correct call against the same in one process, which knows what all of them have. The data changes each time."""
+    """Compares correct calls with calls in one process on the data of all processes. The data changes each time."""
 
     def __init__(self, rank: int, world: int) -> None:
         self.rank, self.world = rank, world
@@ -173,12 +173,12 @@ class Checked:
         return t.view(self.world, N, D)[self.rank]
 
     def value(self, k: int, group: fc.GlobalBatch) -> float:
-        """How far from it the k-th call is."""
+        """The difference of the k-th call from its one-process value."""
         k %= len(self.problems)
         return float((fc.siglip_loss(*map(self.own, self.problems[k]), 0.5, group=group) - self.expected[k]).abs())
 
     def gradients(self, group: fc.GlobalBatch) -> float:
-        """How far from them those of a symmetric loss are."""
+        """The largest difference of a symmetric loss's gradients from those in one process."""
         wholes = [t.clone().requires_grad_() for t in self.problems[0]]
         owns = [self.own(t).clone().requires_grad_() for t in self.problems[0]]
         expected = torch.autograd.grad(fc.clip_loss(*wholes, 0.5), wholes)
@@ -187,7 +187,7 @@ class Checked:
 
 
 def refuse_each(rank: int, world: int, group: dist.ProcessGroup) -> list[Any]:
-    """Each case, in one process after the other, and after each a correct call."""
+    """Runs each case, with the bad value in one process, the processes taking turns, and then a correct call."""
     checked, good, results = Checked(rank, world), good_calls(), []
     for k, (name, argument, value) in enumerate(cases(world)):
         batch = fc.GlobalBatch(group, exchange=("gather", "ring")[k // world % 2], gradients="sum")
@@ -205,7 +205,7 @@ def refuse_each(rank: int, world: int, group: dist.ProcessGroup) -> list[Any]:
 
 
 def take_each(group: dist.ProcessGroup) -> list[tuple[str, str]]:
-    """The good calls themselves, which must not be refused."""
+    """Runs the good calls, which must not raise."""
     functions = functions_with_a_group()
     return [
         (name, outcome(lambda name=name, options=options: functions[name.split(",")[0]](**options, group=group))[0])
@@ -214,7 +214,7 @@ def take_each(group: dist.ProcessGroup) -> list[tuple[str, str]]:
 
 
 def odd_calls(odd: bool, group: dist.ProcessGroup) -> list[tuple[str, Callable[[], Any]]]:
-    """What one process does and the others do not, and a part of the error; no error where there is none to be."""
+    """Calls that one process makes differently, each with a part of the expected error, or "" if none is expected."""
     x, y = floats(N, D), floats(N, D).flip(0)
     grown = floats(N, D + odd)
     weight = torch.ones(N, requires_grad=odd)
@@ -312,7 +312,7 @@ def odd_calls(odd: bool, group: dist.ProcessGroup) -> list[tuple[str, Callable[[
 
 
 def leave(rank: int) -> tuple[str, str]:
-    """Process 1 runs out of memory after all have agreed: what it and the others see, then and in the next call."""
+    """Process 1 runs out of memory after all have agreed; returns the errors of this call and of process 1's next."""
     group = dist.new_group(timeout=timedelta(seconds=5))
     x = floats(N, D)
 
@@ -383,7 +383,7 @@ def test_every_process_hears_of_what_one_alone_does(found: list[dict[Any, Any]])
 
 
 def test_a_process_that_left_the_others_does_not_mix_up_two_calls(found: list[dict[Any, Any]]) -> None:
-    """They wait until the group's time-out; it is told to make a new group, and others are as they were."""
+    """The others wait until the group's timeout; it is told to make a new group. Other groups keep working."""
     for rank, of_rank in enumerate(found):
         first, following = of_rank["left"]
         if rank == 1:

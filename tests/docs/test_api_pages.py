@@ -1,4 +1,4 @@
-"""docs/api names all that is public, once; and what stands there, the docstrings, says what a caller needs to know."""
+"""docs/api names each public name once, and the docstrings there say what a caller needs to know."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ MODULES = {
 
 
 def doc(thing: object) -> str:
-    """Its own docstring: a dataclass or NamedTuple without one is given its signature, a subclass its parent's."""
+    """Its own docstring: not the signature that a dataclass or NamedTuple gets without one, nor its parent's."""
     own = vars(thing).get("__doc__") if inspect.isclass(thing) else getattr(thing, "__doc__", None)
     assert own, f"{thing} has no docstring"
     assert not own.startswith(f"{getattr(thing, '__name__', '')}("), f"{thing} has no docstring of its own"
@@ -42,7 +42,7 @@ def takes_tensors(thing: Callable[..., Any]) -> bool:
 
 
 def refuses_input(thing: Callable[..., Any]) -> bool:
-    """Functions do; classes that have a hand-written check."""
+    """Whether it checks its input: functions do, and classes with a hand-written check."""
     if not inspect.isclass(thing):
         return True
     own = vars(thing)

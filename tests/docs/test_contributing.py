@@ -1,4 +1,4 @@
-"""CONTRIBUTING's "Add a loss", done as it is written in a copy of the package: the new loss keeps the error budget."""
+"""Follows CONTRIBUTING's "Add a loss" in a copy of the package: the new loss keeps the error budget."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pages' snippets run, and their links lead somewhere. Those that need other libraries are in conformance/."""
+"""The pages' snippets run, and their links exist. Pages that need other libraries are tested in conformance/."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def tables(text: str) -> list[list[list[str]]]:
 
 @pytest.mark.parametrize(("page", "title"), [("README.md", "Benchmark"), ("docs/cost.md", "Measured")])
 def test_times_are_the_benchmark_s(page: str, title: str) -> None:
-    """Cell by cell what `make bench` wrote, for the machine that the page names."""
+    """The table equals, cell by cell, what `make bench` wrote for the machine that the page names."""
     text = section(page, title)
     shown, measured = tables(text)[0], tables((RESULTS / "cpu.md").read_text())[0]
     assert len(shown) >= 5
@@ -62,7 +62,7 @@ def test_times_are_the_benchmark_s(page: str, title: str) -> None:
 
 
 def test_ratios_are_the_benchmark_s() -> None:
-    """On three machines; README has the range of CLIP's on two of them."""
+    """The table has them for three machines; README has the range of CLIP's ratios on two of these."""
     _, (_, *lines) = tables(section("docs/cost.md", "Measured"))
     pages = [(RESULTS / f"{name}.md").read_text() for name in ("cpu", "cpu-zen5", "cpu-intel-amx")]
     assert len(lines) >= 12

@@ -1,4 +1,4 @@
-"""docs/extend.md: the backend that it begins works with every loss."""
+"""The backend that docs/extend.md sketches works with every loss."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""README: what it tells a reader to type does what it says, and it stays short."""
+"""The code in README computes what README says, and README stays short."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import fused_contrastive
 
 README = (ROOT / "README.md").read_text()
 N, K, D, V, P, T = 12, 20, 8, 2, 5, 7
-Case = tuple[dict[str, Tensor], Callable[..., Tensor]]  # what the call is given, and the textbook's formula of it
+Case = tuple[dict[str, Tensor], Callable[..., Tensor]]  # the call's arguments, and the textbook formula of its result
 
 
 def unit(*shape: int) -> Tensor:
@@ -58,7 +58,7 @@ def simclr() -> Case:
 
 
 def moco() -> Case:
-    """As in its code: the positive, then the queue."""
+    """As in MoCo's code, the logits are the positive's and then the queue's."""
 
     def formula(q: Tensor, k: Tensor, queue: Tensor) -> Tensor:
         logits = torch.cat(((q * k).sum(dim=1, keepdim=True), q @ queue.T), dim=1) / 0.2
@@ -111,7 +111,7 @@ def sentences(own: bool) -> Case:
 
 
 def several_positives() -> Case:
-    ids, passage_ids = torch.arange(N) % 4, torch.arange(K) % 5  # of id 4 there is no query
+    ids, passage_ids = torch.arange(N) % 4, torch.arange(K) % 5  # no query has id 4
     i, j = (ids[:, None] == passage_ids).nonzero(as_tuple=True)
 
     def formula(queries: Tensor, passages: Tensor, **_: Tensor) -> Tensor:
@@ -157,7 +157,7 @@ NAMES = {"torch": torch, "F": F, **{name: getattr(fused_contrastive, name) for n
 
 
 def typed(training: str, given: dict[str, Tensor]) -> list[object]:
-    """What each piece of code in the training's row gives; an assignment gives None."""
+    """The result of each piece of code in the training's row; None for an assignment."""
     session = {**NAMES, **given}
     results = []
     for code in re.findall("`([^`]+)`", ROWS[training]):
@@ -172,7 +172,7 @@ def test_every_training_is_tested() -> None:
 
 @pytest.mark.parametrize(("training", "case"), [(name, k) for name, cases in CASES.items() for k in range(len(cases))])
 def test_a_training_s_call_is_the_textbook_s(training: str, case: int) -> None:
-    """Its value and the gradients of whatever is learned."""
+    """Compares the value and the gradients of everything that is learned."""
     given, formula = CASES[training][case]()
     learned = [tensor for tensor in given.values() if tensor.is_leaf and tensor.requires_grad]
     *_, ours = typed(training, given)
@@ -208,7 +208,7 @@ def test_coco_s_recall() -> None:
 
 
 def test_the_swap() -> None:
-    """Before and after give the same."""
+    """The code before and after the change gives the same loss."""
     (swap,) = BLOCK.findall(README)
     given, losses = towers(), []
     for code in swap.split("# after\n"):
@@ -219,5 +219,5 @@ def test_the_swap() -> None:
 
 
 def test_readme_is_short() -> None:
-    """All of it, code and tables included, as `wc -w` counts."""
+    """Code and tables count too, as in `wc -w`."""
     assert len(README.split()) <= 1000

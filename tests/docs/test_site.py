@@ -1,6 +1,6 @@
-"""The site as a reader sees it, in headless Chromium at two widths: nothing cut off, no word broken, no TeX left.
+"""The site in headless Chromium at two widths: nothing is cut off, no word is broken, no TeX is left.
 
-`make screenshots` runs this with all it needs but Chromium itself, and keeps the pictures in screenshots/.
+`make screenshots` installs all that this needs except Chromium, runs it, and keeps the pictures in screenshots/.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def screenshots(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ids=lambda shown: f"{shown[0] or 'home'}-{shown[1]}",
 )
 def page(request: pytest.FixtureRequest, browser: Any, address: str, screenshots: Path) -> Iterator[Any]:
-    """A page of the site, laid out, with its formulas made; what it asked of other hosts was refused, and is listed."""
+    """A page of the site, laid out, with its formulas drawn. Its requests to other hosts are refused and listed."""
     name, width = request.param
     shown = browser.new_page(viewport={"width": width, "height": HEIGHT})
     shown.refused = []
@@ -94,7 +94,7 @@ def page(request: pytest.FixtureRequest, browser: Any, address: str, screenshots
     shown.close()
 
 
-# Words of the text that stand on two lines. A line may end after a hyphen or a full stop, not inside a name or number.
+# Words that are broken over two lines. A line may end after a hyphen or a full stop, not inside a name or number.
 BROKEN_WORDS = r"""() => {
   const broken = [];
   const walker = document.createTreeWalker(document.querySelector("article"), NodeFilter.SHOW_TEXT);
@@ -110,7 +110,7 @@ BROKEN_WORDS = r"""() => {
   return broken;
 }"""
 
-# What reaches over the edge of the window, and cannot be scrolled to within a frame that does not.
+# Elements that reach over the edge of the window and are in no frame inside the window that scrolls.
 CUT_OFF = """() => [...document.querySelectorAll("article table, article img, article pre, article mjx-container")]
   .filter(seen => {
     for (let box = seen; box && box.tagName != "ARTICLE"; box = box.parentElement) {
@@ -128,7 +128,7 @@ PROSE = """() => {
   return article.textContent;
 }"""
 
-# Formulas, and those of them with nothing to see.
+# Each formula, and whether it is drawn.
 FORMULAS = """() => [...document.querySelectorAll(".arithmatex")].map(formula => {
   const drawn = formula.querySelector("mjx-container svg")?.getBoundingClientRect();
   const seen = drawn?.width > 4 && drawn?.height > 4;
@@ -155,7 +155,7 @@ def test_formulas(page: Any) -> None:
 
 @pytest.mark.parametrize("page", [("", 1400)], indirect=True)
 def test_home(page: Any) -> None:
-    """The swap is the first thing to see; all of the page is two screens."""
+    """The first code, with the change to make, is in the upper half of the screen; the page fits on two screens."""
     swap = page.locator("article pre").first
     box = swap.bounding_box()
     assert box["y"] + box["height"] <= HEIGHT / 2

@@ -16,7 +16,7 @@ from fused_contrastive import clip_loss, diagnose, recall_at_k
 from fused_contrastive.evaluation import negatives
 from fused_contrastive.evaluation.sweep import sweep
 
-# test_hints.py has these: most of the scales and some of the features here are not what a training has.
+# test_hints.py tests the hints, which most of the scales and some of the features here would cause.
 pytestmark = pytest.mark.filterwarnings("ignore:.*expected 1")
 
 
@@ -58,7 +58,7 @@ def test_the_formulas(n: int, d: int, k: int, scale: float) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_other_dtypes(dtype: torch.dtype) -> None:
-    """Features of lower precision are widened: the formulas hold for the values that they have."""
+    """Features of lower precision are widened, so the formulas hold exactly for the values that they have."""
     x, y = pairs(60, 32, dtype)
     found = diagnose(x, y, torch.tensor(20.0, requires_grad=True))
     assert asdict(found) == pytest.approx(formulas(x, y, 20.0, 10), rel=1e-4, abs=1e-5)
@@ -85,7 +85,7 @@ def test_strided_inputs_are_not_written() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("scale", [1.0, 1000.0])
 def test_all_duplicates(scale: float, dtype: torch.dtype) -> None:
-    """One point: all negatives weigh the same at every temperature, and only the first row's own comes first."""
+    """All features are one point: all negatives weigh the same, and only the first row ranks its own column first."""
     x = F.normalize(torch.ones(30, 4, dtype=dtype), dim=1)
     found = diagnose(x, x, scale, k=10)
     assert found.alignment == 0
@@ -97,7 +97,7 @@ def test_all_duplicates(scale: float, dtype: torch.dtype) -> None:
 
 def test_one_negative() -> None:
     x, y = pairs(2, 5)
-    found = diagnose(x, y, 7.0)  # k = 10 of 1
+    found = diagnose(x, y, 7.0)  # k = 10, of one negative
     assert found.effective_negatives == pytest.approx(1)
     assert found.hardest_share == pytest.approx(1)
     assert found.k == 10
@@ -111,7 +111,7 @@ def test_nan_is_not_hidden() -> None:
 
 
 def test_sweep_at_each_temperature() -> None:
-    """The same as one diagnosis each, with the loss of ``clip_loss``; in order, each temperature once."""
+    """Each entry equals a diagnosis and the loss of ``clip_loss``; temperatures are sorted, without duplicates."""
     x, y = pairs(120, 16, torch.float32)
     rows = sweep(3 * x, y, (1.0, 0.01, 0.1, 0.1))
     assert [row.temperature for row in rows] == [0.01, 0.1, 1.0]

@@ -24,7 +24,7 @@ def integers(rows: int) -> Tensor:
 
 
 def best_places(scores: Tensor, answers: list[list[int]], exclude_self: bool = False) -> Tensor:
-    """By the definition: score descending, NaN last, ties by the smaller index; of the answers the first one."""
+    """The best place of each query's answers, by definition: score descending, NaN last, ties by the smaller index."""
     found = []
     for i, row in enumerate(scores.tolist()):
         columns = [j for j in range(len(row)) if not (exclude_self and j == i)]
@@ -34,7 +34,7 @@ def best_places(scores: Tensor, answers: list[list[int]], exclude_self: bool = F
 
 
 def padded(answers: list[list[int]]) -> Tensor:
-    """(M, P), filled up with -1 in any place."""
+    """(M, P) answers, padded with -1 at random places."""
     width = 1 + max(map(len, answers))
     rows = [
         torch.tensor(row + [-1] * (width - len(row)))[torch.randperm(width, device="cpu").tolist()] for row in answers
@@ -55,7 +55,7 @@ def test_the_best_of_several_answers_counts(backend: str, m: int, n: int, most: 
     candidates[::11] = torch.nan
     answers = drawn(m, n, most)
     if exclude_self:
-        answers = [[*row, (i + 1) % m] for i, row in enumerate(answers)]  # itself among them does not count
+        answers = [[*row, (i + 1) % m] for i, row in enumerate(answers)]  # itself as an answer does not count
     found = target_ranks(queries, candidates, targets=padded(answers), exclude_self=exclude_self, backend=backend)
     assert torch.equal(found, best_places(queries @ candidates.T, answers, exclude_self))
 
@@ -68,7 +68,7 @@ def test_more_queries_than_candidates_or_fewer(backend: str, m: int, n: int, mos
 
 
 def test_five_captions_an_image(backend: str) -> None:
-    """The protocol of COCO and Flickr30K: any of an image's captions; each caption's image."""
+    """The protocol of COCO and Flickr30K: an image is found by any of its captions, a caption by its image."""
     images, captions = torch.randn(20, 16), torch.randn(100, 16)
     of_image, image_of = torch.arange(100).view(20, 5), torch.arange(100) // 5
     captions += 0.3 * images[image_of]
@@ -83,7 +83,7 @@ def test_five_captions_an_image(backend: str) -> None:
 
 
 def test_another_of_the_same_class(backend: str) -> None:
-    """Recall at k of metric learning: a set against itself."""
+    """Recall at k as in metric learning, of a set against itself."""
     features, labels = torch.randn(40, 6), torch.arange(40) % 4
     same = [(labels == label).nonzero().flatten() for label in labels]
     scores = (features @ features.T).fill_diagonal_(-torch.inf)

@@ -1,8 +1,8 @@
-"""Values and layouts that training never means to make: every loss, on every backend.
+"""Every loss, on every backend, on values and layouts that training produces only by accident (tests/adversarial.py).
 
-Where float32 holds the truth, values and gradients keep the error budget. Where it does not, nothing crashes, all
-backends are NaN, inf and finite in the same places, and no loss is finite that the float64 formula says is not.
-Arguments stay as they were, bit for bit.
+If float32 can represent the result, values and gradients keep the error budget. If not, nothing crashes, all backends
+are NaN, inf and finite in the same places, and no loss is finite if the float64 formula is not. Arguments are not
+written to.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def of_tokens(case: Case) -> bool:
 def problem(
     case: Case, fill: str, of_all: bool, fills: dict[str, Callable[[Tensor], Tensor]]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The case's tensors, the features of all sides or of one of them changed."""
+    """The case's tensors and options, with the features of all sides, or of one, changed by the fill."""
     torch.manual_seed(case.seed)
     leaves, options = case.inputs()
     features = [name for name, t in leaves.items() if t.dim() > 1]
@@ -68,7 +68,7 @@ def check_budget(
     dtype: torch.dtype,
 ) -> None:  # fmt: skip
     if option[1] == "regularised" or "decoupled" in option[1]:
-        n = max(n, 2)  # of a single sample, NaN (a mean over nothing) or -inf (an empty denominator)
+        n = max(n, 2)  # a single sample gives NaN (an empty mean) or -inf (an empty denominator)
     case = Case(*option, Sizes(n, d, dtype, scale), seed)
     leaves, options = problem(case, fill, of_all, FINITE)
     sides = {f"d{name}": t.double() for name, t in leaves.items() if t.dim() > 1}
@@ -87,8 +87,8 @@ def check_budget(
         evaluate(lambda form=form, **a: member.textbook(form, **a), same, options) for form in oracle.LOGITS.values()
     ]
 
-    # As in the harness, of features of any norm; where they are normalised, of norm 1, and their gradient is
-    # divided by what it was (F.normalize: at least 1e-12).
+    # The largest terms, as in the harness, but for features of any norm. Normalised features have norm 1, and their
+    # gradient is divided by the norm that they had (by at least 1e-12, as in F.normalize).
     normalised = ("plain" in case.option and case.loss == "nt_xent") or case.option in NORMALISED
     norms = torch.cat([t.norm(dim=-1).flatten() for t in features])
     norm = 1.0 if normalised else norms.max().item()
@@ -108,14 +108,14 @@ def check_budget(
         term = terms.get(name, weight * (1.0 if name == "dcol_bias" else scale * norm / shrink))
         if case.variant == "regularised":
             term += norm**3
-        # Logits this large are off by chance, which by chance shows in one side's gradient: eager's worst of all sides.
+        # The rounding of logits this large shows in the gradient of one side by chance: take eager's worst side.
         alike = sides if fill == "logits to 1e4" and of_all and name in sides else [name]
         error = max(largest_error(eager, side, truth[side]) for side in alike)
         largest = exact.abs().max().item() + term
         kept = torch.finfo(leaves.get(name[1:], features[0]).dtype).max
         if largest > kept / 64:
-            continue  # past what its dtype holds, before or after it cancels
-        equal_products = of_tokens(case) and fill not in ("ordinary", "logits to 1e4")  # the gradient is anyone's
+            continue  # overflows its dtype, before or after it cancels
+        equal_products = of_tokens(case) and fill not in ("ordinary", "logits to 1e4")  # ties: any may get the gradient
         if name.startswith("d") and (equal_products or logit > SHARED):
             assert value.isfinite().all(), f"{case} {fill} of_all={of_all} {backend} {name}: {value}"
             continue
@@ -148,7 +148,7 @@ def test_losses_keep_the_budget_triton(backend, **drawn) -> None:  # type: ignor
 
 
 def has_empty_row(z: Tensor, scale: float) -> bool:
-    """Whether each other feature's logit with some feature is -inf."""
+    """Whether there is a feature whose logits with all others are -inf."""
     logits = (scale * (z @ z.T)).fill_diagonal_(-torch.inf)
     return len(logits) > 1 and bool((logits == -torch.inf).all(dim=1).any())
 
@@ -165,20 +165,20 @@ def check_kinds(backend: str, option: tuple[str, str], n: int, d: int, fill: str
         expected = results["reference"][name]
         place = f"{case} {fill} of_all={of_all} {backend} {name}: {value} and {expected} by the reference"
         if of_tokens(case) and name.startswith("d"):
-            # The reference multiplies what was not the maximum by 0, which makes NaN of inf; and of NaN, another token
+            # The reference multiplies what was not the maximum by 0, which turns inf into NaN. With NaN, another token
             # may be the maximum.
             if results[backend]["loss"].isfinite():
                 assert (value.isfinite() | ~expected.isfinite()).all(), place
         else:
-            close = expected.isfinite() & (expected.abs() > 1e36)  # a sum on the way there may be past float32
+            close = expected.isfinite() & (expected.abs() > 1e36)  # an intermediate sum may overflow float32
             if fill == "largest" and name != "loss" and value.dim() == 0:
-                # A sum over all terms, past float32 each: in float64 it is inf where in float32 it is inf - inf.
+                # A sum of terms that each overflow float32: it may be inf in float64 and inf - inf in float32.
                 assert value.isfinite() == expected.isfinite() or close, place
             else:
                 assert torch.equal(kinds(value).where(~close, 0), kinds(expected)), place
-    # Linear in the logits: a gradient of any loss.
+    # These losses are linear in the logits, so that their gradients may be finite although the loss is NaN.
     linear = any(("decoupled" in name or name == "label_smoothing") and value for name, value in options.items())
-    # All logits of a row may overflow to -inf, as of an excluded one: SupCon's loss is then -inf - -inf.
+    # All logits of a row may overflow to -inf, like excluded ones: SupCon's loss is then -inf - -inf.
     z = leaves.get("features")
     emptied = z is not None and z.dim() == 2 and has_empty_row(z, case.sizes.scale)
     if results[backend]["loss"].isnan().any() and not linear and not emptied:
@@ -194,7 +194,7 @@ def test_losses_are_nan_and_inf_in_the_same_places(**drawn) -> None:  # type: ig
 @examples(150)
 @given(fill=st.sampled_from([f for f in BEYOND if f not in ("largest", "products overflow")]), **DRAWN)
 def test_no_loss_is_finite_that_is_not(option, n, d, fill, of_all, seed) -> None:  # type: ignore[no-untyped-def]
-    """Of NaN and inf in the features themselves, against the formula in float64."""
+    """With NaN or inf in the features, no loss is finite if the float64 formula is not."""
     case = Case(*option, Sizes(n, d, torch.float32, 3.0), seed)
     leaves, options = problem(case, fill, of_all, BEYOND)
     member = case.member
@@ -206,7 +206,7 @@ def test_no_loss_is_finite_that_is_not(option, n, d, fill, of_all, seed) -> None
 
 
 def test_a_positive_beyond_float32_is_no_loss_of_0(backend: str) -> None:
-    """One pair's product overflows, all others are small."""
+    """The product of one pair overflows, and all others are small."""
     x = torch.randn(4, 3).index_fill(0, torch.tensor([1]), 1e25)
     for loss in (
         fc.clip_loss(x, x, 1.0, backend=backend),
@@ -226,7 +226,7 @@ def test_a_positive_beyond_float32_is_no_loss_of_0(backend: str) -> None:
     **{**DRAWN, "of_all": st.none()},
 )  # fmt: skip
 def test_layouts_do_not_matter(backend, layouts, option, n, d, of_all, seed) -> None:  # type: ignore[no-untyped-def]
-    """The same as of plain copies: bit for bit in C++; a GEMM of strided operands may round otherwise."""
+    """Results are those of contiguous copies, in C++ bit for bit; a GEMM of strided operands may round differently."""
     case = Case(*option, Sizes(n, d, torch.float32, 3.0), seed)
     leaves, options = case.inputs()
     names = [name for name, t in leaves.items() if t.dim() > 1]

@@ -1,4 +1,4 @@
-"""The primitives on values that training never means to make, against float64, within the budget."""
+"""The primitives on values that training produces only by accident, against float64, under the error budget."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_statistics_keep_the_budget(backend, option, m, n, d, dtype, scale, fill
 def denominators(
     x: Tensor, y: Tensor, scale: Tensor, ids: Tensor | None = None, equal_ids: str = "exclude", form: str | None = None
 ) -> Tensor:
-    """self_stats on the whole matrix."""
+    """The definition of ``self_stats``, on the whole matrix."""
     logits = (oracle.LOGITS[form] if form else oracle.exact)(x, y, scale)
     excluded = torch.eye(len(x), dtype=torch.bool)
     if ids is not None:
@@ -88,7 +88,7 @@ def test_self_stats_keep_the_budget(backend, n, d, scale, fill, ids, seed) -> No
 
 
 def finite(t: Tensor) -> Tensor:
-    """Of empty rows, -inf: 0 without a gradient."""
+    """Replaces the -inf of empty rows by 0, which has no gradient."""
     return t.masked_fill(t == -torch.inf, 0)
 
 
@@ -126,7 +126,7 @@ def test_sigmoid_stats_keep_the_budget(backend, m, n, d, ids, scale, fills, seed
 def assert_close(
     ours: Results, whole: Callable[[str | None], Callable[..., Any]], leaves: dict[str, Tensor], scale: float, of: str
 ) -> None:
-    """The budget, for float32 outputs without a mean over them: |weights| to 1.5."""
+    """Asserts the error budget for float32 outputs, whose sum is weighted by up to 1.5."""
     truth = evaluate(whole(None), {name: t.double() for name, t in leaves.items()}, {})
     eager = [evaluate(whole(form), leaves, {}) for form in oracle.LOGITS]
     norms = [t.norm(dim=1).max().item() for name, t in leaves.items() if name != "scale"]
@@ -154,7 +154,7 @@ def of_norm_1(*shape: int) -> Tensor:
     fills=PAIRS, seed=SEEDS,
 )  # fmt: skip
 def test_max_sim_keeps_the_budget(backend, sizes, d, fills, seed) -> None:  # type: ignore[no-untyped-def]
-    """Scores; and gradients but where equal products make them anyone's."""
+    """Scores keep it, and so do gradients if no products tie: in a tie any of the tokens may get the gradient."""
     torch.manual_seed(seed)
     (m, n, t, p), one = sizes, torch.tensor(1.0)
     leaves = {"x": FINITE[fills[0]](of_norm_1(m, t, d)), "y": FINITE[fills[1]](of_norm_1(n, p, d))}
@@ -188,7 +188,7 @@ def test_max_sim_keeps_the_budget(backend, sizes, d, fills, seed) -> None:  # ty
     fills=st.tuples(st.sampled_from([*FINITE, *BEYOND]), st.sampled_from([*FINITE, *BEYOND])),
 )  # fmt: skip
 def test_rankings(backend, m, n, data, seed, fills) -> None:  # type: ignore[no-untyped-def]
-    """D = 1, where a product is rounded one way: the order by definition, and every place in it."""
+    """With D = 1 each product has one rounding, so that the whole order is determined."""
     torch.manual_seed(seed)
     queries, candidates = (
         {**FINITE, **BEYOND}[fill](torch.randn(size, 1)) for fill, size in zip(fills, (m, n), strict=True)

@@ -1,4 +1,4 @@
-"""Ids and labels are compared and nothing else: those at both ends of int64 give what small ones give."""
+"""Ids and labels are only compared, so that those at both ends of int64 give the results of small ones."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ import fused_contrastive as fc
 
 WORLD, N = 3, 13
 LIMITS = torch.iinfo(torch.int64)
-# What each of the small ids 0, 1, 2 ... is replaced by: the ends, their neighbours, and where sums of two wrap.
+# They replace the small ids 0, 1, 2 ...: the ends of int64, their neighbours, and a number whose double overflows.
 LARGE = (LIMITS.min, LIMITS.max, LIMITS.min + 1, LIMITS.max - 1, 0, -1, 1 << 62)
 
 
 def rows_of(stats: tuple[Tensor, ...]) -> Tensor:
-    return torch.stack([t.clamp_min(-50) for t in stats]).sum()  # -inf where nothing is left
+    return torch.stack([t.clamp_min(-50) for t in stats]).sum()  # -inf for a row without negatives
 
 
-# What a process computes from its own rows of x, y and ids; the processes' results add up.
+# Each is computed from a process's own rows of x, y and ids; the results of all processes are then added.
 CALLS: dict[str, Callable[..., Tensor]] = {
     "contrastive_stats": lambda x, y, a, b, **how: rows_of(
         fc.contrastive_stats(x, y, 5.0, row_ids=a, col_ids=b, **how)
@@ -41,7 +41,7 @@ CALLS: dict[str, Callable[..., Tensor]] = {
 
 
 def problem(dtype: torch.dtype = torch.float64) -> tuple[list[Tensor], list[Tensor]]:
-    """x and y (N, 8), and ids of their rows; the smallest and the largest are met in every process."""
+    """x and y (N, 8), and ids of their rows; the smallest and the largest id occur in every process."""
     generator = torch.Generator("cpu").manual_seed(0)
     features = [torch.randn(N, 8, generator=generator, dtype=dtype, device="cpu") for _ in range(2)]
     ids = [torch.randint(len(LARGE), (N,), generator=generator, device="cpu") for _ in range(2)]

@@ -31,9 +31,9 @@ def assert_within_budget(case: Case, backend: str) -> None:
 def test_budget(loss: str, option: str, dtype: torch.dtype, backend: str, seed: int) -> None:
     if backend == "triton" and dtype == torch.float64:
         pytest.skip("float64 is the reference's on a GPU")
-    # 70: one past the interpreter's 64-wide tile; 259: past the C++ tile; 2: a single negative, or none.
+    # 70 exceeds the interpreter's 64-wide tile, 259 the C++ tile; 2 leaves a single negative, or none.
     for n, d, scale in ((2, 16, 1000.0), (70, 5, 14.3), *(() if backend == "triton" else ((259, 33, 50.0),))):
-        if backend == "triton" and INTERPRETED:  # slow: one dtype across tiles, few pairs of items with tokens
+        if backend == "triton" and INTERPRETED:  # slow: only one dtype gets several tiles, tokens get few items
             tokens = loss == "filip" or "tokens" in option
             n = min(n, 5 if tokens else 70 if dtype == torch.bfloat16 else 20)
         assert_within_budget(Case(loss, option, Sizes(n, d, dtype, scale), seed), backend)
@@ -52,11 +52,11 @@ DRAWN = {
 def drawn_case(option, n, d, dtype, scale, duplicates, seed) -> Case:  # type: ignore[no-untyped-def]
     loss, variant = option
     if variant == "regularised" or "decoupled" in variant:
-        n = max(n, 2)  # of a single sample, NaN (a mean over nothing) or -inf (an empty denominator)
+        n = max(n, 2)  # a single sample gives NaN (an empty mean) or -inf (an empty denominator)
     if loss in ("filip", "x_clip"):
-        duplicates = False  # equal tokens tie, and their gradient is anyone's
+        duplicates = False  # equal tokens tie, and any of them may get the gradient
     if duplicates:
-        scale *= 0.3  # of equal rows all of eager's forms round alike, and may be exact: that would allow nothing
+        scale *= 0.3  # for equal rows all eager forms round alike and may be exact, which allows no error
     return Case(loss, variant, Sizes(n, d, dtype, scale, duplicates), seed)
 
 
@@ -72,7 +72,7 @@ def test_random_problems(backend, **drawn) -> None:  # type: ignore[no-untyped-d
 @given(n=st.integers(1, 24), **DRAWN)
 @pytest.mark.parametrize("backend", ["triton"], indirect=True)
 def test_random_problems_triton(backend, **drawn) -> None:  # type: ignore[no-untyped-def]
-    """Under the interpreter, which is slow: small, one tile."""
+    """Triton's interpreter is slow, so that the problems are small and have one tile."""
     if drawn["dtype"] == torch.float64:
         drawn["dtype"] = torch.float32  # float64 is the reference's on a GPU
     if drawn["option"][0] == "filip" or "tokens" in drawn["option"][1]:
@@ -85,7 +85,7 @@ def gradients(loss: torch.Tensor, *leaves: torch.Tensor) -> tuple[torch.Tensor, 
 
 
 def test_single_sample(backend: str) -> None:
-    """Nothing to tell apart: 0 with zero gradients; decoupled -inf, as the denominator is empty."""
+    """Without negatives a loss is 0 with zero gradients; a decoupled one is -inf, because its denominator is empty."""
     x, y = torch.randn(1, 6, requires_grad=True), torch.randn(1, 6, requires_grad=True)
     for loss in (
         fc.info_nce_loss(x, y, backend=backend),
@@ -107,7 +107,7 @@ def test_supcon_labels_at_the_limits(variant: str, backend: str) -> None:
     assert not gradients(everyone_alone, z)[0].any()
     one_class = fc.supcon_loss(z, torch.zeros(9, dtype=torch.long), variant=variant, backend=backend)
     assert one_class.isfinite()
-    if variant == "in":  # numerator and denominator are the same: the mean of 8
+    if variant == "in":  # numerator and denominator are equal, but for the mean over 8 positives
         torch.testing.assert_close(one_class, torch.tensor(8.0).log())
         assert gradients(one_class, z)[0].abs().max() < 1e-6
     alone = fc.supcon_loss(z, torch.tensor([0] * 8 + [1]), no_positive="nan", reduction="none", backend=backend)
@@ -131,7 +131,7 @@ def test_perfectly_aligned_and_opposed(backend: str) -> None:
 
 
 def test_all_duplicates(backend: str) -> None:
-    """Equal logits everywhere: log of how many there are."""
+    """If all logits are equal, a loss is the log of their number."""
     x = F.normalize(torch.ones(7, 3), dim=1)
     torch.testing.assert_close(fc.info_nce_loss(x, x, backend=backend), torch.tensor(7.0).log())
     torch.testing.assert_close(fc.nt_xent_loss(x, x, normalize=True, backend=backend), torch.tensor(13.0).log())
@@ -169,7 +169,7 @@ def test_zero_rows_are_normalised_to_zero(backend: str) -> None:
 
 
 def test_queue_with_empty_slots(backend: str) -> None:
-    """MoCo: a queue's empty slots have bias -inf and count for nothing."""
+    """MoCo: the empty slots of a queue have bias -inf and do not count."""
     q, k, queue = torch.randn(4, 6), torch.randn(4, 6), torch.randn(10, 6)
     bias = torch.zeros(14).index_fill(0, torch.arange(9, 14), -torch.inf)
     torch.testing.assert_close(

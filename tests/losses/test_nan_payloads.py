@@ -1,7 +1,7 @@
-"""NaN of every kind, quiet and signalling, of both signs and many payloads: what holds one is NaN, and nothing else is.
+"""NaN of every kind (quiet, signalling, both signs, many payloads): exactly the results that depend on one are NaN.
 
-A NaN's bits are those of a number beyond all others, in which the kernels' integer arithmetic must not overflow: that
-shows under `make sanitize`, which runs this file too.
+Read as an integer, a NaN's bits lie beyond those of every number. The kernels' integer arithmetic must not overflow
+there, which `make sanitize` checks: it runs this file too.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from fused_contrastive import contrastive_stats, info_nce_loss, max_sim, self_st
 
 MANTISSA = {torch.float16: 10, torch.bfloat16: 7, torch.float32: 23, torch.float64: 52}
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-M, N, D, AT = 35, 17, 5, 16  # the row of a NaN
+M, N, D, AT = 35, 17, 5, 16  # AT: the row with a NaN
 
 
 def nans(dtype: torch.dtype) -> list[Tensor]:
@@ -28,7 +28,7 @@ def nans(dtype: torch.dtype) -> list[Tensor]:
 
 
 def statistics(x: Tensor, y: Tensor) -> dict[str, Tensor]:
-    """Each primitive's, and a gradient, of the products kept and of the loss that is one walk over them."""
+    """Each primitive's statistics; and dx, from kept products and from a loss that forms gradients in its forward."""
     x, y = x.clone().requires_grad_(), y.clone().requires_grad_()
     targets = torch.arange(M) % N
     pos, row, col = contrastive_stats(x, y, 3.0, targets=targets, backend="cpp")
@@ -52,7 +52,7 @@ def statistics(x: Tensor, y: Tensor) -> dict[str, Tensor]:
 def test_a_nan_of_any_bits(seed: int) -> None:
     torch.set_num_threads(1)  # little work, many times
     only, every = torch.arange(M) == AT, torch.ones(M, dtype=torch.bool)
-    expected = {"col": torch.arange(N) != AT % N, "self": every}  # a column of which it is the positive leaves it out
+    expected = {"col": torch.arange(N) != AT % N, "self": every}  # a column leaves out its positive
     for dtype in MANTISSA:
         torch.manual_seed(seed)
         x, y = torch.randn(M, D).to(dtype), torch.randn(N, D).to(dtype)

@@ -1,4 +1,4 @@
-"""Logits whose rows and columns lie near each other, or so far apart that what is little to one is all another has.
+"""Logits whose rows and columns lie near each other, or so far apart that one reference cannot serve all of a tile.
 
 x is the matrix of logits itself and y the identity: the products are exact, and x's gradient is that of the logits.
 """
@@ -18,8 +18,8 @@ OFFSETS = {
     "near": lambda i, j: 0.0,
     "near, all large": lambda i, j: 9000.0,
     "near, all small": lambda i, j: -9000.0,
-    "near, at a million": lambda i, j: 1e6,  # n ln2 is no longer exact
-    "near, at ten million": lambda i, j: 1e7,  # nor is n
+    "near, at a million": lambda i, j: 1e6,  # n ln 2 is inexact (shared_exp.inl)
+    "near, at ten million": lambda i, j: 1e7,  # so is n
     "near, at minus ten million": lambda i, j: -1e7,
     "rows drift a little": lambda i, j: -0.12 * i,
     "columns drift a little": lambda i, j: 0.12 * j,
@@ -52,7 +52,7 @@ def logits(offset: str) -> Tensor:
 
 
 def check(s: Tensor, backend: str, directions: tuple[str, ...], size: float = 1.0, **ids: Tensor) -> None:
-    """Log-sum-exps without the positives and what ids exclude, and the gradient of a weighted sum, against float64."""
+    """Compares log-sum-exps over the pairs that are not excluded, and gradients of a weighted sum, with float64."""
     generator = torch.Generator().manual_seed(6)
     weights = {name: torch.rand(N, generator=generator, device="cpu") + 0.5 for name in BOTH}
     exact = s.double().requires_grad_()
@@ -104,14 +104,14 @@ def test_nothing_left(empty: str, offset: str, backend: str) -> None:
 
 @pytest.mark.parametrize("by", ["bias", "ids"])
 def test_one_pair_that_counts(by: str, backend: str) -> None:
-    """Its logit, next to 0, is the log-sum-exp, without an error of an exponential's."""
+    """If one pair of a row counts, the log-sum-exp is its logit, without the rounding of an exponential."""
     x, y = 0.02 * torch.randn(N, 16), 0.02 * torch.randn(N, 16)
     bias = torch.full((N,), -torch.inf).index_fill(0, torch.tensor(3), 0.0)
     ids = {"row_ids": torch.zeros(N, dtype=torch.long), "col_ids": (torch.arange(N) == 3).long()}
     options = {"col_bias": bias} if by == "bias" else ids
     row = contrastive_stats(x, y, backend=backend, directions=["row"], **options).row
     expected = x.double() @ y[3].double()
-    others = torch.arange(N) != 3  # row 3 has nothing
+    others = torch.arange(N) != 3  # row 3 has no negative
     torch.testing.assert_close(row[others], expected[others], rtol=0, atol=1e-8)
 
 
@@ -133,7 +133,7 @@ def test_one_nan(at: tuple[int, int], backend: str) -> None:
     """A NaN stays in its own row and column."""
     s = logits("near").to(torch.get_default_device())
     good = contrastive_stats(s, torch.eye(N), backend=backend)
-    # As a bias of one column it would be in all rows: one product is made NaN by inf - inf.
+    # A NaN in a column's bias would reach all rows, so inf - inf makes a single product NaN.
     x = torch.cat([s, torch.zeros(N, 2)], dim=1)
     y = torch.cat([torch.eye(N), torch.zeros(N, 2)], dim=1)
     x[at[0], N], x[at[0], N + 1] = 1, -1

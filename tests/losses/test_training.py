@@ -1,4 +1,4 @@
-"""The training world around the loss: what trains with the eager formula trains the same with ours."""
+"""Training tools around the loss: a model trains the same with the eager formula and with ours."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def train(
     model: nn.Module, data: list[Batch], loss_of: Callable[[Tensor, Tensor], Tensor], *, accumulated: int = 1,
     scaler: torch.amp.GradScaler | None = None,
 ) -> dict[str, Tensor]:  # fmt: skip
-    """How far each parameter went; a step for every ``accumulated`` batches."""
+    """Trains, with a step for every ``accumulated`` batches, and returns the change of each parameter."""
     before, scaler = whole(model), scaler or torch.amp.GradScaler("cpu", enabled=False)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9)
     for k, batch in enumerate(data, 1):
@@ -95,7 +95,7 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
 
 
 def assert_same(found: dict[str, Tensor], wanted: dict[str, Tensor], tolerance: float = 1e-10) -> None:
-    """Each tensor to within a share of its own norm."""
+    """Asserts that each tensor agrees to within ``tolerance`` times its own norm."""
     assert found.keys() == wanted.keys()
     for name, value in wanted.items():
         assert value.norm() > 0, name
@@ -104,9 +104,9 @@ def assert_same(found: dict[str, Tensor], wanted: dict[str, Tensor], tolerance: 
 
 
 def widened(images: Tensor, texts: Tensor, scale: Tensor) -> Tensor:
-    """Under autocast the eager formula rounds its logits to half; this one does not, as ours does not.
+    """The eager formula rounds its logits to half under autocast; this one, like ours, does not.
 
-    Where the CPU multiplies bfloat16, ours rounds the gradients of the logits before their products.
+    On a CPU that multiplies bfloat16, ours rounds the gradients of the logits before they are multiplied.
     """
     with torch.autocast("cpu", enabled=False):
         return eager(images.float(), texts.float(), scale)
@@ -125,7 +125,7 @@ def test_autocast_bfloat16(formula: Loss, tolerance: float, seed: int) -> None:
 
 @pytest.mark.parametrize(("formula", "tolerance"), [(eager, 8e-3), (widened, 2e-3)])
 def test_autocast_float16_with_a_scaler(formula: Loss, tolerance: float, seed: int) -> None:
-    """The first scale makes gradients inf: that step is skipped, the scale lowered and the other steps done."""
+    """The first scale makes gradients inf: that step is skipped, the scale is lowered, and the other steps are made."""
     data = batches(4, dtype=torch.float32)
 
     def run(loss: Loss) -> dict[str, Tensor]:
@@ -142,7 +142,7 @@ def test_autocast_float16_with_a_scaler(formula: Loss, tolerance: float, seed: i
 
 
 def test_gradient_accumulation(seed: int) -> None:
-    """A step is the mean of four micro-batches, the last one smaller."""
+    """Each step uses the mean over four micro-batches, the last of which is smaller."""
     data = [*batches(3), *batches(1, 5)] * 2
     found, wanted = (train(m, data, m, accumulated=4) for m in (model_of(ClipLoss(), seed), model_of(eager, seed)))
     assert_same(found, wanted)
@@ -156,7 +156,7 @@ def test_one_backward_of_two_losses(seed: int) -> None:
 
 
 def test_grad_cache(seed: int) -> None:
-    """Gao et al. 2021: features without a graph, the loss on them, then chunk by chunk with their gradients."""
+    """Gao et al. 2021: embed without a graph, compute the loss's gradients, then backpropagate them chunk by chunk."""
     ((images, texts),) = batches(1)
     wanted = model_of(eager, seed)
     wanted(images, texts).backward()
@@ -216,7 +216,7 @@ def work(rank: int, folder: str, seed: int, data: list[Batch]) -> None:
 
 @functools.cache
 def two_processes(seed: int) -> tuple[list[Batch], list[dict[tuple[str, str], list[dict[str, Tensor]]]]]:
-    """The batches of both together, and what each process got."""
+    """The batches of both processes together, and the results of each process."""
     torch.manual_seed(seed)
     data = batches()
     with tempfile.TemporaryDirectory() as folder:
@@ -227,7 +227,7 @@ def two_processes(seed: int) -> tuple[list[Batch], list[dict[tuple[str, str], li
 @pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 def test_two_processes(wrapper: str, name: str, seed: int) -> None:
-    """Ours as eager in each process, both processes alike; unless of own rows, as one process with the whole batch."""
+    """Ours trains like eager, alike in both processes; unless "of own rows", like one process with the whole batch."""
     data, ranks = two_processes(seed)
     results = [ours_and_eager[wrapper, name] for ours_and_eager in ranks]
     for ours, theirs in results:
@@ -271,7 +271,7 @@ def test_activation_checkpointing(part: str, memory_budget: Any, reentrant: bool
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("strict", [False, True])
 def test_export(strict: bool, dynamic: bool, seed: int) -> None:
-    """Exported, saved and loaded: the loss and its gradients, of another batch size too if that is dynamic."""
+    """Exported, saved and loaded, a model gives the same loss and gradients; if dynamic, at another batch size."""
     model = model_of(ClipLoss(), seed)
     size = {0: torch.export.Dim.DYNAMIC} if dynamic else None
     exported = torch.export.export(model, *batches(1), dynamic_shapes=(size, size), strict=strict)
@@ -292,7 +292,7 @@ def features(*shape: int) -> Tensor:
 
 
 OPTIONS: dict[str, Any] = {"reduction": "sum", "memory_budget": 10**9, "backend": "reference"}
-# Each module with few options at their defaults, and arguments for n items.
+# Each module, with most options not at their defaults, and arguments for n items.
 MODULES: dict[str, tuple[nn.Module, Callable[[int], tuple[Tensor, ...]]]] = {
     "ClipLoss": (
         ClipLoss(decoupled=True, label_smoothing=0.1, **OPTIONS),

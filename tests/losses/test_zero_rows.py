@@ -1,4 +1,4 @@
-"""Features without a length: a row of zeros gets a loss and a gradient of zeros, and the others theirs."""
+"""A row of zeros has a finite loss and a gradient of zeros, and does not change the gradients of other rows."""
 
 from __future__ import annotations
 

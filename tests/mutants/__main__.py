@@ -1,7 +1,7 @@
 """Breaks kernels and formulas on purpose and shows that the tests notice: ``python tests/mutants``.
 
-A copy of the sources is broken in one place at a time, and the few tests that should notice are run in it. The sources
-themselves are never touched. Exits with 1 if a mutant survives or cannot be tried, with 2 if it cannot begin.
+Each mutant breaks one place in a copy of the sources, in which the few tests that should notice are run. The sources
+themselves are never changed. Exits with 1 if a mutant survives or cannot be tried, with 2 if the run cannot begin.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from mutant_lists import MUTANTS
 from mutant_tree import Tree
 
 ROOT = Path(__file__).parents[2]
-WHOLE_LIMIT = 1800.0  # seconds for one pytest of all tests, nothing broken
+WHOLE_LIMIT = 1800.0  # seconds for one pytest of all tests on unbroken sources
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -39,7 +39,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def chosen(patterns: Sequence[str]) -> list[Mutant]:
-    """Those whose name or file matches, in the order of the list: mutants of one file follow each other."""
+    """The mutants whose name or file matches, in the order of the list: those of one file follow each other."""
     whole = [pattern if any(c in pattern for c in "*?[") else f"*{pattern}*" for pattern in patterns]
     return [m for m in MUTANTS if any(fnmatch.fnmatch(f"{m.file} {m.name}", p) for p in whole)]
 
@@ -51,7 +51,7 @@ def table(results: Sequence[Result]) -> str:
 
 
 def prepare(tree: Tree, mutants: Sequence[Mutant], build: bool) -> str | None:
-    """Builds, and runs all tests with nothing broken: why not to go on, or None."""
+    """Builds, and runs all tests on unbroken sources. Returns why the mutants cannot be tried, or None."""
     try:
         for mutant in mutants:
             mutant.applied(tree.root)

@@ -1,6 +1,6 @@
 """A pytest plugin: writes the first failure to the file named by MUTANTS_REPORT, as "when<tab>test".
 
-``when`` is "collect", "setup", "call" or "teardown". The process may die later, of a signal, so it is written at once.
+``when`` is "collect", "setup", "call" or "teardown". It is written at once, because a signal may end the process later.
 """
 
 from __future__ import annotations

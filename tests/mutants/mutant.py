@@ -1,4 +1,4 @@
-"""What a mutant is: one place of the sources broken on purpose, and the tests that should notice."""
+"""A mutant: one place of the sources that is broken on purpose, and the tests that should notice."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from pathlib import Path
 
 
 class StaleMutantError(Exception):
-    """The sources have moved on: the text is no longer there, or there more than once."""
+    """The sources have changed: the text does not stand exactly once in its file, or the replacement equals it."""
 
 
 @dataclass(frozen=True)
 class Mutant:
-    """``find`` stands exactly once in ``file``. ``tests`` are what pytest is given, ``only`` its -k."""
+    """``find`` occurs exactly once in ``file``. ``tests`` are pytest's arguments, ``only`` is its -k."""
 
     name: str
     what: str
@@ -28,13 +28,13 @@ class Mutant:
 
     @property
     def of_adapter(self) -> bool:
-        """Whether its tests need the libraries that adapters are of."""
+        """Whether its tests need the libraries that adapters are for."""
         return any(test.startswith("tests/conformance/") for test in self.tests)
 
     def applied(self, root: Path) -> str:
         """The file's text with the mutation.
 
-        Raises: StaleMutantError; SyntaxError where what comes out is no Python.
+        Raises: StaleMutantError; SyntaxError if the result is not valid Python.
         """
         path = root / self.file
         text = path.read_text() if path.is_file() else ""
@@ -43,14 +43,14 @@ class Mutant:
         mutated = text.replace(self.find, self.replace)
         if mutated == text:
             raise StaleMutantError(f"{self.name}: its replacement changes nothing")
-        if path.suffix == ".py":  # else a test that starts a process of its own would call that a kill
+        if path.suffix == ".py":  # a SyntaxError in a test's own process would count as a kill
             compile(mutated, self.file, "exec")
         return mutated
 
 
 @dataclass(frozen=True)
 class Result:
-    """What became of a mutant: "killed", "survived" or "error", and by which test or why."""
+    """The outcome of a mutant: "killed" (and by which test), "survived", or "error" (and why)."""
 
     mutant: Mutant
     verdict: str

@@ -1,4 +1,4 @@
-"""All mutants, those of one file after each other: a build then compiles what changed and no more."""
+"""All mutants. Those of one file follow each other, so that each build compiles few files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A copy of the sources that may be broken, its extension, and pytest in it."""
+"""A copy of the sources in which mutants are applied, its extension, and runs of pytest in it."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from mutant import Mutant, Result, StaleMutantError
 HERE = Path(__file__).parent
 PARTS = ("csrc", "fused_contrastive", "tests", "docs", "examples", "benchmarks", "tools")
 FILES = ("setup.py", "pyproject.toml", "README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md", "LICENSE")
-MADE = {"__pycache__", ".so", ".pyc", ".pyd"}  # names or endings that are no sources
+MADE = {"__pycache__", ".so", ".pyc", ".pyd"}  # names and endings of files that are not sources
 BUILD_LIMIT = 1800.0
-# -O1 comes after setup.py's -O3: what a mutant does wrong, it does in unoptimised code too, and compiles faster.
+# -O1 follows setup.py's -O3 and overrides it: it compiles faster, and mutants are as wrong without optimisation.
 FLAGS = "-O1 -w"
 
 
 @dataclass(frozen=True)
 class Run:
-    """How one pytest ended."""
+    """How one run of pytest ended."""
 
-    code: int | None  # None: it ran out of time; negative: a signal
+    code: int | None  # exit status; None: out of time; negative: a signal
     when: str = ""  # of the first failure
     test: str = ""
     output: str = ""
 
     @property
     def verdict(self) -> tuple[str, str]:
-        """ "killed", "survived" or "error", and by what.
+        """ "killed", "survived" or "error", and the test or reason.
 
         Only a test that ran and failed, a crash or a hang is a kill. Code that cannot be imported, or a fixture that
         cannot be set up, shows nothing about the tests.
@@ -53,7 +53,7 @@ class Run:
 
 
 class Tree:
-    """A copy of ``source`` in ``folder``, for one Python interpreter. What is up to date there is not copied again."""
+    """A copy of ``source`` in ``folder``, for one Python interpreter. Only files that differ are copied again."""
 
     def __init__(self, source: Path, folder: Path, python: str, seed: int, limit: float) -> None:
         self.source, self.root, self.python, self.limit = source, folder, python, limit
@@ -74,12 +74,12 @@ class Tree:
                 path.unlink()
         for name, path in wanted.items():
             copy = self.root / name
-            if not copy.is_file() or copy.read_bytes() != path.read_bytes():  # ninja goes by the time of writing
+            if not copy.is_file() or copy.read_bytes() != path.read_bytes():  # ninja rebuilds by modification time
                 copy.parent.mkdir(parents=True, exist_ok=True)
                 copy.write_bytes(path.read_bytes())
 
     def build(self) -> None:
-        """Raises: RuntimeError with the compiler's last words."""
+        """Builds the extension. Raises: RuntimeError with the end of the compiler's output."""
         code, output = self._call([self.python, "setup.py", "-q", "build_ext", "--inplace"], BUILD_LIMIT)
         if code:
             raise RuntimeError(f"setup.py build_ext exited with {code}:\n" + "\n".join(output.splitlines()[-30:]))
@@ -120,7 +120,7 @@ class Tree:
         return Run(code, when, test, output)
 
     def try_out(self, mutant: Mutant) -> Result:
-        """Applies a mutant, runs its tests and takes it back."""
+        """Applies a mutant, runs its tests and restores the file."""
         start = time.monotonic()
         try:
             with self._mutated(mutant):
@@ -143,7 +143,7 @@ class Tree:
             path.write_text(original)
 
     def _call(self, command: list[str], limit: float) -> tuple[int | None, str]:
-        """Exit status, None at the time limit, and output. Processes that the command started end with it."""
+        """Exit status (None at the time limit) and output. Kills processes that the command started and left."""
         with tempfile.TemporaryFile("w+") as output:
             process = subprocess.Popen(
                 command, cwd=self.root, env=self.environment, stdout=output, stderr=subprocess.STDOUT,

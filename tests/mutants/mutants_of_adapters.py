@@ -1,4 +1,4 @@
-"""The adapters, broken; their tests need the libraries (``--with-conformance``)."""
+"""Mutants of the adapters; their tests need the libraries (``--with-conformance``)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The C++ backend, broken."""
+"""Mutants of the C++ backend."""
 
 from __future__ import annotations
 

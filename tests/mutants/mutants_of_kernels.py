@@ -1,4 +1,4 @@
-"""The Triton backend, broken; without a GPU its tests run under Triton's interpreter."""
+"""Mutants of the Triton backend; without a GPU their tests run under Triton's interpreter."""
 
 from __future__ import annotations
 

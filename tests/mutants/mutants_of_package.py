@@ -1,4 +1,4 @@
-"""Formulas of the losses, the autograd formula, processes and evaluation, broken."""
+"""Mutants of the losses' formulas, the autograd formula, the code over processes, and evaluation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The runner tells a kill from what is none."""
+"""The runner distinguishes a kill from an error and from a survivor."""
 
 from __future__ import annotations
 

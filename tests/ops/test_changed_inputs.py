@@ -1,5 +1,7 @@
-"""Inputs that change between check and use, or forward and backward, where no version counter sees it: an error or the
-right values, and never memory that is not theirs."""
+"""Inputs that change between check and use, or between forward and backward, unseen by a version counter.
+
+The result is an error or the right values, and no call reads or writes memory outside its tensors.
+"""
 
 from __future__ import annotations
 
@@ -153,7 +155,7 @@ def other_strides(t: Tensor) -> Tensor:
     return room[..., 0].movedim(0, -1)
 
 
-# By Triton's kernels one option of each loss.
+# All options; on Triton's kernels only the first option of each loss.
 CASES = [
     (backend, loss, option)
     for loss, member in LOSSES.items()
@@ -201,7 +203,7 @@ def test_hooks_that_give_back_other_strides_for_the_primitives(
 @on_cpu
 @pytest.mark.parametrize("rows", [N, 5000])
 def test_hooks_that_make_two_tensors_of_one(rows: int, backend: str) -> None:
-    """Of x against itself, both are saved: what comes back for the second is not taken for another matrix."""
+    """For x against itself, x is saved twice: a second tensor from a hook must not be used as another matrix."""
     x, seen = features(N), []
 
     def unpack(t: Tensor) -> Tensor:
@@ -231,7 +233,7 @@ def test_hooks_that_give_back_less(backend: str) -> None:
         stats.row.sum().backward()
     with saved_tensors_hooks(lambda t: t, lambda t: t[:1] if t.dtype == torch.uint8 else t):
         scores = fc.max_sim(a, b, backend=backend)
-    if backend == "cpp":  # finds again what it is not given
+    if backend == "cpp":  # computes the missing argmaxima again
         right = torch.autograd.grad(fc.max_sim(a, b, backend=backend).sum(), (a, b))
         torch.testing.assert_close(torch.autograd.grad(scores.sum(), (a, b)), right)
     else:

@@ -19,7 +19,7 @@ def cross_entropy(
     decoupled: bool = False,
     reduction: Reduction = "mean",
 ) -> torch.Tensor:
-    """The backend's own, which takes float64 whatever features it supports."""
+    """The backend's own function, which takes float64 vectors whatever features the backend supports."""
     return dispatch.BACKENDS[backend].cross_entropy(pos, normalisers, decoupled, reduction, dtype)
 
 
@@ -37,7 +37,7 @@ def test_derivatives(decoupled: bool, reduction: Reduction, directions: int, bac
 
     inputs = leaves(directions=directions)
     assert torch.autograd.gradcheck(loss, inputs)
-    if not decoupled:  # whose second derivatives are 0, which gradgradcheck takes for a missing graph
+    if not decoupled:  # the decoupled form's are 0, which gradgradcheck takes for a missing graph
         assert torch.autograd.gradgradcheck(loss, inputs)
 
 
@@ -55,7 +55,7 @@ def test_by_hand(reduction: Reduction, backend: str) -> None:
 @pytest.mark.parametrize(
     ("pos", "normaliser", "loss", "gradient"),
     [
-        (0.0, -INF, 0.0, 0.0),  # nothing left in the denominator
+        (0.0, -INF, 0.0, 0.0),  # an empty denominator
         (0.0, INF, INF, 1.0),
         (0.0, 2000.0, 2000.0, 1.0),
         (0.0, -50.0, 1.928749847963918e-22, 1.928749847963918e-22),  # e^-50, which 1 + e^-50 would lose

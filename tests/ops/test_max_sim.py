@@ -18,7 +18,7 @@ NAN, INF = float("nan"), float("inf")
 
 
 class Case(NamedTuple):
-    """A problem, its masks, and how the scores weigh in the objective that is differentiated."""
+    """A problem, its masks, and the weights of the scores in the sum that is differentiated."""
 
     x: Tensor
     y: Tensor
@@ -39,7 +39,7 @@ def einsum(
     y_mask = torch.ones(y.shape[:2], dtype=torch.bool, device=y.device) if y_mask is None else y_mask
     products = torch.einsum("mtd,npd->mntp", x.masked_fill(~x_mask[..., None], 0), y.masked_fill(~y_mask[..., None], 0))
     x_real, y_real = x_mask[:, None, :, None], y_mask[None, :, None, :]
-    best_y = products.masked_fill(~y_real, -INF).max(dim=3).values  # (M, N, T), the first of equal ones gets it all
+    best_y = products.masked_fill(~y_real, -INF).max(dim=3).values  # (M, N, T); of equal ones the first
     best_x = products.masked_fill(~x_real, -INF).max(dim=2).values  # (M, N, P)
     scores = []
     if direction != "y":
@@ -64,7 +64,7 @@ def with_gradients(scores: tuple[Tensor, ...], case: Case) -> list[Tensor]:
 
 
 def some_mask(items: int, tokens: int) -> Tensor:
-    """Holes and padding, and often an item without a token."""
+    """A random mask with holes and padding, and often an item without tokens."""
     mask = torch.rand(items, tokens, device="cpu") < random.choice([0.4, 0.8])
     if random.random() < 0.5:
         mask[random.randrange(items)] = False
@@ -73,18 +73,18 @@ def some_mask(items: int, tokens: int) -> Tensor:
 
 def random_case(m: int, n: int, t: int, p: int, d: int, dtype: torch.dtype, masked: bool, repeated: bool) -> Case:
     x, y = torch.randn(m, t, d, device="cpu"), torch.randn(n, p, d, device="cpu")
-    if repeated:  # ties: equal tokens in one item, of quarters, whose products are exact in any order of their sums
+    if repeated:  # ties: equal tokens in an item. Multiples of 1/4 have exact products and sums
         x, y = (4 * x).round() / 4, (4 * y).round() / 4
         x, y = x[:, torch.randint(t, (t,), device="cpu")], y[:, torch.randint(p, (p,), device="cpu")]
     x_mask, y_mask = (some_mask(m, t), some_mask(n, p)) if masked else (None, None)
-    if x_mask is not None and y_mask is not None:  # whatever padding holds
+    if x_mask is not None and y_mask is not None:  # padding may hold anything
         x, y = x.masked_fill(~x_mask[..., None], NAN), y.masked_fill(~y_mask[..., None], NAN)
     weights = tuple(torch.randn(m, n, dtype=torch.float64, device="cpu") for _ in range(2))
     return Case(x.to(dtype).requires_grad_(), y.to(dtype).requires_grad_(), x_mask, y_mask, weights)
 
 
 def on_device(case: Case) -> Case:
-    """The same on the default device, which the triton backend's fixture makes the GPU where there is one."""
+    """The case on the default device, which the triton backend's fixture sets to the GPU if there is one."""
     device = torch.get_default_device()
     x, y = (t.detach().to(device).requires_grad_() for t in (case.x, case.y))
     masks = (None if t is None else t.to(device) for t in case.masks)
@@ -92,12 +92,12 @@ def on_device(case: Case) -> Case:
 
 
 def check(case: Case, reduction: str, direction: str, backend: str, budget: object) -> None:
-    """|ours - fp64| <= 2 |eager - fp64| + 8 eps (max |fp64| + the largest term), scores and gradients."""
+    """Asserts |ours - fp64| <= 2 |eager - fp64| + 8 eps (max |fp64| + the largest term) of scores and gradients."""
     dtype = case.x.dtype
     wide = case._replace(x=case.x.detach().double().requires_grad_(), y=case.y.detach().double().requires_grad_())
     truth = with_gradients(einsum(*wide[:4], reduction, direction), wide)
-    # Where half precision rounds other maxima to be the largest, eager's gradient goes elsewhere; ours accumulates in
-    # float32, and so does this eager.
+    # In half precision eager may round another product to be the maximum, which moves the gradient. Ours accumulates
+    # in float32, and so does this eager form.
     accumulated = torch.float64 if dtype == torch.float64 else torch.float32
     widened = case._replace(
         x=case.x.detach().to(accumulated).requires_grad_(), y=case.y.detach().to(accumulated).requires_grad_()
@@ -122,7 +122,7 @@ def python_seed(seed: int) -> None:
     random.seed(seed)
 
 
-# 1: a single token or item; 33, 17: one past a tile of the interpreter; 40: items of x longer than one; 5, 3: odd D
+# 1: a single token or item; 33, 17: one past a tile of the interpreter; 40: items of x longer than a tile; 5, 3: odd D
 SHAPES = [(1, 1, 1, 1, 1), (3, 2, 1, 7, 5), (2, 3, 7, 1, 3), (5, 2, 12, 17, 16), (2, 2, 33, 9, 20), (2, 3, 40, 40, 8)]
 
 
@@ -170,7 +170,7 @@ def tokens(values: list[list[float]]) -> Tensor:
 @pytest.mark.every_level
 def test_by_hand(backend: str) -> None:
     x, y = tokens([[1.0, -2.0]]), tokens([[3.0, 4.0, -1.0], [0.5, 0.0, 0.25]])
-    # x_0 = 1 likes 4 and 0.5 best; x_1 = -2 likes -1 and 0
+    # x_0 = 1 has its maxima at 4 and 0.5, x_1 = -2 at -1 and 0
     scores = max_sim(x, y, direction="both", backend=backend)
     assert isinstance(scores, MaxSimScores)
     assert scores.x.tolist() == [[6.0, 0.5]]
@@ -181,7 +181,7 @@ def test_by_hand(backend: str) -> None:
     assert y.grad[..., 0].tolist() == [[0.0, 1.0, -2.0], [1.0, -2.0, 0.0]]
     x.grad = y.grad = None
     scores.y.sum().backward()
-    assert x.grad[0, :, 0].tolist() == [3.0 + 4.0 + 0.5 + 0.0 + 0.25, -1.0]  # of the tie at 0, x_0 is the first
+    assert x.grad[0, :, 0].tolist() == [3.0 + 4.0 + 0.5 + 0.0 + 0.25, -1.0]  # in the tie at 0, x_0 is the first
     assert y.grad[..., 0].tolist() == [[1.0, 1.0, -2.0], [1.0, 1.0, 1.0]]
     assert max_sim(x, y, reduction="mean", backend=backend).tolist() == [[3.0, 0.25]]
     assert max_sim(x, y, reduction="mean", direction="y", backend=backend).tolist() == [[3.0, 0.25]]
@@ -198,7 +198,7 @@ def test_the_first_of_equal_tokens_gets_the_gradient(backend: str) -> None:
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
 def test_items_without_tokens_score_zero(reduction: str, backend: str) -> None:
     x, y = torch.full((2, 3, 2), -1.0), torch.full((3, 4, 2), 1.0)
-    x[0], y[1] = NAN, INF  # what padding holds does not matter
+    x[0], y[1] = NAN, INF  # padding does not count
     x.requires_grad_()
     y.requires_grad_()
     x_mask, y_mask = torch.ones(2, 3, dtype=torch.bool), torch.ones(3, 4, dtype=torch.bool)
@@ -225,13 +225,13 @@ def test_nan_and_inf_propagate(backend: str) -> None:
         assert scores[1, 0] == 40
         assert scores[1, 1] == INF
     scores = max_sim(x, y, backend=backend)
-    assert scores[2, 0] == -INF  # all of one token's products are
+    assert scores[2, 0] == -INF  # all products of one token are -inf
     assert scores[2, 1].isnan()  # -inf + inf
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_a_token_with_nothing_but_minus_infinity_has_a_maximum(backend: str) -> None:
-    """Its first real one, not a token of the padding."""
+    """Its maximum is the first real token, not one of the padding."""
     x, y = tokens([[-INF, 1.0]]), tokens([[7.0, 2.0, 3.0]])
     mask = torch.tensor([[False, True, True]])
     max_sim(x, y, None, mask, backend=backend).sum().backward()

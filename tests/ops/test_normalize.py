@@ -1,4 +1,4 @@
-"""The C++ backend's normalisation: F.normalize, value and gradient, to the last corner."""
+"""The C++ backend's normalisation agrees with F.normalize in value and gradient, except for rows of no length."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_value_and_gradient(shape: tuple[int, ...], size: float, dtype: torch.dt
     x, g = size * torch.randn(shape, dtype=dtype), torch.randn(shape, dtype=dtype)
     ours, exact = both(x, g)
     eps = torch.finfo(dtype).eps
-    shortest = x.norm(dim=-1).min().item() if x.numel() else 1.0  # of one dimension, at times far below `size`
+    shortest = x.norm(dim=-1).min().item() if x.numel() else 1.0  # with one dimension it may be far below `size`
     for a, b, unit in zip(ours, exact, (1.0, 1 / shortest), strict=True):
         assert a.dtype == dtype
         torch.testing.assert_close(a.double(), b, rtol=0, atol=32 * eps * unit * max(1, shape[-1]) ** 0.5)
@@ -41,7 +41,7 @@ def test_value_and_gradient(shape: tuple[int, ...], size: float, dtype: torch.dt
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rows_of_no_length(dtype: torch.dtype) -> None:
-    """Below the least norm the divisor is a constant, and the gradient zeros."""
+    """Below the least norm the divisor is a constant, and the gradient is zero."""
     x = torch.zeros(4, 6, dtype=dtype)
     x[1] = 1e-14
     x[2] = 1.0

@@ -1,4 +1,4 @@
-"""The registered operators are public through torch.ops: operands that do not fit together are refused by name."""
+"""The registered operators are public through torch.ops: a bad operand raises an error that names it."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ SAVED_TOKENS: dict[str, Any] = dict(
     argmax_y=torch.zeros(0, 2, 5, dtype=torch.uint8), needs=[True, True],
 )  # fmt: skip
 
-# What is wrong, by the operand that the message names.
+# Bad operands, by the name that the error has.
 BAD_STATS: list[tuple[str, dict[str, Any]]] = [
     ("x", dict(x=features(D))),
     ("x", dict(x=ints(N * D).view(N, D))),
@@ -130,7 +130,7 @@ def test_max_sim_backward(name: str, bad: dict[str, Any], backend: str) -> None:
 
 
 def test_what_only_the_kernels_read_is_checked_there() -> None:
-    """The products and argmaxima that a forward kept are the backend's own: their form is its to check."""
+    """The backend checks the products and argmaxima that its forward kept, because only it knows their form."""
     stats = {**SAVED, **STATS, "kept_rows": N, "backend": "cpp"}
     for kept in (features(0, N), features(N, 1), features(N, N).double()):
         with pytest.raises((TypeError, ValueError), match=r"^kept: "):

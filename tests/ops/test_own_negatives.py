@@ -1,4 +1,4 @@
-"""InfoNCE with negatives of each query's own: ragged ones, what fills them up, memory, and their dot products."""
+"""InfoNCE with negatives (M, K, D) for each query: ragged ones and their fillers, memory, and the dot products."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def features(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def ragged() -> tuple[list[Tensor], Tensor, Tensor]:
-    """Negatives of 0 to K for each query; the same in one tensor filled up with NaN; and its mask."""
+    """0 to K negatives for each query; the same in one tensor, padded with NaN; and its mask."""
     counts = [i % (K + 1) for i in range(M)]
     own = [torch.randn(count, D) for count in counts]
     filled, mask = torch.full((M, K, D), torch.nan), torch.zeros(M, K, dtype=torch.bool)
@@ -70,7 +70,7 @@ def test_a_mask_of_numbers(backend: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("which", ["both", "x", "own"])
 def test_derivatives(unit: bool, masked: bool, which: str) -> None:
-    """First and second, by differences."""
+    """First and second derivatives agree with finite differences."""
     m, d = 5, 4  # two chunks
     x, own = features(m, d, dtype=torch.float64), features(m, K, d, dtype=torch.float64)
     x.requires_grad_(which != "own")
@@ -108,12 +108,12 @@ print(step(4096))
     for normalize in (False, True):
         result = processes.run(code.replace("NORMALIZE", str(normalize)))
         assert result.returncode == 0, result.stderr
-        # The gradient, and what queries and keys take: some 40 MB, on a CPU without bfloat16 products some 100.
+        # 64 MB are the gradient. Queries and keys take some 40 MB, on a CPU without bfloat16 products some 100.
         assert float(result.stdout) < 64 + 128
 
 
 def test_negatives_made_of_the_queries(backend: str) -> None:
-    """As in-batch hard negatives are: with a graph of the gradient, the gradient is the same."""
+    """As for in-batch hard negatives. The gradient is the same with ``create_graph``."""
     a, key = features(M, D), torch.randn(M, D)
     index = torch.randint(M, (M, K))
 

@@ -1,4 +1,4 @@
-"""Ranking, target ranks and what reads them, on every backend, against a stable sort of the whole matrix in float64."""
+"""Rankings, target ranks and their measures, on every backend, against a stable sort of the whole matrix in float64."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_target_ranks_with_ties(backend: str, shape: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize("n", [33, 64, 70])
 def test_the_best_is_found_wherever_it_stands(n: int, backend: str) -> None:
-    """In the last column too, of whole parts and of a rest."""
+    """The best column is found in every place, the last one of a full or partial block included."""
     scores, indices = rank(torch.eye(n), torch.eye(n), 2, backend=backend)
     assert torch.equal(indices[:, 0], torch.arange(n))
     assert torch.equal(scores, torch.tensor([1.0, 0.0]).expand(n, 2))
@@ -111,7 +111,7 @@ def test_nan_and_infinity(backend: str) -> None:
 
 
 def test_ascending_and_descending_scores(backend: str) -> None:
-    """Every column enters the list; none but the first k does."""
+    """With ascending scores every column enters the list of the k best; with descending scores only the first k do."""
     queries, candidates = torch.tensor([[1.0], [-1.0]]), torch.arange(200.0)[:, None]
     _, indices = rank(queries, candidates, 12, backend=backend)
     assert torch.equal(indices, torch.stack((torch.arange(199, 187, -1), torch.arange(12))))
@@ -119,7 +119,7 @@ def test_ascending_and_descending_scores(backend: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_real_features(backend: str, dtype: torch.dtype) -> None:
-    """Scores to a rounding, ranks to the scores' own rounding, and both in agreement with each other."""
+    """Scores agree to within rounding, and ranks to within the rounding of the scores."""
     queries, candidates = torch.randn(60, 64).to(dtype), torch.randn(130, 64).to(dtype)
     exact = queries.double() @ candidates.double().T
     scores, indices = rank(queries, candidates, 130, backend=backend)
@@ -133,7 +133,7 @@ def test_real_features(backend: str, dtype: torch.dtype) -> None:
 
 
 def test_own_block_is_where_the_score_comes_from(backend: str) -> None:
-    """x is y: nothing is more like a unit feature than itself, and a copy of it further on ties or is off by a bit."""
+    """x is y: each unit feature ranks itself first, whichever block computes its score."""
     x = F.normalize(torch.randn(100, 48), dim=1)
     assert (target_ranks(x, x, backend=backend) == 0).all()
     assert recall_at_k(x, x, (1,), backend=backend) == {1: 1.0}
@@ -230,7 +230,7 @@ def test_zero_shot(backend: str, dtype: torch.dtype, normalize: bool, prompts: i
     torch.testing.assert_close(
         shares.scores.double(), logits.softmax(1).gather(1, shares.indices), rtol=1e-3, atol=1e-5
     )
-    rounding = 1e-5 + 2 * torch.finfo(torch.float32).eps * logits.abs().max().item()  # of unnormalised features
+    rounding = 1e-5 + 2 * torch.finfo(torch.float32).eps * logits.abs().max().item()  # features may be unnormalised
     torch.testing.assert_close(shares.scores.sum(dim=1), torch.ones_like(shares.scores[:, 0]), rtol=0, atol=rounding)
     assert (shares.scores <= 1).all()
 

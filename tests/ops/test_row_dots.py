@@ -12,7 +12,7 @@ from fused_contrastive.ops.row_dots import row_dots
 
 @pytest.fixture(autouse=True)
 def few_columns(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several steps, the last of fewer columns."""
+    """Makes row_dots take several steps, the last with fewer columns."""
     monkeypatch.setattr(module, "ELEMENTS", 16)
     monkeypatch.setattr(module, "LEAST_COLUMNS", 3)
 

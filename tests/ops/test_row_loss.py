@@ -15,7 +15,7 @@ from fused_contrastive.backends import cpp
 
 pytestmark = pytest.mark.skipif(cpp.BACKEND.unavailable() is not None, reason="backend cpp cannot run here")
 
-M, N, D = 700, 1300, 34  # several sections of rows, groups of columns and tiles, none of them whole
+M, N, D = 700, 1300, 34  # several sections of rows, groups of columns and tiles, the last ones partial
 
 CASES: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -83,13 +83,13 @@ def test_info_nce(name: str, dtype: torch.dtype, seed: int) -> None:
     assert_close(found, truth, DTYPES[dtype])
 
 
-@pytest.mark.every_level  # the vendor's products, and ours
+@pytest.mark.every_level  # products by the vendor's GEMM and by ours
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_features_normalised_where_they_are_read(dtype: torch.dtype, seed: int) -> None:
     for name in CASES:
         torch.manual_seed(seed)
         loss, leaves, options = info_nce(CASES[name], normalize=True)
-        lengths = 10 ** torch.randn(M)  # far apart; one row without any, which gets no gradient
+        lengths = 10 ** torch.randn(M)  # far apart; one is 0, and its row gets no gradient
         lengths[3] = 0
         leaves = {k: t.to(dtype) for k, t in leaves.items()}
         leaves["query"] = lengths[:, None].to(dtype) * leaves["query"]
@@ -97,7 +97,7 @@ def test_features_normalised_where_they_are_read(dtype: torch.dtype, seed: int) 
         assert "GradientsInTheForward" in graph
         assert "Normalize" not in graph
         truth, _ = run(loss, {k: t.double() for k, t in leaves.items()}, {**options, "backend": "reference"})
-        for results in (found, truth):  # gradients of short features are long
+        for results in (found, truth):  # the gradient of a short row is large
             assert (results["query"][3] == 0).all()
             results["query"] *= lengths[:, None].to(dtype).double()
         assert_close(found, truth, DTYPES[dtype])
@@ -221,7 +221,7 @@ def test_the_number_of_threads_changes_no_bit(seed: int) -> None:
 
 @pytest.mark.usefixtures("threads")
 def test_nor_of_rows_so_long_that_few_are_held(seed: int) -> None:
-    """Where as many rows were held as a section has, which are more on more than 8 threads, dy's bits changed."""
+    """The number of rows held at once must not depend on the size of a section, which grows beyond 8 threads."""
     torch.manual_seed(seed)
     leaves = {"query": torch.randn(1000, D), "key": torch.randn(24576, D)}
     problem = fc.info_nce_loss, leaves, {"memory_budget": 0, "backend": "cpp"}

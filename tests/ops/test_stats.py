@@ -41,7 +41,7 @@ def test_targets_by_hand(backend: str) -> None:
 
 
 def test_ids_by_hand(backend: str) -> None:
-    """Row 0 and column 2 share an id; the positive is excluded whatever its ids; ids may be large and negative."""
+    """Row 0 and column 2 have equal ids; the positive is excluded whatever its ids; ids may be large or negative."""
     ids = {"row_ids": torch.tensor([-(2**62), 7]), "col_ids": torch.tensor([1, 7, -(2**62)])}
     pos, row, col = one_hot_stats([[1, 2, 3], [4, 5, 6]], backend, **ids)
     assert pos.tolist() == [1, 5]
@@ -84,7 +84,7 @@ def test_only_asked_directions(backend: str) -> None:
 
 @pytest.mark.parametrize("budget", ["auto", 0])
 def test_nothing_left_in_a_row(backend: str, budget: object) -> None:
-    """Excluded by ids, or every other column empty: -inf, loss 0 in softplus form, zero gradients, never NaN."""
+    """Ids exclude all pairs, or all other columns are empty: row is -inf, softplus 0, gradients are 0 and not NaN."""
     for options in (
         {"row_ids": torch.zeros(3, dtype=torch.long), "col_ids": torch.zeros(3, dtype=torch.long)},
         {"col_bias": torch.tensor([0.0, -INF, -INF]), "targets": torch.zeros(3, dtype=torch.long)},
@@ -108,7 +108,7 @@ def test_single_pair(backend: str) -> None:
 
 
 def test_empty_slots_get_no_gradient(backend: str) -> None:
-    """A queue whose later slots are empty: same as without them."""
+    """A queue whose last slots are empty gives the results of a queue without them."""
     x, y = torch.randn(3, 8), torch.randn(7, 8, requires_grad=True)
     bias = torch.zeros(7).index_fill(0, torch.tensor([5, 6]), -INF).requires_grad_()
     stats = contrastive_stats(x, y, 5.0, col_bias=bias, backend=backend, directions=["row"])
@@ -148,13 +148,13 @@ def test_any_memory_budget_gives_the_same(budget: object, backend: str) -> None:
         stats = contrastive_stats(*leaves, memory_budget=memory, backend=backend)
         (stats.row.sum() + stats.col.sum() - stats.pos.sum()).backward()
         results.append([*stats, *(leaf.grad for leaf in leaves)])
-    # A block of another shape may round a product otherwise: 1e-5 of a logit of 100, and so of every weight.
+    # A block of another shape may round a product differently: by 1e-5 for a logit of 100, and so every weight.
     for kept, other in zip(*results, strict=True):
         torch.testing.assert_close(kept, other, rtol=2e-4, atol=2e-4)
 
 
 def test_a_scale_s_gradient_past_float32_is_inf(backend: str) -> None:
-    """Two rows of 2.9e38, below float32's largest, and their sum is not: infinite, and no error of a conversion."""
+    """The terms of two rows, 2.9e38 each, fit float32 and their sum does not: it is inf, and no conversion raises."""
     x = 1.7e19 * torch.eye(2)
     scale = torch.tensor(1e-40, requires_grad=True)
     contrastive_stats(x, x, scale, backend=backend).pos.sum().backward()
@@ -162,7 +162,7 @@ def test_a_scale_s_gradient_past_float32_is_inf(backend: str) -> None:
 
 
 def test_large_losses_alive_at_once(backend: str) -> None:
-    """Several blocks both ways; each keeps megabytes of products, which the next step's forward takes over."""
+    """Each loss has several blocks in both directions, and keeps megabytes of products that the next one reuses."""
     n = 3001 if backend != "triton" or torch.cuda.is_available() else 301  # the interpreter's blocks are smaller
     problems = [[torch.randn(n, 8).requires_grad_() for _ in range(2)] for _ in range(3)]
     losses = [clip_loss(x, y, 3.0, backend=backend) for x, y in problems[:2]]
@@ -183,7 +183,7 @@ def test_large_losses_alive_at_once(backend: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("m", "n"), [(2100, 40), (4096, 40), (2100, 2060), (2060, 2300)])
 def test_gradients_of_megabytes_are_rounded_whole(m: int, n: int, dtype: torch.dtype) -> None:
-    """Summed in float32; one alone is given back to the system part by part as it is rounded, two share memory."""
+    """Gradients are summed in float32, then rounded. One alone frees its float32 memory in parts, two share it."""
     x, y = (F.normalize(torch.randn(rows, 512), dim=1).to(dtype) for rows in (m, n))
     targets, weights = torch.randint(n, (m,)), torch.rand(m, dtype=torch.float64) + 0.5
     found = []
@@ -197,7 +197,7 @@ def test_gradients_of_megabytes_are_rounded_whole(m: int, n: int, dtype: torch.d
         assert ours.untyped_storage().nbytes() == ours.nbytes
     first, second = found[0]
     expected = second.clone()
-    first.fill_(1.0)  # is of its own memory, and the other stays when it goes
+    first.fill_(1.0)  # it has its own memory: the other one stays when it is freed
     found.clear()
     del first
     torch.empty(8 << 20, dtype=torch.uint8).fill_(255)
@@ -209,7 +209,7 @@ def test_gradients_of_megabytes_are_rounded_whole(m: int, n: int, dtype: torch.d
 @pytest.mark.parametrize("targets", [None, "some"])
 @pytest.mark.parametrize("asked", [("x", "y", "scale"), ("y", "scale"), ("x", "scale"), ("y",)], ids=str)
 def test_rounded_gradients_of_many_columns(asked: tuple[str, ...], targets: str | None, dtype: torch.dtype) -> None:
-    """y's are summed in float32 for some of the columns at a time, and rounded before those of the next are summed."""
+    """dy is summed in float32 for a group of columns at a time, and rounded before the next group is summed."""
     m, n = 150, 2100
     x, y = (F.normalize(torch.randn(rows, 16), dim=1).to(dtype) for rows in (m, n))
     options = {} if targets is None else {"targets": torch.randint(n, (m,))}
@@ -228,7 +228,7 @@ def test_rounded_gradients_of_many_columns(asked: tuple[str, ...], targets: str 
 @pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("loss", [clip_loss, nt_xent_loss])
 def test_kept_products_on_another_number_of_threads(loss: Callable[..., torch.Tensor]) -> None:
-    """More threads take larger sections of rows: what the forward kept is where the backward looks for it."""
+    """More threads take larger sections of rows: the backward must still find what the forward has kept."""
     gradients = []
     x, y = (torch.randn(1100, 4) for _ in range(2))
     for budget in (1 << 40, 0):
@@ -243,7 +243,7 @@ def test_kept_products_on_another_number_of_threads(loss: Callable[..., torch.Te
 
 @NEEDS_CPP
 def test_kept_products_of_problems_that_grow_and_shrink() -> None:
-    """What the last one gave back is too small for the second, far too large for the next, and does for the last."""
+    """The memory that one problem frees is too small for the second, far too large for the next, and fits the last."""
     for n, megabytes in ((3001, 20), (4201, 50), (2950, 3), (1800, 1.5), (2950, 30), (3001, 25)):
         x, y = (torch.randn(n, 4) for _ in range(2))
         gradients = []
@@ -271,7 +271,7 @@ def test_normalisers_of_float32_features_are_not_rounded(n: int, backend: str) -
 
 
 def test_small_weights_of_float16_features_do_not_vanish(backend: str) -> None:
-    """One row's gradient is a millionth of another's, as weights are in a batch of a million: as float16 itself, 0."""
+    """One row's gradient is a millionth of another's, as in a batch of a million: rounded to float16 it would be 0."""
     x, y = (torch.nn.functional.normalize(torch.randn(n, 4), dim=1).half() for n in (2, 64))
     g = torch.tensor([1.0, 1e-6], dtype=torch.float64)
     gradients = []
@@ -288,7 +288,7 @@ def test_small_weights_of_float16_features_do_not_vanish(backend: str) -> None:
 @pytest.mark.parametrize("kept", [True, False])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_weights_far_below_their_neighbours(dtype: torch.dtype, kept: bool, logit: float, backend: str) -> None:
-    """All logits of one row are far below those of the other, and the exponentials of both relative to one maximum."""
+    """One row's logits are far below the other's, and the exponentials of both are relative to one maximum."""
     m, n = 2, 50
     x, y = torch.tensor([[1.0], [0.0]], dtype=dtype), torch.ones(n, 1, dtype=dtype)
     bias = torch.zeros(n, requires_grad=True)
@@ -347,7 +347,7 @@ def test_same_call_same_bits(backend: str) -> None:
 
 @pytest.mark.usefixtures("threads")
 def test_statistics_do_not_depend_on_threads() -> None:
-    """Partials are merged in a fixed order; D = 1 with exact products keeps the GEMM out of it."""
+    """Partial sums are merged in a fixed order. With D = 1 products are exact, so that no GEMM rounds them."""
     x, y = torch.randint(-3, 4, (700, 1)).float(), torch.randint(-3, 4, (900, 1)).float()
     found = []
     for count in (1, 2, 3):

@@ -101,7 +101,7 @@ def test_compile_does_not_recompile_per_batch_size(backend: str) -> None:
 
 
 def test_through_the_operator_and_directly_are_the_same() -> None:
-    """Plain eager tensors skip the dispatcher's Python layers; a subclass does not."""
+    """Plain eager tensors bypass the registered operator; a subclass does not."""
 
     class Subclass(torch.Tensor):
         pass
@@ -134,7 +134,7 @@ def test_backward_twice_over_a_retained_graph(backend: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast(dtype: torch.dtype, backend: str) -> None:
-    """Float32 features become half as a matmul's would; the loss stays float32 and gradients reach the leaves."""
+    """float32 features are cast to half as in a matmul; the loss stays float32, and gradients reach the leaves."""
     x, y = torch.randn(30, 8, requires_grad=True), torch.randn(30, 8, requires_grad=True)
     with torch.autocast(x.device.type, dtype=dtype):
         loss = clip_loss(x, y, torch.tensor(2.0), backend=backend, label_smoothing=0.1)

@@ -1,8 +1,8 @@
 """Rehearses the Triton backend without a GPU: ``python tests/rehearsal``.
 
 Triton's own JIT compiles every kernel and its own launcher launches it, on CPU tensors and a stand-in for libcuda
-(``stand_in.c``), which checks grids, shared memory and descriptors and computes nothing. Exits with 1 if anything was
-illegal or raised, with 2 if it cannot begin.
+(``stand_in.c``), which checks grids, shared memory and descriptors and computes nothing. Exits with 1 if a launch was
+illegal or a call raised, with 2 if the rehearsal cannot begin.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def options(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def build(folder: Path) -> str | None:
-    """The stand-in, in ``folder``: why it cannot be, or None."""
+    """Builds the stand-in in ``folder``. Returns why that fails, or None."""
     named = os.environ.get("CC")
     compiler = next((found for name in (named, "cc", "gcc", "clang") if name and (found := shutil.which(name))), None)
     if compiler is None:
@@ -57,7 +57,7 @@ def build(folder: Path) -> str | None:
 
 
 def environment(arch: str, folder: Path) -> dict[str, str]:
-    """For the process that rehearses: this checkout, Triton's compiler and the stand-in."""
+    """The environment of a rehearsing process, with this checkout, Triton's compiler and the stand-in."""
     given = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
 
     def first(path: Path, name: str) -> str:
@@ -75,7 +75,7 @@ def environment(arch: str, folder: Path) -> dict[str, str]:
 
 
 def processes(arch: str, given: argparse.Namespace) -> list[list[str]]:
-    """The kinds of features of each process: about as much work for each."""
+    """The kinds of features for each process, so that all have about as much work."""
     if given.quick:
         return [["bf16"]] if given.plant else [["bf16"], ["fp32"]]
     if given.every or arch == "sm_90":
@@ -84,7 +84,7 @@ def processes(arch: str, given: argparse.Namespace) -> list[list[str]]:
 
 
 def child(arch: str, kinds: Sequence[str], folder: Path, given: Sequence[str]) -> dict[str, Any]:
-    """A process that rehearses some kinds of features for one architecture, and what it found."""
+    """Runs a process that rehearses some kinds of features for one architecture, and returns its results."""
     start, results = time.monotonic(), folder / f"{arch}-{'-'.join(kinds)}.json"
     command = [sys.executable, str(HERE), *given, "--arch", arch, "--job", *kinds, "--results", str(results)]
     done = subprocess.run(command, env=environment(arch, folder), capture_output=True, text=True)

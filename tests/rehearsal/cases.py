@@ -1,6 +1,6 @@
-"""What is rehearsed: every loss and primitive with its options, forward and backward, at a few shapes.
+"""The cases: every loss and primitive with its options, forward and backward, at a few shapes.
 
-Results hold whatever was in memory, as nothing computes: only that the calls go through is looked at.
+Nothing computes, so that results hold whatever was in memory: a case only shows that its calls succeed.
 """
 
 from __future__ import annotations
@@ -35,18 +35,18 @@ KINDS = {
     )
 }
 KEPT = ("everything", "half", "nothing")
-# Rows of features that are multiples of 32 bytes, of 16, of neither; M and N of a tile's and no multiple; one row.
+# Feature rows of a multiple of 32 bytes, of 16, of neither; M and N that are multiples of a tile, and not; one row.
 SHAPES = ((600, 1100, 64), (512, 1024, 513), (1, 700, 64), (300, 301, 1))
 SMALL = (320, 600, 64)
 
 
 def budget(kept: str, m: int, n: int, each: int) -> int:
-    """Bytes for M x N, of which one takes ``each``."""
+    """The memory budget for M x N products of ``each`` bytes."""
     return {"everything": 1 << 32, "half": m * n * each // 2, "nothing": 0}[kept]
 
 
 def step(outputs: Any, leaves: list[Tensor]) -> None:
-    """The gradients of the sum of all outputs."""
+    """Computes the gradients of the sum of all outputs."""
     held = [t for t in ([outputs] if isinstance(outputs, Tensor) else outputs) if t is not None]
     total = torch.stack([t.double().sum() for t in held]).sum()
     torch.autograd.grad(total, leaves, allow_unused=True)
@@ -56,13 +56,13 @@ def leaf(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(shape).to(dtype).requires_grad_()
 
 
-Call = Callable[[Kind, str], None]  # for a kind of features, keeping a part for the backward
+Call = Callable[[Kind, str], None]  # arguments: the kind of features, and what is kept for the backward
 
 
 def of_case(
     name: str, option: str, shape: tuple[int, int, int] = (600, 600, 64), function: Callable[..., Any] | None = None
 ) -> Call:
-    """A loss or primitive, or a function that takes its arguments."""
+    """A call of a loss or primitive, or of another function that takes the same arguments."""
     m, n, d = shape
 
     def run(kind: Kind, kept: str) -> None:
@@ -76,7 +76,7 @@ def of_case(
 
 
 def every_option(kind: Kind, kept: str) -> None:
-    """All options at once; no gradient for y and the scale."""
+    """All options at once, without gradients of y and the scale."""
     m, n, d = SMALL
     x, y, bias = leaf((m, d), kind.dtype), torch.randn(n, d).to(kind.dtype), leaf((n,))
     found = fc.contrastive_stats(
@@ -99,7 +99,7 @@ def self_stats(**options: Any) -> Call:
 
 
 def max_sim(t: int, p: int, d: int, direction: str, masked: bool) -> Call:
-    """Items of T and of P tokens."""
+    """A call of ``max_sim`` on items of t and of p tokens."""
 
     def run(kind: Kind, kept: str) -> None:
         x, y = leaf((9, t, d), kind.dtype), leaf((11, p, d), kind.dtype)
@@ -163,7 +163,7 @@ class Case(NamedTuple):
 
 
 def every(arch: str, kinds: Sequence[str]) -> Iterator[Case]:
-    """Each call in each kind, keeping each part: 660 kernels for an architecture."""
+    """Each call with each kind and each choice of what is kept: 660 kernels for an architecture."""
     for kind in kinds:
         for name, call in CALLS.items():
             for kept in KEPT:
@@ -171,9 +171,9 @@ def every(arch: str, kinds: Sequence[str]) -> Iterator[Case]:
 
 
 def some(arch: str, kinds: Sequence[str]) -> Iterator[Case]:
-    """On sm_90 each call in bf16 and half of them in another kind; a third on sm_80 in one kind, another on sm_100.
+    """On sm_90 each call in bf16, and half of them in another kind; a third of them on sm_80, another third on sm_100.
 
-    Kinds, and what is kept, take turns.
+    Kinds, and what is kept, alternate from call to call.
     """
     for i, (name, call) in enumerate(CALLS.items()):
         if arch == "sm_90":

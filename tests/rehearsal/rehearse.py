@@ -25,11 +25,11 @@ import machine_code
 from fused_contrastive.backends.triton import device
 
 MULTIPROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148}
-BLOCK = 512  # rows and columns at most of a block of S, so that the cases have several
+BLOCK = 512  # largest rows and columns of a block of S, so that the cases have several blocks
 
 
 class Counters(ctypes.Structure):
-    """Of stand_in.c."""
+    """The counters of stand_in.c, of its type."""
 
     _fields_ = [(name, ctypes.c_int64) for name in ("launches", "descriptors", "illegal")]
 
@@ -38,7 +38,7 @@ COUNTERS = Counters.in_dll(ctypes.CDLL("libcuda.so.1", mode=ctypes.RTLD_GLOBAL),
 
 
 class IllegalError(Exception):
-    """What the stand-in cannot see."""
+    """A launch or descriptor is illegal for a reason that the stand-in cannot see."""
 
 
 def illegal(reason: str) -> None:
@@ -47,7 +47,7 @@ def illegal(reason: str) -> None:
 
 
 class Driver(CudaDriver):
-    """Triton's driver, without torch's idea of which GPU is there."""
+    """Triton's driver, which here does not ask torch for the GPU."""
 
     def __init__(self, arch: str) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ class Driver(CudaDriver):
 
 
 def stand_in_for(arch: str) -> None:
-    """The backend takes CPU tensors as those of a GPU, and Triton the stand-in as one."""
+    """Makes the backend treat CPU tensors as a GPU's, and Triton the stand-in as a GPU."""
     triton.runtime.driver.set_active(Driver(arch))
     of_gpu = device.Device("cpu", f"stand-in for {arch}", arch, arch != "sm_80", MULTIPROCESSORS[arch])
     device.stand_in = lambda _: of_gpu
@@ -71,7 +71,7 @@ def stand_in_for(arch: str) -> None:
 
 
 class Watch:
-    """Every launch and descriptor that Triton makes, from here on."""
+    """Watches every launch and descriptor that Triton makes from now on."""
 
     def __init__(self) -> None:
         self.kernels: dict[str, Any] = {}  # compiled, by their hash
@@ -83,7 +83,7 @@ class Watch:
         before = COUNTERS.launches
         kernel = self.launch(function, *args, grid=grid, warmup=warmup, **options)
         self.kernels[kernel.hash] = kernel
-        if COUNTERS.launches != before + 1:  # Triton leaves out a grid of nothing, or of 2^31 programs, silently
+        if COUNTERS.launches != before + 1:  # Triton silently skips a grid of 0 or of 2^31 programs
             illegal(f"launch of {function.__name__}, grid {grid}: it did not take place")
         return kernel
 
@@ -98,7 +98,7 @@ class Watch:
 
 
 def run(given: argparse.Namespace) -> dict[str, Any]:
-    """The cases of one process: how many launches there were, and what failed."""
+    """Runs the cases of one process; returns the number of launches, and the failures."""
     (arch,) = given.arch
     stand_in_for(arch)
     watch = Watch()
@@ -115,7 +115,7 @@ def run(given: argparse.Namespace) -> dict[str, Any]:
 
 
 def failure(case: cases.Case) -> str | None:
-    print(case, file=sys.stderr, flush=True)  # if the process dies, this is what did it
+    print(case, file=sys.stderr, flush=True)  # shows the culprit if the process dies
     before = COUNTERS.illegal
     try:
         case.run()
@@ -129,7 +129,7 @@ def failure(case: cases.Case) -> str | None:
 @contextmanager
 def planted(what: str, watch: Watch) -> Iterator[None]:
     """Makes launches or descriptors illegal, to show that this is noticed."""
-    for kernel in watch.kernels.values():  # as if none had been compiled
+    for kernel in watch.kernels.values():  # so that each is compiled again
         kernel.src.fn.device_caches.clear()
     launch, describe, pack = JITFunction.run, TensorDescriptor.__post_init__, CUDABackend.pack_metadata
 

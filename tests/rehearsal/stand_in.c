@@ -1,5 +1,5 @@
-// A stand-in for libcuda: the functions that Triton calls, which check every launch and every descriptor and compute
-// nothing. The GPU it stands for has the compute capability of the environment variable STAND_IN_CAPABILITY, as "90".
+// A stand-in for libcuda with the functions that Triton calls. They check every launch and descriptor, and compute
+// nothing. The environment variable STAND_IN_CAPABILITY has the compute capability of the GPU, such as "90".
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -7,10 +7,10 @@
 
 enum { SUCCESS = 0, INVALID_VALUE = 1, DEFAULT_SHARED = 49152, THREADS = 1024 };
 
-// What happened so far; Python reads it.
+// The counts so far, which Python reads.
 struct {
   int64_t launches, descriptors, illegal;
-  char reason[256];  // of the last one that was illegal
+  char reason[256];  // why the last illegal launch or descriptor was illegal
 } stand_in;
 
 struct function {
@@ -96,7 +96,7 @@ int cuTensorMapEncodeTiled(void* map, unsigned type, unsigned rank, void* base, 
 
 int cuFuncSetAttribute(struct function* f, int attribute, int value) {
   if (attribute != 8)
-    return INVALID_VALUE;  // only the most dynamic shared memory is known here: Triton asks for others
+    return INVALID_VALUE;  // only the limit of dynamic shared memory can be set; Triton tries other attributes, too
   REQUIRE(value >= 0 && value <= most_shared(), "limit of shared memory of %s set to %d, expected at most %d", f->name,
           value, most_shared());
   f->shared_limit = value > DEFAULT_SHARED ? value : DEFAULT_SHARED;
@@ -134,10 +134,10 @@ int cuDeviceGetAttribute(int* value, int attribute, int device) {
       break;
     case 36:
       *value = 3201000;
-      break;  // of the memory
+      break;  // the memory's clock, kHz
     case 37:
       *value = 5120;
-      break;  // its bits
+      break;  // the width of the memory bus, bits
     case 75:
       *value = capability() / 10;
       break;
@@ -146,7 +146,7 @@ int cuDeviceGetAttribute(int* value, int attribute, int device) {
       break;
     case 81:
       *value = most_shared() + 1024;
-      break;  // of a multiprocessor
+      break;  // shared memory of a multiprocessor
     case 97:
       *value = most_shared();
       break;
@@ -161,7 +161,7 @@ int cuGetErrorString(int error, const char** text) {
   return SUCCESS;
 }
 
-// A pointer of the host serves as one of the device.
+// A host pointer serves as a device pointer.
 int cuPointerGetAttribute(uint64_t* data, int attribute, uint64_t pointer) {
   *data = pointer;
   return SUCCESS;

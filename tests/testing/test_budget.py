@@ -10,10 +10,10 @@ from fused_contrastive.testing import harness
 from fused_contrastive.testing.cases import DTYPES, Case, sample_of_grid
 from fused_contrastive.testing.registry import LOSSES, PRIMITIVES, Sizes
 
-# (M, N, D): one row; a row more than a group of 16; one past the 256-wide tile both ways; odd feature sizes; two blocks
-# of rows, of unequal size; wide and tall.
+# (M, N, D): one row; a row more than a group of 16; one more than the 256-wide tile in both directions; odd D; wide and
+# tall; two blocks of rows of unequal size.
 SHAPES = [(1, 1, 3), (1, 7, 1), (17, 17, 5), (257, 257, 33), (2, 300, 8), (300, 2, 8), (2101, 70, 4), (70, 2101, 4)]
-# For Triton's interpreter: one past its 64 x 64 tile and its 64 and 128-row blocks, less than one, D past a step of 32.
+# For Triton's interpreter: one more than its 64 x 64 tile and 64 and 128-row blocks, and less; D above a step of 32.
 SMALL_SHAPES = [(1, 1, 3), (1, 7, 1), (17, 17, 5), (65, 65, 33), (2, 130, 8), (130, 2, 8), (129, 40, 4), (40, 193, 4)]
 PAIRS = [(b, *s) for b in ("reference", "cpp") for s in SHAPES] + [("triton", *s) for s in SMALL_SHAPES]
 INTERPRETED = not torch.cuda.is_available()

@@ -1,4 +1,4 @@
-"""``verify`` and ``verify_against_reference`` hold what is right, and notice what is not."""
+"""``verify`` and ``verify_against_reference`` accept correct results and notice wrong ones."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def features(n: int = 30, d: int = 8, dtype: torch.dtype = torch.float32) -> Ten
 
 @pytest.fixture
 def broken(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The C++ backend's gradients are 1% too large."""
+    """Makes the C++ backend's gradients 1% too large."""
     right_backward, right_loss = cpp.BACKEND.stats_backward, cpp.BACKEND.row_loss
 
     def wrong_backward(*args: object, **options: object) -> Gradients:
@@ -114,11 +114,11 @@ def test_a_breach_in_a_training(broken: None, tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match=r"gradient of argument 0[^\n]*BREACH"):  # noqa: SIM117
         with fc.verify_against_reference(on_breach="raise"):
             train(1)
-    train(1)  # nothing listens any more
+    train(1)  # nothing is checked any more
     result = processes.run(f"import runpy; runpy.run_path({str(tmp_path / 'call_1.py')!r}, run_name='__main__')")
     assert result.returncode == 0, result.stderr
     assert "gradient of argument 0" in result.stdout
-    assert "BREACH" not in result.stdout  # in a process whose backend is whole
+    assert "BREACH" not in result.stdout  # in a process whose backend is not broken
 
 
 def test_bad_options() -> None:
@@ -129,7 +129,7 @@ def test_bad_options() -> None:
 
 
 def test_what_draws_random_numbers_draws_the_same_each_time() -> None:
-    """And the caller's own stream goes on as if nothing had been verified."""
+    """The caller's random stream continues as if nothing had been verified."""
     x, y = torch.randn(40, 16), torch.randn(40, 16)
 
     def dropped(x: Tensor, y: Tensor) -> Tensor:
@@ -143,7 +143,7 @@ def test_what_draws_random_numbers_draws_the_same_each_time() -> None:
 
 
 def test_what_is_right_and_not_finite() -> None:
-    """NaN where NaN is right holds; beside it, and beside infinity, an error is still one."""
+    """A NaN where the reference has NaN holds; errors beside a NaN or an infinity are still noticed."""
     x, y = torch.randn(4, 8), torch.randn(4, 8)
     y[0] = torch.nan
     assert fc.verify(lambda x, y: fc.siglip_loss(x, y, 1.0, reduction="none"), y, x).held

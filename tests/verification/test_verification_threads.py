@@ -1,4 +1,4 @@
-"""A verification listens to its own thread or task, and leaves alone what others compute meanwhile."""
+"""A verification observes its own thread or task, and does not change what others compute meanwhile."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def nothing_left_over() -> Iterator[None]:
 
 @pytest.fixture
 def switching() -> Iterator[None]:
-    """Threads take turns as often as they can."""
+    """Makes Python switch threads as often as it can."""
     before = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
     yield
@@ -163,7 +163,7 @@ def test_one_check_of_many_threads_counts_them_all(switching: None) -> None:
 
 
 def test_a_block_that_is_left_elsewhere_has_ended() -> None:
-    """Such as in another thread, or in a task that copied the context."""
+    """Also if it is left in another thread, and for contexts that were copied inside it."""
     check = fc.verify_against_reference(every=1000)
     in_a_thread(check.__enter__)
     check.__exit__(None, None, None)
@@ -191,7 +191,7 @@ def test_a_block_is_left_once() -> None:
 
 
 def test_tasks() -> None:
-    """One that began in the block is observed until the block ends; one beside it never."""
+    """A task that begins in the block is observed until the block ends; a task beside it never is."""
 
     async def several(count: int, begun: asyncio.Event, resume: asyncio.Event) -> None:
         for _ in range(count):
@@ -226,7 +226,7 @@ def test_the_reference_is_forced_on_one_thread_alone() -> None:
 
 
 def test_checked_losses_beside_threads_that_compute_losses(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A training is checked, whatever other threads compute: its losses start no threads."""
+    """A training is checked even if other threads compute losses, because a loss itself starts no threads."""
     evaluate = fc.verification.compare._evaluate
 
     def evaluate_beside_another(*args: Any) -> object:
@@ -240,7 +240,7 @@ def test_checked_losses_beside_threads_that_compute_losses(monkeypatch: pytest.M
 
 
 def test_a_checked_loss_leaves_the_generator_to_other_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What another thread draws while a call is checked is not drawn again."""
+    """Random numbers that another thread draws during a check are not drawn a second time."""
     drawn: list[Tensor] = []
     state = torch.get_rng_state()
     expected = torch.rand(3)
@@ -259,7 +259,7 @@ def test_a_checked_loss_leaves_the_generator_to_other_threads(monkeypatch: pytes
 
 
 def test_a_compiled_loss_beside_a_verification() -> None:
-    """It is traced anew where something listens, and takes its own backend, with or without a graph at once."""
+    """It is traced again inside a verification and uses its own backend outside; with fullgraph=True it raises."""
     torch._dynamo.reset()
     compiled = torch.compile(lambda x, y: fc.clip_loss(x, y, 1.0), backend="aot_eager")
     expected = loss()

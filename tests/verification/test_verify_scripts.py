@@ -1,4 +1,4 @@
-"""What ``verify`` prints of a breach repeats it in a process of its own, while the backend is broken and no longer."""
+"""The script that ``verify`` prints for a breach repeats it in a separate process, as long as the backend is broken."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fused_contrastive.testing.registry import Sizes
 from fused_contrastive.verification import run
 from fused_contrastive.verification.script import script
 
-# Gradients of the C++ backend three times too large.
+# Makes the gradients of the C++ backend three times too large.
 BREAK = """
 from fused_contrastive.backends.cpp import BACKEND
 from fused_contrastive.core.spec import Gradients
@@ -37,7 +37,7 @@ def run_script(path: Path, broken: bool) -> subprocess.CompletedProcess[str]:
 
 
 def assert_repeats(path: Path) -> None:
-    """Exits with 1 and says what is off while the backend is broken; with 0 where it is whole."""
+    """Asserts that the script exits with 1 and names the breach if the backend is broken, and else with 0."""
     text = path.read_text()
     imports = [line for line in text.splitlines() if line.startswith(("import ", "from "))]
     assert {line.split()[1].split(".")[0] for line in imports} <= {
@@ -69,7 +69,7 @@ def test_script_of_a_case(name: str, tmp_path: Path) -> None:
 
 
 def test_script_of_own_features(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The files are found from any folder, and are what is compared."""
+    """The script finds the files from any folder, and compares them."""
     for name in ("a", "b"):
         np.save(tmp_path / f"{name}.npy", np.random.default_rng().normal(size=(20, 4)).astype(np.float32))
     monkeypatch.chdir(tmp_path)
@@ -84,7 +84,7 @@ def test_script_of_own_features(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 @pytest.fixture
 def broken(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("stats_backward", "row_loss"):  # which puts them back
+    for name in ("stats_backward", "row_loss"):  # monkeypatch restores them
         monkeypatch.setattr(cpp.BACKEND, name, getattr(cpp.BACKEND, name))
     exec(BREAK, {})
 

@@ -1,4 +1,4 @@
-"""What only a process of its own shows: memory, Ctrl-C, the interpreter lock."""
+"""Tests that need a separate process: memory, Ctrl-C; and that other Python threads run during a call."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What only a process of its own shows of max_sim: memory, Ctrl-C."""
+"""Tests of max_sim that need a separate process: memory, Ctrl-C."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ x = torch.randn(20_000, 64, 64)
 print("ready", flush=True)
 fused_contrastive.max_sim(x, x, backend="cpp")
 """,
-    # Given all argmaxima, only the gradients take long.
+    # The argmaxima are given, so that only the gradients take long.
     "backward": """
 x, g = torch.randn(300, 64, 2048), torch.randn(300, 300)
 index, none = torch.zeros(300, 300, 64, dtype=torch.uint8), torch.zeros(0, 0, 0, dtype=torch.uint8)

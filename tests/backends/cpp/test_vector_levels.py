@@ -1,4 +1,4 @@
-"""Vector levels below this CPU's own: the tests marked ``every_level`` pass there too, in a process for each level."""
+"""The tests marked ``every_level`` also pass at each vector level below this CPU's own, in a process for each level."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_every_option_keeps_the_budget(seed: int) -> None:
     ids=str,
 )
 def test_sums_of_equal_terms(n: int, dtype: torch.dtype, variant: str, scale: float, seed: int) -> None:
-    """At D = 1, normalised, S has two values: no rounding error of a sum over rows, columns or both averages out."""
+    """With D = 1 and normalised features S has two values, so that the rounding errors of a sum do not average out."""
     case = Case("siglip", variant, Sizes(n, 1, dtype, scale), seed)
     for deviation in harness.deviations(case, "cpp"):
         assert deviation.share <= 1, f"{case}: {deviation}"

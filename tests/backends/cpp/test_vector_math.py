@@ -28,7 +28,7 @@ def compiler() -> list[str]:
     pytest.skip("no C++ compiler on PATH: the kernels' functions cannot be compiled alone")
 
 
-# All numbers where vectors are as wide as this CPU's; a lower level's instructions take too long for more than a part.
+# At this CPU's own vector width all blocks of numbers are measured. Lower levels take longer: there it is every 16th.
 @pytest.mark.parametrize("level", BUILDS)
 def test_accuracy_is_as_stated(level: str, tmp_path: Path) -> None:
     here = cpp.vector_level()

@@ -1,11 +1,11 @@
 // Measures the error of each function of csrc/kernels/math.inl in ULP, the distance of two neighbouring numbers of its
 // dtype at the exact value; exits with 1 if one is larger than stated. float32 is compared with the same function in
-// float64, and float64, at random numbers, with long double.
+// float64. float64 is compared with long double, at random numbers.
 //
 //     vector_math EVERY    measures every EVERY-th block of 256 neighbouring floats; 1: all
 //
-// Where |x| < 2^-20, functions are their Taylor series, of which three terms are exact enough to compare with. These
-// are three quarters of all floats; of their blocks every 16th is measured.
+// For |x| < 2^-20 three terms of a function's Taylor series are exact enough to compare with. Three quarters of all
+// floats lie there; every 16th of their blocks is measured.
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -25,7 +25,7 @@ namespace {
 constexpr int64_t kBlock = 256;
 constexpr double kTiny = 0x1p-20;
 
-// A function of x, or of x - low times 2^shift if it `shifts`, over [least, most], where it is a normal number or 0.
+// A function of x, or if it `shifts`, 2^shift times a function of x - low. In [least, most] its values are normal or 0.
 struct Function {
   const char* name;
   double least, least_double, most;
@@ -50,7 +50,7 @@ To bits_of(From from) {
   return to;
 }
 
-// The shift after which exp(x) is near 1.
+// The shift that brings exp(x) near 1.
 int shift_of(double x) {
   return -static_cast<int>(x * 1.4426950408889634);
 }
@@ -69,7 +69,7 @@ Vec<double> float_ulp(Vec<double> got, Vec<double> exact) {
   return error < 0. ? -error : error;
 }
 
-// Measures the floats with bits [first, first + kBlock); `last` takes the place of those beyond it.
+// Measures the floats with bits [first, first + kBlock), with those beyond `last` replaced by it.
 template <class F>
 void measure(const Function& c, const F& f, uint32_t first, uint32_t last, bool tiny, Worst& worst) {
   alignas(64) uint32_t bits[kBlock];
@@ -77,7 +77,7 @@ void measure(const Function& c, const F& f, uint32_t first, uint32_t last, bool 
   alignas(64) double wide_x[kBlock], wide_low[kBlock] = {}, wide_got[kBlock], exact[kBlock], error[kBlock];
   for (int64_t j = 0; j < kBlock; ++j) bits[j] = std::min(first + static_cast<uint32_t>(j), last);
   std::memcpy(x, bits, sizeof x);
-  for (int64_t j = 0; c.shifts && j < kBlock; ++j) {  // what rounding to x may have left: up to half an ULP
+  for (int64_t j = 0; c.shifts && j < kBlock; ++j) {  // low is the rounding error of x: up to half an ULP
     low[j] = x[j] * static_cast<float>(static_cast<int32_t>(bits[j] * 2654435761u)) * 0x1p-56f;
     wide_low[j] = low[j];
   }
@@ -102,7 +102,7 @@ void measure(const Function& c, const F& f, uint32_t first, uint32_t last, bool 
   for (int64_t j = 0; worse && j < kBlock; ++j) worst.take(error[j], wide_x[j]);
 }
 
-// The floats from 0, or from the least one of a positive range, to `bound`, on all cores.
+// Measures the floats from 0, or from the least of a positive range, to `bound`, on all cores.
 template <class F>
 void measure_side(const Function& c, const F& f, float bound, uint64_t every, std::vector<Worst>& worst) {
   const auto zero = static_cast<float>(std::max(c.least, 0.));

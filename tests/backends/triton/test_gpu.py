@@ -1,6 +1,6 @@
-"""What only a GPU shows: no waiting for it, CUDA graphs, streams, torch.compile, 64-bit offsets, memory, training.
+"""Tests that need a GPU: no synchronisation, CUDA graphs, streams, torch.compile, 64-bit offsets, memory, training.
 
-The other modules run their cases on the GPU too, wherever the backend is "triton".
+The other test modules run their cases on the GPU too, if the backend is "triton".
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def agree(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
 @pytest.mark.parametrize("dtype", [*HALF, torch.float32], ids=str)
 @pytest.mark.parametrize(("m", "n", "d"), [(1000, 1000, 513), (300, 2101, 100), (2101, 300, 1), (4097, 4097, 64)])
 def test_budget(m: int, n: int, d: int, dtype: torch.dtype, loss: str, option: str, tf32: bool, seed: int) -> None:
-    """Across the real tiles and alignments: one past them, D of 1, 64, 100 and 513."""
+    """Sizes around a GPU's tiles and alignments: one more than a tile, and D of 1, 64, 100 and 513."""
     if (loss == "clip" and m != n) or (tf32 and dtype != torch.float32):
         pytest.skip("CLIP takes M = N, and tf32 is of float32")
     torch.set_float32_matmul_precision("high" if tf32 else "highest")
@@ -101,7 +101,7 @@ def test_no_loss_waits_for_the_gpu(loss: str, dtype: torch.dtype) -> None:
 
 
 def test_a_scale_on_the_cpu() -> None:
-    """It gets its gradient there; while a graph is captured it is refused, and the error leaves the device usable."""
+    """It gets its gradient on the CPU; while a graph is captured it raises, and the device stays usable."""
     x, y, scale = leaves(64, 16)
     elsewhere = scale.detach().cpu().requires_grad_()
     for a, b in zip(step([x, y, elsewhere]), step([x, y, scale]), strict=True):
@@ -138,7 +138,7 @@ def test_cuda_graph(dtype: torch.dtype) -> None:
 
 
 def test_streams() -> None:
-    """Two streams at once give what one alone does."""
+    """Calls on two streams at once give the results of calls on one."""
     problems = [leaves(3000 + 8 * i, 128) for i in range(4)]
     expected = [step(inputs) for inputs in problems]
     streams = [torch.cuda.Stream() for _ in problems]
@@ -178,7 +178,7 @@ def test_compile_fullgraph() -> None:
 
 
 def test_offsets_past_2_to_the_31() -> None:
-    """Rows a large stride apart: the last begins beyond element 2^31."""
+    """Rows lie a large stride apart, so that the last begins beyond element 2^31."""
     rows, d = 260, 64
     stride = 2**31 // (rows - 1) // 8 * 8 + 64
     memory = torch.zeros(rows * stride, dtype=torch.bfloat16, device="cuda")
@@ -191,7 +191,7 @@ def test_offsets_past_2_to_the_31() -> None:
 
 
 def test_extra_memory() -> None:
-    """N = 65536, D = 512, bf16, nothing kept: at most 2% of eager's, which holds at least five N x N half matrices."""
+    """N = 65536, D = 512, bf16, nothing kept: at most 2% of eager's memory, at least five N x N half matrices."""
     n, d = 65_536, 512
     inputs = leaves(n, d)
     step(inputs, memory_budget=0)
@@ -208,7 +208,7 @@ def test_extra_memory() -> None:
     torch.version.hip is not None, reason="torch's builds for AMD GPUs leave assertions on the device out"
 )
 def test_targets_out_of_range_assert_on_the_device() -> None:
-    """In a process of its own: a device-side assertion ends the context."""
+    """It runs in a separate process, because a device-side assertion destroys the CUDA context."""
     import subprocess
     import sys
 

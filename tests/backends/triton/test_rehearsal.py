@@ -1,4 +1,4 @@
-"""The rehearsal (tests/rehearsal): a few losses pass, what is illegal is noticed, instructions are counted right."""
+"""The rehearsal (tests/rehearsal) passes a few losses, notices illegal launches, and counts instructions correctly."""
 
 from __future__ import annotations
 
@@ -159,7 +159,7 @@ def test_a_tile_counts_from_the_loop_over_d() -> None:
             "@!P1 BRA 0xd0",
             "@P0 BRA 0x20",
             "FADD R2, R2, R3",
-            "@P2 BRA P3, 0x90",  # past what a special tile needs
+            "@P2 BRA P3, 0x90",  # skips the code that only special tiles need
             "MUFU.EX2 R2, R2",
             "FMUL R2, R2, R2",
             "BSSY B0, 0xb0",

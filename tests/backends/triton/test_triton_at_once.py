@@ -1,4 +1,4 @@
-"""Three products for losses over rows on the Triton backend: every option, over several rows of blocks."""
+"""Losses whose gradients the Triton backend forms in the forward: every option, over several rows of blocks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ pytest.importorskip("triton")
 
 from fused_contrastive.backends.triton import at_once, device, launch
 
-M, N, D = 100, 140, 20  # a whole row of the interpreter's 64-row tiles and a part of one; three columns of them
+M, N, D = 100, 140, 20  # one full 64-row tile of the interpreter and a part of one; three tiles of columns
 
 CASES: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -25,7 +25,7 @@ CASES: dict[str, dict[str, Any]] = {
     "targets, margin": {"targets": True, "margin": 0.4},
     "ids, bias": {"row_ids": True, "col_ids": True, "col_bias": True},
 }
-# Of the largest gradient: the interpreter truncates to bfloat16 where a GPU rounds.
+# Relative to the largest gradient. The interpreter truncates to bfloat16 where a GPU rounds.
 TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 1.6e-2, torch.float16: 5e-3}
 
 
@@ -46,7 +46,7 @@ def leaves_of(dtype: torch.dtype, sizes: tuple[int, int], scalars: dict[str, flo
 
 
 def check(loss: Any, leaves: dict[str, Tensor], options: dict[str, Any], tolerance: float) -> None:
-    """Values and gradients, those of a loss that is multiplied, against the reference in float64."""
+    """Compares the loss, and the gradients of 3 times the loss, with the reference in float64."""
     found: dict[str, dict[str, Tensor]] = {}
     for backend, dtype in (("triton", None), ("reference", torch.float64)):
         held = {name: t.detach().clone().to(where(), dtype).requires_grad_() for name, t in leaves.items()}
@@ -58,11 +58,11 @@ def check(loss: Any, leaves: dict[str, Tensor], options: dict[str, Any], toleran
         found[backend] = {"loss": result.detach().double(), **{k: v.grad.double() for k, v in held.items()}}
     for name, truth in found["reference"].items():
         largest = truth.abs().max()
-        if name == "logit_scale":  # a sum of each row's part, which nearly cancel: x . dx / scale
+        if name == "logit_scale":  # the sum of x . dx / scale over the rows, whose terms nearly cancel
             parts = (leaves["x"].double().to(where()) * found["reference"]["x"]).sum(dim=1) / leaves["logit_scale"]
             largest = torch.maximum(largest, parts.abs().sum())
         error = (found["triton"][name] - truth).abs().max() / largest
-        exact = name == "loss" and "normalize" not in options  # else unit features are rounded to their dtype
+        exact = name == "loss" and "normalize" not in options  # otherwise unit features are rounded to their dtype
         assert error <= (1e-5 if exact else tolerance), f"{name}: {error:.1e}"
 
 
@@ -93,14 +93,14 @@ def test_siglip(ids: bool, dtype: torch.dtype) -> None:
 
 
 def test_far_normalisers() -> None:
-    """Rows whose normalisers lie too far from their tile's references are made again, also in held blocks."""
+    """Rows whose normalisers lie too far from their tile's references are computed again, also in held blocks."""
     leaves = leaves_of(torch.float16, (M, N), {"logit_scale": 1.0})
     leaves["x"] *= torch.logspace(-3, 3, M, device="cpu")[:, None].to(torch.float16)
     check(fc.info_nce_loss, leaves, {}, 5e-3)
 
 
 def test_a_scaled_float16_loss_is_scaled_at_the_end() -> None:
-    """The gradients before are of weight 1 / M, which float16 holds only in part; a GradScaler multiplies by more."""
+    """Gradients have weight 1 / M, partly too small for float16, until the factor of a GradScaler multiplies them."""
     leaves = leaves_of(torch.float16, (M, N), {"logit_scale": 0.01})
     grads = []
     for dtype in (torch.float16, torch.float64):
@@ -113,7 +113,7 @@ def test_a_scaled_float16_loss_is_scaled_at_the_end() -> None:
 
 
 def test_rows_of_blocks_are_whole_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a long y fewer rows are held, never less than four of the largest tiles, and none is left out."""
+    """If y is long, fewer rows are held at once, but at least four of the largest tiles, and all rows are covered."""
     x = torch.zeros(5000, 4, dtype=torch.bfloat16, device=where())
     problem = launch.Problem(fc.core.spec.StatsSpec(torch.tensor(1.0)), x, x[:300])
     monkeypatch.setattr(at_once, "HELD_BYTES", 2**20)

@@ -1,4 +1,4 @@
-"""The shipped Triton configurations, compiled for each architecture on a machine that has none of them."""
+"""The shipped Triton configurations, compiled for each architecture without a GPU."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from fused_contrastive.core import memory
 
 BOTH = ("--kind", "statistics", "max_sim")
 EVERYTHING = [(*BOTH, "--arch", "sm_90", "sm_80"), (*BOTH, "--arch", "gfx942", "sm_100")]
-# Each kernel for one architecture, and for the others what half-precision features launch.
+# All kernels for one architecture, and for the others those that half-precision features launch.
 EACH_ONCE = [(*BOTH, "--arch", "sm_90"), ("--source", "half", "--arch", "sm_80", "gfx942", "sm_100")]
 
 
 @pytest.fixture(scope="module")
 def compiled(pytestconfig: pytest.Config) -> list[dict[str, Any]]:
-    """In processes of their own: here, Triton interprets."""
+    """Compiled in separate processes, because in this one Triton interprets."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
 
@@ -66,7 +66,7 @@ def test_defaults_spill_no_registers(compiled: list[dict[str, Any]]) -> None:
     if Version(triton.__version__) < Version("3.6"):
         pytest.skip(f"Triton {triton.__version__}: what it spills is in docs/triton.md")
     for row in compiled:
-        again = row["source"] == "half" and row["kernel"].startswith("exact")  # what is lost or far, which is rare
+        again = row["source"] == "half" and row["kernel"].startswith("exact")  # computes again what is lost or far
         if row["options"] != "every" and not again:
             assert row["spilled"] == 0, name(row)
 
@@ -88,7 +88,7 @@ def test_instructions_per_logit(kernel: str, compiled: list[dict[str, Any]]) -> 
 
 
 def test_tiles_are_stored_widely(compiled: list[dict[str, Any]]) -> None:
-    """By the tensor memory accelerator where there is one, else 16 bytes at a time; never an element."""
+    """By the tensor memory accelerator where there is one, else 16 bytes at a time; never single elements."""
     stored = 0
     for row in compiled:
         tiles = (
@@ -104,7 +104,7 @@ def test_tiles_are_stored_widely(compiled: list[dict[str, Any]]) -> None:
 
 
 def test_matrix_units_are_used(compiled: list[dict[str, Any]]) -> None:
-    """mma.sync, wgmma, tcgen05 and mfma; where products were given or kept, none."""
+    """Kernels use mma.sync, wgmma, tcgen05 or mfma, unless their products were given or kept."""
     for row in compiled:
         without = not row["multiplies"] or (row["source"] == "gemm" and row["arch"] != "gfx942")
         assert (row["matrix_instructions"] > 0) == (not without), name(row)

@@ -1,4 +1,4 @@
-"""What single kernels promise that no loss shows: no products made twice, precision, rows with nothing left."""
+"""Properties of single kernels that no loss shows: no products computed twice, precision, rows without negatives."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ SPECS = {
 
 @pytest.mark.parametrize("name", SPECS)
 def test_products_are_made_once_where_no_sum_is_lost(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Most rows and columns have nothing left in a tile, which is no reason to look at its products again."""
+    """Rows and columns whose pairs in a tile are all excluded must not make a kernel compute its products again."""
     n = 150
     (x,) = features(n)
     ids = torch.arange(n, device=WHERE) % 60
@@ -45,7 +45,7 @@ def test_products_are_made_once_where_no_sum_is_lost(name: str, monkeypatch: pyt
     original = kernels.exact_statistics
 
     class Spoilt:
-        """All strips are said to be lost, and whoever multiplies again multiplies NaN."""
+        """Marks all strips as lost and passes features of NaN: what the kernel computes again is then NaN."""
 
         def __getitem__(self, grid: tuple[int, ...]) -> object:
             def run(x: Tensor, y: Tensor, *rest: object, **options: object) -> object:
@@ -60,7 +60,7 @@ def test_products_are_made_once_where_no_sum_is_lost(name: str, monkeypatch: pyt
     monkeypatch.setattr(kernels, "exact_statistics", Spoilt())
     found = launch.forward(spec, x, x)
     assert torch.equal(found.row, expected.row)
-    assert torch.equal(found.col, expected.col)  # of a triangle empty
+    assert torch.equal(found.col, expected.col)  # empty for a triangle
 
 
 @pytest.mark.parametrize("bias", [-10.0, 0.0, 3.0])
@@ -76,7 +76,7 @@ def test_sums_of_softplus_are_precise(bias: float) -> None:
 
 @pytest.mark.parametrize("logit", [-40.0, 40.0, 1e4, -1e4])
 def test_extreme_sigmoids(logit: float) -> None:
-    """Weights near 0 keep their relative precision, and those near 1 do not pass it."""
+    """Weights near 0 keep their relative precision, and those near 1 do not exceed 1."""
     x, y = features(4, 4)
     bias = torch.tensor(logit, device=WHERE, requires_grad=True)
     siglip_loss(x, y, 1.0, bias, backend="triton", memory_budget=0).backward()
@@ -102,7 +102,7 @@ def test_scales_that_are_not_positive(scale: float, budget: int) -> None:
 @pytest.mark.parametrize("logit", [80.0, 88.0, 95.0, 100.0, 105.0, 200.0])
 @pytest.mark.parametrize("at", [3, 100], ids=["first tile", "last tile"])
 def test_one_logit_far_above_the_others(at: int, logit: float) -> None:
-    """Tiles whose references lie far apart: where the large logit is another row's, the small ones still count."""
+    """The references of tiles lie far apart: the small logits of rows without the large logit must still count."""
     n = 130
     x, y = torch.zeros(n, 2), torch.zeros(n, 2)
     x[5, 0], y[at, 0] = 1.0, 1.0  # S[5, at] = logit, all others 0
@@ -116,7 +116,7 @@ def test_one_logit_far_above_the_others(at: int, logit: float) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_below_the_diagonal_memory_holds_anything(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The forward of a triangle leaves out tiles that the backward reads: finite numbers there must not count."""
+    """The forward of a triangle leaves tiles unwritten that the backward reads; finite numbers there must not count."""
     monkeypatch.setattr(launch, "STATISTICS_BLOCK", (16384, 16384))
     monkeypatch.setattr(launch, "GRADIENT_BLOCK", (16384, 16384))
     n = 150
@@ -126,10 +126,10 @@ def test_below_the_diagonal_memory_holds_anything(dtype: torch.dtype, monkeypatc
     upstream, needs = Upstream(None, g, None), Needs(True, True, False, False)
     spec = spec._replace(kept_rows=n)
     saved = launch.forward(spec, x, x)
-    exponentials = n * storage.padded(n)  # behind them float32 references, of which half may look like a bfloat16 NaN
+    exponentials = n * storage.padded(n)  # float32 references follow, half of which may look like a bfloat16 NaN
     references = saved.kept[exponentials:].view(torch.float32)
     unwritten = torch.cat((saved.kept[:exponentials].isnan(), references.isnan().repeat_interleave(2)))
-    assert unwritten.any()  # conftest.py's poison
+    assert unwritten.any()  # by poisoned_memory in conftest.py
     expected, found = (
         launch.backward(spec, x, x, saved._replace(kept=saved.kept.masked_fill(unwritten, value)), upstream, needs)
         for value in (0.0, 1.0)
@@ -141,7 +141,7 @@ def test_below_the_diagonal_memory_holds_anything(dtype: torch.dtype, monkeypatc
 @pytest.mark.parametrize("budget", [0, 10**9])
 @pytest.mark.parametrize("scale", [1e7, 1e12])
 def test_logits_larger_than_their_roundings(scale: float, budget: int) -> None:
-    """Where a rounding of a logit is many powers of 2, one exponential for a tile would overflow."""
+    """If rounding a logit changes its exponential by many powers of 2, one reference for a tile would overflow."""
     x, y = features(70, 90)
     leaves = [t.clone().requires_grad_() for t in (x, y)]
     stats = contrastive_stats(*leaves, scale, backend="triton", memory_budget=budget)

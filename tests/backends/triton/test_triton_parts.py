@@ -1,4 +1,4 @@
-"""Parts of the Triton backend that need no kernel, or one alone."""
+"""Parts of the Triton backend that need at most one kernel."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_rows_too_long_to_keep_cost_nothing() -> None:
 
 
 def test_kept_blocks_lie_apart() -> None:
-    """Values and references of all blocks are different memory, also where the buffer is for more rows."""
+    """Values and references of all blocks have memory of their own, also if the buffer is made for more rows."""
     n, rows = 300, 512
     shape, dtype = storage.layout(rows + 70, n, torch.bfloat16)
     kept = storage.KeptRows(torch.zeros(shape, dtype=dtype), rows, n, exact=False)
@@ -62,7 +62,7 @@ def test_kept_blocks_lie_apart() -> None:
 
 @pytest.mark.parametrize("m", [3, 7, 1000])
 def test_the_mean_is_taken_in_float64(m: int) -> None:
-    """1 / M as float32 would cost 3e-8."""
+    """Rounding 1 / M to float32 would be a relative error of 3e-8."""
     name = "triton"
     if (reason := dispatch.BACKENDS[name].unavailable()) is not None:
         pytest.skip(reason)
@@ -77,7 +77,7 @@ def test_the_mean_is_taken_in_float64(m: int) -> None:
 
 
 def test_no_kernel_calls_itself() -> None:
-    """Triton 3.4 does not end compiling one that does."""
+    """Triton 3.4 never finishes compiling a kernel that calls itself."""
     folder = ROOT / "fused_contrastive/backends/triton"
     functions = 0
     for file in folder.glob("*.py"):

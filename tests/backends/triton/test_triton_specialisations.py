@@ -1,6 +1,6 @@
-"""The batch size is no compile-time constant: a hundred different N compile each kernel a handful of times.
+"""The batch size is not a compile-time constant: a hundred different N compile each kernel a handful of times.
 
-Without a GPU: a driver that knows only its architecture, and kernels that are compiled but not launched.
+No GPU is needed: the driver knows only its architecture, and kernels are compiled but not launched.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""float32 features multiplied as tf32: rounded to nearest, once, wherever the matrix units would cut them off."""
+"""float32 features multiplied as tf32: rounded to nearest, once, wherever the matrix units would truncate them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def tf32_allowed() -> Iterator[None]:
 
 @pytest.mark.usefixtures("tf32_allowed")
 def test_max_sim_multiplies_rounded_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a GPU: the scores are those of rounded tokens, the gradients sums of the tokens as they are."""
+    """As on a GPU, the scores are those of rounded tokens, and the gradients are sums of unrounded tokens."""
     if (reason := dispatch.BACKENDS["triton"].unavailable()) is not None or torch.cuda.is_available():
         pytest.skip(f"needs Triton's interpreter: {reason}")
 

@@ -1,4 +1,4 @@
-"""FUSED_CONTRASTIVE_AUTOTUNE=1: measures, says what it chose, and remembers it on disk. Under Triton's interpreter."""
+"""FUSED_CONTRASTIVE_AUTOTUNE=1 measures, reports its choice and stores it on disk. Kernels are interpreted."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_tunes_once_and_remembers(tmp_path: Path) -> None:
 
 @pytest.fixture
 def tune(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
-    """The module of that name, where the last candidate is always the fastest and nothing was warned of yet."""
+    """The module ``tune``, with the last candidate always the fastest, no cache yet and no warning given yet."""
     pytest.importorskip("triton")
     from fused_contrastive.backends.triton import tune
 
@@ -73,7 +73,7 @@ def trial_of(tune: Any, kernel: str = "statistics") -> Any:
 
 
 def tuned(tune: Any, kernel: str = "statistics") -> configs.Config:
-    """As another process would find it."""
+    """The configuration that another process would choose."""
     tune._tuned.cache_clear()
     chosen = tune._tuned(trial_of(tune, kernel), None)
     assert chosen == trial_of(tune, kernel).candidates[-1]
@@ -180,7 +180,7 @@ def test_a_full_disk(tune: Any, recwarn: pytest.WarningsRecorder, monkeypatch: p
 def test_without_a_home_folder(
     tune: Any, tmp_path: Path, recwarn: pytest.WarningsRecorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As in a container, under a user's number that it does not know."""
+    """As in a container whose user id is not in its list of users."""
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setattr(os.path, "expanduser", lambda path: path)
     monkeypatch.chdir(tmp_path)

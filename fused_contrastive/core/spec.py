@@ -43,8 +43,9 @@ class StatsSpec(NamedTuple):
 
 FIELDS = get_type_hints(StatsSpec)
 TENSORS = tuple(name for name, kind in FIELDS.items() if kind in (Tensor, Tensor | None))
-OF_ROWS = ("targets", "row_ids")  # fields with an element for each row
-OF_COLS = ("col_bias", "col_ids")  # fields with an element for each column
+# The tensors with one element for each row, and for each column, with their dtypes; None is any floating dtype.
+OF_ROWS: dict[str, torch.dtype | None] = {"targets": torch.int64, "row_ids": torch.int64}
+OF_COLS: dict[str, torch.dtype | None] = {"col_bias": None, "col_ids": torch.int64}
 
 
 class Forward(NamedTuple):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fused_contrastive.core import checks, forks
-from fused_contrastive.core.spec import EqualIds, Forward, Statistic, StatsSpec, Upstream
+from fused_contrastive.core.spec import OF_COLS, OF_ROWS, EqualIds, Forward, Statistic, StatsSpec, Upstream
 from fused_contrastive.core.tokens import MaxSimForward, MaxSimUpstream
 from fused_contrastive.ops import dispatch
 
@@ -23,10 +23,11 @@ def stats(x: Tensor, y: Tensor, spec: StatsSpec, backend: str) -> None:
     _vector("scale", spec.scale, (), x)
     if spec.targets is None and m > n:
         raise ValueError(f"targets: got None for M = {m} rows and N = {n} columns, expected targets because M > N")
-    _vector("targets", spec.targets, (m,), x, torch.int64)
-    _vector("row_ids", spec.row_ids, (m,), x, torch.int64)
-    _vector("col_ids", spec.col_ids, (n,), x, torch.int64)
-    _vector("col_bias", spec.col_bias, (n,) if spec.col_bias is None or spec.col_bias.dim() else (), x)
+    for size, tensors in ((m, OF_ROWS), (n, OF_COLS)):
+        for name, dtype in tensors.items():
+            t = getattr(spec, name)
+            one_bias = name == "col_bias" and t is not None and t.dim() == 0
+            _vector(name, t, () if one_bias else (size,), x, dtype)
     if (spec.row_ids is None) != (spec.col_ids is None):
         raise ValueError("row_ids, col_ids: got only one of them, expected both or neither")
     checks.one_of("equal_ids", spec.equal_ids, get_args(EqualIds))

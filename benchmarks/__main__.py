@@ -19,7 +19,7 @@ from benchmarks.implementations import REGISTRY
 from benchmarks.provenance import line, provenance
 from benchmarks.run import broken_ours, candidates, run_suite
 from benchmarks.suites import SUITES, Suite
-from benchmarks.workloads import DTYPES, WORKLOADS, Problem
+from benchmarks.workloads import DTYPES, WORKLOADS, BenchProblem
 from fused_contrastive.core.errors import InputError
 
 FILTERS = {"losses": "loss", "n": "n", "d": "d", "dtype": "dtype"}  # option -> field of the problem
@@ -57,7 +57,7 @@ def chosen(options: argparse.Namespace) -> Suite:
     only = tuple(name for name in named if not suite.only or name in suite.only)
     asked = {field: values for flag, field in FILTERS.items() if (values := getattr(options, flag)) is not None}
 
-    def left(problem: Problem) -> bool:
+    def left(problem: BenchProblem) -> bool:
         fits = all(getattr(problem, field) in values for field, values in asked.items())
         return fits and bool(only or not named) and any(candidates(problem, only))
 

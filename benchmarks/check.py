@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.implementations import Implementation
-from benchmarks.workloads import PER_LABEL, WORKLOADS, Loss, Problem
+from benchmarks.workloads import PER_LABEL, WORKLOADS, BenchProblem, Loss
 from fused_contrastive.core.budget import allowed
 
 CHECKED = 4096**2  # similarities of the largest problem that is checked: its float64 truth writes the matrix many times
@@ -17,7 +17,7 @@ CHECKED = 4096**2  # similarities of the largest problem that is checked: its fl
 Results = dict[str, Tensor]  # "loss", and for each input's name its gradient
 
 
-def small_enough(problem: Problem) -> Problem:
+def small_enough(problem: BenchProblem) -> BenchProblem:
     """The problem, or one with its rows halved until it is small enough to check; groups of one label stay whole."""
     m, _, n = WORKLOADS[problem.loss].unit(problem)
     if m * n <= CHECKED or problem.n == 1:
@@ -35,7 +35,7 @@ def evaluate(loss: Loss, leaves: dict[str, Tensor]) -> Results:
 class Truth:
     """A problem's tensors with the float64 results, and how far eager PyTorch's are from them."""
 
-    def __init__(self, problem: Problem) -> None:
+    def __init__(self, problem: BenchProblem) -> None:
         torch.manual_seed(0)
         work = WORKLOADS[problem.loss]
         self.leaves = work.inputs(problem)
@@ -73,7 +73,7 @@ last_truth = functools.lru_cache(maxsize=1)(Truth)  # implementations of one pro
 
 
 @functools.cache
-def wrong(implementation: Implementation, problem: Problem) -> str | None:
+def wrong(implementation: Implementation, problem: BenchProblem) -> str | None:
     """Says what is wrong with an implementation, once for all problems that are checked at one size."""
     truth = last_truth(problem)
     return truth.wrong(evaluate(implementation.load(problem), truth.leaves), implementation.no_gradient)

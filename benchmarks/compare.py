@@ -13,13 +13,13 @@ from typing import NamedTuple
 from benchmarks.provenance import line
 from benchmarks.report import Report, load, table
 from benchmarks.timing import quantile
-from benchmarks.workloads import Problem, problem_of
+from benchmarks.workloads import BenchProblem, problem_of
 from fused_contrastive.core.errors import InputError
 
 TOLERANCE = 0.15  # half of the slowdown of 30% that should be found, which leaves as much room for noise
 FEWEST = 5  # rounds that a row must have to be compared
 NOT_OURS_TO_KEEP_FAST = "ours, backend=reference"  # its slowdown is no failure: much of its time is page faults
-Key = tuple[Problem, str]  # problem, name of the implementation
+Key = tuple[BenchProblem, str]  # problem, name of the implementation
 
 
 class Change(NamedTuple):

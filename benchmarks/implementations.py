@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.workloads import TEMPERATURE, WORKLOADS, Loss, Problem, rows
+from benchmarks.workloads import TEMPERATURE, WORKLOADS, BenchProblem, Loss, rows
 from fused_contrastive.core.memory import total_memory
 
-Load = Callable[[Problem], Loss]
+Load = Callable[[BenchProblem], Loss]
 INTERPRETER = "interpreter"  # Triton's interpreter counts as a device
 
 
@@ -77,7 +77,7 @@ def named(loss: str, name: str) -> Implementation:
     raise ValueError(f"implementation: got {name!r} for {loss!r}, expected one of {known}")
 
 
-def reason_not_to(implementation: Implementation, problem: Problem) -> str | None:
+def reason_not_to(implementation: Implementation, problem: BenchProblem) -> str | None:
     """Why an implementation is not tried on a problem, as far as that is known without importing it; None if it is."""
     devices = {problem.device, *([INTERPRETER] if interpreted() else [])}
     if devices.isdisjoint(implementation.devices):
@@ -92,7 +92,7 @@ def reason_not_to(implementation: Implementation, problem: Problem) -> str | Non
     return None
 
 
-def load(implementation: Implementation, problem: Problem) -> Loss:
+def load(implementation: Implementation, problem: BenchProblem) -> Loss:
     """The loss, as a function of the workload's tensors. Raises: CannotRunError."""
     if (why := reason_not_to(implementation, problem)) is not None:
         raise CannotRunError(why)
@@ -102,7 +102,7 @@ def load(implementation: Implementation, problem: Problem) -> Loss:
         raise CannotRunError(f"cannot be imported: {error}") from error
 
 
-def _ours(problem: Problem, **options: Any) -> Loss:
+def _ours(problem: BenchProblem, **options: Any) -> Loss:
     if interpreted() and problem.device == "cpu":
         options.setdefault("backend", "triton")
     return functools.partial(WORKLOADS[problem.loss].ours, **options)
@@ -121,12 +121,12 @@ register("ours, backend=reference", "max_sim", ours=True, largest=64)(_reference
 
 
 @register("eager", *WORKLOADS, matrices=5)
-def _(problem: Problem) -> Loss:
+def _(problem: BenchProblem) -> Loss:
     return WORKLOADS[problem.loss].eager
 
 
 @register("torch.compile(eager)", *WORKLOADS, matrices=3, compiled=True)
-def _(problem: Problem) -> Loss:
+def _(problem: BenchProblem) -> Loss:
     return torch.compile(WORKLOADS[problem.loss].eager, dynamic=False)
 
 
@@ -154,10 +154,10 @@ def _linear_cross_entropy() -> CrossEntropy:
 
 
 @register("2 x F.linear_cross_entropy", "clip")
-def _(_: Problem) -> Loss:
+def _(_: BenchProblem) -> Loss:
     return clip_by(_linear_cross_entropy())
 
 
 @register("F.linear_cross_entropy", "info_nce")
-def _(_: Problem) -> Loss:
+def _(_: BenchProblem) -> Loss:
     return info_nce_by(_linear_cross_entropy())

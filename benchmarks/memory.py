@@ -20,7 +20,7 @@ import torch
 
 from benchmarks import peers  # noqa: F401  puts the libraries into the registry
 from benchmarks.implementations import CannotRunError, Implementation, failure, load, named
-from benchmarks.workloads import WORKLOADS, Problem
+from benchmarks.workloads import WORKLOADS, BenchProblem
 
 ROOT = Path(__file__).parents[1]
 PEAK = Path("/proc/self/clear_refs")  # writing to it resets the peak
@@ -49,12 +49,12 @@ def rise(run: Callable[[], Any], device: str) -> tuple[int, Any]:
     return _resident("VmHWM") - start, result
 
 
-def extra_bytes(implementation: Implementation, problem: Problem) -> int:
+def extra_bytes(implementation: Implementation, problem: BenchProblem) -> int:
     """A call's extra bytes, measured in this process, which on a CPU should have run nothing else."""
     work = WORKLOADS[problem.loss]
     loss = implementation.load(problem)
 
-    def run(at: Problem) -> int:
+    def run(at: BenchProblem) -> int:
         leaves = list(work.inputs(at).values())
         x = leaves[0].detach().flatten(0, -2)
         torch.mm(x[:WARM_UP], x.T)  # the vendor's own buffers
@@ -65,7 +65,7 @@ def extra_bytes(implementation: Implementation, problem: Problem) -> int:
     return run(problem)
 
 
-def measure(implementation: Implementation, problem: Problem) -> dict[str, Any]:
+def measure(implementation: Implementation, problem: BenchProblem) -> dict[str, Any]:
     """A row's "extra_bytes", or its "status". Raises: CannotRunError."""
     if problem.device == "cpu" and not os.access(PEAK, os.W_OK):
         raise CannotRunError(f"resident memory is measured by Linux's {PEAK}")
@@ -83,7 +83,7 @@ def measure(implementation: Implementation, problem: Problem) -> dict[str, Any]:
     return found
 
 
-def main(problem: Problem, name: str) -> dict[str, Any]:
+def main(problem: BenchProblem, name: str) -> dict[str, Any]:
     """What ``measure`` runs in a process of its own."""
     try:
         return {"extra_bytes": extra_bytes(named(problem.loss, name), problem)}
@@ -92,4 +92,4 @@ def main(problem: Problem, name: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(main(Problem(**json.loads(sys.argv[1])), sys.argv[2])))
+    print(json.dumps(main(BenchProblem(**json.loads(sys.argv[1])), sys.argv[2])))

@@ -27,7 +27,7 @@ from benchmarks.implementations import (
     info_nce_by,
     register,
 )
-from benchmarks.workloads import SCALE, TEMPERATURE, Loss, Problem, labels, scores_loss
+from benchmarks.workloads import SCALE, TEMPERATURE, BenchProblem, Loss, labels, scores_loss
 
 GPU = ("cuda",)
 
@@ -73,30 +73,30 @@ def _forget(library: str) -> None:
 
 
 @register("open_clip ClipLoss", "clip", matrices=5)
-def _(_: Problem) -> Loss:
+def _(_: BenchProblem) -> Loss:
     return module_alone("open_clip.loss").ClipLoss()
 
 
 @register("open_clip SigLipLoss", "siglip", matrices=4)
-def _(_: Problem) -> Loss:
+def _(_: BenchProblem) -> Loss:
     loss = module_alone("open_clip.loss").SigLipLoss()
     return lambda x, y, scale: loss(x, y, scale, -scale / 2)
 
 
 @register("lightly NTXentLoss", "nt_xent", matrices=5)
-def _(_: Problem) -> Loss:
+def _(_: BenchProblem) -> Loss:
     return module_alone("lightly.loss.ntx_ent_loss").NTXentLoss(temperature=TEMPERATURE)
 
 
 @register("pytorch-metric-learning NTXentLoss", "nt_xent", largest=256, why_largest="takes the cube of N")
-def _(_: Problem) -> Loss:
+def _(_: BenchProblem) -> Loss:
     from pytorch_metric_learning.losses import NTXentLoss, SelfSupervisedLoss
 
     return SelfSupervisedLoss(NTXentLoss(temperature=TEMPERATURE))
 
 
 @register("pytorch-metric-learning SupConLoss", "supcon", matrices=6)
-def _(_: Problem) -> Loss:
+def _(_: BenchProblem) -> Loss:
     from pytorch_metric_learning.losses import SupConLoss
 
     loss = SupConLoss(temperature=TEMPERATURE)
@@ -104,21 +104,21 @@ def _(_: Problem) -> Loss:
 
 
 @register("info-nce-pytorch", "info_nce", matrices=5)
-def _(_: Problem) -> Loss:
+def _(_: BenchProblem) -> Loss:
     from info_nce import info_nce
 
     return lambda x, y: info_nce(x, y, temperature=TEMPERATURE)
 
 
 @register("sentence-transformers MultipleNegativesRankingLoss", "info_nce", matrices=5)
-def _(_: Problem) -> Loss:
+def _(_: BenchProblem) -> Loss:
     from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 
     loss = MultipleNegativesRankingLoss(torch.nn.Identity(), scale=SCALE)
     return lambda x, y: loss.compute_loss_from_embeddings([x, y], None)
 
 
-def _cut_cross_entropy(problem: Problem) -> CrossEntropy:
+def _cut_cross_entropy(problem: BenchProblem) -> CrossEntropy:
     """On a GPU, its kernels without gradient filtering, which are exact; elsewhere, its torch.compile version."""
     from cut_cross_entropy import linear_cross_entropy
 
@@ -128,24 +128,24 @@ def _cut_cross_entropy(problem: Problem) -> CrossEntropy:
 
 
 @register("2 x cut_cross_entropy", "clip", matrices=3, compiled=True)
-def _(problem: Problem) -> Loss:
+def _(problem: BenchProblem) -> Loss:
     return clip_by(_cut_cross_entropy(problem))
 
 
 @register("cut_cross_entropy", "info_nce", matrices=3, compiled=True)
-def _(problem: Problem) -> Loss:
+def _(problem: BenchProblem) -> Loss:
     return info_nce_by(_cut_cross_entropy(problem))
 
 
 @register("2 x liger_kernel", "clip", devices=(*GPU, INTERPRETER))
-def _(_: Problem) -> Loss:
+def _(_: BenchProblem) -> Loss:
     from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
     return clip_by(liger_fused_linear_cross_entropy)
 
 
 @register("inf_cl", "clip", devices=GPU)
-def _(problem: Problem) -> Loss:
+def _(problem: BenchProblem) -> Loss:
     from inf_cl import cal_inf_loss
 
     parts = [part for part in (32, 64, 128, 256) if problem.d % part == 0]
@@ -160,7 +160,7 @@ def _(problem: Problem) -> Loss:
 
 
 @register("memeff", "clip", devices=GPU, no_gradient=("scale",))
-def _(_: Problem) -> Loss:
+def _(_: BenchProblem) -> Loss:
     """It takes the temperature as a number, so the benchmark's is passed at construction: no call waits to read it."""
     os.environ.setdefault("MEMEFF_INPUT_PRECISION", "ieee")  # read when it is imported; its default is tf32
     from memeff import MemoryEfficientCLIPLoss
@@ -170,21 +170,21 @@ def _(_: Problem) -> Loss:
 
 
 @register("siglip_kernel", "siglip", devices=GPU)
-def _(_: Problem) -> Loss:
+def _(_: BenchProblem) -> Loss:
     from siglip_kernel import fused_siglip_loss
 
     return lambda x, y, scale: fused_siglip_loss(x, y, scale.log(), -scale / 2)
 
 
 @register("flash_maxsim", "max_sim", devices=GPU)
-def _(_: Problem) -> Loss:
+def _(_: BenchProblem) -> Loss:
     from flash_maxsim import flash_maxsim_batched_train
 
     return lambda x, y: scores_loss(flash_maxsim_batched_train(x, y))
 
 
 @register("late_interaction_kernels", "max_sim", devices=GPU)
-def _(_: Problem) -> Loss:
+def _(_: BenchProblem) -> Loss:
     from late_interaction_kernels import maxsim
 
     return lambda x, y: scores_loss(maxsim(x, y, backward="unified"))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.provenance import line
-from benchmarks.workloads import Problem, problem_of
+from benchmarks.workloads import BenchProblem, problem_of
 from fused_contrastive.core.errors import InputError
 
 LEAST = 1024  # rows: with fewer, much of the time is a call's overhead, which does not grow with N
@@ -66,7 +66,7 @@ def grids(rows: list[Row], title: str, quantity: str, cell: Callable[[Row], str]
 
 def standings(rows: list[Row]) -> list[list[str]]:
     """For each problem, the fastest implementation that is not ours, and its time divided by ours."""
-    by_problem: dict[Problem, list[Row]] = {}
+    by_problem: dict[BenchProblem, list[Row]] = {}
     for row in (row for row in rows if "both" in row):
         by_problem.setdefault(problem_of(row), []).append(row)
     lines = []

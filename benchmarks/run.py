@@ -21,7 +21,7 @@ from benchmarks.check import small_enough, wrong
 from benchmarks.implementations import REGISTRY, CannotRunError, Implementation, broken, failure, load
 from benchmarks.suites import Suite
 from benchmarks.timing import Rounds, Step, interleaved, product, quantile, step
-from benchmarks.workloads import WORKLOADS, Loss, Problem, problem_of
+from benchmarks.workloads import WORKLOADS, BenchProblem, Loss, problem_of
 
 KEPT = 60  # how many rounds of an implementation go into the report, for `compare`
 SLOW = 30.0  # an implementation whose call takes more seconds is not timed
@@ -29,7 +29,7 @@ SLOW = 30.0  # an implementation whose call takes more seconds is not timed
 Row = dict[str, Any]  # a problem's fields, "implementation", "ours", "status"; if that is "ok", what was measured
 
 
-def candidates(problem: Problem, only: tuple[str, ...]) -> Iterator[tuple[Implementation, Row]]:
+def candidates(problem: BenchProblem, only: tuple[str, ...]) -> Iterator[tuple[Implementation, Row]]:
     for one in REGISTRY:
         if one.loss == problem.loss and (not only or one.name in only):
             yield one, {**asdict(problem), "implementation": one.name, "ours": one.ours}
@@ -67,7 +67,7 @@ def forget_shapes() -> None:
         torch._dynamo.reset()
 
 
-def time_problem(problem: Problem, only: tuple[str, ...], seconds: float, fewest: int) -> list[Row]:
+def time_problem(problem: BenchProblem, only: tuple[str, ...], seconds: float, fewest: int) -> list[Row]:
     """Rows of all implementations: checked, called once, and then timed in turns for so many seconds and rounds."""
     torch.manual_seed(0)
     forget_shapes()
@@ -89,7 +89,7 @@ def time_problem(problem: Problem, only: tuple[str, ...], seconds: float, fewest
     return list(rows.values())
 
 
-def check(implementation: Implementation, problem: Problem, losses: dict[str, Loss]) -> Row:
+def check(implementation: Implementation, problem: BenchProblem, losses: dict[str, Loss]) -> Row:
     """Checks an implementation; if it is right, its loss goes into ``losses``."""
     loss = load(implementation, problem)
     if (why := wrong(implementation, small_enough(problem))) is not None:
@@ -110,7 +110,7 @@ def first_call(name: str, loss: Loss, leaves: dict[str, Tensor], device: str, st
     return {}
 
 
-def figures(problem: Problem, rounds: Rounds, name: str) -> Row:
+def figures(problem: BenchProblem, rounds: Rounds, name: str) -> Row:
     """Medians and quantiles in u, and a sample of the rounds."""
     u = statistics.median(rounds.u)
     forward, backward = ([times[k] for times in rounds.times[name]] for k in (0, 1))
@@ -136,7 +136,7 @@ def figures(problem: Problem, rounds: Rounds, name: str) -> Row:
     }
 
 
-def measure_memory(problem: Problem, only: tuple[str, ...]) -> list[Row]:
+def measure_memory(problem: BenchProblem, only: tuple[str, ...]) -> list[Row]:
     """Rows of all implementations, with the bytes that a step takes besides inputs and gradients."""
     rows = []
     for implementation, row in candidates(problem, only):
@@ -148,7 +148,7 @@ def measure_memory(problem: Problem, only: tuple[str, ...]) -> list[Row]:
 def run_suite(suite: Suite, say: Callable[[str], None], keep: Callable[[list[Row]], None]) -> list[Row]:
     """Rows of all timed problems and of all measured memory. ``keep`` gets the rows so far, whenever there are more."""
     started = time.monotonic()
-    work: list[tuple[Problem, str, Callable[[], list[Row]]]] = []
+    work: list[tuple[BenchProblem, str, Callable[[], list[Row]]]] = []
     for problem, seconds in suite.timed:
         work.append((problem, "time", partial(time_problem, problem, suite.only, seconds, suite.fewest)))
     work += [(problem, "memory", partial(measure_memory, problem, suite.only)) for problem in suite.memory]

@@ -6,29 +6,29 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from benchmarks.compare import FEWEST
-from benchmarks.workloads import Problem
+from benchmarks.workloads import BenchProblem
 
 
 class Suite(NamedTuple):
     """Problems with the seconds that each is timed for, and problems whose memory is measured."""
 
-    timed: list[tuple[Problem, float]]
-    memory: list[Problem]
+    timed: list[tuple[BenchProblem, float]]
+    memory: list[BenchProblem]
     only: tuple[str, ...] = ()  # implementations; empty: all
     fewest: int = FEWEST  # rounds of each timed problem, even if they take longer than its seconds
 
     @property
-    def problems(self) -> list[Problem]:
+    def problems(self) -> list[BenchProblem]:
         return [*(problem for problem, _ in self.timed), *self.memory]
 
 
 def _each(
     losses: Sequence[str], sizes: Sequence[int], d: int, dtypes: Sequence[str] = ("fp32",), device: str = "cpu"
-) -> list[Problem]:
-    return [Problem(loss, n, d, dtype, device) for loss in losses for dtype in dtypes for n in sizes]
+) -> list[BenchProblem]:
+    return [BenchProblem(loss, n, d, dtype, device) for loss in losses for dtype in dtypes for n in sizes]
 
 
-def _seconds(problems: list[Problem], seconds: float) -> list[tuple[Problem, float]]:
+def _seconds(problems: list[BenchProblem], seconds: float) -> list[tuple[BenchProblem, float]]:
     return [(problem, seconds) for problem in problems]
 
 
@@ -56,7 +56,7 @@ def cpu() -> Suite:
     ]
     weighed = [*_each(["clip"], [1024, 4096, 8192], 512), *_each(MATRIX[1:], [4096], 512)]
     weighed += _each(["clip"], [4096], 512, ["bf16"])
-    return Suite(timed, [*weighed, Problem("max_sim", 256, 128)])
+    return Suite(timed, [*weighed, BenchProblem("max_sim", 256, 128)])
 
 
 def memory() -> Suite:
@@ -84,14 +84,14 @@ def gpu_table() -> Suite:
 
 def million() -> Suite:
     """One batch whose N x N matrix no GPU could hold."""
-    problems = [Problem("clip", 1_048_576, 512, "bf16", "cuda")]
+    problems = [BenchProblem("clip", 1_048_576, 512, "bf16", "cuda")]
     return Suite(_seconds(problems, 0), problems, only=("ours, memory_budget=0",), fewest=2)
 
 
 def toy() -> Suite:
     """Sizes for Triton's interpreter (TRITON_INTERPRET=1), which runs the GPU kernels where there is no GPU."""
     timed = _seconds(_each(["clip"], [65], 33, ["bf16"]), 0) + _seconds(_each(["nt_xent", "siglip"], [64], 20), 0)
-    return Suite(timed, [Problem("clip", 65, 33)], fewest=2)
+    return Suite(timed, [BenchProblem("clip", 65, 33)], fewest=2)
 
 
 SUITES = {

@@ -19,20 +19,20 @@ from benchmarks import peers  # noqa: F401  puts the libraries into the registry
 from benchmarks.check import small_enough, wrong
 from benchmarks.implementations import REGISTRY, CannotRunError, Implementation, load
 from benchmarks.timing import step
-from benchmarks.workloads import WORKLOADS, Problem
+from benchmarks.workloads import WORKLOADS, BenchProblem
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SIZES = (128, 1024) if DEVICE == "cpu" else (1024, 8192)
 LOSSES = ("clip", "info_nce", "nt_xent", "siglip", "supcon")
-PROBLEMS = [Problem(loss, n, 512, device=DEVICE) for loss in LOSSES for n in SIZES]
-PROBLEMS.append(Problem("max_sim", 64, 128, device=DEVICE))
+PROBLEMS = [BenchProblem(loss, n, 512, device=DEVICE) for loss in LOSSES for n in SIZES]
+PROBLEMS.append(BenchProblem("max_sim", 64, 128, device=DEVICE))
 CASES = [(problem, i) for problem in PROBLEMS for i in REGISTRY if i.loss == problem.loss]
 
 
 @pytest.mark.parametrize(
     ("problem", "implementation"), CASES, ids=[f"{problem}: {i.name}" for problem, i in CASES]
 )  # fmt: skip
-def test_loss(benchmark: Any, problem: Problem, implementation: Implementation) -> None:
+def test_loss(benchmark: Any, problem: BenchProblem, implementation: Implementation) -> None:
     torch._dynamo.reset()
     try:
         loss = load(implementation, problem)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.implementations import failure
-from benchmarks.workloads import WORKLOADS, Loss, Problem
+from benchmarks.workloads import WORKLOADS, BenchProblem, Loss
 
 AHEAD = 4_000_000  # clocks that the GPU waits, about 2 ms, while the host queues what is timed
 FITS = 16 * 2**30  # a larger product, in bytes, is made in parts
@@ -53,7 +53,7 @@ class Watch:
         return [a.elapsed_time(b) / 1e3 for a, b in pairs]
 
 
-def product(problem: Problem) -> Callable[[], float]:
+def product(problem: BenchProblem) -> Callable[[], float]:
     """A function that returns the seconds of one u, the vendor's product of all similarities."""
     m, k, n = WORKLOADS[problem.loss].unit(problem)
     parts = max(1, -(-m * n * problem.torch_dtype.itemsize // FITS))

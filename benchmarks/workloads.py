@@ -26,7 +26,7 @@ PER_LABEL = 4  # samples with one label, for SupCon
 
 
 @dataclass(frozen=True)
-class Problem:
+class BenchProblem:
     """One loss at one size. ``n`` is the number of rows of its matrix of similarities, for NT-Xent of both views."""
 
     loss: str
@@ -43,52 +43,52 @@ class Problem:
         return DTYPES[self.dtype]
 
 
-def problem_of(row: dict[str, Any]) -> Problem:
+def problem_of(row: dict[str, Any]) -> BenchProblem:
     """The problem of a report's row."""
-    return Problem(**{field.name: row[field.name] for field in fields(Problem)})
+    return BenchProblem(**{field.name: row[field.name] for field in fields(BenchProblem)})
 
 
 @dataclass(frozen=True)
 class Workload:
     """One loss, in several implementations, with its inputs."""
 
-    inputs: Callable[[Problem], dict[str, Tensor]]  # the tensors that get gradients, by name
+    inputs: Callable[[BenchProblem], dict[str, Tensor]]  # the tensors that get gradients, by name
     ours: Loss  # takes the loss's own options too
     eager: Loss
     truth: Loss  # for float64 inputs, written independently of ours and of eager
-    unit: Callable[[Problem], tuple[int, int, int]]  # (M, K, N) of the product (M, K) by (K, N) that is its unit u
+    unit: Callable[[BenchProblem], tuple[int, int, int]]  # (M, K, N) of the product (M, K) by (K, N) that is its unit u
     slack: float = 0.0  # relative error that a gradient may have beyond the budget
 
 
-def _features(problem: Problem, normalize: bool, **shapes: tuple[int, ...]) -> dict[str, Tensor]:
+def _features(problem: BenchProblem, normalize: bool, **shapes: tuple[int, ...]) -> dict[str, Tensor]:
     """Leaves of these shapes, with D as their last size."""
     leaves = {name: torch.randn(*shape, problem.d, device=problem.device) for name, shape in shapes.items()}
     units = {name: F.normalize(x, dim=-1) if normalize else x for name, x in leaves.items()}
     return {name: x.to(problem.torch_dtype).requires_grad_() for name, x in units.items()}
 
 
-def _pair(problem: Problem) -> dict[str, Tensor]:
+def _pair(problem: BenchProblem) -> dict[str, Tensor]:
     return _features(problem, False, x=(problem.n,), y=(problem.n,))
 
 
-def _unit_pair_and_scale(problem: Problem) -> dict[str, Tensor]:
+def _unit_pair_and_scale(problem: BenchProblem) -> dict[str, Tensor]:
     scale = torch.tensor(SCALE, device=problem.device, requires_grad=True)
     return {**_features(problem, True, x=(problem.n,), y=(problem.n,)), "scale": scale}
 
 
-def _two_views(problem: Problem) -> dict[str, Tensor]:
+def _two_views(problem: BenchProblem) -> dict[str, Tensor]:
     return _features(problem, False, x=(problem.n // 2,), y=(problem.n // 2,))
 
 
-def _one_set(problem: Problem) -> dict[str, Tensor]:
+def _one_set(problem: BenchProblem) -> dict[str, Tensor]:
     return _features(problem, False, x=(problem.n,))
 
 
-def _tokens(problem: Problem) -> dict[str, Tensor]:
+def _tokens(problem: BenchProblem) -> dict[str, Tensor]:
     return _features(problem, True, x=(problem.n, T), y=(problem.n, P))
 
 
-def _square(problem: Problem) -> tuple[int, int, int]:
+def _square(problem: BenchProblem) -> tuple[int, int, int]:
     return problem.n, problem.d, problem.n
 
 

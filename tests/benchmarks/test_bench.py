@@ -13,15 +13,15 @@ import torch
 from benchmarks import check, report, run, suites, timing
 from benchmarks.check import Truth
 from benchmarks.implementations import Implementation, named
-from benchmarks.workloads import WORKLOADS, Problem
+from benchmarks.workloads import WORKLOADS, BenchProblem
 
 pytestmark = pytest.mark.usefixtures("not_interpreted")
 
-SMALL = {loss: Problem(loss, 16 if loss == "max_sim" else 48, 24) for loss in WORKLOADS}
+SMALL = {loss: BenchProblem(loss, 16 if loss == "max_sim" else 48, 24) for loss in WORKLOADS}
 CLIP, SIGLIP = SMALL["clip"], SMALL["siglip"]
 
 
-def timed(*problems: Problem, say: Callable[[str], None] = lambda text: None) -> list[run.Row]:
+def timed(*problems: BenchProblem, say: Callable[[str], None] = lambda text: None) -> list[run.Row]:
     return run.run_suite(suites.Suite([(problem, 0.0) for problem in problems], []), say, lambda rows: None)
 
 
@@ -68,10 +68,10 @@ def test_a_known_lack_of_a_gradient_is_allowed() -> None:
 
 def test_large_problems_are_checked_once_at_a_smaller_size(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(check, "CHECKED", 48 * 48)
-    assert check.small_enough(Problem("clip", 48, 24)) == Problem("clip", 48, 24)
-    assert check.small_enough(Problem("clip", 192, 24)) == Problem("clip", 48, 24)
-    assert check.small_enough(Problem("max_sim", 16, 24)).n == 1  # 32 x 49 tokens for each pair
-    assert check.small_enough(Problem("supcon", 98, 24)).n == 48  # 49 would leave the last one without a positive
+    assert check.small_enough(BenchProblem("clip", 48, 24)) == BenchProblem("clip", 48, 24)
+    assert check.small_enough(BenchProblem("clip", 192, 24)) == BenchProblem("clip", 48, 24)
+    assert check.small_enough(BenchProblem("max_sim", 16, 24)).n == 1  # 32 x 49 tokens for each pair
+    assert check.small_enough(BenchProblem("supcon", 98, 24)).n == 48  # 49 would leave the last one without a positive
     sizes: list[int] = []
     real = Truth.wrong
 
@@ -81,7 +81,7 @@ def test_large_problems_are_checked_once_at_a_smaller_size(monkeypatch: pytest.M
 
     monkeypatch.setattr(Truth, "wrong", wrong)
     monkeypatch.setattr(run, "REGISTRY", [loading(WORKLOADS["clip"].eager, "once")])
-    assert [row["status"] for row in timed(*(Problem("clip", n, 24) for n in (48, 96, 192, 20)))] == ["ok"] * 4
+    assert [row["status"] for row in timed(*(BenchProblem("clip", n, 24) for n in (48, 96, 192, 20)))] == ["ok"] * 4
     assert sizes == [48, 20]
 
 
@@ -132,7 +132,7 @@ def test_ours_failing_is_a_row_and_the_run_goes_on(
 
 
 def test_a_peer_that_cannot_run_is_a_row_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing(problem: Problem) -> Any:
+    def missing(problem: BenchProblem) -> Any:
         raise ImportError("No module named 'elsewhere'")
 
     fails = raising(NotImplementedError("no such kernel"))

@@ -17,7 +17,7 @@ from benchmarks import __main__ as command
 from benchmarks import implementations, peers, plots, run, suites
 from benchmarks.__main__ import chosen, main, parse
 from benchmarks.implementations import named
-from benchmarks.workloads import Problem
+from benchmarks.workloads import BenchProblem
 from fused_contrastive.core.errors import InputError
 
 pytestmark = pytest.mark.usefixtures("not_interpreted")
@@ -66,7 +66,7 @@ def test_filters_leave_what_was_asked(monkeypatch: pytest.MonkeyPatch) -> None:
         *("--suite", "gpu", "--losses", "clip", "siglip", "--n", "4096", "16384", "--d", "512", "--dtype", "bf16"),
         *("--implementations", "ours", "siglip_kernel"),
     )
-    asked = [Problem(loss, n, 512, "bf16", "cuda") for loss in ("clip", "siglip") for n in (4096, 16384)]
+    asked = [BenchProblem(loss, n, 512, "bf16", "cuda") for loss in ("clip", "siglip") for n in (4096, 16384)]
     assert [problem for problem, _ in only.timed] == only.memory == asked
     assert only.only == ("ours", "siglip_kernel")
     only = filtered("--suite", "gpu", "--implementations", "siglip_kernel")
@@ -92,7 +92,7 @@ def test_what_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 
 def test_an_interrupted_run_leaves_the_earlier_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What it had measured is written to another file. A report's name may have dots in it."""
-    monkeypatch.setitem(suites.SUITES, "quick", lambda: suites.Suite([(Problem("clip", 48, 24), 0.0)], []))
+    monkeypatch.setitem(suites.SUITES, "quick", lambda: suites.Suite([(BenchProblem("clip", 48, 24), 0.0)], []))
     monkeypatch.setattr(run, "REGISTRY", [named("clip", "ours")])
     arguments, path = ["--out", str(tmp_path), "--name", "v0.1.2"], tmp_path / "v0.1.2.json"
     assert main(arguments) == 0
@@ -120,7 +120,7 @@ def test_the_exit_status_is_ours(
     wrong = implementations.Implementation(
         "broken", "clip", lambda problem: lambda x, y, scale: (x + y).sum() * scale, ours=of_ours
     )
-    monkeypatch.setitem(suites.SUITES, "quick", lambda: suites.Suite([(Problem("clip", 48, 24), 0.0)], []))
+    monkeypatch.setitem(suites.SUITES, "quick", lambda: suites.Suite([(BenchProblem("clip", 48, 24), 0.0)], []))
     monkeypatch.setattr(run, "REGISTRY", [wrong, named("clip", "ours")])
     assert main(["--out", str(tmp_path)]) == (1 if of_ours else 0)
     statuses = [row["status"] for row in json.loads((tmp_path / "quick.json").read_text())["rows"]]

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from benchmarks.__main__ import main
-from benchmarks.workloads import Problem
+from benchmarks.workloads import BenchProblem
 
 
 def made_up(
@@ -26,7 +26,7 @@ def made_up(
             rounds = [
                 (1 + drift) * factor * 3 * draw.gauss(1, 0.05) * (2 if draw.random() < 0.1 else 1) for _ in range(25)
             ]
-            row = {**asdict(Problem("clip", n, 512)), "implementation": one, "ours": is_ours, "status": "ok"}
+            row = {**asdict(BenchProblem("clip", n, 512)), "implementation": one, "ours": is_ours, "status": "ok"}
             rows.append({**row, "rounds": rounds, "u_rounds": u, "u_seconds": 2e-3})
     return {"command": "", "provenance": {"machine": "made up"}, "rows": rows}
 

@@ -11,18 +11,18 @@ import pytest
 
 from benchmarks import memory, run
 from benchmarks.implementations import Implementation, named
-from benchmarks.workloads import Problem
+from benchmarks.workloads import BenchProblem
 
 pytestmark = [
     pytest.mark.usefixtures("not_interpreted"),
     pytest.mark.skipif(sys.platform != "linux", reason="resident memory is measured on Linux"),
 ]
-SMALL = Problem("clip", 48, 24)
+SMALL = BenchProblem("clip", 48, 24)
 
 
 def test_memory_sees_one_matrix() -> None:
     """Eager holds at least two N x N matrices at N = 2048 (16 MB each), ours with budget 0 a block of one matrix."""
-    problem = Problem("clip", 2048, 16)
+    problem = BenchProblem("clip", 2048, 16)
     found = {name: memory.measure(named("clip", name), problem) for name in ("eager", "ours, memory_budget=0")}
     assert 32 * 2**20 < found["eager"]["extra_bytes"] < 160 * 2**20
     assert found["ours, memory_budget=0"]["extra_bytes"] < 32 * 2**20
@@ -44,7 +44,7 @@ def test_a_measurement_that_ends_early(command: list[str], status: str, monkeypa
 def test_ours_failing_is_a_row_and_the_others_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     """The process of the first implementation is told to load one that its registry does not have."""
 
-    def lost(problem: Problem) -> Any:
+    def lost(problem: BenchProblem) -> Any:
         raise RuntimeError("the GPU is lost")
 
     nobody = Implementation("nobody's", "clip", lambda problem: None, ours=True)  # type: ignore[arg-type, return-value]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fused_contrastive.backends.triton import backward as kernels
 from fused_contrastive.backends.triton import configs, device, launch, storage
-from fused_contrastive.backends.triton.problem import Block, Problem, cuts
+from fused_contrastive.backends.triton.problem import Block, Prepared, cuts
 from fused_contrastive.core.modes import second_backward
 from fused_contrastive.core.spec import TENSORS, Gradients, Needs, RowLoss, StatsSpec, summed_like
 from fused_contrastive.core.unit import unit_rows
@@ -79,7 +79,7 @@ def row_loss(spec: StatsSpec, x: Tensor, y: Tensor, loss: RowLoss) -> Tensor:
 class _Held:
     """Memory of a row of blocks. Each is a matrix of its own, so that offsets in a tile stay below 2^31 for any N."""
 
-    def __init__(self, p: Problem, x: Tensor, height: int, blocks: list[Block]) -> None:
+    def __init__(self, p: Prepared, x: Tensor, height: int, blocks: list[Block]) -> None:
         self.half, self.dtype = p.half, x.dtype
         exponentials = p.half and not p.softplus
         kept_dtype = torch.bfloat16 if exponentials else x.dtype
@@ -103,7 +103,7 @@ class _Held:
         return storage.Matrix(matrix.whole.view(self.dtype), matrix.width)
 
 
-def _rows_of_blocks(p: Problem) -> Iterator[list[Block]]:
+def _rows_of_blocks(p: Prepared) -> Iterator[list[Block]]:
     step = max(LEAST_TILES * configs.TILE, HELD_BYTES // (storage.padded(p.n) * p.dtype.itemsize))
     width = (launch.STATISTICS_BLOCK if p.half else launch.FLOAT32_BLOCK)[1]
     for row0, row1 in cuts(0, p.m, step):
@@ -135,7 +135,7 @@ def loss_and_gradients(spec: StatsSpec, x: Tensor, y: Tensor, loss: RowLoss, nee
 
 
 def _of_rows(spec: StatsSpec, x: Tensor, y: Tensor, asked: RowLoss, needs: Needs) -> tuple[Tensor, Gradients]:
-    p = Problem(spec._replace(kept_rows=0), x, y)
+    p = Prepared(spec._replace(kept_rows=0), x, y)
     top = launch.FP16_TOP if p.dtype == torch.float16 else 1.0
     pos, loss, g_pos = (x.new_empty(p.m, dtype=torch.float64) for _ in range(3))
     by_rows = needs.x or (needs.scale and not needs.y)

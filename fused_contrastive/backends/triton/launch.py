@@ -14,7 +14,7 @@ from fused_contrastive.backends.triton import backward as backward_kernels
 from fused_contrastive.backends.triton import configs, device, storage, tune
 from fused_contrastive.backends.triton import forward as forward_kernels
 from fused_contrastive.backends.triton import sigmoid as sigmoid_kernels
-from fused_contrastive.backends.triton.problem import Block, Problem, largest
+from fused_contrastive.backends.triton.problem import Block, Prepared, largest
 from fused_contrastive.core.spec import Forward, Gradients, Needs, StatsSpec, Upstream, summed_like
 
 # Blocks of S, (height, width): partial statistics of 2 x 17 MB; products of 128 MB; G of 512 MB in half precision.
@@ -31,7 +31,7 @@ FUSED = {"enable_fp_fusion": True}  # for kernels without a configuration; see C
 UNFUSED = {"enable_fp_fusion": False}
 
 
-def config(p: Problem, kernel: configs.Kernel) -> configs.Config:
+def config(p: Prepared, kernel: configs.Kernel) -> configs.Config:
     return tune.choose(p.device, p.source, kernel, p.dtype, p.d, _work)
 
 
@@ -59,7 +59,7 @@ class Direction:
 def forward(spec: StatsSpec, x: Tensor, y: Tensor) -> Forward:
     shape, dtype = storage.layout(spec.kept_rows, y.shape[0], x.dtype)
     buffer = x.new_empty(shape, dtype=dtype)
-    p = Problem(spec, x, y, buffer)
+    p = Prepared(spec, x, y, buffer)
     pos = x.new_empty(p.m, dtype=torch.float64)
     row, col = Direction(spec.want_row, p.m, x), Direction(spec.want_col or spec.upper, p.n, x)
     by_vendor = p.source == "gemm"
@@ -83,7 +83,7 @@ def forward(spec: StatsSpec, x: Tensor, y: Tensor) -> Forward:
 
 
 def block_statistics(
-    p: Problem, b: Block, gemm_products: storage.Matrix | None, kept: storage.Kept, pos: Tensor, row: Direction,
+    p: Prepared, b: Block, gemm_products: storage.Matrix | None, kept: storage.Kept, pos: Tensor, row: Direction,
     col: Direction, top: float = 1.0,
 ) -> None:  # fmt: skip
     """Adds a block's statistics to those of the blocks before it. Kept sigmoids are multiplied by ``top``."""
@@ -141,7 +141,7 @@ def add_product(out: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
 
 
 def block_of_weights(
-    p: Problem, b: Block, kept: storage.Kept, rows: backward_kernels.Direction | None,
+    p: Prepared, b: Block, kept: storage.Kept, rows: backward_kernels.Direction | None,
     cols: backward_kernels.Direction | None, out: storage.Matrix,
 ) -> None:  # fmt: skip
     """Writes G of a softmax, 0 at the positives, from what is kept of the block or from products made again.
@@ -174,7 +174,7 @@ def block_of_weights(
 
 
 def block_of_sigmoids(
-    p: Problem, b: Block, kept: storage.Kept, g_row: Tensor | None, largest: Tensor | None, top: float,
+    p: Prepared, b: Block, kept: storage.Kept, g_row: Tensor | None, largest: Tensor | None, top: float,
     out: storage.Matrix,
 ) -> None:  # fmt: skip
     """Writes G of the softplus reduction, times top / largest, as ``block_of_weights`` does for a softmax."""
@@ -194,7 +194,7 @@ def direction_of(size: int, like: Tensor) -> backward_kernels.Direction:
 
 
 def prepare(
-    p: Problem, row: Tensor, g_row: Tensor | None, rows: backward_kernels.Direction | None, col: Tensor | None,
+    p: Prepared, row: Tensor, g_row: Tensor | None, rows: backward_kernels.Direction | None, col: Tensor | None,
     g_col: Tensor | None, cols: backward_kernels.Direction | None, largest: Tensor | None, top: float,
 ) -> None:  # fmt: skip
     """Fills the Directions from the normalisers and from their gradients times top / largest."""
@@ -205,7 +205,7 @@ def prepare(
 
 
 def finish(
-    p: Problem, grad: Tensor, out: Tensor | None, own: Tensor, other: Tensor, g_pos: Tensor | None,
+    p: Prepared, grad: Tensor, out: Tensor | None, own: Tensor, other: Tensor, g_pos: Tensor | None,
     targets: Tensor | None, first: int, paired: int, largest: Tensor | None, top: float, dots: list[Tensor] | None,
 ) -> None:  # fmt: skip
     """Writes ``grad``'s rows, the problem's from ``first`` on, to ``out`` as gradients of the features.
@@ -224,7 +224,7 @@ def finish(
         dots.append(parts)
 
 
-def add_positives(p: Problem, dy: Tensor, dbias: Tensor | None, g_pos: Tensor) -> bool:
+def add_positives(p: Prepared, dy: Tensor, dbias: Tensor | None, g_pos: Tensor) -> bool:
     """Adds the positives' part to ``dbias`` and, if rows have targets, to ``dy``, the sums over the negatives.
 
     Returns whether ``finish`` has yet to add it to ``dy``, as it does without targets.
@@ -247,7 +247,7 @@ def add_positives(p: Problem, dy: Tensor, dbias: Tensor | None, g_pos: Tensor) -
 class _Backward:
     """What the steps of one backward share."""
 
-    def __init__(self, p: Problem, saved: Forward, upstream: Upstream, needs: Needs) -> None:
+    def __init__(self, p: Prepared, saved: Forward, upstream: Upstream, needs: Needs) -> None:
         self.p, self.needs = p, needs
         self.g_pos, g_row, g_col = (None if g is None else g.contiguous() for g in upstream)
         self.by_rows = needs.x or (needs.scale and not needs.y)  # dscale is formed with dx, or else with dy
@@ -289,7 +289,7 @@ def backward(spec: StatsSpec, x: Tensor, y: Tensor, saved: Forward, upstream: Up
         return both._replace(x=both.x + both.y, y=None)
     if spec.upper:  # the lower triangle's pairs are the columns of the upper one
         saved, upstream = saved._replace(col=saved.row), upstream._replace(col=upstream.row)
-    p = Problem(spec, x, y, saved.kept)
+    p = Prepared(spec, x, y, saved.kept)
     gx = x.new_empty(p.m, p.d) if needs.x else None
     gy = y.new_empty(p.n, p.d) if needs.y else None
     with device.current(x.device):
@@ -350,7 +350,7 @@ def _work(trial: tune.Trial) -> Callable[[], object]:
         return lambda: forward(spec, x, y)
     saved = forward(spec, x, y)
     g = torch.full((size,), 1 / size, dtype=torch.float64, device=where)
-    p = Problem(spec, x, y, saved.kept)
+    p = Prepared(spec, x, y, saved.kept)
     run = _Backward(p, saved, Upstream(None, g, g), Needs(True, True, True, False))
     block = p.blocks(*(GRADIENT_BLOCK if p.half else FLOAT32_BLOCK))[0]
     room = storage.scratch(x, block.height, block.width, x.dtype)

@@ -65,7 +65,7 @@ def token_block(t: int, rows: int) -> int:
     return min(max(16, 1 << (t - 1).bit_length()), rows)
 
 
-class _Problem:
+class _Prepared:
     """Arguments that all launches of one problem share."""
 
     def __init__(self, spec: TokenSpec, x: Tensor, y: Tensor) -> None:
@@ -125,7 +125,7 @@ class _Problem:
 
 
 def forward(spec: TokenSpec, x: Tensor, y: Tensor) -> MaxSimForward:
-    p = _Problem(spec, x, y)
+    p = _Prepared(spec, x, y)
     x_sums = x.new_empty(p.m, p.n, dtype=torch.float32)
     y_sums = x.new_empty((p.m, p.n) if spec.both else (0, 0), dtype=torch.float32)
     argmax_x, argmax_y = argmaxima(spec.kept_rows, x, y, spec.both)
@@ -141,7 +141,7 @@ def forward(spec: TokenSpec, x: Tensor, y: Tensor) -> MaxSimForward:
 def backward(
     spec: TokenSpec, x: Tensor, y: Tensor, saved: MaxSimForward, upstream: MaxSimUpstream, needs: tuple[bool, bool]
 ) -> tuple[Tensor | None, Tensor | None]:
-    p = _Problem(spec, x, y)
+    p = _Prepared(spec, x, y)
     dx, dy = (
         torch.zeros(t.shape, dtype=torch.float32, device=x.device) if asked else None
         for t, asked in zip((x, y), needs, strict=True)
@@ -162,7 +162,7 @@ def backward(
 
 
 def _add(
-    p: _Problem, begin: int, end: int, g_x: Tensor | None, g_y: Tensor | None, argmax_x: Tensor, argmax_y: Tensor,
+    p: _Prepared, begin: int, end: int, g_x: Tensor | None, g_y: Tensor | None, argmax_x: Tensor, argmax_y: Tensor,
     dx: Tensor | None, dy: Tensor | None,
 ) -> None:  # fmt: skip
     """Adds the part of items [begin, end) of x to dx and dy.

@@ -109,7 +109,7 @@ def multiplied(x: Tensor, y: Tensor, source: configs.Source, on: device.Device) 
     return aligned(x), aligned(y)
 
 
-class Problem:
+class Prepared:
     """Arguments that all launches of one problem share."""
 
     def __init__(self, spec: StatsSpec, x: Tensor, y: Tensor, kept_buffer: Tensor | None = None) -> None:

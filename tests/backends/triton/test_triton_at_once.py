@@ -115,7 +115,7 @@ def test_a_scaled_float16_loss_is_scaled_at_the_end() -> None:
 def test_rows_of_blocks_are_whole_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """If y is long, fewer rows are held at once, but at least four of the largest tiles, and all rows are covered."""
     x = torch.zeros(5000, 4, dtype=torch.bfloat16, device=where())
-    problem = launch.Problem(fc.core.spec.StatsSpec(torch.tensor(1.0)), x, x[:300])
+    problem = launch.Prepared(fc.core.spec.StatsSpec(torch.tensor(1.0)), x, x[:300])
     monkeypatch.setattr(at_once, "HELD_BYTES", 2**20)
     rows = [blocks[0].rows for blocks in at_once._rows_of_blocks(problem)]
     assert rows[0].start == 0

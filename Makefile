@@ -33,11 +33,13 @@ $(BIN)/.fused_contrastive-%: setup.py pyproject.toml $(wildcard csrc/*/*) | $(BI
 demo: $(BIN)/.fused_contrastive-demo ## train a small CLIP on emoji and their names with the fused loss, beside eager
 	$(BIN)/python examples/emoji_clip.py
 
+# Two files of tests at a time, or up to four where there are more cores: a worker keeps a file's fixtures.
+PARALLEL := -n auto --maxprocesses 4 --dist loadfile
 test: $(BIN)/.fused_contrastive-test ## run the tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
 
 test-full: $(BIN)/.fused_contrastive-test ## run every case of the tests, which `make test` takes a choice of; an hour
-	$(BIN)/python -m pytest --full
+	$(BIN)/python -m pytest $(PARALLEL) --full
 
 MINUTES ?= 5
 fuzz: $(BIN)/.fused_contrastive-test ## random arguments and random problems for MINUTES minutes; prints what it finds

@@ -124,7 +124,9 @@ def late_interaction(source: str, tokens: int, masked: bool) -> None:
     max_sim_launch.backward(spec, x, y, saved, upstream, (masked, True))
 
 
-def measure(architectures: list[str], kinds: list[str], sources: list[str]) -> Iterator[dict[str, Any]]:
+def measure(
+    architectures: list[str], kinds: list[str], sources: list[str], every_option: list[bool]
+) -> Iterator[dict[str, Any]]:
     compiled = compile_only()
     for arch in architectures:
         pretend(arch)
@@ -132,9 +134,9 @@ def measure(architectures: list[str], kinds: list[str], sources: list[str]) -> I
             if (arch, source) == ("gfx942", "tf32"):
                 continue
             if "statistics" in kinds:
-                for every_option in (False, True) if source == "half" else (False,):
-                    statistics(source, every_option)
-                    yield from rows(compiled, arch, source, "every" if every_option else "none")
+                for every in every_option if source == "half" else [False]:
+                    statistics(source, every)
+                    yield from rows(compiled, arch, source, "every" if every else "none")
             if "max_sim" in kinds:  # 32: FILIP's and ColBERT's queries; 128: an item fills a tile; 200: it needs two
                 for tokens, masked in ((32, False), (32, True), (128, True), (200, True)):
                     late_interaction(source, tokens, masked)
@@ -241,8 +243,9 @@ def main() -> None:
     parser.add_argument("--arch", nargs="+", choices=list(TARGETS), default=list(TARGETS))
     parser.add_argument("--kind", nargs="+", choices=("statistics", "max_sim"), default=["statistics"])
     parser.add_argument("--source", nargs="+", choices=SOURCES, default=list(SOURCES))
+    parser.add_argument("--plain", action="store_true", help="leave out the kernels with every option")
     options = parser.parse_args()
-    found = list(measure(options.arch, options.kind, options.source))
+    found = list(measure(options.arch, options.kind, options.source, [False] if options.plain else [False, True]))
     print(json.dumps(found) if options.json else markdown(found), end="")
 
 

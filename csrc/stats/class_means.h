@@ -51,14 +51,17 @@ class ClassMeans {
     return rows;
   }
 
-  // Returns the mean logit of row i's positives. If it is +inf it becomes NaN, as the logit of a single positive does.
+  // Returns the mean logit of row i's positives. What overflows T is infinite, as it would be in a tile; +inf becomes
+  // NaN, as the logit of a single positive does.
   double logit(int64_t i, double scale) const {
     std::vector<T> scratch;
     const T *row = features_.wide_row(i, scratch), *sum = sums_.data() + class_of_[i] * features_.d;
     double dot = 0;
     for (int64_t j = 0; j < features_.d; ++j) dot += static_cast<double>(row[j]) * static_cast<double>(sum[j] - row[j]);
     const double mean = scale * dot / static_cast<double>(positives(i));
-    return mean == std::numeric_limits<double>::infinity() ? std::nan("") : mean;
+    constexpr double kMax = std::numeric_limits<T>::max();
+    if (mean > kMax) return std::nan("");
+    return mean < -kMax ? -std::numeric_limits<double>::infinity() : mean;
   }
 
   // Adds `factor` times the mean of the row's positives to row i of `grad`, for each row that has any.

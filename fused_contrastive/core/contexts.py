@@ -26,10 +26,12 @@ class Scoped(Generic[T]):
     """
 
     def __init__(self, name: str) -> None:
-        # torch.compile cannot trace a ContextVar, but guards on this: whether any context has an entry.
+        # torch.compile cannot trace a ContextVar, but guards on these: whether any context has an entry, and the value
+        # of the newest one.
         self.anywhere = False
+        self.newest: T | None = None
         self._here: ContextVar[tuple[Entry[T], ...]] = ContextVar(name, default=())
-        self._open: set[Entry[T]] = set()
+        self._open: dict[Entry[T], None] = {}  # in the order of their beginnings
         self._lock = threading.Lock()
 
     @property
@@ -48,17 +50,21 @@ class Scoped(Generic[T]):
     def add(self, value: T) -> Entry[T]:
         entry = Entry(value)
         with self._lock:
-            self._open.add(entry)
-            self.anywhere = True
+            self._open[entry] = None
+            self._note()
         self._here.set((*self.entries, entry))
         return entry
 
     def remove(self, entry: Entry[T]) -> None:
         """Closes an entry, in whichever contexts it is."""
         with self._lock:
-            self._open.discard(entry)
-            self.anywhere = bool(self._open)
+            self._open.pop(entry, None)
+            self._note()
         self._here.set(self.entries)
+
+    def _note(self) -> None:
+        self.anywhere = bool(self._open)
+        self.newest = next(reversed(self._open)).value if self._open else None
 
     @contextmanager
     def without_last(self) -> Iterator[None]:

@@ -37,21 +37,16 @@ class Forced:
 
 
 _forced: Scoped[Forced] = Scoped("fused_contrastive forced backends")
-# torch.compile cannot trace a ContextVar, so that a trace takes the newest block of any context.
-_when_traced: Forced | None = None
 
 
 @contextmanager
 def using(backend: str) -> Iterator[Forced]:
     """In this block, every call of this context uses this backend, whichever it names. For verification."""
-    global _when_traced
     checks.one_of("backend", backend, tuple(BACKENDS))
     entry = _forced.add(Forced(backend))
-    before, _when_traced = _when_traced, entry.value
     try:
         yield entry.value
     finally:
-        _when_traced = before
         _forced.remove(entry)
 
 
@@ -71,10 +66,10 @@ def forced() -> str | None:
 def resolve(name: str, device: torch.device, dtype: torch.dtype) -> BackendName:
     """The backend that ``name`` ("auto" included) means for features of ``dtype`` on ``device``."""
     checks.one_of("backend", name, ("auto", *BACKENDS))
-    if torch.compiler.is_compiling():
-        if _when_traced is not None:
-            _when_traced.calls += 1
-            name = _when_traced.backend
+    if torch.compiler.is_compiling():  # a trace takes the newest block of any context
+        if (newest := _forced.newest) is not None:
+            newest.calls += 1
+            name = newest.backend
     elif _forced.anywhere:
         name = forced() or name
     chosen = name

@@ -25,7 +25,7 @@ def assert_within_budget(case: Case, backend: str) -> None:
         assert deviation.share <= 1, f"{case}: {deviation}"
 
 
-@pytest.mark.thinned("loss option", "loss dtype")
+@pytest.mark.thinned("loss option", "loss dtype", everywhere=True)
 @pytest.mark.parametrize(("loss", "option"), OPTIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_budget(loss: str, option: str, dtype: torch.dtype, backend: str, seed: int) -> None:

@@ -26,7 +26,7 @@ def assert_within_budget(case: Case, backend: str) -> None:
         assert deviation.share <= 1, f"{case}: {deviation}"
 
 
-@pytest.mark.thinned("m n d option", "option dtype")
+@pytest.mark.thinned("m n d option", "option dtype", everywhere=True)
 @pytest.mark.parametrize("option", PRIMITIVES["contrastive_stats"].options)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("backend", "m", "n", "d"), PAIRS, indirect=["backend"])
@@ -35,7 +35,7 @@ def test_stats(m: int, n: int, d: int, dtype: torch.dtype, option: str, backend:
         assert_within_budget(Case("contrastive_stats", option, Sizes(n, d, dtype, scale, m=m), seed), backend)
 
 
-@pytest.mark.thinned
+@pytest.mark.thinned(everywhere=True)
 @pytest.mark.parametrize("option", LOSSES["clip"].options)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("n", "d", "scale"), [(2, 3, 1000.0), (7, 64, 14.3), (257, 3, 100.0), (1100, 16, 14.3)])

@@ -145,6 +145,16 @@ def test_blocks_of_two_threads_are_apart() -> None:
     assert counted == {3: 4, 5: 5}
 
 
+def test_blocks_that_end_in_the_order_of_their_beginnings() -> None:
+    """Neither decides the backend of what is compiled afterwards."""
+    first, second = dispatch.using("reference"), dispatch.using("reference")
+    entries = [first.__enter__(), second.__enter__()]
+    first.__exit__(None, None, None)
+    second.__exit__(None, None, None)
+    torch.compile(loss, backend="eager")()
+    assert [entry.calls for entry in entries] == [0, 0]
+
+
 def test_one_check_of_many_threads_counts_them_all(switching: None) -> None:
     check = fc.verify_against_reference(every=20)
     inside = threading.Barrier(4, timeout=60)

@@ -18,7 +18,7 @@ from fused_contrastive.testing.registry import Sizes
 
 LEVELS = ["baseline", "avx2", "avx512", "avx512_bf16", "amx_bf16"]
 ASKED = "FUSED_CONTRASTIVE_CPU_LEVEL"
-FOLDERS = [ROOT / "tests" / name for name in ("ops", "losses", "testing", "backends/cpp")]
+FILES = [path for path in (ROOT / "tests").glob("*/**/test_*.py") if "mark.every_level" in path.read_text()]
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -27,7 +27,7 @@ def test_lower_levels_pass_the_same_tests(level: str, seed: int) -> None:
         pytest.skip(f"this CPU has {cpp.vector_level()}, which the other tests use")
     environment = {**os.environ, ASKED: level, "FUSED_CONTRASTIVE_TEST_SEED": str(seed)}
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "every_level"]
-    command += ["-k", "not reference and not triton", *FOLDERS]
+    command += ["-k", "not reference and not triton", *FILES]
     result = subprocess.run(
         command, capture_output=True, text=True, timeout=processes.HANGS, env=environment, cwd=ROOT
     )  # fmt: skip

@@ -264,16 +264,16 @@ def train_simclr(loss: str, size: Size, seed: int) -> Run:
 
 TRAININGS = {
     "transformers": Training(
-        "transformers: a small CLIP", "CLIPModel", "emoji and their names", "a picture its name among the names",
+        "transformers: a small CLIP", "CLIPModel", "emoji and their names", "a picture's name among all names",
         train_clip, Size(100, 256), Size(8, 64, 64),
     ),
     "sentence-transformers": Training(
         "sentence-transformers: MiniLM", "MultipleNegativesRankingLoss", "English and German names of emoji",
-        "a German name the English one among the English ones", train_sentences, Size(40, 64), Size(6, 16, 16),
+        "a German name's translation among all English names", train_sentences, Size(40, 64), Size(6, 16, 16),
     ),
     "lightly": Training(
         "lightly: SimCLR", "NTXentLoss", "pictures of emoji, augmented twice",
-        "one view of a picture the other among the others", train_simclr, Size(60, 256), Size(10, 64, 64),
+        "a picture's second view among all second views", train_simclr, Size(60, 256), Size(10, 64, 64),
         has_float64=True,
     ),
 }  # fmt: skip

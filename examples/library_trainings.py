@@ -117,7 +117,7 @@ def report(comparisons: dict[str, Comparison], chosen: argparse.Namespace) -> st
 The losses round differently in float32, and the weights carry that from step to step; how far is up to the model.
 "Library in float64" is lightly's own loss, computed in float64 and otherwise the same, against itself in float32.
 
-Held out are a tenth of the pairs or pictures, and recall@1 is the share that finds its own: {held_out}.
+Held out are a tenth of the pairs or pictures, and recall@1 is the share whose match is ranked first: {held_out}.
 """
 
 

@@ -41,7 +41,7 @@ struct OnceDifferentiable : torch::autograd::Function<OnceDifferentiable> {
   }
   static variable_list backward(AutogradContext*, const variable_list&) {
     TORCH_CHECK(false,
-                "fused_contrastive: double backward is not supported (the gradients' own gradient was asked, for "
+                "fused_contrastive: double backward is not supported (a gradient of the gradients was requested, for "
                 "example by create_graph=True or a gradient penalty); use the eager formula for that term");
   }
 };

@@ -85,7 +85,7 @@ class Gradients(NamedTuple):
 
 
 class RowLoss(NamedTuple):
-    """A loss that is a sum over rows, or over rows and columns: what ``Backend.loss_and_gradients`` computes.
+    """A loss that is a sum over rows, or over rows and columns: what ``Backend.row_loss`` computes.
 
     With z the normaliser of a row or column minus its positive's logit, plus the margin, it is the sum of
     ``weight * softplus(z)``, or of ``weight * z`` if decoupled. For the softplus statistic it is the sum of

@@ -19,7 +19,7 @@ def run(
     Returns the exit status: 1 if for one of them neither "gather" nor "ring" fits, else 0.
     """
     head = (
-        f"per GPU, forward + backward, D = {dim}, {itemsize} bytes a feature; taken for granted: "
+        f"per GPU, forward + backward, D = {dim}, {itemsize} bytes a feature; assumed: "
         f"{machine.flops / 1e12:g} TFLOP/s, {machine.bandwidth / 1e9:g} GB/s sent, {machine.memory / 1e9:g} GB free"
     )
     rows, short = [], False

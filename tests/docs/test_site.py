@@ -23,7 +23,7 @@ from snippets import ROOT
 for package in ("mkdocs", "material", "mkdocstrings", "mathjax"):
     pytest.importorskip(package, reason=f"the site is built with {package}: pip install .[docs]")
 
-PAGES = ("", "calls/", "api/losses/", "benchmark/", "mathematics/", "cost/", "triton-configurations/", "mutants/")
+PAGES = ("", "calls/", "api/losses/", "benchmark/", "mathematics/", "cost/", "triton-configurations/")
 WIDTHS = (1400, 420)
 HEIGHT = 900
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")

@@ -51,7 +51,7 @@ MUTANTS = [
         (f"{TESTS}/test_lightly.py",), "patch",
     ),
     Mutant(
-        "positional arguments", "of transformers' forward are lost",
+        "positional arguments", "transformers' forward loses them",
         f"{ADAPTERS}/transformers.py",
         "bound = signature.bind(self, *args, **options).arguments",
         "bound = signature.bind(self, **options).arguments",
@@ -100,14 +100,14 @@ MUTANTS = [
         (f"{TESTS}/test_x_clip_patched.py",),
     ),
     Mutant(
-        "own feature among the positives", "of pytorch-metric-learning's SupConLoss",
+        "own feature among the positives", "pytorch-metric-learning's SupConLoss counts it",
         f"{ADAPTERS}/pytorch_metric_learning.py",
         "sums = sums - wide[own]",
         "sums = sums - 0 * wide[own]",
         (f"{TESTS}/test_pytorch_metric_learning.py",),
     ),
     Mutant(
-        "own feature among NTXent's pairs", "of pytorch-metric-learning, where they are summed as they are made",
+        "own feature among NTXent's pairs", "pytorch-metric-learning's NTXentLoss counts it",
         f"{ADAPTERS}/pytorch_metric_learning.py",
         "own = None if self.own is None else self.own[chosen]",
         "own = None",

@@ -15,7 +15,7 @@ CPP = "cpp and (hand or float32 and (257-257 or 17-17 or 300-2 or 2101))"
 
 MUTANTS = [
     Mutant(
-        "last tile not merged", "of several tiles of a section, the last one's partial sums are left out",
+        "last tile not merged", "a section's last tile is left out of its partial sums",
         "csrc/stats/running_statistic.h",
         "for (int64_t p = 0; p < parts_; ++p) {",
         "for (int64_t p = 0; p < std::max<int64_t>(1, parts_ - 1); ++p) {",
@@ -92,7 +92,7 @@ MUTANTS = [
         (BUDGET,), "cpp",
     ),
     Mutant(
-        "parts of a sum overwritten", "of a long sum only the last part is left",
+        "parts of a sum overwritten", "only the last part of a long sum is left",
         "csrc/kernels/product.inl",
         "column, p.add || k > 0);",
         "column, p.add);",
@@ -106,7 +106,7 @@ MUTANTS = [
         (BUDGET,), "cpp",
     ),
     Mutant(
-        "transposed only in the corner", "of a panel that is transposed, the second half repeats the first",
+        "transposed only in the corner", "the second half of a transposed panel repeats the first",
         "csrc/kernels/product.inl",
         "transpose_square(b + half * n * b_row + done,",
         "transpose_square(b + done,",
@@ -120,7 +120,7 @@ MUTANTS = [
         (BUDGET,), "cpp and bfloat16",
     ),
     Mutant(
-        "a skipped tile counts", "of the upper triangle, what lies in the scratch of a skipped tile is multiplied",
+        "a skipped tile counts", "what lies in the scratch of a triangle's skipped tile is multiplied",
         "csrc/stats/tiling.h",
         "return {s.cols.begin + std::max<int64_t>(0, (first - s.cols.begin) / tile_cols_) * tile_cols_, s.cols.end};",
         "return s.cols;",
@@ -253,7 +253,7 @@ MUTANTS = [
         (f"{STATS}::test_gradients_of_megabytes_are_rounded_whole",), "",
     ),
     Mutant(
-        "gradients one over the other", "of two gradients that share memory the second is written over the first",
+        "gradients one over the other", "the second of two gradients that share memory is written over the first",
         "csrc/common/memory.cpp",
         "within(a, bytes_of(first), b.sizes(), b_dtype)",
         "within(a, 0, b.sizes(), b_dtype)",
@@ -302,14 +302,14 @@ MUTANTS = [
         (LOSSES,), "cpp and siglip and float32",
     ),
     Mutant(
-        "last of equal tokens", "of equal products the last one is the maximum",
+        "last of equal tokens", "the last of equal products is the maximum",
         "csrc/kernels/max_sim.inl",
         "const IntVec<T> higher = s > top[v];",
         "const IntVec<T> higher = s >= top[v];",
         (f"{MAX_SIM}::test_the_first_of_equal_tokens_gets_the_gradient", f"{MAX_SIM}::test_by_hand"), "cpp",
     ),
     Mutant(
-        "ties across lanes", "of equal products in two lanes, the first lane's wins",
+        "ties across lanes", "the first lane wins if two lanes have equal products",
         "csrc/kernels/max_sim.inl",
         "(s > top) | ((s == top) & (where < at))",
         "s > top",
@@ -330,7 +330,7 @@ MUTANTS = [
         (f"{MAX_SIM}::test_items_longer_than_a_block_of_the_cpp_backend",),
     ),
     Mutant(
-        "ties by the larger column", "of equal scores the later candidate comes first",
+        "ties by the larger column", "the later of two candidates with equal scores comes first",
         "csrc/ranking/ranking.cpp",
         "? a.column < b.column : b_nan",
         "? a.column > b.column : b_nan",
@@ -351,7 +351,7 @@ MUTANTS = [
         (f"{RANK}::test_target_ranks_with_ties",), "cpp",
     ),
     Mutant(
-        "one direction's gradient", "of two directions, the positive gets the last one's gradient",
+        "one direction's gradient", "the positive gets the gradient of the last direction only",
         "csrc/autograd/cross_entropy.cpp",
         "out_pos[i] -= out[i];",
         "out_pos[i] = -out[i];",

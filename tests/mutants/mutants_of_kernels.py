@@ -89,7 +89,7 @@ MUTANTS = [
         ("tests/backends/triton/test_triton_kernels.py::test_products_are_made_once_where_no_sum_is_lost",),
     ),
     Mutant(
-        "lowest is highest", "of each segment the lowest normaliser is taken for that of its highest",
+        "lowest is highest", "a segment's highest normaliser is taken for its lowest",
         f"{KERNELS}/backward.py",
         'tl.min(tl.where(high == float("-inf"), float("inf"), high))',
         "tl.max(high)",
@@ -117,7 +117,7 @@ MUTANTS = [
         (BUDGET,), HALF,
     ),
     Mutant(
-        "below the diagonal", "of a triangle, what lies in kept tiles that were never written counts",
+        "below the diagonal", "what lies in a triangle's kept tiles that were never written counts",
         f"{KERNELS}/backward.py",
         "[None, :], g, 0.0)",
         "[None, :], g, g)",
@@ -194,7 +194,7 @@ MUTANTS = [
         ("tests/backends/triton/test_triton_at_once.py::test_info_nce",),
     ),
     Mutant(
-        "one direction's gradient in kernels", "of two directions, the positive gets the last one's gradient",
+        "one direction's gradient in kernels", "the positive gets the gradient of the last direction only",
         f"{KERNELS}/loss_node.py",
         "to_pos -= slope",
         "to_pos = -slope",

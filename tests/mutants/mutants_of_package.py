@@ -25,7 +25,7 @@ MUTANTS = [
         ("tests/ops/test_stats.py::test_only_needed_gradients",), "cpp",
     ),
     Mutant(
-        "sign of the scale's gradient", "of the reference",
+        "sign of the scale's gradient", "the reference negates it",
         f"{PACKAGE}/backends/reference.py",
         "dscale = (x * dx).sum() if needs.scale",
         "dscale = -(x * dx).sum() if needs.scale",
@@ -60,7 +60,7 @@ MUTANTS = [
         (LOSSES,), f"{CPP} and nt_xent",
     ),
     Mutant(
-        "NT-Xent's other view", "of three views, the second positive is met twice",
+        "NT-Xent's other view", "the second positive of three views is met twice",
         f"{PACKAGE}/losses/nt_xent.py",
         "_other_view(k * n), _other_view(-k * n)",
         "_other_view(n), _other_view(-n)",
@@ -151,7 +151,7 @@ MUTANTS = [
         (WHOLE,), "3",
     ),
     Mutant(
-        "tie order of rank", "of equal scores the later candidate is ahead",
+        "tie order of rank", "the later of two candidates with equal scores is ahead",
         f"{PACKAGE}/core/order.py",
         "(tie & (columns < column))",
         "(tie & (columns > column))",
@@ -181,7 +181,7 @@ MUTANTS = [
          "tests/ops/test_stats.py::test_any_memory_budget_gives_the_same"), "cpp",
     ),
     Mutant(
-        "worst of the answers", "of several right answers, the one that stands last counts",
+        "worst of the answers", "the last of several right answers counts",
         f"{PACKAGE}/ops/ranking.py",
         "masked_fill(~is_number, -torch.inf).amax(dim=1)",
         "masked_fill(~is_number, torch.inf).amin(dim=1)",

@@ -33,8 +33,8 @@ $(BIN)/.fused_contrastive-%: setup.py pyproject.toml $(wildcard csrc/*/*) | $(BI
 demo: $(BIN)/.fused_contrastive-demo ## train a small CLIP on emoji and their names with the fused loss, beside eager
 	$(BIN)/python examples/emoji_clip.py
 
-# Two files of tests at a time, or up to four where there are more cores: a worker keeps a file's fixtures.
-PARALLEL := -n auto --maxprocesses 4 --dist loadfile
+# Three workers keep two cores busy: one of them often waits for processes that its test has started.
+PARALLEL := -n 3 --dist worksteal
 test: $(BIN)/.fused_contrastive-test ## run the tests
 	$(BIN)/python -m pytest $(PARALLEL)
 

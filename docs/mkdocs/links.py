@@ -22,8 +22,8 @@ PAGES = {
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
     "benchmarks/results/cpu.md": "benchmark.md",
+    "benchmarks/results/cpu-zen4.md": "benchmark-zen4.md",
     "benchmarks/results/cpu-zen5.md": "benchmark-zen5.md",
-    "benchmarks/results/cpu-intel-amx.md": "benchmark-intel-amx.md",
 }
 CALLS = "calls.md"
 MOVED = ("Which call is my training", "The losses")  # README's sections that are on CALLS and not on the home page

@@ -199,10 +199,8 @@ class FeatureGradients {
     if (!scale_by_rows_) dscale = dy_dot_;
     at::Tensor dbias = bias_.total();
     if (dbias.defined() && g) {
-      if (p_.targets)
-        dbias.index_add_(0, *p_.targets, pos->to(at::kDouble));
-      else
-        dbias.slice(0, 0, p_.x.rows).add_(*pos);
+      double* sums = dbias.mutable_data_ptr<double>();
+      for (int64_t i = 0; i < p_.x.rows; ++i) sums[p_.rule.target(i)] += static_cast<double>(g[i]);
     }
     if (needs_[0] && needs_[1])
       std::tie(grads[0], grads[1]) = converted(std::exchange(dx_, {}), std::exchange(dy_, {}), x_dtype, y_dtype);

@@ -107,35 +107,32 @@ LossAndGradients from_rows(const StatsProblem& problem, const RowLoss& loss, con
   return {losses.sum(), gradients.finish(g_pos, p.scalar_type(), p.scalar_type())};
 }
 
-// Returns the sum of one direction's losses. Writes their derivatives by the normalisers to `g_normaliser` and adds
-// their derivatives by the positives' logits to `g_pos`.
+// Adds one direction's losses to `losses` and their derivatives by the positives' logits to `g_pos`. Writes their
+// derivatives by the normalisers to `g_normaliser`.
 template <class T>
-double add_direction(const at::Tensor& normaliser, int64_t count, const T* pos, const RowLoss& loss, T* g_normaliser,
-                     T* g_pos) {
+void add_direction(const at::Tensor& normaliser, const at::Tensor& losses, const T* pos, const RowLoss& loss,
+                   T* g_normaliser, T* g_pos) {
   const double* value = normaliser.const_data_ptr<double>();
-  double sum = 0;
-  for (int64_t i = 0; i < count; ++i) {
+  double* sum = losses.mutable_data_ptr<double>();
+  for (int64_t i = 0; i < losses.numel(); ++i) {
     const WeightedTerm t = weighted_term(pos[i], value[i], false, loss);
-    sum += t.loss;
+    sum[i] += t.loss;
     g_normaliser[i] = static_cast<T>(t.g_normaliser);
     g_pos[i] += static_cast<T>(t.g_pos);
   }
-  return sum;
 }
 
-// Returns SupCon's loss, the weighted sum over rows of the log-sum-exp over all other rows minus the mean logit of the
-// row's class, and writes its derivatives by the log-sum-exps. A row that is alone in its class does not count.
+// Writes SupCon's losses, the weighted log-sum-exp over all other rows minus the mean logit of the row's class, and
+// their derivatives by the log-sum-exps. A row that is alone in its class does not count.
 template <class E, class T = SumType<E>>
-double add_classes(const ClassMeans<E>& classes, const at::Tensor& normaliser, double scale, double weight,
-                   T* g_normaliser) {
+void set_classes(const ClassMeans<E>& classes, const at::Tensor& normaliser, const at::Tensor& losses, double scale,
+                 double weight, T* g_normaliser) {
   const double* value = normaliser.const_data_ptr<double>();
-  double sum = 0;
-  for (int64_t i = 0; i < normaliser.numel(); ++i) {
+  for (int64_t i = 0; i < losses.numel(); ++i) {
     if (classes.positives(i) == 0) continue;
-    sum += weight * (value[i] - classes.logit(i, scale));
+    losses.mutable_data_ptr<double>()[i] = weight * (value[i] - classes.logit(i, scale));
     g_normaliser[i] = static_cast<T>(weight);
   }
-  return sum;
 }
 
 template <class E>
@@ -154,30 +151,30 @@ LossAndGradients from_kept_products(const StatsProblem& problem, const RowLoss& 
 
   const auto zeros = [&](int64_t size) { return at::zeros({size}, p.options()); };
   const at::Tensor g_row = zeros(m), row_value = stats.row_value(problem);
+  const at::Tensor losses = at::zeros({m}, at::kDouble);  // ATen sums them in pairs, so that roundings stay small
   const auto dtype = p.scalar_type();
-  const auto gradients = [&](double sum, const OptionalTensor& g_pos, const Direction<T>& row, const Direction<T>& col,
+  const auto gradients = [&](const OptionalTensor& g_pos, const Direction<T>& row, const Direction<T>& col,
                              const std::function<void(T*)>& add_more) {
-    return LossAndGradients{
-        at::scalar_tensor(sum, at::kDouble),
-        backward_pass<E>(p, tiling, products, m, g_pos, row, col, needs, dtype, dtype, interrupt, add_more)};
+    return LossAndGradients{losses.sum(), backward_pass<E>(p, tiling, products, m, g_pos, row, col, needs, dtype, dtype,
+                                                           interrupt, add_more)};
   };
   const Direction<T> row{Normaliser<T>(row_value), g_row};
   if (loss.labels) {
     const ClassMeans<E> classes(p.x, *loss.labels);
     const double weight =
         loss.over_counted ? 1 / static_cast<double>(std::max<int64_t>(1, classes.counted())) : loss.weight;
-    const double sum = add_classes<E>(classes, row_value, p.rule.scale, weight, g_row.mutable_data_ptr<T>());
+    set_classes<E>(classes, row_value, losses, p.rule.scale, weight, g_row.mutable_data_ptr<T>());
     const double factor = needs.joint ? -2 * weight : -weight;  // each pair of a class is in the loss of both its rows
-    return gradients(sum, std::nullopt, row, row, [&](T* dx) { classes.add_to(dx, factor); });
+    return gradients(std::nullopt, row, row, [&](T* dx) { classes.add_to(dx, factor); });
   }
   const at::Tensor g_pos = zeros(m);
   const T* pos = stats.pos.template const_data_ptr<T>();
   T* g_pos_data = g_pos.mutable_data_ptr<T>();
-  double sum = add_direction<T>(row_value, m, pos, loss, g_row.mutable_data_ptr<T>(), g_pos_data);
-  if (problem.upper) return gradients(sum, g_pos, row, row, {});  // the lower triangle's rows are the upper's columns
+  add_direction<T>(row_value, losses, pos, loss, g_row.mutable_data_ptr<T>(), g_pos_data);
+  if (problem.upper) return gradients(g_pos, row, row, {});  // the lower triangle's rows are the upper's columns
   const at::Tensor g_col = zeros(n), col_value = stats.col.value();
-  sum += add_direction<T>(col_value, m, pos, loss, g_col.mutable_data_ptr<T>(), g_pos_data);
-  return gradients(sum, g_pos, row, {Normaliser<T>(col_value), g_col}, {});
+  add_direction<T>(col_value, losses, pos, loss, g_col.mutable_data_ptr<T>(), g_pos_data);
+  return gradients(g_pos, row, {Normaliser<T>(col_value), g_col}, {});
 }
 
 }  // namespace

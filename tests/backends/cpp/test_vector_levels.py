@@ -48,21 +48,24 @@ def test_every_option_keeps_the_budget(seed: int) -> None:
 
 @pytest.mark.every_level
 @pytest.mark.parametrize(
-    ("n", "dtype", "variant", "scale"),
+    ("loss", "n", "dtype", "variant", "scale"),
     [
-        (257, torch.float32, "plain", 0.5),
-        (257, torch.float32, "plain", 1.0),
-        (257, torch.float32, "none", 1.0),
-        (257, torch.float64, "plain", 0.5),
-        (257, torch.float64, "none", 1.0),
-        (1500, torch.float32, "none", 1.0),
-        (2500, torch.float64, "plain", 1.0),
+        ("siglip", 257, torch.float32, "plain", 0.5),
+        ("siglip", 257, torch.float32, "plain", 1.0),
+        ("siglip", 257, torch.float32, "none", 1.0),
+        ("siglip", 257, torch.float64, "plain", 0.5),
+        ("siglip", 257, torch.float64, "none", 1.0),
+        ("siglip", 1500, torch.float32, "none", 1.0),
+        ("siglip", 2500, torch.float64, "plain", 1.0),
+        ("clip", 1001, torch.float64, "plain", 0.5),
+        ("nt_xent", 500, torch.float64, "plain", 0.5),
+        ("supcon", 1001, torch.float64, "out", 0.5),
     ],
     ids=str,
 )
-def test_sums_of_equal_terms(n: int, dtype: torch.dtype, variant: str, scale: float, seed: int) -> None:
+def test_sums_of_equal_terms(loss: str, n: int, dtype: torch.dtype, variant: str, scale: float, seed: int) -> None:
     """With D = 1 and normalised features S has two values, so that the rounding errors of a sum do not average out."""
-    case = Case("siglip", variant, Sizes(n, 1, dtype, scale), seed)
+    case = Case(loss, variant, Sizes(n, 1, dtype, scale), seed)
     for deviation in harness.deviations(case, "cpp"):
         assert deviation.share <= 1, f"{case}: {deviation}"
 

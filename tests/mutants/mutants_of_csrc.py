@@ -371,4 +371,11 @@ MUTANTS = [
         "if (!slab.memory || slab.bytes / 2 > bytes) {",
         (f"{STATS}::test_kept_products_of_problems_that_grow_and_shrink",),
     ),
+    Mutant(
+        "SupCon's own feature in C++", "a feature is among its own positives",
+        "csrc/stats/class_means.h",
+        "static_cast<double>(row[j]) * static_cast<double>(sum[j] - row[j]);",
+        "static_cast<double>(row[j]) * static_cast<double>(sum[j]);",
+        (LOSSES,), "cpp and float32 and supcon",
+    ),
 ]  # fmt: skip

@@ -92,7 +92,7 @@ MUTANTS = [
         f"{PACKAGE}/losses/supcon.py",
         "return terms.rows_at(sums, code) - part",
         "return terms.rows_at(sums, code)",
-        (LOSSES,), f"{CPP} and supcon",
+        (LOSSES,), "reference and float32 and supcon",
     ),
     Mutant(
         "margin's sign", "the margin helps the positive",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -357,20 +358,23 @@ def test_statistics_do_not_depend_on_threads() -> None:
         assert all(torch.equal(a, b) for a, b in zip(stats, found[0], strict=True))
 
 
-def test_only_needed_gradients(backend: str) -> None:
+@pytest.mark.parametrize("memory_budget", ["auto", 0])  # gradients formed in the forward, and in the backward
+def test_only_needed_gradients(memory_budget: Any, backend: str) -> None:
     x, y, scale = torch.randn(6, 4), torch.randn(6, 4), torch.tensor(2.0)
     full = [t.clone().requires_grad_() for t in (x, y, scale)]
-    expected = torch.autograd.grad(clip_loss(*full, backend=backend), full)
+    options = {"memory_budget": memory_budget, "backend": backend}
+    expected = torch.autograd.grad(clip_loss(*full, **options), full)
     for i in range(3):
         some = [t.clone().requires_grad_(i == j) for j, t in enumerate((x, y, scale))]
-        (gradient,) = torch.autograd.grad(clip_loss(*some, backend=backend), some[i])
+        (gradient,) = torch.autograd.grad(clip_loss(*some, **options), some[i])
         torch.testing.assert_close(gradient, expected[i])
 
 
-def test_scale_zero_has_a_gradient(backend: str) -> None:
+@pytest.mark.parametrize("memory_budget", ["auto", 0])
+def test_scale_zero_has_a_gradient(memory_budget: Any, backend: str) -> None:
     x, y = torch.randn(6, 4), torch.randn(6, 4)
     scale = torch.tensor(0.0, requires_grad=True)
-    clip_loss(x, y, scale, backend=backend).backward()
+    clip_loss(x, y, scale, memory_budget=memory_budget, backend=backend).backward()
     expected = (x @ y.T).mean() - (x * y).sum(dim=1).mean()  # uniform softmax
     torch.testing.assert_close(scale.grad, expected)
 

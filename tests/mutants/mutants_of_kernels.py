@@ -100,7 +100,7 @@ MUTANTS = [
         f"{KERNELS}/backward.py",
         "reference = tl.load(references + (i // CELL).to(tl.int64) * stride_references + j // CELL)",
         "reference = tl.load(references + (i // CELL).to(tl.int64) * stride_references)",
-        (BUDGET,), "triton and bfloat16-plain and (65-65 or 40-193)",
+        ("tests/ops/test_stats.py::test_small_weights_of_float16_features_do_not_vanish",), "triton",
     ),
     Mutant(
         "kept and far", "kept exponentials serve normalisers whose ratio float32 cannot hold",

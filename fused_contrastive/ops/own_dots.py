@@ -70,10 +70,10 @@ class _OwnDots(torch.autograd.Function):
             leaves = [t for t, needed in ((x, needs_x), (own, needs_own)) if needed]
             found = iter(torch.autograd.grad(_formula(x, own, mask, norms is not None), leaves, g, create_graph=True))
             return next(found) if needs_x else None, next(found) if needs_own else None, None, None
-        along = along_own = g  # the gradient of own_ik is this times x_i,
-        back = None  # with ``unit`` minus its component along own_ik
+        along = g if mask is None else g.masked_fill(~mask, 0)  # the gradient of own_ik is this times x_i,
+        along_own, back = along, None  # with ``unit`` minus its component along own_ik
         if norms is not None:
-            along, short = g / norms.clamp_min(LEAST_NORM), norms < LEAST_NORM
+            along, short = along / norms.clamp_min(LEAST_NORM), norms < LEAST_NORM
             along_own = along.masked_fill(short, 0)
             back = (along * dots / norms).masked_fill(short, 0).unsqueeze(2)
         dx = torch.empty_like(x) if needs_x else None

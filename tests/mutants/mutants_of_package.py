@@ -197,9 +197,9 @@ MUTANTS = [
     Mutant(
         "fillers have a gradient", "what fills up a query's own negatives passes a gradient on",
         f"{PACKAGE}/ops/own_dots.py",
-        "part_gradient.masked_fill_(~mask[rows].unsqueeze(2), 0)",
-        "pass",
-        ("tests/ops/test_own_negatives.py::test_derivatives",),
+        "g if mask is None else g.masked_fill(~mask, 0)",
+        "g",
+        ("tests/ops/test_own_negatives.py::test_no_gradient_passes_a_filler",),
     ),
     Mutant(
         "direction of zeros", "rows without a length get 1e12 times the gradient of the result",

@@ -80,6 +80,19 @@ def test_derivatives(unit: bool, masked: bool, which: str) -> None:
     torch.autograd.gradgradcheck(lambda x, own: own_dots.own_dots(x, own, mask, unit), (x, own))
 
 
+@pytest.mark.parametrize("unit", [False, True])
+def test_no_gradient_passes_a_filler(unit: bool) -> None:
+    """Whatever arrives at its dot product, NaN included."""
+    x, own, mask = features(M, D), features(M, K, D), torch.rand(M, K) < 0.6
+    g = torch.randn(M, K)
+    found = []
+    for filler in (0.0, torch.nan):
+        dots = own_dots.own_dots(x, own, mask, unit)
+        found.append(torch.autograd.grad(dots, (x, own), g.masked_fill(~mask, filler)))
+    for zero, nan in zip(*found, strict=True):
+        assert torch.equal(zero, nan)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_negative_of_zeros_gets_no_gradient(dtype: torch.dtype) -> None:
     x, own = features(M, D, dtype=dtype), features(M, K, D, dtype=dtype)

@@ -67,6 +67,7 @@ struct GradientsInTheForward : torch::autograd::Function<GradientsInTheForward> 
     variable_list saved{x, y, scale, or_undefined(col_bias), or_undefined(state->loss.labels)};
     p.for_each_tensor([&](const char*, const OptionalTensor& t) { saved.push_back(or_undefined(t)); });
     ctx->save_for_backward(saved);
+    const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
     auto [value, grads] = loss_and_gradients(p, state->loss, state->needs, state->interrupt);
     state->grads = std::move(grads);
     p.x = p.y = p.scale = at::Tensor();

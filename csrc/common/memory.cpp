@@ -6,7 +6,9 @@
 #include <ATen/ATen.h>
 
 #include <algorithm>
+#include <array>
 #include <cstdint>
+#include <cstdlib>
 
 #include "common/integers.h"
 
@@ -36,7 +38,8 @@ size_t page_size() {
 #if defined(__linux__) && defined(MADV_FREE)
 namespace {
 
-constexpr size_t kSmall = 1 << 20;  // up to this size malloc itself reuses memory
+constexpr size_t kTiny = 64 << 10;  // up to this size malloc itself reuses memory
+constexpr size_t kSmall = 1 << 20;  // up to this size blocks are held as they are
 constexpr size_t kHugePage = 2 << 20;
 
 // Maps whole pages, aligned so that they can be huge pages: marking a thousand small pages as free, and using them
@@ -98,22 +101,72 @@ class Spare {
   Slab spare_;
 };
 
-Spare& spare() {
-  static Spare& instance = *new Spare;  // never destroyed: tensors may outlive static objects
+// Holds the last few small blocks. malloc gives the end of its heap back to the system as soon as some hundred kilobytes
+// of it are free, and the page faults of getting them again took a fifth of a step of 128 rows.
+class SmallSpares {
+ public:
+  Slab take(size_t bytes) {
+    {
+      const std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
+      if (lock)
+        for (Slab& slab : spares_)
+          if (slab.bytes >= bytes && slab.bytes / 2 <= bytes) return std::exchange(slab, {});
+    }
+    const Slab slab{std::aligned_alloc(64, round_up(bytes, size_t(64))), bytes};
+    TORCH_CHECK_WITH(OutOfMemoryError, slab.memory, "fused_contrastive: could not allocate ", bytes, " bytes");
+    return slab;
+  }
+  void give_back(Slab slab) {
+    {
+      const std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
+      if (lock) {
+        std::swap(slab, spares_[oldest_]);
+        oldest_ = (oldest_ + 1) % spares_.size();
+      }
+    }
+    std::free(slab.memory);
+  }
+
+ private:
+  std::mutex mutex_;  // never waited for, as above
+  std::array<Slab, 4> spares_;
+  size_t oldest_ = 0;
+};
+
+// Never destroyed: tensors may outlive static objects.
+template <class S>
+S& never_destroyed() {
+  static S& instance = *new S;
   return instance;
+}
+
+template <class S>
+at::Tensor matrix_in(size_t bytes, int64_t rows, int64_t cols, const at::TensorOptions& options) {
+  const Slab slab = never_destroyed<S>().take(bytes);
+  return at::from_blob(slab.memory, {rows, cols}, [slab](void*) { never_destroyed<S>().give_back(slab); }, options);
 }
 
 }  // namespace
 
 at::Tensor reused_matrix(int64_t rows, int64_t cols, const at::TensorOptions& options) {
   const size_t bytes = rows * cols * options.dtype().itemsize();
-  if (bytes <= kSmall) return at::empty({rows, cols}, options);
-  const Slab slab = spare().take(bytes);
-  return at::from_blob(slab.memory, {rows, cols}, [slab](void*) { spare().give_back(slab); }, options);
+  if (bytes <= kTiny) return at::empty({rows, cols}, options);
+  return bytes <= kSmall ? matrix_in<SmallSpares>(bytes, rows, cols, options)
+                         : matrix_in<Spare>(bytes, rows, cols, options);
+}
+
+at::Tensor small_block(int64_t bytes) {
+  const size_t size = bytes;
+  if (size <= kTiny || size > kSmall) return at::empty({bytes}, at::kByte);
+  return matrix_in<SmallSpares>(size, 1, bytes, at::kByte);
 }
 #else
 at::Tensor reused_matrix(int64_t rows, int64_t cols, const at::TensorOptions& options) {
   return at::empty({rows, cols}, options);
+}
+
+at::Tensor small_block(int64_t bytes) {
+  return at::empty({bytes}, at::kByte);
 }
 #endif
 

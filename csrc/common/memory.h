@@ -1,4 +1,4 @@
-// Memory for the kept products, and for gradients that change their dtype.
+// Memory for the kept products and for panels, and for gradients that change their dtype.
 #pragma once
 #include <ATen/core/Tensor.h>
 
@@ -8,6 +8,9 @@ namespace fc {
 
 // Returns an uninitialised (rows, cols) matrix, in memory that an earlier one gave back if there is some.
 at::Tensor reused_matrix(int64_t rows, int64_t cols, const at::TensorOptions& options);
+
+// Returns uninitialised memory. Up to 1 MB it is a block that an earlier call gave back, if there is some.
+at::Tensor small_block(int64_t bytes);
 
 // Converts a matrix (rows, cols) to another dtype. If it is larger than 4 MB and has no other owner, its memory goes
 // back to the system part by part, so that the matrix and its copy are never both resident as a whole.

@@ -159,12 +159,21 @@ static inline void transpose_square(const E* in, int64_t in_row, E* out, int64_t
 
 template <class E>
 static void pack_transposed(const E* b, int64_t b_row, int64_t k, int64_t columns, E* panel) {
-  int64_t done = 0;  // steps of k
   constexpr int n = kLanes<SumType<E>>;
-  if (columns == kPanel<E>)
-    for (; done + n <= k; done += n)
-      for (int half = 0; half < 2; ++half)
-        transpose_square(b + half * n * b_row + done, b_row, panel + done * kPanel<E> + half * n, kPanel<E>);
+  alignas(64) E part[2][n * n] = {};  // the rows of a half that is not full, and zeros
+  int64_t done = 0;  // steps of k
+  for (; done + n <= k; done += n)
+    for (int half = 0; half < 2; ++half) {
+      const E* rows = b + half * n * b_row + done;
+      E* out = panel + done * kPanel<E> + half * n;
+      const int64_t count = columns - half * n;
+      if (count >= n) {
+        transpose_square(rows, b_row, out, kPanel<E>);
+        continue;
+      }
+      for (int64_t i = 0; i < count; ++i) __builtin_memcpy(part[half] + i * n, rows + i * b_row, n * sizeof(E));
+      transpose_square(part[half], n, out, kPanel<E>);
+    }
   for (int64_t s = done; s < k; ++s)
     for (int64_t j = 0; j < kPanel<E>; ++j) panel[s * kPanel<E> + j] = j < columns ? b[j * b_row + s] : E{};
 }

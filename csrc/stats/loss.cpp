@@ -53,9 +53,9 @@ LossAndGradients from_rows(const StatsProblem& problem, const RowLoss& loss, con
   const at::Tensor losses = at::empty({m}, at::kDouble), g_pos = at::empty({m}, p.options());
   const at::Tensor g_row = at::empty({m}, p.options());
   const std::vector<Range> all = pieces(0, m, rows_at_once(n));
-  const at::Tensor held = at::empty({all.front().size(), stride}, p.options());
+  const at::Tensor held = small_block(all.front().size() * stride * static_cast<int64_t>(sizeof(T)));
   Normaliser<T> norm(problem.softplus ? 0 : m);
-  T *s = held.mutable_data_ptr<T>(), *pos_data = pos.mutable_data_ptr<T>();
+  T *s = static_cast<T*>(held.mutable_data_ptr()), *pos_data = pos.mutable_data_ptr<T>();
 
   const Tiling tiling(m, n, kPackedCols<E>, 0, false);
   FeatureGradients<E> gradients(p, tiling, needs);

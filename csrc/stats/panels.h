@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "common/integers.h"
+#include "common/memory.h"
 #include "common/parallel.h"
 #include "kernels/product_kernels.h"
 #include "stats/features.h"
@@ -71,7 +72,7 @@ class Panels {
     const int64_t width = product_kernels<E>().panel, panels = ceil_div(n, width), size = k * width * panels;
     k_ = k;
     const auto bytes = static_cast<int64_t>(size * sizeof(E));
-    if (!memory_.defined() || memory_.numel() < bytes) memory_ = at::empty({bytes}, at::kByte);
+    if (!memory_.defined() || memory_.numel() < bytes) memory_ = small_block(bytes);
     E* memory = packed();
     const int64_t at_once = 1 + 32768 / (k * width + 1);  // panels of one task: small ones share a task
     for_each_task(ceil_div(panels, at_once), [&](int64_t task) {

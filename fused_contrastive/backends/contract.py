@@ -56,7 +56,7 @@ class Backend(ABC):
     def row_loss(self, spec: StatsSpec, x: Tensor, y: Tensor, loss: RowLoss) -> Tensor:
         """The loss () in the compute dtype. Its gradients are formed in the forward, so it can be differentiated once.
 
-        Only called for problems that ``fuses_loss`` accepts.
+        Only called for problems that ``fuses_loss`` accepts. Autocast may be on, and must not change the products.
         """
         raise NotImplementedError
 

@@ -25,7 +25,7 @@ AUTO_SHARE_ELSEWHERE = 16
 # tools/roofline.py, half-precision products are faster to keep than to compute again.
 LEAST_D = 160
 
-CPU_BYTES = 64 << 20  # "auto" keeps at most this many bytes of products on a CPU
+CPU_BYTES = 64 << 20  # on a CPU, "auto" keeps at most this many bytes of products and of normalised copies
 
 Kept = tuple[tuple[int, ...], torch.dtype]  # shape and dtype of what is kept
 
@@ -47,13 +47,16 @@ def total_memory(device_type: str, index: int | None) -> int:
     return _host_memory()
 
 
-def products_to_keep(x: Tensor, columns: int, kept: Callable[..., Kept], budget: int | str) -> int:
-    """How many rows of the products of x (M, D) with ``columns`` columns fit the budget; ``kept`` is the backend's."""
+def products_to_keep(x: Tensor, columns: int, kept: Callable[..., Kept], budget: int | str, copied: int = 0) -> int:
+    """How many rows of the products of x (M, D) with ``columns`` columns fit the budget.
+
+    ``kept`` is the backend's; ``copied`` are the bytes of normalised copies, which "auto" counts on a CPU.
+    """
     if budget == "auto":
         if x.device.type == "cuda" and x.dtype.itemsize == 2 and x.shape[1] < LEAST_D:
             return 0
         if x.device.type == "cpu":
-            budget = CPU_BYTES
+            budget = max(0, CPU_BYTES - copied)
     return rows_to_keep(x.shape[0], kept(64, columns, x.dtype), budget, x.device)
 
 
@@ -66,6 +69,7 @@ def rows_to_keep(m: int, of_64_rows: Kept, budget: int | str, device: torch.devi
     if isinstance(budget, str):
         total = total_memory(device.type, device.index)
         budget = total // AUTO_SHARE.get(device.type, AUTO_SHARE_ELSEWHERE)
-    if device.type == "cpu":  # sym_min puts no guard on symbolic shapes
-        return torch.sym_min(m, 64 * budget // of_64)  # type: ignore[no-any-return]
-    return min(m, 64 * budget // of_64)
+    fit = 64 * budget // of_64
+    if device.type == "cpu" and not (type(m) is int and type(fit) is int):
+        return torch.sym_min(m, fit)  # type: ignore[no-any-return]  # it puts no guard on symbolic shapes
+    return min(m, fit)

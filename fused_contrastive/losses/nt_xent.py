@@ -81,11 +81,12 @@ def nt_xent_loss(
 
     n, count = z1.shape[0], len(everything)
     z = torch.cat(everything)
-    problem = Problem(z, z, scale, memory_budget=memory_budget, backend=backend, normalize=normalize)
+    problem = Problem(z, z, scale, memory_budget=memory_budget, backend=backend, normalize=normalize, views=everything)
+    del z  # normalising makes it needless
     options = {"views": count, "decoupled": decoupled, "reduction": reduction, "normalize": normalize}
     shape = problem.agree(call, "nt_xent_loss", options)
     if count == 2:
-        other_view = torch.arange(shape.first_row, shape.first_row + 2 * n, device=z.device).roll(n)
+        other_view = torch.arange(shape.first_row, shape.first_row + 2 * n, device=z1.device).roll(n)
         problem.spec = problem.spec._replace(targets=other_view)
         return row_loss(problem, shape, reduction, decoupled=decoupled, upper=True)
     problem.unit()
@@ -94,13 +95,13 @@ def nt_xent_loss(
         z, logits = terms.own_logits(scale, z, _other_view(k * n), _other_view(-k * n))
         positives.append(logits)
     first = shape.first_row // count
-    sample = torch.arange(first, first + n, device=z.device).repeat(count)
+    sample = torch.arange(first, first + n, device=z1.device).repeat(count)
     problem.x, problem.y = z, z
     problem.spec = problem.spec._replace(row_ids=sample, col_ids=sample)
     _, row, _ = problem.run(shape, upper=True, want_col=False)  # negatives alone
     stacked = torch.stack(positives).to(row.dtype)  # (V - 1, V * N)
     denominator = row if decoupled else log_add(row, stacked.logsumexp(dim=0))
-    return shape.reduce(denominator - stacked.mean(dim=0), reduction).to(compute_dtype(z.dtype))
+    return shape.reduce(denominator - stacked.mean(dim=0), reduction).to(compute_dtype(problem.x.dtype))
 
 
 def _other_view(rows: int) -> RowMap:

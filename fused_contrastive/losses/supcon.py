@@ -106,7 +106,7 @@ def _out(problem: Problem, shape: Shape, code: Tensor, shared: Tensor, has: Tens
     def others(part: Tensor) -> Tensor:
         """(N, C) the sum of the other rows with the same code."""
         sums = shape.sum(terms.class_sums(part, code, shape.all_rows))
-        return terms.rows_at(sums, code) - part
+        return terms.rows_at(sums, code).sub_(part)
 
     z, positives = terms.own_logits(problem.spec.scale, problem.x, others)
     problem.x, problem.y = z, z

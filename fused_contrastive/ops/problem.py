@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,15 +21,18 @@ class Problem:
 
     The caller has checked the tensors under its own names for them. ``scale``, ``memory_budget`` and ``backend``, which
     have one name in all functions, are checked here. With ``normalize``, the statistics are of the rows' unit vectors.
+    ``views`` are the parts whose concatenation is x; normalising them needs no further copy of x.
     """
 
     def __init__(
         self, x: Tensor, y: Tensor, scale: float | Tensor, *, targets: Tensor | None = None,
         col_bias: Tensor | None = None, row_ids: Tensor | None = None, col_ids: Tensor | None = None,
-        memory_budget: int | str, backend: str, normalize: bool = False,
+        memory_budget: int | str, backend: str, normalize: bool = False, views: Sequence[Tensor] = (),
     ) -> None:  # fmt: skip
         checks.memory_budget(memory_budget)
         self.x, self.y, self.normalize = x, y, normalize
+        self.views = views or (x,)
+        self.copied_bytes = 0  # of normalised copies
         scale = scalar_tensor(checks.scalar_beside("scale", scale, x), x)
         self.spec = StatsSpec(scale, targets, col_bias, row_ids, col_ids)
         self.memory_budget, self.backend = memory_budget, dispatch.resolve(backend, x.device, x.dtype)
@@ -48,9 +52,12 @@ class Problem:
         """Normalises the features if ``normalize`` is set, and clears it."""
         if self.normalize:
             same, name = self.y is self.x, self.backend
-            self.x = normalized(self.x, backend=name)
+            self.x = normalized(*self.views, backend=name)
             self.y = self.x if same else normalized(self.y, backend=name)
-            self.normalize = False
+            self.normalize, self.views = False, ()
+            self.copied_bytes = sum(
+                t.shape[0] * t.shape[1] * t.itemsize for t in ((self.x,) if same else (self.x, self.y))
+            )
 
     def run(self, shape: Shape, **asked: Any) -> tuple[Tensor, Tensor, Tensor]:
         """pos, row and col; ``asked`` are fields of the StatsSpec."""
@@ -74,13 +81,15 @@ class Problem:
     def rows_to_keep(self) -> int:
         """How many rows' products the budget lets the forward keep."""
         kept = dispatch.BACKENDS[self.backend].kept
-        return memory.products_to_keep(self.x, self.y.shape[0], kept, self.memory_budget)
+        return memory.products_to_keep(self.x, self.y.shape[0], kept, self.memory_budget, self.copied_bytes)
 
 
 def scalar_tensor(value: float | Tensor, x: Tensor) -> Tensor:
     """() in the compute dtype of the features x, on their device if it was a number."""
     dtype = compute_dtype(x.dtype)
-    return value.to(dtype) if isinstance(value, Tensor) else x.new_full((), value, dtype=dtype)
+    if not isinstance(value, Tensor):
+        return x.new_full((), value, dtype=dtype)
+    return value if value.dtype == dtype else value.to(dtype)
 
 
 def checked_targets(targets: Tensor | None, x: Tensor, y: Tensor, spread: bool) -> Tensor | None:

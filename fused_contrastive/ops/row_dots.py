@@ -18,8 +18,8 @@ from fused_contrastive.core.spec import compute_dtype
 
 RowMap = Callable[[Tensor], Tensor]  # (N, C) -> (N, C), a new tensor: linear, and the same for every column
 
-ELEMENTS = 1 << 17  # how many elements of the features one step takes
-LEAST_COLUMNS = 32
+ELEMENTS = 1 << 18  # how many elements of the features one step takes
+LEAST_COLUMNS = 8
 GPU_TIMES = 2  # on a GPU, where a step is several launches, it takes this many times as many columns
 
 

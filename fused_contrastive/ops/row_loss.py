@@ -20,7 +20,6 @@ from fused_contrastive.core.spec import TENSORS, BackendName, RowLoss, compute_d
 from fused_contrastive.distributed.shape import LocalShape, Shape
 from fused_contrastive.ops import dispatch
 from fused_contrastive.ops.problem import Problem, log_add
-from fused_contrastive.ops.schema import without_autocast
 
 
 def row_loss(
@@ -117,10 +116,9 @@ def in_the_forward(problem: Problem, loss: RowLoss, mean: bool, asked: dict[str,
     None if that would save nothing, or is not possible.
     """
     x, y, m = problem.x, problem.y, problem.x.shape[0]
-    spec = problem.spec._replace(**asked)
-    if not (is_plain(x, y, *spec[: len(TENSORS)]) and problem.is_differentiable()):
+    if not (is_plain(x, y, *problem.spec[: len(TENSORS)]) and problem.is_differentiable()):
         return None
-    spec = spec._replace(kept_rows=problem.rows_to_keep())
+    spec = problem.spec._replace(kept_rows=problem.rows_to_keep(), **asked)
     if not dispatch.BACKENDS[problem.backend].fuses_loss(spec, m):
         return None
     if problem.normalize and x.dtype not in (torch.float32, torch.float64):
@@ -129,5 +127,4 @@ def in_the_forward(problem: Problem, loss: RowLoss, mean: bool, asked: dict[str,
     loss = loss._replace(weight=loss.weight / m if mean else loss.weight, normalize=problem.normalize)
     if spec.targets is not None:
         checks.target_range(spec.targets, y.shape[0])
-    with without_autocast(x):
-        return dispatch.BACKENDS[problem.backend].row_loss(spec, x, y, loss)
+    return dispatch.BACKENDS[problem.backend].row_loss(spec, x, y, loss)

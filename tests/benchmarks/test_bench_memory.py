@@ -28,6 +28,11 @@ def test_memory_sees_one_matrix() -> None:
     assert found["ours, memory_budget=0"]["extra_bytes"] < 32 * 2**20
 
 
+@pytest.mark.parametrize("loss", ["clip", "nt_xent", "supcon"])
+def test_ours_takes_64_mb_of_products_and_copies_and_little_more(loss: str) -> None:
+    assert memory.measure(named(loss, "ours"), BenchProblem(loss, 8192, 256))["extra_bytes"] < 88 * 2**20
+
+
 @pytest.mark.parametrize(
     ("command", "status"),
     [

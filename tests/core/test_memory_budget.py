@@ -34,6 +34,13 @@ def test_auto_is_64_mb_of_products(dtype: torch.dtype) -> None:
     assert kept(0, 4096, dtype=dtype) == 0
 
 
+def test_auto_counts_normalised_copies() -> None:
+    x = torch.empty(1).expand(8192, 8)
+    assert memory.products_to_keep(x, 8192, cpp.BACKEND.kept, "auto", copied=48 << 20) == 512
+    assert memory.products_to_keep(x, 8192, cpp.BACKEND.kept, "auto", copied=65 << 20) == 0
+    assert memory.products_to_keep(x, 8192, cpp.BACKEND.kept, 64 << 20, copied=48 << 20) == 2048
+
+
 def test_auto_of_argmaxima_is_a_sixteenth_of_the_machine() -> None:
     rows = memory.rows_to_keep(1 << 20, ((64, 4 << 20), torch.uint8), "auto", torch.device("cpu"))
     assert rows == (1 << 30) // (4 << 20)

@@ -35,7 +35,7 @@ def cut(case: Case, split: str, rank: int, world: int) -> tuple[dict[str, Tensor
     leaves, options = case.inputs()
     rows = next(iter(leaves.values()))
     row_sizes = sizes_of(len(rows), split, world)
-    keys = leaves.get("key", rows)
+    keys = leaves.get("key", leaves.get("text_features", rows))
     key_sizes = row_sizes if len(keys) == len(rows) else sizes_of(len(keys), "even", world)
     extra = leaves.get("negatives")
     shared = extra is not None and extra.dim() == 2
@@ -47,6 +47,8 @@ def cut(case: Case, split: str, rank: int, world: int) -> tuple[dict[str, Tensor
         return torch.cat((own, part_of(t[len(keys) :], extra_sizes, rank))) if shared else own
 
     def of(name: str, t: Any) -> Any:
+        if name == "guide":
+            return part_of(t[0], row_sizes, rank), part_of(t[1], key_sizes, rank)
         if not isinstance(t, Tensor) or t.dim() == 0:
             return t
         if name in ("col_bias", "col_ids"):
@@ -55,7 +57,7 @@ def cut(case: Case, split: str, rank: int, world: int) -> tuple[dict[str, Tensor
             return part_of(t, extra_sizes, rank)
         if name.startswith(("text_latents", "image_latents", "text_mask")) and case.loss == "x_clip":
             return t.split(sizes_of(t.shape[1], split, world), dim=1)[rank]
-        return part_of(t, key_sizes if name == "key" else row_sizes, rank)
+        return part_of(t, key_sizes if name in ("key", "text_features") else row_sizes, rank)
 
     if case.loss == "x_clip":
         row_sizes = sizes_of(leaves["text_latents"].shape[1], split, world)

@@ -2,6 +2,7 @@
 
     python tools/configurations.py             # docs/triton-configurations.md
     python tools/configurations.py --json      # for the tests
+    python tools/configurations.py --rules     # with rules that the page leaves out
 
 Small problems run on CPU tensors that pass for those of a GPU. Triton compiles each kernel for the arguments that it
 would be launched with, and does not launch it.
@@ -13,7 +14,7 @@ import argparse
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 os.environ.pop("TRITON_INTERPRET", None)
@@ -82,8 +83,9 @@ def pretend(arch: str) -> None:
 def step(spec: StatsSpec, dtype: torch.dtype) -> None:
     x, y = (torch.zeros(N, D, dtype=dtype) for _ in range(2))
     saved = launch.forward(spec, x, y)
-    g = torch.zeros(N, dtype=torch.float64)
-    launch.backward(spec, x, y, saved, Upstream(g, g, g if spec.want_col else None), Needs(True, True, True, False))
+    pos, row, col = (torch.zeros(shape, dtype=torch.float64) for shape in spec.shapes(N, N))
+    upstream = Upstream(pos, row, col if spec.want_col else None)
+    launch.backward(spec, x, y, saved, upstream, Needs(True, True, True, False))
 
 
 def statistics(source: str, every_option: bool) -> None:
@@ -111,6 +113,26 @@ def statistics(source: str, every_option: bool) -> None:
     at_once.loss_and_gradients(sums, x, x, RowLoss(), Needs(True, True, True, False))
 
 
+RULES = ("5 ids, no positives", "limits", "apart")
+
+
+def with_rule(source: str, rule: str) -> None:
+    """The kernels of the statistics and of G for a problem with one of the rules."""
+    dtype = torch.bfloat16 if source == "half" else torch.float32
+    torch.set_float32_matmul_precision("high" if source == "tf32" else "highest")
+    ids, limit = torch.zeros(N, 5, dtype=torch.int64), torch.zeros(N)
+    fields: dict[str, Any] = {
+        "5 ids, no positives": {"row_ids": ids, "col_ids": ids, "paired": False},
+        "limits": {"row_limit": limit, "col_limit": limit},
+        "apart": {"row_ids": ids[:, 0], "col_ids": ids[:, 0], "equal_ids": "apart"},
+    }[rule]
+    spec = StatsSpec(torch.tensor(1.0), **fields)
+    step(spec, dtype)
+    if rule != "limits":
+        sums = spec._replace(want_col=False, statistic="softplus", col_bias=torch.zeros(()))
+        step(sums if rule == "apart" else sums._replace(equal_ids="negate"), dtype)
+
+
 def late_interaction(source: str, tokens: int, masked: bool) -> None:
     """max_sim's kernels for items of so many tokens; masked: lengths, both directions, gradients of both."""
     dtype = torch.bfloat16 if source == "half" else torch.float32
@@ -125,7 +147,7 @@ def late_interaction(source: str, tokens: int, masked: bool) -> None:
 
 
 def measure(
-    architectures: list[str], kinds: list[str], sources: list[str], every_option: list[bool]
+    architectures: list[str], kinds: list[str], sources: list[str], every_option: list[bool], rules: Sequence[str] = ()
 ) -> Iterator[dict[str, Any]]:
     compiled = compile_only()
     for arch in architectures:
@@ -137,6 +159,9 @@ def measure(
                 for every in every_option if source == "half" else [False]:
                     statistics(source, every)
                     yield from rows(compiled, arch, source, "every" if every else "none")
+            for rule in rules:
+                with_rule(source, rule)
+                yield from rows(compiled, arch, source, rule)
             if "max_sim" in kinds:  # 32: FILIP's and ColBERT's queries; 128: an item fills a tile; 200: it needs two
                 for tokens, masked in ((32, False), (32, True), (128, True), (200, True)):
                     late_interaction(source, tokens, masked)
@@ -183,6 +208,7 @@ def described(kernel: Any, arch: str) -> dict[str, Any]:
         "shared_limit": SHARED_LIMIT[arch],
         "matrix_instruction": MATRIX_INSTRUCTION[arch],
         "matrix_instructions": text.count(MATRIX_INSTRUCTION[arch]),
+        "matrix_kinds": sorted(set(re.findall(re.escape(MATRIX_INSTRUCTION[arch]) + r"[\w.:]*", text))),
         "narrow_offsets": narrow_offsets(kernel),
     }
 
@@ -244,8 +270,11 @@ def main() -> None:
     parser.add_argument("--kind", nargs="+", choices=("statistics", "max_sim"), default=["statistics"])
     parser.add_argument("--source", nargs="+", choices=SOURCES, default=list(SOURCES))
     parser.add_argument("--plain", action="store_true", help="leave out the kernels with every option")
+    parser.add_argument("--rules", action="store_true", help="the kernels with RULES, and no others")
     options = parser.parse_args()
-    found = list(measure(options.arch, options.kind, options.source, [False] if options.plain else [False, True]))
+    every_option = [False] if options.plain else [False, True]
+    kinds, rules = ([], RULES) if options.rules else (options.kind, ())
+    found = list(measure(options.arch, kinds, options.source, every_option, rules))
     print(json.dumps(found) if options.json else markdown(found), end="")
 
 

@@ -9,9 +9,11 @@ namespace fc {
 constexpr int64_t kTileRows = 256;  // rows of a tile, at most; a column's partial sums are merged once per tile
 constexpr int64_t kTileCols = 256;  // columns of a tile, at most
 constexpr int64_t kSweepRows = 16;  // rows of logits held at a time, 16 KB, from their maxima to their exponentials
+constexpr int64_t kMostIds = 5;     // ids of a row or column
 
-// What happens to pairs whose ids are equal: they are excluded; or all others are; or their logits change sign.
-enum class EqualIds { kExclude, kOnly, kNegate };
+// What happens to related pairs, those with an equal id: they are excluded; or all others are; or their logits change
+// sign; or they are reduced by themselves, for softplus with their sign changed; or their logits are added up besides.
+enum class EqualIds { kExclude, kOnly, kNegate, kApart, kAdd };
 
 // How a product becomes a logit, and which logits are excluded. Pointers are to whole (M,) or (N,) vectors.
 template <class T>
@@ -19,16 +21,21 @@ struct LogitRule {
   T scale;
   const T* col_bias;       // (N,) added, or null
   const int64_t* targets;  // (M,) column of the positive, or null for t(i) = i
-  const int32_t* row_ids;  // (M,) compared with col_ids, or null
-  const int32_t* col_ids;  // (N,)
+  const int32_t* row_ids;  // (ids, M) compared with col_ids, or null
+  const int32_t* col_ids;  // (ids, N)
+  int64_t ids, row_count, col_count;
+  const T *row_limit, *col_limit;  // (M,), (N,): pairs with a similarity above it are excluded there; or null
   EqualIds equal_ids;
+  bool paired;        // row i has a positive, in column target(i)
   bool exclude_self;  // exclude S[i, i]
   bool upper;         // exclude all but j > i
   bool softplus;      // reduce to sums of softplus(s) along rows, not to log-sum-exps
 
-  int64_t target(int64_t i) const { return targets ? targets[i] : i; }
-  // Whether a logit is its product times the scale, and no pair is excluded but the positive and S[i, i].
-  bool is_plain() const { return !col_bias && !row_ids && !upper; }
+  // The column of row i's positive, or -1.
+  int64_t target(int64_t i) const { return !paired ? -1 : targets ? targets[i] : i; }
+  bool is_limited() const { return row_limit || col_limit; }
+  bool is_apart() const { return row_ids && equal_ids == EqualIds::kApart; }
+  bool adds() const { return row_ids && equal_ids == EqualIds::kAdd; }
 };
 
 // Where a tile lies in S.
@@ -37,16 +44,29 @@ struct TileBounds {
   int64_t rows, cols;  // its size
 };
 
-// Forward: products -> a tile's part of the statistics, as pairs (maximum, sum of exp(s - maximum)) for each row and
-// column. For softplus it is row_sum alone.
+// A tile's part of the statistics of its rows or columns: pairs (maximum, sum of exp(s - maximum)), for softplus sums
+// alone. Null where they are not needed.
+template <class T>
+struct TileSums {
+  T *max, *sum;
+};
+
+// Forward: products -> a tile's part of the statistics.
 template <class T>
 struct ForwardTile {
   TileBounds at;
   const T* products;  // (rows, cols), row stride `stride`
   int64_t stride;
+  const T* guide;        // (rows, cols), rows kTileCols apart: the similarities; null: products * scale
   T* pos;                // (M,) logits of the positives; written where this tile holds them
-  T *row_max, *row_sum;  // (rows,), or null where the direction is not needed
-  T *col_max, *col_sum;  // (cols,), or null
+  TileSums<T> row, col;  // (rows,), (cols,)
+  TileSums<T> related_row, related_col;  // of the related pairs, if these are reduced by themselves or added up
+};
+
+// Log-normalisers of all rows or columns and the gradients that arrive at them; or null.
+template <class T>
+struct Normalised {
+  const T *value, *low, *g;  // finite log-normaliser rounded to T, the remainder, its gradient
 };
 
 // Backward: products -> the gradient of the tile's logits, the positives left out:
@@ -56,10 +76,11 @@ struct BackwardTile {
   TileBounds at;
   const T* products;  // (rows, cols), row stride `stride`
   int64_t stride;
+  const T* guide;  // as in ForwardTile
   T* grad;  // (rows, cols), row stride `grad_stride`; may be `products`
   int64_t grad_stride;
-  const T *row, *row_low, *g_row;  // (M,) finite log-normaliser rounded to T, the remainder, its gradient; or null
-  const T *col, *col_low, *g_col;  // (N,) the same for columns
+  Normalised<T> row, col;                  // (M,), (N,)
+  Normalised<T> related_row, related_col;  // of the related pairs, if these are reduced by themselves or added up
 };
 
 // The kernels of one instruction set.

@@ -35,3 +35,15 @@ static inline void fetch_row(const BackwardTile<T>& tile, int64_t r) {
   }
 }
 constexpr int64_t kFetchAhead = 2;  // rows
+
+// The guide's row r of a tile, or null.
+template <class Tile>
+static inline auto guide_row(const Tile& tile, int64_t r) {
+  return tile.guide ? tile.guide + r * kTileCols : nullptr;
+}
+
+// Where the logit of row i's positive goes.
+template <class T>
+static inline T* pos_of(const ForwardTile<T>& tile, int64_t i) {
+  return tile.pos ? tile.pos + i : nullptr;
+}

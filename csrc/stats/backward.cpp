@@ -19,16 +19,25 @@ Gradients backward(const StatsProblem& problem, const Saved& saved, const Upstre
     if (g) check_sizes(name, *g, {size});
     return readable(name, g, dtype);
   };
+  const bool apart = has_related(problem);
+  // The part of a statistic over the pairs that are not related (0), or over those that are (1).
   const auto direction = [&](const char* name, const at::Tensor& value, const char* g_name, const OptionalTensor& g,
-                             int64_t size) {
+                             int64_t size, int64_t part) {
     const int64_t length = g && !problem.softplus ? size : 0;
-    if (length) check_sizes(name, value, {length});
-    return Direction<T>{Normaliser<T>(length ? readable(name, value, at::kDouble) : at::empty({0}, at::kDouble)),
-                        gradient(g_name, g, size)};
+    if (!g || (part && !apart)) return Direction<T>{Normaliser<T>(0), std::nullopt};
+    const auto select = [&](const char* of, const at::Tensor& t) {
+      if (apart) check_sizes(of, t, {size, 2});
+      return apart ? t.select(1, part) : t;
+    };
+    if (length) check_sizes(name, select(name, value), {length});
+    return Direction<T>{
+        Normaliser<T>(length ? readable(name, select(name, value), at::kDouble) : at::empty({0}, at::kDouble)),
+        gradient(g_name, select(g_name, *g), size)};
   };
-  const Direction<T> row = direction("row", saved.row, "g_row", upstream.row, m);
+  const auto rows = [&](int64_t part) { return direction("row", saved.row, "g_row", upstream.row, m, part); };
+  const auto cols = [&](int64_t part) { return direction("col", saved.col, "g_col", upstream.col, n, part); };
   // The lower triangle's rows are the upper one's columns.
-  const Direction<T> col = problem.upper ? row : direction("col", saved.col, "g_col", upstream.col, n);
+  const Directions<T> directions{rows(0), problem.upper ? rows(0) : cols(0), rows(1), cols(1)};
   at::Tensor products;
   if (problem.kept_rows) {
     check_sizes("kept", saved.kept, {problem.kept_rows, n});
@@ -36,9 +45,9 @@ Gradients backward(const StatsProblem& problem, const Saved& saved, const Upstre
     products = readable("kept", saved.kept, dtype);
   }
   const Tiling tiling(m, n, kPackedCols<E>, problem.kept_rows, problem.upper);
-  return backward_pass<E>(p, tiling, problem.kept_rows ? products.const_data_ptr<T>() : nullptr, problem.kept_rows,
-                          gradient("g_pos", upstream.pos, m), row, col, needs, problem.x.scalar_type(),
-                          problem.y.scalar_type(), interrupt);
+  return backward_pass<E>(problem, p, tiling, problem.kept_rows ? products.const_data_ptr<T>() : nullptr, problem.kept_rows,
+                          problem.paired ? gradient("g_pos", upstream.pos, m) : std::nullopt, directions, needs,
+                          problem.x.scalar_type(), problem.y.scalar_type(), interrupt);
 }
 
 }  // namespace

@@ -20,7 +20,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> forward(const StatsPr
   Statistics<T> stats(problem, p.options());
   const Tiling tiling(p.x.rows, n, kPackedCols<E>, problem.kept_rows, problem.upper);
   forward_pass<E>(problem, p, tiling, stats, kept.mutable_data_ptr<T>(), interrupt);
-  const at::Tensor col = problem.upper ? at::empty({0}, at::kDouble) : stats.col.value();
+  const at::Tensor col = problem.upper ? at::empty({0}, at::kDouble) : stats.col_value(problem);
   return {stats.pos.to(at::kDouble), stats.row_value(problem), col, kept};
 }
 

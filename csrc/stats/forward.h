@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "kernels/tile_kernels.h"
+#include "stats/guide.h"
 #include "stats/panels.h"
 #include "stats/prepared.h"
 #include "stats/running_statistic.h"
@@ -13,20 +14,37 @@
 
 namespace fc {
 
-// The statistics of a problem: `pos` (M,), the positives' logits, and the running statistics of both directions.
+// The statistics of a problem: `pos` (M,), the positives' logits, and the running statistics of both directions, over
+// the pairs that are not related and, if these are reduced by themselves, over those that are.
 template <class T>
 struct Statistics {
   at::Tensor pos;
-  RunningStatistic<T> row, col;
+  RunningStatistic<T> row, col, related_row, related_col;
 
-  Statistics(const StatsProblem& problem, const at::TensorOptions& options)
-      : pos(at::empty({problem.x.size(0)}, options)),
-        row(problem.want_row, problem.x.size(0), !problem.softplus),
-        col(problem.want_col || problem.upper, problem.y.size(0), true) {}
-  // Returns the rows' statistic, (M,) in double. For an upper triangle it includes the columns' values, because these
-  // are the rows of the lower triangle.
+  Statistics(const StatsProblem& p, const at::TensorOptions& options)
+      : pos(at::empty({p.paired ? p.x.size(0) : 0}, options)),
+        row(p.want_row, p.x.size(0), !p.softplus),
+        col(p.want_col || p.upper, p.y.size(0), true),
+        related_row(p.want_row && has_related(p), p.x.size(0), !p.softplus && p.equal_ids != EqualIds::kAdd),
+        related_col(p.want_col && has_related(p), p.y.size(0), p.equal_ids != EqualIds::kAdd) {}
+  void start(const Tiling& tiling, const Section& s) {
+    for (auto* each : {&row, &related_row}) each->start(tiling.tile_cols(s), s.rows.size());
+    for (auto* each : {&col, &related_col}) each->start(tiling.tile_rows(s), s.cols.size());
+  }
+  void skip(const TileBounds& at, int64_t r, int64_t c, int64_t tile_row, int64_t tile_col) {
+    row.skip(tile_col, r, at.rows);
+    col.skip(tile_row, c, at.cols);
+  }
+  void merge(const Section& s) {
+    for (auto* each : {&row, &related_row}) each->merge(s.rows.begin);
+    for (auto* each : {&col, &related_col}) each->merge(s.cols.begin);
+  }
+  // Returns the columns' statistic, (N,) or (N, 2) in double.
+  at::Tensor col_value(const StatsProblem& p) const { return together(p, col, related_col); }
+  // Returns the rows' statistic, (M,) or (M, 2) in double. For an upper triangle it includes the columns' values,
+  // because these are the rows of the lower triangle.
   at::Tensor row_value(const StatsProblem& problem) const {
-    const at::Tensor value = row.value();
+    const at::Tensor value = together(problem, row, related_row);
     if (!problem.upper) return value;
     const at::Tensor of_cols = col.value();
     double* r = value.mutable_data_ptr<double>();
@@ -36,6 +54,9 @@ struct Statistics {
   }
 
  private:
+  static at::Tensor together(const StatsProblem& p, const RunningStatistic<T>& all, const RunningStatistic<T>& related) {
+    return has_related(p) ? at::stack({all.value(), related.value()}, 1) : all.value();
+  }
   static double log_add(double a, double b) {
     const double most = std::max(a, b), least = std::min(a, b);
     if (std::isnan(a) || std::isnan(b)) return a + b;
@@ -49,15 +70,16 @@ void forward_pass(const StatsProblem& problem, const Prepared<E>& p, const Tilin
                   T* kept, const Interrupt& interrupt) {
   const int64_t n = p.y.rows;
   const TileScratch<T> scratch(tiling, p.options());
-  T* pos = stats.pos.template mutable_data_ptr<T>();
+  T* pos = p.rule.paired ? stats.pos.template mutable_data_ptr<T>() : nullptr;
   at::Tensor units;
   const FeatureRows<E> x = p.x.read_rows(0, p.x.rows, units);
   Panels<E> y;
+  Guide<T> guide(problem.row_guide, problem.col_guide, tiling, p.options());
   for (const Range& group : tiling.column_groups()) {
     y.set_transposed(p.y, group.begin, group.end);
+    guide.start_group(group);
     for (const Section& s : tiling.sections(group)) {
-      stats.row.start(tiling.tile_cols(s), s.rows.size());
-      stats.col.start(tiling.tile_rows(s), s.cols.size());
+      stats.start(tiling, s);
       tiling.for_each_tile(
           s,
           [&](const TileBounds& at, int64_t tile_row, int64_t tile_col) {
@@ -65,16 +87,14 @@ void forward_pass(const StatsProblem& problem, const Prepared<E>& p, const Tilin
             T* tile = s.kept ? kept + kept_offset(at, n) : scratch.get();
             const int64_t stride = s.kept ? at.cols : kTileCols;
             multiply_tile(x, y, at, s.cols.begin, tile, stride);
-            tile_kernels<T>().forward(
-                p.rule, {at, tile, stride, pos, stats.row.part_max(tile_col, r), stats.row.part_sum(tile_col, r),
-                         stats.col.part_max(tile_row, c), stats.col.part_sum(tile_row, c)});
+            tile_kernels<T>().forward(p.rule, {at, tile, stride, guide.tile(at), pos, stats.row.part(tile_col, r),
+                                               stats.col.part(tile_row, c), stats.related_row.part(tile_col, r),
+                                               stats.related_col.part(tile_row, c)});
           },
           [&](const TileBounds& at, int64_t tile_row, int64_t tile_col) {
-            stats.row.skip(tile_col, at.row - s.rows.begin, at.rows);
-            stats.col.skip(tile_row, at.col - s.cols.begin, at.cols);
+            stats.skip(at, at.row - s.rows.begin, at.col - s.cols.begin, tile_row, tile_col);
           });
-      stats.row.merge(s.rows.begin);
-      stats.col.merge(s.cols.begin);
+      stats.merge(s);
       interrupt();
     }
   }

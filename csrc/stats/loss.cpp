@@ -15,6 +15,7 @@
 #include "stats/class_means.h"
 #include "stats/feature_gradients.h"
 #include "stats/forward.h"
+#include "stats/guide.h"
 #include "stats/panels.h"
 #include "stats/prepared.h"
 #include "stats/running_statistic.h"
@@ -62,6 +63,7 @@ LossAndGradients from_rows(const StatsProblem& problem, const RowLoss& loss, con
   // With several groups of columns, y is packed again for every block of rows; panels of y and y.T then share memory.
   Panels<E> whole;
   Panels<E>& y_transposed = tiling.column_groups().size() > 1 ? gradients.panels() : whole;
+  Guide<T> guide(problem.row_guide, problem.col_guide, tiling, p.options());
   for (const Range& rows : all) {
     const auto products = [&](const TileBounds& at) { return s + (at.row - rows.begin) * stride + at.col; };
     at::Tensor units;
@@ -70,6 +72,7 @@ LossAndGradients from_rows(const StatsProblem& problem, const RowLoss& loss, con
     for (const Range& group : tiling.column_groups()) {
       const Section section{rows, group, true};
       y_transposed.set_transposed(p.y, group.begin, group.end);
+      guide.start_group(group);
       row.start(tiling.tile_cols(section), rows.size());
       tiling.for_each_tile(
           section,
@@ -77,8 +80,7 @@ LossAndGradients from_rows(const StatsProblem& problem, const RowLoss& loss, con
             T* tile = products(at);
             const int64_t r = at.row - rows.begin;
             multiply_tile(x, y_transposed, at, group.begin, tile, stride);
-            tile_kernels<T>().forward(p.rule, {at, tile, stride, pos_data, row.part_max(tile_col, r),
-                                               row.part_sum(tile_col, r), nullptr, nullptr});
+            tile_kernels<T>().forward(p.rule, {at, tile, stride, guide.tile(at), pos_data, row.part(tile_col, r), {}, {}, {}});
           },
           [](const TileBounds&, int64_t, int64_t) {});
       row.merge(0);
@@ -96,9 +98,10 @@ LossAndGradients from_rows(const StatsProblem& problem, const RowLoss& loss, con
     }
     for (const Range& group : tiling.column_groups()) {
       gradients.start_group(group);
+      guide.start_group(group);
       const auto logit_gradient = [&](const TileBounds& at, T* tile, int64_t tile_stride) {
-        tile_kernels<T>().backward(p.rule, {at, products(at), stride, tile, tile_stride, norm.high.data(),
-                                            norm.low.data(), g_row.const_data_ptr<T>(), nullptr, nullptr, nullptr});
+        const Normalised<T> by_row{norm.high.data(), norm.low.data(), g_row.const_data_ptr<T>()};
+        tile_kernels<T>().backward(p.rule, {at, products(at), stride, guide.tile(at), tile, tile_stride, by_row, {}, {}, {}});
       };
       gradients.add({rows, group, true}, logit_gradient, s + group.begin, stride);  // G takes the products' place
       interrupt();
@@ -153,9 +156,10 @@ LossAndGradients from_kept_products(const StatsProblem& problem, const RowLoss& 
   const at::Tensor g_row = zeros(m), row_value = stats.row_value(problem);
   const at::Tensor losses = at::zeros({m}, at::kDouble);  // ATen sums them in pairs, so that roundings stay small
   const auto dtype = p.scalar_type();
+  const Direction<T> none{Normaliser<T>(0), std::nullopt};
   const auto gradients = [&](const OptionalTensor& g_pos, const Direction<T>& row, const Direction<T>& col,
                              const std::function<void(T*)>& add_more) {
-    return LossAndGradients{losses.sum(), backward_pass<E>(p, tiling, products, m, g_pos, row, col, needs, dtype, dtype,
+    return LossAndGradients{losses.sum(), backward_pass<E>(problem, p, tiling, products, m, g_pos, {row, col, none, none}, needs, dtype, dtype,
                                                            interrupt, add_more)};
   };
   const Direction<T> row{Normaliser<T>(row_value), g_row};
@@ -172,7 +176,7 @@ LossAndGradients from_kept_products(const StatsProblem& problem, const RowLoss& 
   T* g_pos_data = g_pos.mutable_data_ptr<T>();
   add_direction<T>(row_value, losses, pos, loss, g_row.mutable_data_ptr<T>(), g_pos_data);
   if (problem.upper) return gradients(g_pos, row, row, {});  // the lower triangle's rows are the upper's columns
-  const at::Tensor g_col = zeros(n), col_value = stats.col.value();
+  const at::Tensor g_col = zeros(n), col_value = stats.col_value(problem);
   add_direction<T>(col_value, losses, pos, loss, g_col.mutable_data_ptr<T>(), g_pos_data);
   return gradients(g_pos, row, {Normaliser<T>(col_value), g_col}, {});
 }
@@ -183,6 +187,8 @@ LossAndGradients loss_and_gradients(const StatsProblem& problem, const RowLoss& 
                                     const Interrupt& interrupt) {
   return with_elements(problem, [&](auto element) {
     using E = decltype(element);
+    TORCH_CHECK_VALUE(problem.paired || loss.labels, "paired: expected a problem whose rows have positives");
+    TORCH_CHECK_VALUE(!has_related(problem), "equal_ids: expected no statistics of related pairs");
     TORCH_CHECK_VALUE(!loss.labels || problem.upper, "labels: expected a problem of features against themselves");
     TORCH_CHECK_VALUE(problem.x.size(0) > 0 && problem.y.size(0) > 0, "x, y: got ", problem.x.size(0), " and ",
                       problem.y.size(0), " rows, expected at least one");

@@ -36,6 +36,9 @@ class RunningStatistic {
   }
   T* part_sum(int64_t part, int64_t offset) { return asked_ ? part_sum_.data() + part * length_ + offset : nullptr; }
 
+  // Where a tile's sums go.
+  TileSums<T> part(int64_t part, int64_t offset) { return {part_max(part, offset), part_sum(part, offset)}; }
+
   // Makes `size` elements of a part empty, for a tile that is skipped.
   void skip(int64_t part, int64_t offset, int64_t size) {
     if (T* max = part_max(part, offset)) std::fill_n(max, size, -std::numeric_limits<T>::infinity());

@@ -17,8 +17,11 @@ struct StatsProblem {
   at::Tensor scale;         // 0-d
   OptionalTensor targets;   // (M,) int64
   OptionalTensor col_bias;  // (N,) or ()
-  OptionalTensor row_ids;   // (M,) int64, compared with col_ids
-  OptionalTensor col_ids;   // (N,) int64
+  OptionalTensor row_ids;   // (M,) or (M, K) int64, compared with col_ids
+  OptionalTensor col_ids;   // (N,) or (N, K) int64
+  OptionalTensor row_limit, col_limit;  // (M,), (N,): a pair with scale x . y above it is excluded from that row, column
+  OptionalTensor row_guide, col_guide;  // (M, G), (N, G), whose products are compared with the limits in place of these
+  bool paired;                          // row i has a positive; otherwise pos has 0 elements
   bool exclude_self;
   bool want_row, want_col;  // the directions that are asked for
   bool upper;               // x is y: only pairs j > i are computed, and `row` is over both triangles
@@ -33,12 +36,22 @@ struct StatsProblem {
     f("col_bias", col_bias);
     f("row_ids", row_ids);
     f("col_ids", col_ids);
+    f("row_limit", row_limit);
+    f("col_limit", col_limit);
+    f("row_guide", row_guide);
+    f("col_guide", col_guide);
   }
 };
 
-// Returns pos (M,), row (M,) and col (N,) in float64, where a direction that was not asked for has 0 elements; and the
-// products x @ y.T of the first `kept_rows` rows, (kept_rows, N) elements in float32 (float64 for float64 features).
-// The products lie tile by tile (`kept_offset`), and only `stats_backward` reads them.
+// Whether related pairs have statistics of their own.
+inline bool has_related(const StatsProblem& p) {
+  return p.equal_ids == EqualIds::kApart || p.equal_ids == EqualIds::kAdd;
+}
+
+// Returns pos (M,), row (M,) and col (N,) in float64, where a direction that was not asked for has 0 elements; row and
+// col are (M, 2) and (N, 2) if related pairs have statistics of their own, in [:, 1]. And it returns the products
+// x @ y.T of the first `kept_rows` rows, (kept_rows, N) elements in float32 (float64 for float64 features). The products
+// lie tile by tile (`kept_offset`), and only `stats_backward` reads them.
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> stats_forward(const StatsProblem& problem,
                                                                          const Interrupt& interrupt);
 

@@ -6,6 +6,8 @@ exponentials of the logits and their sums are in the statistics' dtype (``core/s
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -17,6 +19,7 @@ from fused_contrastive.core.spec import (
     StatsSpec,
     Upstream,
     compute_dtype,
+    merged,
     statistics_dtype,
     summed_like,
 )
@@ -39,22 +42,31 @@ class Reference(Backend):
         x, y = x.to(dtype), y.to(dtype)
         targets = _targets(spec, x)
         m, n = x.shape[0], y.shape[0]
-        pos = x.new_empty(m, dtype=statistics)
-        row = x.new_empty(m if spec.want_row else 0, dtype=statistics)
-        col = x.new_full((n if spec.want_col or spec.upper else 0,), -torch.inf, dtype=statistics)
+        parts = 2 if spec.equal_ids in ("apart", "add") else 1
+        pos = x.new_empty(m if spec.paired else 0, dtype=statistics)
+        row = x.new_empty(m if spec.want_row else 0, parts, dtype=statistics)
+        col = x.new_full((n if spec.want_col or spec.upper else 0, parts), -torch.inf, dtype=statistics)
+        if spec.equal_ids == "add":
+            col[:, 1] = 0
         products_kept = x.new_empty(spec.kept_rows, n)
         for rows in _chunks(m):
             products = x[rows] @ y.T
             products_kept[rows] = products[: products_kept[rows].shape[0]]
-            logits, pos[rows] = masked_logits(spec, products, rows, targets)
-            logits = logits.to(statistics)
+            tile = masked_logits(spec, products, rows, targets)
+            if spec.paired:
+                pos[rows] = tile.pos
+            of_rows, of_cols = ([t.to(statistics) for t in part] for part in (tile.of_rows, tile.of_cols))
             if spec.statistic == "softplus":
-                row[rows] = torch.logaddexp(logits, logits.new_zeros(())).sum(dim=1)
+                row[rows] = torch.stack([torch.logaddexp(s, s.new_zeros(())).sum(dim=1) for s in of_rows], dim=1)
                 continue
+            added = None if tile.added is None else torch.where(tile.added, of_rows[0], 0)
             if spec.want_row:
-                row[rows] = _log_sum_exp(logits, dim=1)
+                row[rows] = torch.stack([_log_sum_exp(s, dim=1) for s in of_rows] + _sums(added, 1), dim=1)
             if len(col):
-                col = torch.logaddexp(col, _log_sum_exp(logits, dim=0))
+                part = torch.stack([_log_sum_exp(s, dim=0) for s in of_cols] + _sums(added, 0), dim=1)
+                col = merged(spec, col, part)
+        if parts == 1:
+            row, col = row.squeeze(1), col.squeeze(1)
         if spec.upper:
             return Forward(pos, torch.logaddexp(row, col), col.new_empty(0), products_kept)
         return Forward(pos, row, col, products_kept)
@@ -70,13 +82,12 @@ class Reference(Backend):
         dx, dy, dbias = torch.zeros_like(x), torch.zeros_like(y), x.new_zeros(y.shape[0])
         for rows in _chunks(x.shape[0]):
             products = saved.kept[rows] if rows.stop <= spec.kept_rows else x[rows] @ y.T
-            logits, _ = masked_logits(spec, products, rows, targets)
-            logits = logits.to(statistics_dtype(x.device))
-            grad = _negatives(spec, logits, rows, saved, upstream).to(dtype)
+            tile = masked_logits(spec, products, rows, targets)
+            grad = _negatives(spec, tile, rows, saved, upstream, statistics_dtype(x.device)).to(dtype)
             dx[rows] = grad @ y
             dy += grad.T @ x[rows]
             dbias += grad.sum(dim=0)
-        if upstream.pos is not None:
+        if upstream.pos is not None and spec.paired:
             g_pos = upstream.pos.to(dtype)
             dx += g_pos[:, None] * y[targets]
             dy.index_add_(0, targets, g_pos[:, None] * x)
@@ -96,37 +107,66 @@ def _targets(spec: StatsSpec, x: Tensor) -> Tensor:  # (M,)
     return torch.arange(x.shape[0], device=x.device) if spec.targets is None else spec.targets
 
 
-def _equal_ids(spec: StatsSpec, rows: slice) -> Tensor | None:
+def _related(spec: StatsSpec, rows: slice) -> Tensor | None:
     """Which pairs of some rows have equal ids, (R, N) bool; None if the problem has no ids."""
     if spec.row_ids is None or spec.col_ids is None:
         return None
-    return spec.row_ids[rows, None] == spec.col_ids
+    if spec.row_ids.dim() == 1:
+        return spec.row_ids[rows, None] == spec.col_ids
+    return (spec.row_ids[rows, None] == spec.col_ids).any(dim=2)
 
 
-def masked_logits(spec: StatsSpec, products: Tensor, rows: slice, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Turns some rows' products into logits, (R, N), -inf where excluded, and the positives' logits, (R,).
+class MaskedLogits(NamedTuple):
+    """Logits of some rows, -inf where excluded: one (R, N), or two with ``equal_ids="apart"``."""
 
-    A new rule of exclusion belongs here; forward and backward both call it.
-    """
-    logits = spec.scale * products
+    of_rows: list[Tensor]
+    of_cols: list[Tensor]  # the same unless there are limits
+    pos: Tensor  # (R,) logits of the positives
+    negated: Tensor | None  # (R, N) bool: whose logits have changed sign
+    added: Tensor | None  # (R, N) bool: whose logits are added up
+
+
+def masked_logits(spec: StatsSpec, products: Tensor, rows: slice, targets: Tensor) -> MaskedLogits:
+    """Turns some rows' products into logits. A new rule of exclusion belongs here: forward and backward call it."""
+    logits = similarities = spec.scale * products
+    if spec.row_guide is not None and spec.col_guide is not None:
+        similarities = spec.row_guide[rows].to(products.dtype) @ spec.col_guide.to(products.dtype).T
     if spec.col_bias is not None:
         logits = logits + spec.col_bias
-    positive = targets[rows, None]  # (R, 1)
-    pos = logits.gather(1, positive).squeeze(1)
-    pos = pos.masked_fill(pos == torch.inf, torch.nan)
     columns = torch.arange(products.shape[1], device=products.device)
     own = torch.arange(rows.start, rows.stop, device=products.device)[:, None]
-    excluded = columns == positive
+    excluded = torch.zeros_like(products, dtype=torch.bool)
+    pos = logits.new_empty(0)
+    if spec.paired:
+        positive = targets[rows, None]  # (R, 1)
+        pos = logits.gather(1, positive).squeeze(1)
+        pos = pos.masked_fill(pos == torch.inf, torch.nan)
+        excluded = columns == positive
     if spec.exclude_self:
         excluded |= columns == own
     if spec.upper:
         excluded |= columns <= own
-    if (equal := _equal_ids(spec, rows)) is not None:
-        if spec.equal_ids == "negate":
-            logits = torch.where(equal, -logits, logits)
-        else:
-            excluded |= equal if spec.equal_ids == "exclude" else ~equal
-    return logits.masked_fill(excluded, -torch.inf), pos
+    related, negated, added = _related(spec, rows), None, None
+    if related is not None:
+        if spec.equal_ids == "negate" or (spec.equal_ids == "apart" and spec.statistic == "softplus"):
+            logits, negated = torch.where(related, -logits, logits), related
+        if spec.equal_ids == "exclude":
+            excluded |= related
+        elif spec.equal_ids == "only":
+            excluded |= ~related
+        elif spec.equal_ids == "add":
+            added = related & ~excluded
+    logits = logits.masked_fill(excluded, -torch.inf)
+    of_rows = of_cols = [logits]
+    if spec.equal_ids == "apart" and related is not None:
+        of_rows = of_cols = [logits.masked_fill(related, -torch.inf), logits.masked_fill(~related, -torch.inf)]
+    if spec.row_limit is not None:
+        above = similarities > spec.row_limit[rows, None]
+        of_rows = [s.masked_fill(above, -torch.inf) for s in of_rows]
+    if spec.col_limit is not None:
+        above = similarities > spec.col_limit
+        of_cols = [s.masked_fill(above, -torch.inf) for s in of_cols]
+    return MaskedLogits(of_rows, of_cols, pos, negated, added)
 
 
 def _chunks(m: int) -> list[slice]:
@@ -139,23 +179,36 @@ def _log_sum_exp(logits: Tensor, dim: int) -> Tensor:
     return value.masked_fill(value == torch.inf, torch.nan)
 
 
+def _sums(added: Tensor | None, dim: int) -> list[Tensor]:
+    return [] if added is None else [added.sum(dim=dim)]
+
+
 def _weights(logits: Tensor, normaliser: Tensor) -> Tensor:
     """exp(logits - normaliser); 0 where all pairs are excluded (normaliser -inf)."""
     return (logits - normaliser.masked_fill(normaliser == -torch.inf, 0)).exp()
 
 
-def _negatives(spec: StatsSpec, logits: Tensor, rows: slice, saved: Forward, upstream: Upstream) -> Tensor:
+def _negatives(
+    spec: StatsSpec, tile: MaskedLogits, rows: slice, saved: Forward, upstream: Upstream, dtype: torch.dtype
+) -> Tensor:
     """G without the positives, (R, N)."""
-    grad = torch.zeros_like(logits)
-    if upstream.row is not None and spec.statistic == "softplus":
-        grad += upstream.row[rows, None] * logits.sigmoid()
-        if spec.equal_ids == "negate" and (equal := _equal_ids(spec, rows)) is not None:
-            grad = torch.where(equal, -grad, grad)
-    elif upstream.row is not None:
-        grad += upstream.row[rows, None] * _weights(logits, saved.row[rows, None])
+    grad = torch.zeros_like(tile.of_rows[0], dtype=dtype)
+    if upstream.row is not None:
+        g_row, row = upstream.row[rows].view(len(grad), -1), saved.row[rows].view(len(grad), -1)
+        for k, logits in enumerate(tile.of_rows):
+            s = logits.to(dtype)
+            grad += g_row[:, k, None] * (s.sigmoid() if spec.statistic == "softplus" else _weights(s, row[:, k, None]))
     if upstream.col is not None:
-        grad += upstream.col * _weights(logits, saved.col)
-    return grad
+        n = grad.shape[1]
+        g_col, col = upstream.col.view(n, -1), saved.col.view(n, -1)
+        for k, logits in enumerate(tile.of_cols):
+            grad += g_col[:, k] * _weights(logits.to(dtype), col[:, k])
+    if tile.added is not None:
+        for g, dim in ((upstream.row, 1), (upstream.col, 0)):
+            if g is not None:
+                g = g[rows] if dim else g
+                grad += torch.where(tile.added, g[:, 1].unsqueeze(dim), 0)
+    return grad if tile.negated is None else torch.where(tile.negated, -grad, grad)
 
 
 BACKEND = Reference()

@@ -176,6 +176,42 @@ def vector(name: str, value: object, length: int, x: Tensor, *, of: str, integer
     return value
 
 
+MOST_IDS = 4  # that a caller may give a row or column
+
+
+def ids(name: str, value: object, length: int, x: Tensor, of: str) -> Tensor:
+    """Integers (length,) or (length, K), K <= 4 -> in int64; (length,) for K = 1."""
+
+    def expected() -> str:
+        return f"an integer tensor of shape ({length},), or ({length}, K) with K from 1 to {MOST_IDS}, {of}"
+
+    value = integers(name, value, expected)
+    if value.dim() not in (1, 2) or value.shape[0] != length or not 1 <= _ids_each(value) <= MOST_IDS:
+        raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected {expected()}")
+    same_device(name, value, "x", x)
+    return value.squeeze(1) if value.dim() == 2 and value.shape[1] == 1 else value
+
+
+def _ids_each(value: Tensor) -> int:
+    return value.shape[1] if value.dim() == 2 else 1
+
+
+def same_ids(row_name: str, row_ids: Tensor, col_name: str, col_ids: Tensor) -> None:
+    """As many ids for a row as for a column."""
+    rows, cols = _ids_each(row_ids), _ids_each(col_ids)
+    if rows != cols:
+        raise ValueError(f"{col_name}: got {cols} ids a column, expected {rows}, as many as {row_name} has for a row")
+
+
+def no_nan(name: str, value: Tensor) -> None:
+    """No element is NaN. On a GPU this is a device-side assertion, so that the host need not wait."""
+    valid = ~value.isnan().any()
+    if value.device.type != "cpu" or not is_plain(value):
+        torch._assert_async(valid if torch.compiler.is_compiling() else unwrapped(valid), f"{name}: got NaN")
+    elif not valid:
+        raise ValueError(f"{name}: got NaN, expected numbers")
+
+
 def directions(value: object) -> tuple[bool, bool]:
     """A sequence of "row" and "col" -> whether each of the two is in it."""
     if isinstance(value, str) or not isinstance(value, Sequence):

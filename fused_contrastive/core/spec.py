@@ -9,15 +9,23 @@ from torch import Tensor
 
 BackendName = Literal["auto", "reference", "cpp", "triton"]
 Statistic = Literal["logsumexp", "softplus"]
-EqualIds = Literal["exclude", "only", "negate"]
+EqualIds = Literal["exclude", "only", "negate", "apart", "add"]
 
 
 class StatsSpec(NamedTuple):
     """How logits are made of x (M, D) and y (N, D), which are excluded, and what is requested.
 
     ``S[i, j] = scale * x[i] . y[j] + col_bias[j]``. Excluded from ``row`` and ``col`` are the positive
-    ``S[i, t(i)]`` and, with ``exclude_self``, ``S[i, i]``. Pairs with ``row_ids[i] == col_ids[j]`` are excluded too;
-    or, as ``equal_ids`` says, all others are ("only"), or the logits of the pairs change sign ("negate").
+    ``S[i, t(i)]`` and, with ``exclude_self``, ``S[i, i]``. Without ``paired`` there are no positives, and ``pos`` has 0
+    elements. Pairs with ``row_ids[i] == col_ids[j]``, or with K ids each that agree in any of them, are related. As
+    ``equal_ids`` says, they are excluded too; or all others are ("only"); or their logits change sign ("negate"); or
+    they are reduced by themselves ("apart"): ``row`` is then (M, 2) and ``col`` (N, 2), over the pairs that are not
+    related and over those that are, whose logits change sign if the statistic is softplus; or they count like the
+    others, and their logits are added up besides ("add"), in ``row[:, 1]`` and ``col[:, 1]``.
+
+    Excluded from row i alone are pairs with ``scale * x[i] . y[j] > row_limit[i]``, and from column j alone those above
+    ``col_limit[j]``. With a guide, ``row_guide[i] . col_guide[j]`` is compared with them instead. Limits and guide have
+    no gradient.
 
     With ``upper``, y is x and there is no bias: S is symmetric, and only its pairs ``j > i`` are computed. ``row`` is
     over both triangles, without the diagonal; ``want_col`` is False. Targets, if there are any, come in pairs:
@@ -30,8 +38,13 @@ class StatsSpec(NamedTuple):
     scale: Tensor  # () in the compute dtype
     targets: Tensor | None = None  # (M,) int64 column of each row's positive; None: t(i) = i
     col_bias: Tensor | None = None  # (N,), or () for all columns, in the compute dtype
-    row_ids: Tensor | None = None  # (M,) int64
-    col_ids: Tensor | None = None  # (N,) int64
+    row_ids: Tensor | None = None  # (M,) or (M, K) int64
+    col_ids: Tensor | None = None  # (N,) or (N, K) int64
+    row_limit: Tensor | None = None  # (M,) in the compute dtype
+    col_limit: Tensor | None = None  # (N,) in the compute dtype
+    row_guide: Tensor | None = None  # (M, G) of any floating dtype
+    col_guide: Tensor | None = None  # (N, G)
+    paired: bool = True  # row i has a positive, in column t(i)
     exclude_self: bool = False
     want_row: bool = True  # the row direction is requested
     want_col: bool = True  # the column direction is requested
@@ -40,29 +53,46 @@ class StatsSpec(NamedTuple):
     statistic: Statistic = "logsumexp"  # over the logits not excluded: log sum exp, or the sum of log(1 + exp)
     kept_rows: int = 0  # how many rows of S, from the first on, have their products kept for the backward
 
+    def shapes(self, m: int, n: int) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+        """The shapes of pos, row and col for m rows and n columns."""
+        parts = (2,) if self.equal_ids in ("apart", "add") else ()
+        return (m if self.paired else 0,), (m if self.want_row else 0, *parts), (n if self.want_col else 0, *parts)
+
 
 FIELDS = get_type_hints(StatsSpec)
 TENSORS = tuple(name for name, kind in FIELDS.items() if kind in (Tensor, Tensor | None))
-# The tensors with one element for each row, and for each column, with their dtypes; None is any floating dtype.
-OF_ROWS: dict[str, torch.dtype | None] = {"targets": torch.int64, "row_ids": torch.int64}
-OF_COLS: dict[str, torch.dtype | None] = {"col_bias": None, "col_ids": torch.int64}
+# The tensors of the rows, and of the columns, with their dtypes; None is any floating dtype.
+OF_ROWS: dict[str, torch.dtype | None] = {
+    "targets": torch.int64,
+    "row_ids": torch.int64,
+    "row_limit": None,
+    "row_guide": None,
+}
+OF_COLS: dict[str, torch.dtype | None] = {
+    "col_bias": None,
+    "col_ids": torch.int64,
+    "col_limit": None,
+    "col_guide": None,
+}
+OF_TWO_DIMENSIONS = ("row_ids", "col_ids", "row_guide", "col_guide")  # these have more elements for a row, or may have
+MOST_IDS = 5  # of a row or column
 
 
 class Forward(NamedTuple):
     """A backend's forward result, in ``statistics_dtype``; a direction that is not requested has 0 elements."""
 
     pos: Tensor  # (M,) NaN where the logit is +inf
-    row: Tensor  # (M,)
-    col: Tensor  # (N,)
+    row: Tensor  # (M,), or (M, 2) with ``equal_ids`` "apart" or "add"
+    col: Tensor  # (N,), or (N, 2)
     kept: Tensor  # the products of the first kept_rows rows, for the backward, in a form that the backend chooses
 
 
 class Upstream(NamedTuple):
     """Gradients that arrive at the statistics; None means zero."""
 
-    pos: Tensor | None  # (M,)
-    row: Tensor | None  # (M,)
-    col: Tensor | None  # (N,)
+    pos: Tensor | None  # each in the shape of the statistic
+    row: Tensor | None
+    col: Tensor | None
 
 
 class Needs(NamedTuple):
@@ -82,6 +112,23 @@ class Gradients(NamedTuple):
     y: Tensor | None  # (N, D) in the dtype of y
     scale: Tensor | None  # ()
     col_bias: Tensor | None  # in the shape of the bias
+
+
+def empty(spec: StatsSpec, shape: tuple[int, ...], x: Tensor) -> Tensor:
+    """A statistic over no pair, in one of the spec's shapes."""
+    value = x.new_full(shape, 0 if spec.statistic == "softplus" else -torch.inf, dtype=statistics_dtype(x.device))
+    if spec.equal_ids == "add" and value.dim() == 2:
+        value[:, 1] = 0
+    return value
+
+
+def merged(spec: StatsSpec, a: Tensor, b: Tensor) -> Tensor:
+    """A statistic over two parts of S from those over each."""
+    if spec.statistic == "softplus":
+        return a + b
+    if spec.equal_ids == "add":
+        return torch.stack((torch.logaddexp(a[:, 0], b[:, 0]), a[:, 1] + b[:, 1]), dim=1)
+    return torch.logaddexp(a, b)
 
 
 class RowLoss(NamedTuple):

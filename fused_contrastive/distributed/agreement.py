@@ -41,7 +41,7 @@ class Alone:
 
     def agree(
         self, name: str, x: Tensor, y: Tensor, options: dict[str, Any], *inputs: object,
-        targets: Tensor | None = None, keys: int | None = None,
+        targets: Tensor | None = None, keys: int | None = None, paired: bool = True,
     ) -> Shape:  # fmt: skip
         return LocalShape(x.shape[0], y.shape[0])
 
@@ -62,13 +62,13 @@ class Call:
 
     def agree(
         self, name: str, x: Tensor, y: Tensor, options: dict[str, Any], *inputs: object,
-        targets: Tensor | None = None, keys: int | None = None,
+        targets: Tensor | None = None, keys: int | None = None, paired: bool = True,
     ) -> Shape:  # fmt: skip
         """The shape that the processes agree on. Nothing may be refused after it, because the others would wait.
 
         ``x`` (m, D) and ``y`` (n, D) are this process's rows and columns, or items (m, P, D) and (n, T, D) of tokens;
         ``options`` must be the same everywhere; ``inputs`` are what else may require a gradient or be saved for one.
-        ``targets`` count the first ``keys`` columns of each process.
+        ``targets`` count the first ``keys`` columns of each process; without ``paired``, rows have none.
         """
         is_plain(x, y, *inputs)  # raises under torch.jit.trace and for forward-mode tangents
         refuse_fake("group", x, y, *inputs)
@@ -105,7 +105,7 @@ class Call:
                 raise ValueError(f"{name}: got no {what} in any of {len(rows)} processes, expected at least one")
         every_key = tuple(row[5] for row in headers)
         columns = sum(every_key)
-        if targets is None and sum(rows) > columns:
+        if paired and targets is None and sum(rows) > columns:
             raise ValueError(
                 f"targets: got None for {sum(rows)} rows and {columns} columns of all processes, expected targets"
             )

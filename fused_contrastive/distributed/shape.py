@@ -51,6 +51,14 @@ class LocalShape(NamedTuple):
         """(n, ...) of this process's columns -> (N, ...) of all, without gradient."""
         return rows
 
+    def gather_rows(self, rows: Tensor) -> Tensor:
+        """(m, ...) of this process's rows -> (M, ...) of all, without gradient."""
+        return rows
+
+    def columns_of(self, targets: Tensor | None, device: torch.device) -> Tensor:
+        """(m,) targets, or the default t(i) = i -> columns of the whole matrix."""
+        return torch.arange(self.all_rows, device=device) if targets is None else targets
+
     def own_cols(self, everything: Tensor) -> Tensor:
         """(N, ...) of all columns -> (n, ...) of this process's."""
         return everything
@@ -130,6 +138,9 @@ class GlobalShape:
 
     def gather(self, rows: Tensor) -> Tensor:
         return all_gather_rows(rows, self.cols, self.group)
+
+    def gather_rows(self, rows: Tensor) -> Tensor:
+        return all_gather_rows(rows, self.rows, self.group)
 
     def gather_with_gradient(self, rows: Tensor) -> Tensor:
         """As ``gather``; each row's gradient is the sum of what all processes have for it."""

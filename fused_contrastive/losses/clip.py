@@ -11,8 +11,8 @@ from fused_contrastive.core.observing import observed
 from fused_contrastive.core.reduction import REDUCTIONS, Reduction
 from fused_contrastive.core.spec import BackendName
 from fused_contrastive.distributed.agreement import Group, call_of, collective
-from fused_contrastive.losses import terms
-from fused_contrastive.ops.problem import Problem, autocast
+from fused_contrastive.losses import margins, related, terms
+from fused_contrastive.ops.problem import Problem, autocast, checked_pair_of_ids
 from fused_contrastive.ops.row_loss import row_loss
 
 
@@ -24,9 +24,17 @@ def clip_loss(
     logit_scale: float | Tensor | None = None,
     *,
     temperature: float | Tensor | None = None,
+    row_ids: Tensor | None = None,
+    col_ids: Tensor | None = None,
+    equal_ids: related.EqualIds = "exclude",
+    absolute_margin: float | None = None,
+    relative_margin: float | None = None,
+    guide: tuple[Tensor, Tensor] | None = None,
     decoupled: bool = False,
     label_smoothing: float = 0.0,
+    weight: Tensor | None = None,
     reduction: Reduction = "mean",
+    normalize: bool = False,
     memory_budget: int | Literal["auto"] = "auto",
     backend: BackendName = "auto",
     group: Group = None,
@@ -43,15 +51,34 @@ def clip_loss(
     With ``decoupled=True`` the positive is left out of both denominators (Yeh et al. 2022, "Decoupled Contrastive
     Learning", arXiv:2110.06848); with a single pair that denominator is empty and the loss -inf.
 
+    Pairs with equal ids are related. ``equal_ids`` says what becomes of them, in both directions: they are left out as
+    false negatives ("exclude"); or they are positives. The loss of an image or a text with the positives P is then the
+    mean over p in P of -log softmax(p) ("mean": UniCL, Yang et al. 2022, arXiv:2204.03610), or -log of the sum over p
+    in P of softmax(p) ("sum": MIL-NCE, Miech et al. 2020, arXiv:1912.06430).
+
     Args:
         image_features: (N, D) float32, float64, bfloat16 or float16; normalise them first as CLIP does.
         text_features: (N, D), same dtype and device; row i is the caption of image i.
         logit_scale: multiplies the similarities (CLIP's learned temperature, already exponentiated); a number or a
             0-d tensor, which gets a gradient.
         temperature: divides them, instead: 1 / logit_scale.
+        row_ids, col_ids: (N,) integers of the images and of the texts, or (N, K) with K <= 4: equal in any of the K
+            places.
+        equal_ids: "exclude", "mean" or "sum". The last two also take (M, D) images with (N, D) texts, whose positives
+            are the related pairs alone; with M = N, text i is among image i's. What has no positive does not count.
+        absolute_margin: leaves out negatives with a similarity (without scale) above the positive's minus this; -0.1
+            leaves out those more than 0.1 above it (Qwen3-Embedding, Zhang et al. 2025, arXiv:2506.05176). Similarities
+            within rounding of the limit count as below it.
+        relative_margin: instead, those above the positive's minus this share of its size: 0.05 leaves out those above
+            95 % (NV-Retriever, Moreira et al. 2024, arXiv:2407.15831).
+        guide: (M, G) and (N, G) features of another model, without gradient, whose similarities decide in place of
+            ours what a margin leaves out (GISTEmbed, Solatorio 2024, arXiv:2402.16829). Default margin: 0.
         decoupled: the DCL form.
-        label_smoothing: in [0, 1), as in ``F.cross_entropy``: this share of the target is spread over all N.
+        label_smoothing: in [0, 1), as in ``F.cross_entropy``: this share of the target is spread over all N. Not
+            together with ids or margins.
+        weight: (N,) weights of the pairs; the mean is over their sum, as in ``F.cross_entropy``.
         reduction: "mean", "sum" (over the N pairs) or "none" ((N,), the mean of a pair's two directions).
+        normalize: L2-normalise first, the guide's features too; rows shorter than 1e-12 get a gradient of zeros.
         memory_budget, backend, group: see ``contrastive_stats``. Over a group, it is the loss of the whole batch.
 
     Returns:
@@ -63,20 +90,56 @@ def clip_loss(
     call = call_of(group)
     image_features, text_features = autocast(image_features), autocast(text_features)
     checks.feature_pair("image_features", image_features, "text_features", text_features, call.spread)
-    checks.same_rows("image_features", image_features, "text_features", text_features)
+    related.check(
+        equal_ids, row_ids, absolute_margin=absolute_margin, relative_margin=relative_margin, guide=guide
+    )  # fmt: skip
+    if equal_ids == "exclude" or weight is not None or reduction == "none":
+        checks.same_rows("image_features", image_features, "text_features", text_features)
     logit_scale = terms.scale_of(temperature, logit_scale, None, image_features)
     checks.boolean("decoupled", decoupled)
     checks.one_of("reduction", reduction, REDUCTIONS)
     checks.unit_interval("label_smoothing", label_smoothing)
-    problem = Problem(image_features, text_features, logit_scale, memory_budget=memory_budget, backend=backend)
-    options = {"decoupled": decoupled, "label_smoothing": label_smoothing, "reduction": reduction}
-    shape = problem.agree(call, "clip_loss", options)
+    checks.boolean("normalize", normalize)
+    features = (image_features, text_features)
+    limits = margins.checked(absolute_margin, relative_margin, guide, logit_scale, features, normalize)
+    terms.check_smoothing(label_smoothing, row_ids, limits is not None)
+    if weight is not None:
+        weight = checks.vector(
+            "weight", weight, image_features.shape[0], image_features, of="one per pair", integer=False
+        )
+    row_ids, col_ids = checked_pair_of_ids(row_ids, col_ids, image_features, text_features)
+    problem = Problem(
+        image_features, text_features, logit_scale, row_ids=row_ids, col_ids=col_ids, memory_budget=memory_budget,
+        backend=backend, normalize=normalize,
+    )  # fmt: skip
+    if equal_ids != "exclude":
+        related.prepare(problem)
+    options = {
+        "decoupled": decoupled, "label_smoothing": label_smoothing, "reduction": reduction, "normalize": normalize,
+        "equal_ids": equal_ids, "absolute_margin": absolute_margin,
+        "relative_margin": relative_margin, "weight": weight is not None,
+        "guide": guide is not None,
+    }  # fmt: skip
+    shape = problem.agree(call, "clip_loss", options, weight)
+    if equal_ids != "exclude":
+        return related.several_positives(
+            problem,
+            shape,
+            reduction,
+            equal_ids,
+            keys=text_features.shape[0],
+            both=True,
+            decoupled=decoupled,
+            weight=weight,
+        )
     smoothing = None
     if label_smoothing:
-        of_images = terms.mean_logit(logit_scale, image_features, text_features, shape)
-        of_texts = terms.mean_logit(logit_scale, text_features, image_features, shape)
+        problem.unit()
+        of_images = terms.mean_logit(problem.spec.scale, problem.x, problem.y, shape)
+        of_texts = terms.mean_logit(problem.spec.scale, problem.y, problem.x, shape)
         smoothing = label_smoothing, (of_images + of_texts) / 2
-    return row_loss(problem, shape, reduction, decoupled=decoupled, smoothing=smoothing, want_col=True)
+    margins.limit(problem, shape, limits, both=True)
+    return row_loss(problem, shape, reduction, decoupled=decoupled, weight=weight, smoothing=smoothing, want_col=True)
 
 
 class ClipLoss(nn.Module):
@@ -89,16 +152,25 @@ class ClipLoss(nn.Module):
     def __init__(
         self,
         *,
+        equal_ids: related.EqualIds = "exclude",
+        absolute_margin: float | None = None,
+        relative_margin: float | None = None,
         decoupled: bool = False,
         label_smoothing: float = 0.0,
         reduction: Reduction = "mean",
+        normalize: bool = False,
         memory_budget: int | Literal["auto"] = "auto",
         backend: BackendName = "auto",
         group: Group = None,
     ) -> None:
         super().__init__()
-        terms.check_module(reduction, memory_budget, backend, decoupled=decoupled)
+        terms.check_module(reduction, memory_budget, backend, decoupled=decoupled, normalize=normalize)
         checks.unit_interval("label_smoothing", label_smoothing)
+        related.check_module(equal_ids, absolute_margin, relative_margin)
+        self.equal_ids: related.EqualIds = equal_ids
+        self.absolute_margin = absolute_margin
+        self.relative_margin = relative_margin
+        self.normalize = normalize
         self.decoupled = decoupled
         self.label_smoothing = label_smoothing
         self.reduction = reduction
@@ -113,23 +185,24 @@ class ClipLoss(nn.Module):
         logit_scale: float | Tensor | None = None,
         *,
         temperature: float | Tensor | None = None,
+        row_ids: Tensor | None = None,
+        col_ids: Tensor | None = None,
+        guide: tuple[Tensor, Tensor] | None = None,
+        weight: Tensor | None = None,
     ) -> Tensor:
         """(N, D), (N, D), scalar -> loss; see ``clip_loss``."""
         return clip_loss(
-            image_features,
-            text_features,
-            logit_scale,
-            temperature=temperature,
-            decoupled=self.decoupled,
-            label_smoothing=self.label_smoothing,
-            reduction=self.reduction,
-            memory_budget=self.memory_budget,
-            backend=self.backend,
+            image_features, text_features, logit_scale, temperature=temperature, row_ids=row_ids, col_ids=col_ids,
+            equal_ids=self.equal_ids, absolute_margin=self.absolute_margin, relative_margin=self.relative_margin,
+            guide=guide, decoupled=self.decoupled, label_smoothing=self.label_smoothing, weight=weight,
+            reduction=self.reduction, normalize=self.normalize, memory_budget=self.memory_budget, backend=self.backend,
             group=self.group,
-        )
+        )  # fmt: skip
 
     def extra_repr(self) -> str:
         return (
-            f"decoupled={self.decoupled}, label_smoothing={self.label_smoothing}, reduction={self.reduction!r}, "
+            f"equal_ids={self.equal_ids!r}, absolute_margin={self.absolute_margin}, "
+            f"relative_margin={self.relative_margin}, decoupled={self.decoupled}, "
+            f"label_smoothing={self.label_smoothing}, reduction={self.reduction!r}, normalize={self.normalize}, "
             f"memory_budget={self.memory_budget!r}, backend={self.backend!r}"
         )

@@ -14,7 +14,7 @@ from fused_contrastive.core.reduction import REDUCTIONS, Reduction
 from fused_contrastive.core.spec import BackendName
 from fused_contrastive.distributed.agreement import Group, call_of, collective
 from fused_contrastive.distributed.shape import Shape
-from fused_contrastive.losses import terms
+from fused_contrastive.losses import margins, related, terms
 from fused_contrastive.ops.own_dots import own_dots
 from fused_contrastive.ops.problem import Problem, autocast, checked_bias, checked_pair_of_ids
 from fused_contrastive.ops.row_loss import row_loss
@@ -34,9 +34,13 @@ def info_nce_loss(
     col_bias: Tensor | None = None,
     row_ids: Tensor | None = None,
     col_ids: Tensor | None = None,
+    equal_ids: related.EqualIds = "exclude",
+    absolute_margin: float | None = None,
+    relative_margin: float | None = None,
+    guide: tuple[Tensor, ...] | None = None,
     symmetric: bool = False,
     decoupled: bool = False,
-    margin: float = 0.0,
+    margin: float | Tensor = 0.0,
     label_smoothing: float = 0.0,
     weight: Tensor | None = None,
     reduction: Reduction = "mean",
@@ -68,13 +72,20 @@ def info_nce_loss(
             fewer than K. Padding is ignored, whatever it holds.
         col_bias: (N,), or (N + K,) with shared negatives; added to each column's logits: minus log of the sampling
             probability corrects a sampled softmax (logQ), -inf marks an empty slot of a queue.
-        row_ids, col_ids: (M,) and one per column, integers; pairs with equal ids are excluded (false negatives).
-        symmetric: the mean with the loss of keys against queries. Needs M = N and no targets; negatives are columns of
-            the queries' direction alone.
+        row_ids, col_ids: (M,) and one per column, integers; or (M, K) and K per column, K <= 4: equal in any of the K
+            places.
+        equal_ids: pairs with equal ids are left out as false negatives ("exclude"), or are positives ("mean", "sum":
+            see ``clip_loss``). The target is a positive too if targets are given or M = N; otherwise there is none.
+            Queries (with ``symmetric``, keys) without a positive do not count.
+        absolute_margin, relative_margin: leave out negatives by their similarity to the query; see ``clip_loss``.
+        guide: (M, G), (N, G) and, with negatives, (K, G) or (M, K, G) features of another model; see ``clip_loss``.
+        symmetric: the mean with the loss of keys against queries. Needs M = N, but for equal_ids "mean" and "sum", and
+            no targets; negatives are columns of the queries' direction alone.
         decoupled: the DCL form.
-        margin: subtracted from the positives' logits, at least 0.
+        margin: subtracted from the positives' logits: a number, at least 0, or a tensor () or (M,), which gets a
+            gradient. SimKGC (Wang et al. 2022, arXiv:2203.02167) subtracts from the cosine: margin = scale * 0.02.
         label_smoothing: in [0, 1), as in ``F.cross_entropy``: this share of the target is spread over all columns, so
-            that an empty slot makes the loss inf. Not together with ids.
+            that an empty slot makes the loss inf. Not together with ids or margins that leave out negatives.
         weight: (M,) weights of the queries; the mean is over their sum, as in ``F.cross_entropy``.
         reduction: "mean", "sum" or "none" ((M,)).
         normalize: L2-normalise query, key and negatives first; rows shorter than 1e-12 get a gradient of zeros.
@@ -94,21 +105,32 @@ def info_nce_loss(
     checks.feature_pair("query", query, "key", key, call.spread)
     _check_options(symmetric, decoupled, margin, label_smoothing, reduction, normalize)
     scale = terms.scale_of(temperature, logit_scale, 0.07, query)
+    related.check(
+        equal_ids, row_ids, absolute_margin=absolute_margin, relative_margin=relative_margin, guide=guide
+    )  # fmt: skip
+    several = equal_ids != "exclude"
     if symmetric:
         if targets is not None:
             raise ValueError(
                 "targets: got a tensor with symmetric=True, expected None: key i is the positive of query i"
             )
-        checks.same_rows("query", query, "key", key)
-    elif targets is None and not call.spread and query.shape[0] > key.shape[0]:
+        by_query = weight is not None or reduction == "none" or (isinstance(margin, Tensor) and margin.dim() == 1)
+        if not several or by_query:
+            checks.same_rows("query", query, "key", key)
+    elif targets is None and not several and not call.spread and query.shape[0] > key.shape[0]:
         raise ValueError(f"targets: got None for {query.shape[0]} queries and {key.shape[0]} keys, expected targets")
-    if label_smoothing and row_ids is not None:
-        raise ValueError("label_smoothing: got it together with row_ids, expected 0: excluded pairs cannot be targets")
+    if isinstance(margin, Tensor) and margin.dim() == 1:
+        margin = checks.vector("margin", margin, query.shape[0], query, of="one per query", integer=False)
+    elif isinstance(margin, Tensor):
+        margin = checks.scalar_beside("margin", margin, query)
     if weight is not None:
         weight = checks.vector("weight", weight, query.shape[0], query, of="one per query", integer=False)
     if negatives is not None:
         negatives = _checked_negatives(autocast(negatives), query, call.spread)
     shared = negatives is not None and negatives.dim() == 2
+    features = (query, key) if negatives is None else (query, key, negatives)
+    limits = margins.checked(absolute_margin, relative_margin, guide, scale, features, normalize)
+    terms.check_smoothing(label_smoothing, row_ids, limits is not None)
     if negatives_mask is not None:
         if negatives is None or shared:
             raise ValueError(
@@ -126,12 +148,16 @@ def info_nce_loss(
         query, columns, scale, targets=targets, col_bias=checked_bias(col_bias, columns), row_ids=row_ids,
         col_ids=col_ids, memory_budget=memory_budget, backend=backend, normalize=normalize,
     )  # fmt: skip
+    if several:
+        related.prepare(problem)
+    of_margin = "a tensor" if isinstance(margin, Tensor) else margin
     options = {
-        "symmetric": symmetric, "decoupled": decoupled, "margin": margin, "label_smoothing": label_smoothing,
+        "symmetric": symmetric, "decoupled": decoupled, "margin": of_margin, "label_smoothing": label_smoothing,
         "reduction": reduction, "normalize": normalize, "weight": weight is not None,
-        "negatives": None if negatives is None else negatives.dim(),
+        "negatives": None if negatives is None else negatives.dim(), "equal_ids": equal_ids,
+        "absolute_margin": absolute_margin, "relative_margin": relative_margin, "guide": guide is not None,
     }  # fmt: skip
-    shape = problem.agree(call, "info_nce_loss", options, negatives, weight, negatives_mask, keys=key.shape[0])
+    shape = problem.agree(call, "info_nce_loss", options, negatives, weight, negatives_mask, margin, keys=key.shape[0])
     own_logits = smoothing = None
     if negatives is not None and not shared:
         problem.unit()
@@ -142,8 +168,16 @@ def info_nce_loss(
         if symmetric:
             mean = (mean + _mean_over_queries(problem, shape, key.shape[0], margin)) / 2
         smoothing = label_smoothing, mean
+    margins.limit(problem, shape, limits, both=symmetric)
+    if own_logits is not None and limits is not None:
+        own_logits = own_logits.masked_fill(margins.above(problem, limits, own_logits), -torch.inf)
     if own_logits is not None and negatives_mask is not None:
         own_logits = own_logits.masked_fill(~negatives_mask, -torch.inf)
+    if equal_ids != "exclude":
+        return related.several_positives(
+            problem, shape, reduction, equal_ids, keys=key.shape[0], both=symmetric, decoupled=decoupled, margin=margin,
+            weight=weight, own_logits=own_logits,
+        )  # fmt: skip
     return row_loss(
         problem, shape, reduction, decoupled=decoupled, margin=margin, weight=weight, own_logits=own_logits,
         smoothing=smoothing, want_col=symmetric,
@@ -151,7 +185,7 @@ def info_nce_loss(
 
 
 def _mean_over_columns(
-    problem: Problem, shape: Shape, own_logits: Tensor | None, own_mask: Tensor | None, margin: float
+    problem: Problem, shape: Shape, own_logits: Tensor | None, own_mask: Tensor | None, margin: float | Tensor
 ) -> Tensor:
     """(M,) mean of each query's logits. Own logits that are masked must be 0, and do not count."""
     spec, count = problem.spec, shape.all_cols
@@ -165,7 +199,7 @@ def _mean_over_columns(
     return total / (count + (own_logits.shape[1] if own_mask is None else own_mask.sum(dim=1)))
 
 
-def _mean_over_queries(problem: Problem, shape: Shape, keys: int, margin: float) -> Tensor:
+def _mean_over_queries(problem: Problem, shape: Shape, keys: int, margin: float | Tensor) -> Tensor:
     """(M,) mean of each key's logits."""
     mean = terms.mean_logit(problem.spec.scale, problem.y[:keys], problem.x, shape) - margin / shape.all_rows
     return mean if problem.spec.col_bias is None else mean + problem.spec.col_bias[:keys]
@@ -198,11 +232,12 @@ def _checked_negatives(negatives: object, query: Tensor, empty: bool) -> Tensor:
 
 
 def _check_options(
-    symmetric: bool, decoupled: bool, margin: float, label_smoothing: float, reduction: str, normalize: bool
+    symmetric: bool, decoupled: bool, margin: float | Tensor, label_smoothing: float, reduction: str, normalize: bool
 ) -> None:
     for name, value in (("symmetric", symmetric), ("decoupled", decoupled), ("normalize", normalize)):
         checks.boolean(name, value)
-    checks.non_negative("margin", margin)
+    if not isinstance(margin, Tensor):
+        checks.non_negative("margin", margin)
     checks.unit_interval("label_smoothing", label_smoothing)
     checks.one_of("reduction", reduction, REDUCTIONS)
 
@@ -218,9 +253,12 @@ class InfoNCELoss(nn.Module):
         self,
         *,
         temperature: float | None = None,
+        equal_ids: related.EqualIds = "exclude",
+        absolute_margin: float | None = None,
+        relative_margin: float | None = None,
         symmetric: bool = False,
         decoupled: bool = False,
-        margin: float = 0.0,
+        margin: float | Tensor = 0.0,
         label_smoothing: float = 0.0,
         reduction: Reduction = "mean",
         normalize: bool = False,
@@ -231,8 +269,12 @@ class InfoNCELoss(nn.Module):
         super().__init__()
         terms.scale_of(temperature, None, 0.07)
         _check_options(symmetric, decoupled, margin, label_smoothing, reduction, normalize)
+        related.check_module(equal_ids, absolute_margin, relative_margin)
         terms.check_module(reduction, memory_budget, backend)
         self.temperature = temperature
+        self.equal_ids: related.EqualIds = equal_ids
+        self.absolute_margin = absolute_margin
+        self.relative_margin = relative_margin
         self.symmetric = symmetric
         self.decoupled = decoupled
         self.margin = margin
@@ -255,19 +297,23 @@ class InfoNCELoss(nn.Module):
         col_bias: Tensor | None = None,
         row_ids: Tensor | None = None,
         col_ids: Tensor | None = None,
+        guide: tuple[Tensor, ...] | None = None,
         weight: Tensor | None = None,
     ) -> Tensor:
         """(M, D), (N, D) -> loss; a ``logit_scale`` given here replaces the temperature. See ``info_nce_loss``."""
         return info_nce_loss(
             query, key, temperature=self.temperature if logit_scale is None else None, logit_scale=logit_scale,
             targets=targets, negatives=negatives, negatives_mask=negatives_mask, col_bias=col_bias, row_ids=row_ids,
-            col_ids=col_ids, symmetric=self.symmetric, decoupled=self.decoupled, margin=self.margin,
-            label_smoothing=self.label_smoothing, weight=weight, reduction=self.reduction, normalize=self.normalize,
+            col_ids=col_ids, equal_ids=self.equal_ids, absolute_margin=self.absolute_margin,
+            relative_margin=self.relative_margin, guide=guide, symmetric=self.symmetric, decoupled=self.decoupled,
+            margin=self.margin, label_smoothing=self.label_smoothing, weight=weight, reduction=self.reduction,
+            normalize=self.normalize,
             memory_budget=self.memory_budget, backend=self.backend, group=self.group,
         )  # fmt: skip
 
     def extra_repr(self) -> str:
         return (
-            f"temperature={self.temperature}, symmetric={self.symmetric}, decoupled={self.decoupled}, "
+            f"temperature={self.temperature}, equal_ids={self.equal_ids!r}, absolute_margin={self.absolute_margin}, "
+            f"relative_margin={self.relative_margin}, symmetric={self.symmetric}, decoupled={self.decoupled}, "
             f"margin={self.margin}, label_smoothing={self.label_smoothing}, reduction={self.reduction!r}"
         )

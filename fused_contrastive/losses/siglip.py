@@ -11,7 +11,7 @@ from fused_contrastive.core.observing import observed
 from fused_contrastive.core.reduction import REDUCTIONS, Reduction
 from fused_contrastive.core.spec import BackendName
 from fused_contrastive.distributed.agreement import Group, call_of, collective
-from fused_contrastive.losses import terms
+from fused_contrastive.losses import related, terms
 from fused_contrastive.ops.problem import Problem, autocast, checked_pair_of_ids, scalar_tensor
 from fused_contrastive.ops.row_loss import row_loss
 
@@ -27,6 +27,8 @@ def siglip_loss(
     temperature: float | Tensor | None = None,
     row_ids: Tensor | None = None,
     col_ids: Tensor | None = None,
+    positive_weight: Literal["one", "mean"] = "one",
+    weight: Tensor | None = None,
     reduction: Reduction = "mean",
     memory_budget: int | Literal["auto"] = "auto",
     backend: BackendName = "auto",
@@ -39,7 +41,7 @@ def siglip_loss(
         loss_i = sum over j of log(1 + exp(-z[i, j] S[i, j]))
 
     (Zhai et al. 2023, "Sigmoid Loss for Language Image Pre-Training", arXiv:2303.15343). Positives are the pairs i = j
-    and, where ids are given, those with ``row_ids[i] == col_ids[j]``.
+    and, where ids are given, those with ``row_ids[i] == col_ids[j]``; with M images and N texts, the latter alone.
 
     Args:
         image_features: (N, D) float32, float64, bfloat16 or float16; normalise them first.
@@ -47,8 +49,11 @@ def siglip_loss(
         logit_scale: multiplies the similarities (already exponentiated); a number or a 0-d tensor, with a gradient.
         logit_bias: added to all logits, a number or a 0-d tensor, with a gradient; the paper starts at -10.
         temperature: divides the similarities, instead: 1 / logit_scale.
-        row_ids, col_ids: (N,) integers; pairs with equal ids are positives too.
-        reduction: "mean" over the N images, as in the paper, "sum" or "none" ((N,)).
+        row_ids, col_ids: (N,) integers of the images and of the texts, or (N, K) with K <= 4; pairs with equal ids, in
+            any of the K places, are positives too. With them there may be M images and N texts.
+        positive_weight: each positive counts once ("one"), or an image's k positives count 1 / k each ("mean").
+        weight: (N,) weights of the images; the mean is over their sum.
+        reduction: "mean" over the images, as in the paper, "sum" or "none" ((N,)).
         memory_budget, backend, group: see ``contrastive_stats``. The loss has one direction only, so a step costs 3
             products (4 on a GPU that keeps nothing). Over a group, it is the loss of the whole batch.
 
@@ -61,7 +66,13 @@ def siglip_loss(
     call = call_of(group)
     image_features, text_features = autocast(image_features), autocast(text_features)
     checks.feature_pair("image_features", image_features, "text_features", text_features, call.spread)
-    checks.same_rows("image_features", image_features, "text_features", text_features)
+    checks.one_of("positive_weight", positive_weight, ("one", "mean"))
+    if row_ids is None:
+        checks.same_rows("image_features", image_features, "text_features", text_features)
+    if weight is not None:
+        weight = checks.vector(
+            "weight", weight, image_features.shape[0], image_features, of="one per image", integer=False
+        )
     logit_scale = terms.scale_of(temperature, logit_scale, None, image_features)
     checks.one_of("reduction", reduction, REDUCTIONS)
     bias = None
@@ -73,8 +84,16 @@ def siglip_loss(
         image_features, text_features, logit_scale, col_bias=bias, row_ids=row_ids, col_ids=col_ids,
         memory_budget=memory_budget, backend=backend,
     )  # fmt: skip
-    shape = problem.agree(call, "siglip_loss", {"reduction": reduction})
-    return row_loss(problem, shape, reduction, equal_ids="negate", statistic="softplus")
+    weigh = positive_weight == "mean" and row_ids is not None
+    if weigh or image_features.shape[0] != text_features.shape[0] or (call.spread and row_ids is not None):
+        related.prepare(problem)
+    options = {"reduction": reduction, "positive_weight": positive_weight, "weight": weight is not None}
+    shape = problem.agree(call, "siglip_loss", options, weight)
+    if not problem.spec.paired:
+        related.relate_targets(problem, shape, text_features.shape[0])
+    if weigh:
+        return related.weighted_positives(problem, shape, reduction, weight)
+    return row_loss(problem, shape, reduction, weight=weight, equal_ids="negate", statistic="softplus")
 
 
 class SigLipLoss(nn.Module):
@@ -87,12 +106,15 @@ class SigLipLoss(nn.Module):
     def __init__(
         self,
         *,
+        positive_weight: Literal["one", "mean"] = "one",
         reduction: Reduction = "mean",
         memory_budget: int | Literal["auto"] = "auto",
         backend: BackendName = "auto",
         group: Group = None,
     ) -> None:
         super().__init__()
+        checks.one_of("positive_weight", positive_weight, ("one", "mean"))
+        self.positive_weight: Literal["one", "mean"] = positive_weight
         terms.check_module(reduction, memory_budget, backend)
         self.reduction: Reduction = reduction
         self.memory_budget: int | Literal["auto"] = memory_budget
@@ -109,13 +131,17 @@ class SigLipLoss(nn.Module):
         temperature: float | Tensor | None = None,
         row_ids: Tensor | None = None,
         col_ids: Tensor | None = None,
+        weight: Tensor | None = None,
     ) -> Tensor:
         """(N, D), (N, D), scalar, scalar -> loss; see ``siglip_loss``."""
         return siglip_loss(
             image_features, text_features, logit_scale, logit_bias, temperature=temperature, row_ids=row_ids,
-            col_ids=col_ids, reduction=self.reduction, memory_budget=self.memory_budget, backend=self.backend,
-            group=self.group,
+            col_ids=col_ids, positive_weight=self.positive_weight, weight=weight, reduction=self.reduction,
+            memory_budget=self.memory_budget, backend=self.backend, group=self.group,
         )  # fmt: skip
 
     def extra_repr(self) -> str:
-        return f"reduction={self.reduction!r}, memory_budget={self.memory_budget!r}, backend={self.backend!r}"
+        return (
+            f"positive_weight={self.positive_weight!r}, reduction={self.reduction!r}, "
+            f"memory_budget={self.memory_budget!r}, backend={self.backend!r}"
+        )

@@ -65,6 +65,15 @@ def rows_at(t: Tensor, index: Tensor) -> Tensor:
     return t.index_select(0, index) if t.device.type == "cpu" else t[index]
 
 
+def check_smoothing(label_smoothing: float, row_ids: Tensor | None, margins: bool) -> None:
+    """Raises if pairs are left out, since these cannot be targets."""
+    for name, used in (("ids", row_ids is not None), ("a margin that leaves out similar pairs", margins)):
+        if label_smoothing and used:
+            raise ValueError(
+                f"label_smoothing: got it together with {name}, expected 0: excluded pairs cannot be targets"
+            )
+
+
 def scale_of(
     temperature: float | Tensor | None,
     logit_scale: float | Tensor | None,

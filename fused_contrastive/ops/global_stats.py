@@ -13,6 +13,7 @@ Each block is the backend's own forward and backward, so the one autograd formul
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -28,7 +29,7 @@ from fused_contrastive.core.spec import (
     StatsSpec,
     Upstream,
     compute_dtype,
-    statistics_dtype,
+    empty,
 )
 from fused_contrastive.distributed.collectives import merge_log_sums, reduce_scatter_rows
 from fused_contrastive.distributed.shape import GlobalShape
@@ -52,7 +53,9 @@ def global_stats(
 
     With ``upper`` too, the whole block of this process's rows is computed; ids or targets then exclude the diagonal.
     """
-    spec = spec._replace(**{**asked, "upper": False}, targets=shape.columns_of(spec.targets, x.device))
+    spec = spec._replace(**{**asked, "upper": False})
+    if spec.paired:
+        spec = spec._replace(targets=shape.columns_of(spec.targets, x.device))
     if asked.get("upper") and spec.row_ids is None:
         first = shape.first_row
         own = torch.arange(first, first + len(x), device=x.device)
@@ -87,7 +90,7 @@ class _Gather(torch.autograd.Function):
         else:
             pos, row, col, products = _of_no_rows(spec, x, columns)
         if spec.want_col:
-            col = merge_log_sums(col, x.dtype == torch.float64, shape.group)
+            col = _merged_over(shape, spec, col, x.dtype == torch.float64)
         ctx.set_materialize_grads(False)
         ctx.constants, ctx.spec, ctx.needs = constants, spec, ctx.needs_input_grad
         ctx.save_for_backward(x, everything, row, col, products)
@@ -99,7 +102,7 @@ class _Gather(torch.autograd.Function):
         spec, shape = ctx.spec, ctx.constants.shape
         sizes, rank = shape.cols, shape.rank
         if spec.want_col:
-            g_col = shape.gather(_or_zeros(g_col, sizes[rank], row))
+            g_col = shape.gather(_or_zeros(g_col, (sizes[rank], *col.shape[1:]), row))
         needs = Needs(ctx.needs[0], True, ctx.needs[2], spec.col_bias is not None)
         if len(x):
             saved, upstream = Forward(row, row, col, products), Upstream(g_pos, g_row if spec.want_row else None, g_col)
@@ -131,7 +134,7 @@ class _Ring(torch.autograd.Function):
     def backward(ctx: Any, g_pos: Tensor | None, g_row: Tensor | None, g_col: Tensor | None) -> tuple[Any, ...]:
         x, y, row, col = ctx.saved_tensors
         if ctx.spec.want_col:
-            g_col = _or_zeros(g_col, len(y), row)
+            g_col = _or_zeros(g_col, col.shape, row)
         dx, dy, dscale, dcol_bias = ring.backward(
             ctx.constants.shape, ctx.spec, ctx.constants.backend, x, y, (row, col),
             Upstream(g_pos, g_row if ctx.spec.want_row else None, g_col),
@@ -140,13 +143,20 @@ class _Ring(torch.autograd.Function):
         return dx, dy, dscale if needs[2] else None, dcol_bias if needs[3] else None, None
 
 
-def _or_zeros(gradient: Tensor | None, size: int, like: Tensor) -> Tensor:
-    return like.new_zeros(size) if gradient is None else gradient
+def _or_zeros(gradient: Tensor | None, shape: Sequence[int], like: Tensor) -> Tensor:
+    return like.new_zeros(shape) if gradient is None else gradient
 
 
 def _of_no_rows(spec: StatsSpec, x: Tensor, columns: int) -> Forward:
-    nothing = x.new_empty(0, dtype=statistics_dtype(x.device))
-    return Forward(nothing, nothing, nothing.new_full((columns if spec.want_col else 0,), -torch.inf), nothing)
+    pos, row, col = (empty(spec, shape, x) for shape in spec.shapes(0, columns))
+    return Forward(pos, row, col, pos)
+
+
+def _merged_over(shape: GlobalShape, spec: StatsSpec, col: Tensor, exact: bool) -> Tensor:
+    """The columns' statistic over the rows of all processes, from that over each process's rows."""
+    if spec.equal_ids != "add":
+        return merge_log_sums(col, exact, shape.group)
+    return torch.stack((merge_log_sums(col[:, 0].contiguous(), exact, shape.group), shape.sum(col[:, 1])), dim=1)
 
 
 def _zeros(spec: StatsSpec, x: Tensor, y: Tensor) -> Gradients:

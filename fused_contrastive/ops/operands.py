@@ -9,7 +9,17 @@ import torch
 from torch import Tensor
 
 from fused_contrastive.core import checks, forks
-from fused_contrastive.core.spec import OF_COLS, OF_ROWS, EqualIds, Forward, Statistic, StatsSpec, Upstream
+from fused_contrastive.core.spec import (
+    MOST_IDS,
+    OF_COLS,
+    OF_ROWS,
+    OF_TWO_DIMENSIONS,
+    EqualIds,
+    Forward,
+    Statistic,
+    StatsSpec,
+    Upstream,
+)
 from fused_contrastive.core.tokens import MaxSimForward, MaxSimUpstream
 from fused_contrastive.ops import dispatch
 
@@ -21,26 +31,41 @@ def stats(x: Tensor, y: Tensor, spec: StatsSpec, backend: str) -> None:
     dispatch.check(backend, x.device, x.dtype)
     m, n = x.shape[0], y.shape[0]
     _vector("scale", spec.scale, (), x)
-    if spec.targets is None and m > n:
+    if not spec.paired and spec.targets is not None:
+        raise ValueError("targets: got a tensor with paired=False, expected None: no pair is a positive")
+    if spec.paired and spec.targets is None and m > n:
         raise ValueError(f"targets: got None for M = {m} rows and N = {n} columns, expected targets because M > N")
     for size, tensors in ((m, OF_ROWS), (n, OF_COLS)):
         for name, dtype in tensors.items():
             t = getattr(spec, name)
             one_bias = name == "col_bias" and t is not None and t.dim() == 0
-            _vector(name, t, () if one_bias else (size,), x, dtype)
-    if (spec.row_ids is None) != (spec.col_ids is None):
-        raise ValueError("row_ids, col_ids: got only one of them, expected both or neither")
+            several = t.shape[1:] if name in OF_TWO_DIMENSIONS and t is not None and t.dim() == 2 else ()
+            _vector(name, t, () if one_bias else (size, *several), x, dtype)
+    _ids(spec)
+    _guide(spec)
     checks.one_of("equal_ids", spec.equal_ids, get_args(EqualIds))
     checks.one_of("statistic", spec.statistic, get_args(Statistic))
     if not (spec.want_row or spec.want_col):
         raise ValueError("want_row, want_col: got neither direction, expected at least one")
     if spec.statistic == "softplus" and spec.want_col:
         raise ValueError("want_row, want_col: got statistic='softplus', expected rows alone")
+    limited = spec.row_limit is not None or spec.col_limit is not None
+    if limited and (spec.upper or spec.statistic == "softplus" or spec.equal_ids in ("apart", "add")):
+        raise ValueError(
+            "row_limit, col_limit: got one with upper, statistic='softplus' or equal_ids 'apart' or 'add', expected "
+            "None"
+        )
+    if spec.statistic == "softplus" and spec.equal_ids == "add":
+        raise ValueError("equal_ids: got 'add' with statistic='softplus', expected another")
     if spec.upper:
         if m != n:
             raise ValueError(f"upper: got True for M = {m} and N = {n}, expected as many rows as columns")
-        if spec.want_col or spec.col_bias is not None or spec.statistic == "softplus":
-            raise ValueError("upper: got True with columns, a bias or statistic='softplus', expected rows alone")
+        parts = spec.equal_ids in ("apart", "add")
+        if spec.want_col or spec.col_bias is not None or spec.statistic == "softplus" or parts:
+            raise ValueError(
+                "upper: got True with columns, a bias, statistic='softplus' or equal_ids 'apart' or 'add', expected "
+                "rows alone"
+            )
     _kept_rows(spec.kept_rows, m)
 
 
@@ -49,12 +74,12 @@ def stats_saved(
 ) -> None:
     """Raises likewise, unless ``saved`` is what the forward of this problem returned and ``upstream`` its gradients."""
     m, n = x.shape[0], y.shape[0]
-    rows, cols = m if spec.want_row else 0, n if spec.want_col else 0
-    _vector("row", saved.row, (rows,), x)
-    _vector("col", saved.col, (cols,), x)
-    _vector("g_pos", upstream.pos, (m,), x)
-    _vector("g_row", upstream.row, (rows,), x)  # torch.compile gives zeros for a direction that is not requested
-    _vector("g_col", upstream.col, (cols,), x)
+    pos, row, col = spec.shapes(m, n)
+    _vector("row", saved.row, row, x)
+    _vector("col", saved.col, col, x)
+    _vector("g_pos", upstream.pos, pos, x)
+    _vector("g_row", upstream.row, row, x)  # torch.compile gives zeros for a direction that is not requested
+    _vector("g_col", upstream.col, col, x)
     checks.same_device("kept", saved.kept, "x", x)
     if spec.targets is not None:
         checks.target_range(spec.targets, n)
@@ -100,6 +125,36 @@ def _vector(name: str, t: Tensor | None, shape: tuple[int, ...], x: Tensor, dtyp
     if t.dtype != dtype if dtype is not None else not t.is_floating_point():
         raise TypeError(f"{name}: got dtype {t.dtype}, expected {dtype or 'a floating dtype'}")
     checks.same_device(name, t, "x", x)
+
+
+def _ids(spec: StatsSpec) -> None:
+    if spec.row_ids is None or spec.col_ids is None:
+        if (spec.row_ids is None) != (spec.col_ids is None):
+            raise ValueError("row_ids, col_ids: got only one of them, expected both or neither")
+        if spec.equal_ids in ("apart", "add"):
+            raise ValueError(f"row_ids, col_ids: got None with equal_ids={spec.equal_ids!r}, expected both")
+        return
+    count = spec.row_ids.shape[1:]
+    if spec.col_ids.shape[1:] != count:
+        raise ValueError(
+            f"col_ids: got shape {tuple(spec.col_ids.shape)}, expected as many ids a column as a row has in row_ids, "
+            f"whose shape is {tuple(spec.row_ids.shape)}"
+        )
+    if len(count) > 0 and not 1 <= count[0] <= MOST_IDS:
+        raise ValueError(f"row_ids: got {count[0]} ids a row, expected 1 to {MOST_IDS}")
+
+
+def _guide(spec: StatsSpec) -> None:
+    guide = spec.row_guide, spec.col_guide
+    if guide[0] is None or guide[1] is None:
+        if guide[0] is not guide[1]:
+            raise ValueError("row_guide, col_guide: got only one of them, expected both or neither")
+        return
+    if guide[0].dim() != 2 or guide[1].dim() != 2 or guide[0].shape[1] != guide[1].shape[1]:
+        raise ValueError(
+            f"col_guide: got shape {tuple(guide[1].shape)}, expected (N, G) with the G of row_guide, whose shape is "
+            f"{tuple(guide[0].shape)}"
+        )
 
 
 def _kept_rows(kept_rows: int, rows: int) -> None:

@@ -42,10 +42,15 @@ class Problem:
     ) -> Shape:
         """Agrees on the shape of the whole batch; nothing may be refused after it. See ``Call.agree``."""
         spec = self.spec
-        given = {"col_bias": spec.col_bias is not None, "ids": spec.row_ids is not None}
+        given = {
+            "col_bias": spec.col_bias is not None,
+            "ids": None if spec.row_ids is None else tuple(spec.row_ids.shape[1:]),
+            "row_limit": spec.row_limit is not None,
+            "col_limit": spec.col_limit is not None,
+        }
         return call.agree(
             name, self.x, self.y, {**options, **given}, spec.scale, spec.col_bias, *inputs, targets=spec.targets,
-            keys=keys,
+            keys=keys, paired=spec.paired,
         )  # fmt: skip
 
     def unit(self) -> None:
@@ -111,18 +116,33 @@ def checked_bias(col_bias: Tensor | None, y: Tensor) -> Tensor | None:
     )
 
 
+def checked_limit(name: str, limit: Tensor | None, features: Tensor, of: str) -> Tensor | None:
+    """One number for each row of the features, in the compute dtype and without gradient."""
+    if limit is None:
+        return None
+    limit = checks.vector(name, limit, features.shape[0], features, of=of, integer=False).detach()
+    checks.no_nan(name, limit)
+    return limit.to(compute_dtype(features.dtype))
+
+
 def checked_ids(name: str, ids: Tensor | None, features: Tensor, of: str) -> Tensor | None:
-    """One int64 id for each row of the features."""
-    return None if ids is None else checks.vector(name, ids, features.shape[0], features, of=of, integer=True)
+    """The int64 id, or the K of them, of each row of the features."""
+    return None if ids is None else checks.ids(name, ids, features.shape[0], features, of)
 
 
 def checked_pair_of_ids(
     row_ids: Tensor | None, col_ids: Tensor | None, x: Tensor, y: Tensor
 ) -> tuple[Tensor | None, Tensor | None]:
-    """(M,) and (N,) int64, or neither."""
-    if (row_ids is None) != (col_ids is None):
-        raise ValueError("row_ids, col_ids: got only one of them, expected both or neither")
-    return checked_ids("row_ids", row_ids, x, "one per row"), checked_ids("col_ids", col_ids, y, "one per column")
+    """(M,) and (N,) int64, or (M, K) and (N, K), or neither."""
+    if row_ids is None or col_ids is None:
+        if row_ids is not col_ids:
+            raise ValueError("row_ids, col_ids: got only one of them, expected both or neither")
+        return None, None
+    rows, cols = checked_ids("row_ids", row_ids, x, "one per row"), checked_ids("col_ids", col_ids, y, "one per column")
+    assert rows is not None
+    assert cols is not None
+    checks.same_ids("row_ids", rows, "col_ids", cols)
+    return rows, cols
 
 
 def log_add(a: Tensor, b: Tensor) -> Tensor:

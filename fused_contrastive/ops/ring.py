@@ -21,6 +21,8 @@ from fused_contrastive.core.spec import (
     StatsSpec,
     Upstream,
     compute_dtype,
+    empty,
+    merged,
     statistics_dtype,
 )
 from fused_contrastive.distributed.shape import GlobalShape
@@ -29,22 +31,22 @@ from fused_contrastive.ops import schema
 
 def forward(shape: GlobalShape, spec: StatsSpec, backend: str, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """pos (m,), row (m,) and col (n,) of this process's rows and columns."""
-    stats, m = statistics_dtype(x.device), len(x)
-    sums = spec.statistic == "softplus"
-    pos = x.new_zeros(m, dtype=stats)
-    row = x.new_full((m if spec.want_row else 0,), 0 if sums else -torch.inf, dtype=stats)
+    m = len(x)
     block, size = _block(shape, spec, y)
-    col = x.new_full((size if spec.want_col else 0,), -torch.inf, dtype=stats)
+    of_pos, of_row, of_col = spec.shapes(m, size)
+    pos = x.new_zeros(of_pos, dtype=statistics_dtype(x.device))
+    row, col = empty(spec, of_row, x), empty(spec, of_col, x)
     for step in range(shape.world):
         waiting = None if step == shape.world - 1 else _pass_on(shape, block)
         here, part = _of_block(shape, spec, step, block)
         if m:
             found = schema.forward_within(part, x, block[0], backend)
-            pos = torch.where(here, found.pos, pos)
+            if here is not None:
+                pos = torch.where(here, found.pos, pos)
             if spec.want_row:
-                row = row + found.row if sums else torch.logaddexp(row, found.row)
+                row = merged(spec, row, found.row)
             if spec.want_col:
-                col = torch.logaddexp(col, found.col)
+                col = merged(spec, col, found.col)
         if spec.want_col:  # the last step returns it to its owner
             (col,) = _received(_pass_on(shape, [col]))
         if waiting is not None:
@@ -71,7 +73,7 @@ def backward(
         here, part = _of_block(shape, spec, step, block)
         if m:
             # A row's gradient of pos counts only in the block that has its positive.
-            g_pos = None if upstream.pos is None else torch.where(here, upstream.pos, 0)
+            g_pos = None if upstream.pos is None or here is None else torch.where(here, upstream.pos, 0)
             columns = (block[-2], block[-1]) if spec.want_col else (col, None)
             found = schema.backward_within(
                 part, x, block[0], Forward(row, row, columns[0], x.new_empty(0)),
@@ -110,17 +112,19 @@ def _others(spec: StatsSpec) -> list[str]:
     return [name for name in OF_COLS if name != "col_bias" and getattr(spec, name) is not None]
 
 
-def _of_block(shape: GlobalShape, spec: StatsSpec, step: int, block: list[Tensor]) -> tuple[Tensor, StatsSpec]:
-    """Which rows have their positive in the block that is here at this step, and the block's StatsSpec."""
+def _of_block(shape: GlobalShape, spec: StatsSpec, step: int, block: list[Tensor]) -> tuple[Tensor | None, StatsSpec]:
+    """Which rows have their positive in the block that is here at this step (None without positives), and the block's
+    StatsSpec."""
     owner = (shape.rank - step) % shape.world
-    assert spec.targets is not None
-    place = spec.targets - sum(shape.cols[:owner])
-    here = (place >= 0) & (place < shape.cols[owner])
-    targets = torch.where(here, place, len(block[0]) - 1)
+    here = targets = None
+    if spec.targets is not None:
+        place = spec.targets - sum(shape.cols[:owner])
+        here = (place >= 0) & (place < shape.cols[owner])
+        targets = torch.where(here, place, len(block[0]) - 1)
     others: dict[str, Any] = dict(zip(_others(spec), block[2:], strict=False))
     if spec.row_ids is not None:  # padding columns get an id that no row has
         others["col_ids"] = others["col_ids"].clone()
-        others["col_ids"][shape.cols[owner] :] = _no_id_of(spec.row_ids)
+        others["col_ids"][shape.cols[owner] :] = _no_id_of(spec.row_ids.flatten())
     return here, spec._replace(targets=targets, col_bias=block[1], kept_rows=0, **others)
 
 

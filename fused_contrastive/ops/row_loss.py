@@ -28,7 +28,7 @@ def row_loss(
     reduction: Reduction,
     *,
     decoupled: bool = False,
-    margin: float = 0.0,
+    margin: float | Tensor = 0.0,
     weight: Tensor | None = None,
     own_logits: Tensor | None = None,
     smoothing: tuple[float, Tensor] | None = None,
@@ -44,7 +44,7 @@ def row_loss(
         shape: what ``problem.agree`` returned.
         reduction: "mean", "sum" or "none"; over a group, of the rows of all processes.
         decoupled: leave the positive out of the denominator.
-        margin: subtracted from the positives' logits.
+        margin: subtracted from the positives' logits; a number, () or (M,).
         weight: (M,) weights of the rows; the mean is over their sum, as in ``F.cross_entropy``.
         own_logits: (M, K) further negatives of each row, -inf for none.
         smoothing: the share of the target that is spread over all columns, and each row's mean logit over them, (M,).
@@ -55,19 +55,21 @@ def row_loss(
     """
     asked = {"want_col": False, **asked}
     plain = weight is None and own_logits is None and smoothing is None
-    if plain and reduction != "none" and isinstance(shape, LocalShape):
+    fused = plain and problem.spec.paired and reduction != "none" and isinstance(shape, LocalShape)
+    if fused and not isinstance(margin, Tensor):
         each = RowLoss(0.5 if asked["want_col"] else 1.0, margin, decoupled)
         loss = in_the_forward(problem, each, reduction == "mean", asked)
         if loss is not None:
             return loss
     dtype = compute_dtype(problem.x.dtype)
     pos, row, col = problem.run(shape, **asked)
-    pos = pos - margin if margin else pos
+    pos = pos - margin if isinstance(margin, Tensor) or margin else pos
     if asked.get("statistic") == "softplus":
-        own = cross_entropy(
-            pos, pos.new_zeros(pos.shape[0]), dtype=pos.dtype, reduction="none", backend=problem.backend
-        )
-        return shape.reduce(row + own, reduction).to(dtype)
+        losses = row
+        if problem.spec.paired:
+            zero = pos.new_zeros(pos.shape[0])
+            losses = row + cross_entropy(pos, zero, dtype=pos.dtype, reduction="none", backend=problem.backend)
+        return reduced(losses, shape, reduction, weight).to(dtype)
     if own_logits is not None:
         row = log_add(row, own_logits.to(row.dtype).logsumexp(dim=1))
     normalisers = (row, col[: pos.shape[0]]) if asked["want_col"] else (row,)
@@ -81,10 +83,15 @@ def row_loss(
     if smoothing is not None:
         share, mean_logit = smoothing
         losses = losses + share * (pos - mean_logit)
+    return reduced(losses, shape, reduction, weight).to(dtype)
+
+
+def reduced(losses: Tensor, shape: Shape, reduction: Reduction, weight: Tensor | None) -> Tensor:
+    """(M,) losses -> the loss; with (M,) weights, the mean is over their sum."""
     if weight is None:
-        return shape.reduce(losses, reduction).to(dtype)
+        return shape.reduce(losses, reduction)
     total = shape.sum(weight.sum().to(losses.dtype))  # in one dtype, whatever each process's weights are
-    return shape.reduce(losses * weight, reduction, total).to(dtype)
+    return shape.reduce(losses * weight, reduction, total)
 
 
 def cross_entropy(

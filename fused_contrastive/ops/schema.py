@@ -68,7 +68,9 @@ def stats_backward(
     """Calls the backend. An operator must return tensors, so a gradient that is not needed has 0 elements."""
     *fields, backend = problem
     spec = StatsSpec(*fields)
-    upstream = Upstream(g_pos, g_row if spec.want_row else None, g_col if spec.want_col else None)
+    upstream = Upstream(
+        g_pos if spec.paired else None, g_row if spec.want_row else None, g_col if spec.want_col else None
+    )
     with without_autocast(x):
         gradients = BACKENDS[backend].stats_backward(
             spec, x, y, saved=Forward(row, row, col, kept), upstream=upstream, needs=Needs(*needs)
@@ -120,8 +122,7 @@ def backward_within(
 def _fake_forward(x, y, *problem):  # type: ignore[no-untyped-def]
     *fields, backend = problem
     spec, m, n = StatsSpec(*fields), x.shape[0], y.shape[0]
-    sizes = (m, m if spec.want_row else 0, n if spec.want_col else 0)
-    pos, row, col = (x.new_empty(size, dtype=statistics_dtype(x.device)) for size in sizes)
+    pos, row, col = (x.new_empty(shape, dtype=statistics_dtype(x.device)) for shape in spec.shapes(m, n))
     shape, dtype = BACKENDS[backend].kept(spec.kept_rows, n, x.dtype)
     return pos, row, col, x.new_empty(shape, dtype=dtype)
 

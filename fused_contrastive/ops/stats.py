@@ -16,6 +16,7 @@ from fused_contrastive.ops.problem import (
     autocast,
     checked_bias,
     checked_ids,
+    checked_limit,
     checked_pair_of_ids,
     checked_targets,
 )
@@ -42,7 +43,8 @@ class ContrastiveStats(NamedTuple, Generic[Row, Col]):
 @overload
 def contrastive_stats(
     x: Tensor, y: Tensor, scale: float | Tensor = 1.0, *, targets: Tensor | None = None, col_bias: Tensor | None = None,
-    row_ids: Tensor | None = None, col_ids: Tensor | None = None, exclude_self: bool = False,
+    row_ids: Tensor | None = None, col_ids: Tensor | None = None, row_limit: Tensor | None = None,
+    col_limit: Tensor | None = None, exclude_self: bool = False,
     directions: tuple[Literal["row"], Literal["col"]] = ("row", "col"),
     memory_budget: int | Literal["auto"] = "auto", backend: BackendName = "auto", group: Group = None,
 ) -> ContrastiveStats[Tensor, Tensor]: ...  # fmt: skip
@@ -51,7 +53,8 @@ def contrastive_stats(
 @overload
 def contrastive_stats(
     x: Tensor, y: Tensor, scale: float | Tensor = 1.0, *, targets: Tensor | None = None, col_bias: Tensor | None = None,
-    row_ids: Tensor | None = None, col_ids: Tensor | None = None, exclude_self: bool = False,
+    row_ids: Tensor | None = None, col_ids: Tensor | None = None, row_limit: Tensor | None = None,
+    col_limit: Tensor | None = None, exclude_self: bool = False,
     directions: tuple[Literal["row"]],
     memory_budget: int | Literal["auto"] = "auto", backend: BackendName = "auto", group: Group = None,
 ) -> ContrastiveStats[Tensor, None]: ...  # fmt: skip
@@ -60,7 +63,8 @@ def contrastive_stats(
 @overload
 def contrastive_stats(
     x: Tensor, y: Tensor, scale: float | Tensor = 1.0, *, targets: Tensor | None = None, col_bias: Tensor | None = None,
-    row_ids: Tensor | None = None, col_ids: Tensor | None = None, exclude_self: bool = False,
+    row_ids: Tensor | None = None, col_ids: Tensor | None = None, row_limit: Tensor | None = None,
+    col_limit: Tensor | None = None, exclude_self: bool = False,
     directions: tuple[Literal["col"]],
     memory_budget: int | Literal["auto"] = "auto", backend: BackendName = "auto", group: Group = None,
 ) -> ContrastiveStats[None, Tensor]: ...  # fmt: skip
@@ -69,7 +73,8 @@ def contrastive_stats(
 @overload
 def contrastive_stats(
     x: Tensor, y: Tensor, scale: float | Tensor = 1.0, *, targets: Tensor | None = None, col_bias: Tensor | None = None,
-    row_ids: Tensor | None = None, col_ids: Tensor | None = None, exclude_self: bool = False,
+    row_ids: Tensor | None = None, col_ids: Tensor | None = None, row_limit: Tensor | None = None,
+    col_limit: Tensor | None = None, exclude_self: bool = False,
     directions: Sequence[Literal["row", "col"]],
     memory_budget: int | Literal["auto"] = "auto", backend: BackendName = "auto", group: Group = None,
 ) -> ContrastiveStats: ...  # fmt: skip
@@ -85,6 +90,8 @@ def contrastive_stats(
     col_bias: Tensor | None = None,
     row_ids: Tensor | None = None,
     col_ids: Tensor | None = None,
+    row_limit: Tensor | None = None,
+    col_limit: Tensor | None = None,
     exclude_self: bool = False,
     directions: Sequence[Literal["row", "col"]] = ("row", "col"),
     memory_budget: int | Literal["auto"] = "auto",
@@ -111,7 +118,10 @@ def contrastive_stats(
             GPU at every call, and the host waits for that; while a CUDA graph is captured, it raises.
         targets: (M,) integers, the column of each row's positive. Default: t(i) = i, which needs M <= N.
         col_bias: (N,) added to each column's logits, with a gradient; -inf marks a column as empty.
-        row_ids, col_ids: (M,) and (N,) integers; pairs with equal ids (false negatives, duplicates) are excluded.
+        row_ids, col_ids: (M,) and (N,) integers, or (M, K) and (N, K) with K <= 4; pairs with equal ids, in any of the
+            K places, are excluded (false negatives, duplicates).
+        row_limit, col_limit: (M,) and (N,), without gradient. Pairs with ``scale * x[i] . y[j] > row_limit[i]`` are
+            excluded from row i's sum, and those above ``col_limit[j]`` from column j's; the bias does not count.
         exclude_self: exclude S[i, i], for x is y.
         directions: which of "row" and "col" to compute.
         memory_budget: bytes of products to keep for the backward. With 0 it computes all of them again: 4 matrix
@@ -144,7 +154,14 @@ def contrastive_stats(
     if call.spread and exclude_self:
         raise NotImplementedError("exclude_self: got True with a group, which is not covered: use self_stats")
     asked = {"exclude_self": exclude_self, "want_row": want_row, "want_col": want_col}
+    for name, limit, wanted in (("row_limit", row_limit, want_row), ("col_limit", col_limit, want_col)):
+        if limit is not None and not wanted:
+            raise ValueError(f"{name}: got a tensor with directions={directions!r}, expected None: nothing uses it")
     problem = _checked(call, x, y, scale, targets, col_bias, row_ids, col_ids, memory_budget, backend)
+    problem.spec = problem.spec._replace(
+        row_limit=checked_limit("row_limit", row_limit, problem.x, "one per row"),
+        col_limit=checked_limit("col_limit", col_limit, problem.y, "one per column"),
+    )
     pos, row, col = problem.run(problem.agree(call, "contrastive_stats", asked), **asked)
     return ContrastiveStats(pos, row if want_row else None, col if want_col else None)
 
@@ -224,7 +241,8 @@ def self_stats(
     Args:
         x: (N, D) float32, float64, bfloat16 or float16. Not normalised here.
         scale: multiplies the products; a number or a 0-d tensor, which gets a gradient.
-        ids: (N,) integers; pairs with equal ids are excluded, or the only ones left. Default: excludes self-pairs only.
+        ids: (N,) or (N, K) integers, K <= 4; pairs with equal ids, in any of the K places, are excluded, or the only
+            ones left. Default: excludes self-pairs only.
         equal_ids: "exclude" or "only".
         memory_budget, backend, group: see ``contrastive_stats``; enough to keep N * N products saves half a product.
             Over a group the whole block of a process's rows is computed.

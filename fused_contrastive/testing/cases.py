@@ -67,8 +67,13 @@ class Case:
         leaves, options = self.member.make(Maker(self.sizes, self.seed), self.member.options[self.variant])
         if self.features is not None:
             leaves |= dict(zip(leaves, self.features, strict=False))
-        moved = {name: t.to(device) if isinstance(t, Tensor) else t for name, t in options.items()}
-        return {name: t.to(device) for name, t in leaves.items()}, moved
+
+        def moved(value: Any) -> Any:
+            if isinstance(value, tuple):
+                return tuple(moved(each) for each in value)
+            return value.to(device) if isinstance(value, Tensor) else value
+
+        return {name: t.to(device) for name, t in leaves.items()}, {name: moved(t) for name, t in options.items()}
 
 
 def grid(

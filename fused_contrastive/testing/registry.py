@@ -57,8 +57,20 @@ class Maker:
     def vector(self, size: int) -> Tensor:
         return torch.rand(size, generator=self.generator, dtype=torch.float64, device="cpu").to(self.scalar(0).dtype)
 
-    def ids(self, size: int, high: int) -> Tensor:
-        return torch.randint(max(1, high), (size,), generator=self.generator, device="cpu")
+    def ids(self, size: int, high: int, count: int = 1) -> Tensor:
+        """(size,), or (size, count)."""
+        shape = (size,) if count == 1 else (size, count)
+        return torch.randint(max(1, high), shape, generator=self.generator, device="cpu")
+
+    def margin(self, x: Tensor, y: Tensor, targets: Tensor, relative: bool) -> float:
+        """One that leaves out some pairs, and none by a difference that roundings could turn round."""
+        similarity = x.double() @ y.double().T
+        positive = similarity.gather(1, targets[:, None])
+        below = (positive - similarity).scatter(1, targets[:, None], torch.inf)
+        below = below / positive.abs() if relative else below
+        candidates = torch.linspace(-0.3, 0.3, 61, dtype=torch.float64, device="cpu")
+        gaps = [(below - margin).abs().min() for margin in candidates]
+        return float(candidates[int(torch.stack(gaps).argmax())])
 
     def mask(self, *shape: int) -> Tensor:
         """Some False, the first of each row True."""
@@ -110,9 +122,13 @@ def _contrastive_stats(make: Maker, given: dict[str, Any]) -> tuple[Leaves, dict
         empty = make.vector(n) < 0.2
         empty[options.get("targets", slice(m))] = False  # a positive in an empty slot would be -inf
         leaves["col_bias"] = (4 * make.vector(n) - 2).masked_fill(empty, -torch.inf)
-    if options.pop("ids", False):  # so few ids that some rows have no negatives left
+    if count := options.pop("ids", 0):  # so few ids that some rows have no negatives left
         high = max(2, n // 8)
-        options["row_ids"], options["col_ids"] = make.ids(m, high) - high // 2, make.ids(n, high) - high // 2
+        options["row_ids"], options["col_ids"] = (make.ids(size, high, count) - high // 2 for size in (m, n))
+    if options.pop("limits", False):
+        options["row_limit"], options["col_limit"] = (
+            make.sizes.scale * (make.vector(size) - 0.5).round(decimals=3) for size in (m, n)
+        )
     if options.get("memory_budget") == "half":
         options["memory_budget"] = (m // 2) * n * leaves["scale"].itemsize
     return leaves, options
@@ -131,10 +147,42 @@ def _info_nce(make: Maker, given: dict[str, Any]) -> tuple[Leaves, dict[str, Any
         leaves["col_bias"] = make.vector(columns)
     if options.pop("targets", False):
         options["targets"] = make.ids(m, n)
-    if options.pop("ids", False):
-        options["row_ids"], options["col_ids"] = make.ids(m, n // 3), make.ids(columns, n // 3)
+    if count := options.pop("ids", 0):
+        options["row_ids"], options["col_ids"] = (make.ids(size, n // 3 * count, count) for size in (m, columns))
     if options.pop("weight", False):
         options["weight"] = make.vector(m) + 0.1
+    if options.get("margin") == "rows":
+        leaves["margin"], _ = make.vector(m), options.pop("margin")
+    _set_margins(make, leaves["query"], torch.cat((leaves["key"], *_shared(leaves))), options)
+    return leaves, options
+
+
+def _shared(leaves: Leaves) -> list[Tensor]:
+    return [leaves["negatives"]] if "negatives" in leaves and leaves["negatives"].dim() == 2 else []
+
+
+def _set_margins(make: Maker, x: Tensor, y: Tensor, options: dict[str, Any]) -> None:
+    targets = options.get("targets", torch.arange(len(x), device="cpu"))
+    if options.pop("guide", False):  # of another width than ours
+        x, y = (F.normalize(torch.rand(len(t), 3, generator=make.generator, device="cpu") - 0.4, dim=1) for t in (x, y))
+        options["guide"] = (x, y)
+    for name in ("absolute_margin", "relative_margin"):
+        if options.get(name):
+            options[name] = make.margin(x, y, targets, name == "relative_margin")
+
+
+def _clip(make: Maker, given: dict[str, Any]) -> tuple[Leaves, dict[str, Any]]:
+    n, options = make.sizes.n, dict(given)
+    m = max(1, n // 2) if options.pop("unequal", False) else n
+    leaves = {
+        "image_features": make.features(m), "text_features": make.features(n),
+        "logit_scale": make.scalar(make.sizes.scale),
+    }  # fmt: skip
+    if count := options.pop("ids", 0):
+        options["row_ids"], options["col_ids"] = (make.ids(size, n // 3 * count, count) for size in (m, n))
+    if options.pop("weight", False):
+        options["weight"] = make.vector(m) + 0.1
+    _set_margins(make, leaves["image_features"], leaves["text_features"], options)
     return leaves, options
 
 
@@ -166,11 +214,14 @@ def _supcon(make: Maker, given: dict[str, Any]) -> tuple[Leaves, dict[str, Any]]
 def _siglip(make: Maker, given: dict[str, Any]) -> tuple[Leaves, dict[str, Any]]:
     n, options = make.sizes.n, dict(given)
     scale = make.scalar(make.sizes.scale)
-    leaves = {"image_features": make.features(n), "text_features": make.features(n), "logit_scale": scale}
+    m = max(1, n // 2) if options.pop("unequal", False) else n
+    leaves = {"image_features": make.features(m), "text_features": make.features(n), "logit_scale": scale}
     if options.pop("bias", True):
         leaves["logit_bias"] = make.scalar(-make.sizes.scale / 2)
-    if options.pop("ids", False):
-        options["row_ids"], options["col_ids"] = make.ids(n, n // 2), make.ids(n, n // 2)
+    if count := options.pop("ids", 0):
+        options["row_ids"], options["col_ids"] = (make.ids(size, n // 2 * count, count) for size in (m, n))
+    if options.pop("weight", False):
+        options["weight"] = make.vector(m) + 0.1
     return leaves, options
 
 
@@ -214,7 +265,9 @@ PRIMITIVES: dict[str, Member] = {
             "plain": {},
             "targets": {"targets": True},
             "col_bias": {"bias": True},
-            "ids": {"ids": True},
+            "ids": {"ids": 1},
+            "three ids": {"ids": 3},
+            "limits": {"limits": True, "bias": True},
             "exclude_self": {"exclude_self": True},
             "row only": {"directions": ["row"]},
             "col only": {"directions": ["col"]},
@@ -236,8 +289,15 @@ LOSSES: dict[str, Member] = {
             "decoupled smoothed": {"decoupled": True, "label_smoothing": 0.1},
             "sum": {"reduction": "sum"},
             "none": {"reduction": "none"},
+            "ids weight": {"ids": 2, "weight": True, "normalize": True},
+            "several mean": {"ids": 1, "equal_ids": "mean", "unequal": True},
+            "several sum": {"ids": 2, "equal_ids": "sum"},
+            "several decoupled": {"ids": 1, "equal_ids": "mean", "decoupled": True, "reduction": "sum"},
+            "absolute margin": {"absolute_margin": True},
+            "relative margin": {"relative_margin": True, "ids": 1, "normalize": True},
+            "guide": {"relative_margin": True, "guide": True},
         },
-        pair("image_features", "text_features", "logit_scale"),
+        _clip,
         clip_loss,
         positional(textbook.clip, "image_features", "text_features", "logit_scale"),
         positional(textbook.clip_stable, "image_features", "text_features", "logit_scale"),
@@ -252,7 +312,13 @@ LOSSES: dict[str, Member] = {
             "symmetric": {"symmetric": True, "label_smoothing": 0.2, "negatives": "shared", "bias": True},
             "decoupled": {"decoupled": True, "margin": 0.25},
             "margin smoothed": {"margin": 0.5, "label_smoothing": 0.1},
-            "bias ids": {"bias": True, "ids": True},
+            "bias ids": {"bias": True, "ids": 1},
+            "several mean": {"ids": 2, "equal_ids": "mean", "targets": True, "negatives": "shared", "bias": True},
+            "several sum": {"ids": 1, "equal_ids": "sum", "negatives": "own", "margin": 0.25, "weight": True},
+            "several symmetric": {"ids": 4, "equal_ids": "mean", "symmetric": True, "margin": 0.5},
+            "absolute margin": {"absolute_margin": True, "negatives": "own", "margin": "rows"},
+            "relative margin": {"relative_margin": True, "symmetric": True, "negatives": "shared", "bias": True},
+            "guide": {"absolute_margin": True, "guide": True, "targets": True, "bias": True},
             "weight": {"weight": True, "normalize": True},
             "weight none": {"weight": True, "reduction": "none"},
             "sum": {"reduction": "sum"},
@@ -287,7 +353,14 @@ LOSSES: dict[str, Member] = {
         positional(textbook.supcon, "features", "temperature"),
     ),
     "siglip": Member(
-        {"plain": {}, "no bias": {"bias": False}, "ids": {"ids": True}, "none": {"reduction": "none"}},
+        {
+            "plain": {},
+            "no bias": {"bias": False},
+            "ids": {"ids": 1},
+            "none": {"reduction": "none"},
+            "several mean": {"ids": 2, "positive_weight": "mean", "weight": True},
+            "unequal": {"ids": 1, "unequal": True},
+        },
         _siglip,
         siglip_loss,
         positional(textbook.siglip, "image_features", "text_features", "logit_scale", "logit_bias"),

@@ -8,12 +8,14 @@ a form of ``oracle.LOGITS``. Nothing here is shared with the losses under test.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fused_contrastive.testing.oracle import Logits, logsumexp
+from fused_contrastive.testing.textbook_related import reduced, related, several_positives, too_similar
 
 
 def contrastive_stats(
@@ -26,12 +28,14 @@ def contrastive_stats(
     col_bias: Tensor | None = None,
     row_ids: Tensor | None = None,
     col_ids: Tensor | None = None,
+    row_limit: Tensor | None = None,
+    col_limit: Tensor | None = None,
     exclude_self: bool = False,
     directions: Sequence[str] = ("row", "col"),
 ) -> dict[str, Tensor]:
     """Returns "pos" (M,), and "row" (M,) and "col" (N,) if they are among the ``directions``."""
     m, n = len(x), len(y)
-    s = logits(x, y, scale)
+    s = similarity = logits(x, y, scale)
     if col_bias is not None:
         s = s + col_bias
     i = torch.arange(m, device=x.device)
@@ -39,11 +43,13 @@ def contrastive_stats(
     excluded = torch.zeros(m, n, dtype=torch.bool, device=x.device)
     excluded[i, t] = True
     if row_ids is not None and col_ids is not None:
-        excluded |= row_ids[:, None] == col_ids
+        excluded |= related(row_ids, col_ids)
     if exclude_self:
         excluded |= i[:, None] == torch.arange(n, device=x.device)
     negatives = s.masked_fill(excluded, -torch.inf)
-    denominators = {"row": logsumexp(negatives, 1), "col": logsumexp(negatives, 0)}
+    of_rows = negatives if row_limit is None else negatives.masked_fill(similarity > row_limit[:, None], -torch.inf)
+    of_cols = negatives if col_limit is None else negatives.masked_fill(similarity > col_limit, -torch.inf)
+    denominators = {"row": logsumexp(of_rows, 1), "col": logsumexp(of_cols, 0)}
     return {"pos": s[i, t], **{name: denominators[name] for name in directions}}
 
 
@@ -53,21 +59,47 @@ def clip(
     text: Tensor,
     logit_scale: Tensor,
     *,
+    row_ids: Tensor | None = None,
+    col_ids: Tensor | None = None,
+    equal_ids: str = "exclude",
+    absolute_margin: float | None = None,
+    relative_margin: float | None = None,
+    guide: tuple[Tensor, Tensor] | None = None,
     decoupled: bool = False,
     label_smoothing: float = 0.0,
+    weight: Tensor | None = None,
     reduction: str = "mean",
+    normalize: bool = False,
 ) -> Tensor:
     """CLIP's loss as training code writes it; for DCL, the diagonal is masked out of the denominator."""
+    if normalize:
+        image, text = _unit(image), _unit(text)
     s = logits(image, text, logit_scale)
-    t = torch.arange(len(s), device=s.device)
-    nothing = torch.zeros_like(s, dtype=torch.bool)
+    (m, n), one = s.shape, torch.ones_like(logit_scale)
+    t = torch.arange(m, device=s.device)
+    equal = torch.zeros_like(s, dtype=torch.bool)
+    if row_ids is not None and col_ids is not None:
+        equal = related(row_ids, col_ids)
+    if equal_ids != "exclude":
+        positives = equal | torch.eye(m, dtype=torch.bool, device=s.device) if m == n else equal
+        directions = [several_positives(a, p, equal_ids, decoupled) for a, p in ((s, positives), (s.T, positives.T))]
+        if reduction == "none":
+            return torch.stack([losses for losses, _ in directions]).mean(dim=0)
+        return torch.stack([reduced(*each, weight, reduction) for each in directions]).mean()
+    excluded = [equal, equal.T]
+    if absolute_margin is not None or relative_margin is not None:
+        similarity = logits(image, text, one) if guide is None else (guide[0] @ guide[1].T).to(s.dtype)
+        excluded = [
+            each | too_similar(own, t, absolute_margin, relative_margin)
+            for each, own in zip(excluded, (similarity, similarity.T), strict=True)
+        ]
     rows, cols = (
-        _softmax_loss(each, t, nothing, True, label_smoothing)
-        if decoupled
+        _softmax_loss(each, t, drop, decoupled, label_smoothing)
+        if decoupled or drop.any()
         else F.cross_entropy(each, t, label_smoothing=label_smoothing, reduction="none")
-        for each in (s, s.T)
+        for each, drop in zip((s, s.T), excluded, strict=True)
     )
-    return _reduce((rows + cols) / 2, reduction)
+    return _weighted((rows + cols) / 2, weight, reduction)
 
 
 def clip_stable(
@@ -79,8 +111,14 @@ def clip_stable(
     decoupled: bool = False,
     label_smoothing: float = 0.0,
     reduction: str = "mean",
+    **options: Any,
 ) -> Tensor:
     """The same without cancellation where the positives dominate."""
+    if options:
+        return clip(
+            logits, image, text, logit_scale, decoupled=decoupled, label_smoothing=label_smoothing,
+            reduction=reduction, **options,
+        )  # fmt: skip
     pos, *denominators = contrastive_stats(logits, image, text, logit_scale).values()
     zero = pos.new_zeros(())
     rows, cols = (d - pos if decoupled else torch.logaddexp(d - pos, zero) for d in denominators)
@@ -133,9 +171,13 @@ def info_nce(
     targets: Tensor | None = None,
     row_ids: Tensor | None = None,
     col_ids: Tensor | None = None,
+    equal_ids: str = "exclude",
+    absolute_margin: float | None = None,
+    relative_margin: float | None = None,
+    guide: tuple[Tensor, Tensor] | None = None,
     symmetric: bool = False,
     decoupled: bool = False,
-    margin: float = 0.0,
+    margin: float | Tensor = 0.0,
     label_smoothing: float = 0.0,
     weight: Tensor | None = None,
     reduction: str = "mean",
@@ -153,16 +195,42 @@ def info_nce(
         s = s + col_bias.to(s.dtype)
     excluded = torch.zeros_like(s, dtype=torch.bool)
     if row_ids is not None and col_ids is not None:
-        excluded = row_ids[:, None] == col_ids
-    s = s - margin * F.one_hot(t, s.shape[1]).to(s.dtype)
-    both = s[:, :n].T
+        excluded = related(row_ids, col_ids)
+    own = None
     if negatives is not None and not shared:
-        own = logit_scale * (query[:, None] * negatives).sum(dim=2)
-        s = torch.cat((s, own), dim=1)
-        excluded = torch.cat((excluded, torch.zeros_like(own, dtype=torch.bool)), dim=1)
+        own = (query[:, None] * negatives).sum(dim=2)
+        drop_own = torch.zeros_like(own, dtype=torch.bool)
+    if equal_ids != "exclude":
+        positives = excluded
+        if targets is not None or m == n:
+            positives = positives | F.one_hot(t, s.shape[1]).bool()
+        scaled = None if own is None else logit_scale * own
+        directions = [several_positives(s, positives, equal_ids, decoupled, margin, scaled)]
+        if symmetric:
+            directions.append(several_positives(s[:, :n].T, positives[:, :n].T, equal_ids, decoupled, margin))
+        if reduction == "none":
+            return torch.stack([losses for losses, _ in directions]).mean(dim=0)
+        return torch.stack([reduced(*each, weight, reduction) for each in directions]).mean()
+    of_columns = excluded[:, :n].T
+    if absolute_margin is not None or relative_margin is not None:
+        similarity = logits(query, columns, torch.ones_like(logit_scale))
+        if guide is not None:
+            similarity = (guide[0] @ guide[1].T).to(s.dtype)
+        excluded = excluded | too_similar(similarity, t, absolute_margin, relative_margin)
+        if symmetric:
+            of_columns = of_columns | too_similar(similarity[:, :n].T, t, absolute_margin, relative_margin)
+        if own is not None:
+            together = torch.cat((similarity, own), dim=1)
+            drop_own = too_similar(together, t, absolute_margin, relative_margin)[:, s.shape[1] :]
+    of_each = margin[:, None] if isinstance(margin, Tensor) and margin.dim() == 1 else margin
+    s = s - of_each * F.one_hot(t, s.shape[1]).to(s.dtype)
+    both = s[:, :n].T
+    if own is not None:
+        s = torch.cat((s, logit_scale * own), dim=1)
+        excluded = torch.cat((excluded, drop_own), dim=1)
     losses = _softmax_loss(s, t, excluded, decoupled, label_smoothing)
     if symmetric:
-        losses = (losses + _softmax_loss(both, t, excluded[:, :n].T, decoupled, label_smoothing)) / 2
+        losses = (losses + _softmax_loss(both, t, of_columns, decoupled, label_smoothing)) / 2
     return _weighted(losses, weight, reduction)
 
 
@@ -224,16 +292,22 @@ def siglip(
     *,
     row_ids: Tensor | None = None,
     col_ids: Tensor | None = None,
+    positive_weight: str = "one",
+    weight: Tensor | None = None,
     reduction: str = "mean",
 ) -> Tensor:
     s = logits(image, text, logit_scale)
     if logit_bias is not None:
         s = s + logit_bias
-    positive = torch.eye(len(image), dtype=torch.bool, device=s.device)
+    m, n = s.shape
+    positive = torch.eye(m, n, dtype=torch.bool, device=s.device) & (m == n)
     if row_ids is not None and col_ids is not None:
-        positive = positive | (row_ids[:, None] == col_ids)
+        positive = positive | related(row_ids, col_ids)
     z = torch.where(positive, 1.0, -1.0).to(s.dtype)
-    return _reduce(-F.logsigmoid(z * s).sum(dim=1), reduction)
+    each = -F.logsigmoid(z * s)
+    if positive_weight == "mean":
+        each = torch.where(positive, each / positive.sum(dim=1, keepdim=True).clamp_min(1), each)
+    return _weighted(each.sum(dim=1), weight, reduction)
 
 
 def _max_sim(

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from seeds import SEED
 
 import fused_contrastive as fc
+from fused_contrastive.core.spec import StatsSpec
 from fused_contrastive.testing import harness
 from fused_contrastive.testing.cases import DTYPES, OPTIONS, Case
 from fused_contrastive.testing.registry import Sizes
@@ -251,16 +252,26 @@ def test_compile_fullgraph(loss: str) -> None:
         torch.testing.assert_close(g, h)
 
 
-@pytest.mark.parametrize("options", [{"upper": True, "equal_ids": "only"}, {"upper": True}, {"statistic": "softplus"}])
-def test_opcheck_of_the_new_forms(options: dict, backend: str) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"upper": True, "equal_ids": "only", "want_col": False},
+        {"upper": True, "want_col": False},
+        {"statistic": "softplus", "want_col": False},
+        {"equal_ids": "apart", "paired": False, "row_ids": torch.arange(12).view(6, 2) // 5},
+        {"equal_ids": "add", "want_row": False},
+        {"statistic": "softplus", "equal_ids": "apart", "want_col": False},
+        {"row_limit": torch.linspace(-1, 1, 6), "col_limit": torch.linspace(1, -1, 6)},
+    ],
+    ids=str,
+)
+def test_opcheck_of_all_forms(options: dict, backend: str) -> None:
     x = torch.randn(6, 3, requires_grad=True)
-    ids = torch.arange(6) // 2
-    form = {"upper": False, "equal_ids": "exclude", "statistic": "logsumexp", **options}
-    torch.library.opcheck(
-        torch.ops.fused_contrastive.stats_forward,
-        (x, x if form["upper"] else torch.randn(6, 3, requires_grad=True), torch.tensor(2.0, requires_grad=True), None,
-         None, ids, ids, False, True, False, form["upper"], form["equal_ids"], form["statistic"], 3, backend),
-    )  # fmt: skip
+    ids = options.get("row_ids", torch.arange(6) // 2)
+    spec = StatsSpec(torch.tensor(2.0, requires_grad=True), kept_rows=3)
+    spec = spec._replace(**{**options, "row_ids": ids, "col_ids": ids})
+    y = x if spec.upper else torch.randn(6, 3, requires_grad=True)
+    torch.library.opcheck(torch.ops.fused_contrastive.stats_forward, (x, y, *spec, backend))
 
 
 x43, labels4 = torch.randn(4, 3), torch.tensor([0, 1, 0, 1])

@@ -8,6 +8,7 @@ KERNELS = "fused_contrastive/backends/triton"
 BUDGET = "tests/testing/test_budget.py::test_stats"
 LOSSES = "tests/losses/test_losses.py::test_budget"
 TRITON = "triton and float32-plain and (65-65 or 2-130 or 129-40)"
+RULES = "tests/backends/triton/test_triton_rules.py"
 HALF = "triton and bfloat16-plain and (65-65 or 2-130 or 129-40)"
 
 MUTANTS = [
@@ -199,6 +200,27 @@ MUTANTS = [
         "to_pos -= slope",
         "to_pos = -slope",
         ("tests/ops/test_cross_entropy.py::test_derivatives",), "triton and mean-2",
+    ),
+    Mutant(
+        "a limit reaches the logit", "a pair whose logit is the limit itself does not count",
+        f"{KERNELS}/tiles.py",
+        "acc * tl.load(mask.scale) > tl.expand_dims(most, 1 - AXIS)",
+        "acc * tl.load(mask.scale) >= tl.expand_dims(most, 1 - AXIS)",
+        (f"{RULES}::test_a_limit_on_a_logit",), "fp32",
+    ),
+    Mutant(
+        "first two ids", "of several ids only the first two places are compared",
+        f"{KERNELS}/tiles.py",
+        "for k in range(1, MODE.ids):",
+        "for k in range(1, 2):",
+        (f"{RULES}::test_matches_the_reference",), "bf16 and ids",
+    ),
+    Mutant(
+        "one gradient for both parts", "related pairs apart get the weights of the others",
+        f"{KERNELS}/backward.py",
+        "g = tl.where(apart, among, g)",
+        "g = tl.where(apart, g, g)",
+        (f"{RULES}::test_matches_the_reference",), "bf16 and apart",
     ),
     Mutant(
         "dy overwritten by blocks", "the second block of rows overwrites dy in place of adding to it",

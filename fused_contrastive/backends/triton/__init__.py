@@ -53,16 +53,21 @@ class Triton(Backend):
         # Hooks on saved tensors may give them back in other strides, or other tensors.
         saved = Forward(*(t.contiguous() for t in saved))
         _check_saved("kept", saved.kept, *self.kept(spec.kept_rows, len(y), x.dtype))
-        for name, value, size in (("row", saved.row, len(x)), ("col", saved.col, len(y))):
+        _, row, col = spec._replace(want_row=True, want_col=True).shapes(len(x), len(y))
+        for name, value, shape in (("row", saved.row, row), ("col", saved.col, col)):
             if len(value):
-                _check_saved(name, value, (size,), value.dtype)
+                _check_saved(name, value, shape, value.dtype)
         return launch.backward(spec, x, y, saved, upstream, needs)
 
     def fuses_loss(self, spec: StatsSpec, m: int) -> bool:
         """Losses over rows alone: of a softmax unless all products are kept, and always of softplus.
 
-        The gradient of a sum of softplus is formed with the sum, so keeping products would save nothing.
+        The gradient of a sum of softplus is formed with the sum, so keeping products would save nothing. Limits, and
+        related pairs apart, take the exact kernels of the two passes.
         """
+        limited = spec.row_limit is not None or spec.col_limit is not None
+        if limited or spec.equal_ids == "apart" or not spec.paired:
+            return False
         alone = not (spec.want_col or spec.upper)
         return alone and (spec.kept_rows < m or spec.statistic == "softplus")
 

@@ -13,12 +13,14 @@ from fused_contrastive.backends.triton.tiles import (
     HEADROOM,
     HUGE,
     LOG2_E,
+    below,
     corner,
     finite,
     load_tile,
     logits,
     power,
     products,
+    related,
     store_tile,
 )
 
@@ -187,14 +189,28 @@ def _weights(s, direction, i, inside, AXIS: tl.constexpr, MODE: tl.constexpr):
     return tl.expand_dims(g, 1 - AXIS) * power(z, MODE)
 
 
+@triton.jit
+def _weights_of_both(s, acc, mask, rows, cols, i, row_end, j, col_end, MODE: tl.constexpr):
+    """G of a tile from logits ``s`` of products ``acc``, by directions of which one may be None."""
+    if rows is None:
+        g = _weights(below(s, acc, mask, mask.col_limit, j, j < col_end, 1), cols, j, j < col_end, 1, MODE)
+    elif cols is None:
+        g = _weights(below(s, acc, mask, mask.row_limit, i, i < row_end, 0), rows, i, i < row_end, 0, MODE)
+    else:
+        g = _weights(below(s, acc, mask, mask.col_limit, j, j < col_end, 1), cols, j, j < col_end, 1, MODE)
+        g += _weights(below(s, acc, mask, mask.row_limit, i, i < row_end, 0), rows, i, i < row_end, 0, MODE)
+    return g
+
+
 @triton.jit(do_not_specialize=["M", "N", "stride_references", "row_begin", "row_end", "col_begin", "col_end"])
 def exact_gradient(
-    x, y, gemm_products, stride_gemm, references, stride_references, mask, rows, cols, out, stride_out,
-    M, N, D, stride_x, stride_y, row_begin, row_end, col_begin, col_end,
+    x, y, gemm_products, stride_gemm, references, stride_references, mask, rows, cols, related_rows, related_cols, out,
+    stride_out, M, N, D, stride_x, stride_y, row_begin, row_end, col_begin, col_end,
     ONLY_FAR: tl.constexpr, MODE: tl.constexpr, TILE: tl.constexpr, SEGMENT: tl.constexpr,
 ):  # fmt: skip
-    """G with an exponential for each direction, for float32 features or (ONLY_FAR) for those tiles of half-precision
-    features whose normalisers lie too far apart for the kernels above. Products are ``gemm_products``, or made here.
+    """G with an exponential for each direction, for float32 features, limits and related pairs apart, whose Directions
+    are ``related_rows`` and ``related_cols``; or (ONLY_FAR) for those tiles of half-precision features whose
+    normalisers lie too far apart for the kernels above. Products are ``gemm_products``, or made here.
 
     Axis 0 of the grid: rows of tiles. Axis 1: the programs that share the tiles of a row.
     """
@@ -241,12 +257,12 @@ def exact_gradient(
             s, c = logits(acc, mask, None, row0, row_end, col0, col_end, MODE)
             s *= c
             j = col0 + tl.arange(0, BN)
-            if rows is None:
-                g = _weights(s, cols, j, j < col_end, 1, MODE)
-            elif cols is None:
-                g = _weights(s, rows, i, i < row_end, 0, MODE)
-            else:
-                g = _weights(s, cols, j, j < col_end, 1, MODE) + _weights(s, rows, i, i < row_end, 0, MODE)
+            g = _weights_of_both(s, acc, mask, rows, cols, i, row_end, j, col_end, MODE)
+            if MODE.equal_ids == "apart":
+                apart = related(mask, i, row_end, j, col_end, MODE)
+                if tl.max(apart.to(tl.int32)) > 0:
+                    among = _weights_of_both(s, acc, mask, related_rows, related_cols, i, row_end, j, col_end, MODE)
+                    g = tl.where(apart, among, g)
             store_tile(out, stride_out, row0 - row_begin, col0 - col_begin, row_end - row_begin, g, False)
 
 

@@ -14,12 +14,14 @@ from fused_contrastive.backends.triton.tiles import (
     HEADROOM,
     HUGE,
     LN_2,
+    below,
     excluded,
     finite,
     load_tile,
     logits,
     power,
     products,
+    related,
     store_tile,
     tile_at,
 )
@@ -216,16 +218,36 @@ def _is_lost(mask, rows_from, cols_from, strip, tile_n, row0, col0, tiles, row_b
     return found > 0
 
 
+@triton.jit
+def _add_tile(
+    s_of_rows, s_of_cols, rows_to, cols_to, col_total, col_maximum, tile_n, rows, row_begin, row_end,
+    MODE: tl.constexpr,
+):  # fmt: skip
+    """Writes the rows' statistics of a tile of logits, and returns the columns' sums and maxima with it added."""
+    if rows_to is not None:
+        maximum = tl.max(s_of_rows, axis=1)
+        total = tl.sum(power(s_of_rows - finite(maximum)[:, None], MODE), axis=1)
+        _store_partials(rows_to, tile_n, row_end - row_begin, rows - row_begin, maximum, total, rows < row_end)
+    if cols_to is not None:
+        maximum = tl.max(s_of_cols, axis=0)
+        total = tl.sum(power(s_of_cols - finite(maximum)[None, :], MODE), axis=0)
+        col_total, col_maximum = _add_scaled(col_total, col_maximum, total, maximum, MODE)
+    return col_total, col_maximum
+
+
 @triton.jit(do_not_specialize=["M", "N", "stride_gemm", "row_begin", "row_end", "col_begin", "col_end"])
 def exact_statistics(
-    x, y, gemm_products, stride_gemm, mask, pos, rows_to, cols_to, lost, kept, stride_kept,
-    M, N, D, stride_x, stride_y, row_begin, row_end, col_begin, col_end, MODE: tl.constexpr, TILE: tl.constexpr,
+    x, y, gemm_products, stride_gemm, mask, pos, rows_to, cols_to, related_rows_to, related_cols_to, lost, kept,
+    stride_kept, M, N, D, stride_x, stride_y, row_begin, row_end, col_begin, col_end, MODE: tl.constexpr,
+    TILE: tl.constexpr,
 ):  # fmt: skip
     """Statistics against every row's and column's own maximum. The outputs are those of ``strip_statistics``.
 
     If ``lost`` is None, each program does one strip. This is the way for float32 features, whose products come from
-    ``gemm_products`` (height, width) or are made here and written to ``kept`` (height, width), if that is not None.
-    Otherwise there are as many programs as tiles across, and they do only the strips whose sums are lost.
+    ``gemm_products`` (height, width) or are made here and written to ``kept`` (height, width), if that is not None; and
+    for problems with limits or with related pairs apart, whose statistics go to ``related_rows_to`` and
+    ``related_cols_to``. Otherwise there are as many programs as tiles across, and they do only the strips whose sums
+    are lost.
     """
     BM: tl.constexpr = TILE.block_m
     BN: tl.constexpr = TILE.block_n
@@ -259,6 +281,7 @@ def exact_statistics(
         cols = col0 + tl.arange(0, BN)
         col_total = tl.zeros((BN,), tl.float32)
         col_maximum = tl.full((BN,), float("-inf"), tl.float32)
+        related_total, related_maximum = col_total, col_maximum
         last = col_end
         if lost is not None:
             last = tl.where(tiles > 0, col_end, col_begin)
@@ -274,18 +297,34 @@ def exact_statistics(
             s, c = logits(acc, mask, pos, row0, row_end, col0, col_end, MODE)
             s *= c
             rows = row0 + tl.arange(0, BM)
-            if rows_to is not None:
-                maximum = tl.max(s, axis=1)
-                total = tl.sum(power(s - finite(maximum)[:, None], MODE), axis=1)
-                _store_partials(rows_to, tile_n, row_end - row_begin, rows - row_begin, maximum, total, rows < row_end)
-            if cols_to is not None:
-                maximum = tl.max(s, axis=0)
-                total = tl.sum(power(s - finite(maximum)[None, :], MODE), axis=0)
-                col_total, col_maximum = _add_scaled(col_total, col_maximum, total, maximum, MODE)
+            if MODE.equal_ids == "apart":
+                apart = related(mask, rows, row_end, cols, col_end, MODE)
+                if tl.max(apart.to(tl.int32)) > 0:
+                    among = tl.where(apart, s, float("-inf"))
+                    related_total, related_maximum = _add_tile(
+                        among, among, related_rows_to, related_cols_to, related_total, related_maximum, tile_n, rows,
+                        row_begin, row_end, MODE,
+                    )  # fmt: skip
+                    s = tl.where(apart, float("-inf"), s)
+                elif related_rows_to is not None:
+                    _store_partials(
+                        related_rows_to, tile_n, row_end - row_begin, rows - row_begin,
+                        tl.full((BM,), float("-inf"), tl.float32), tl.zeros((BM,), tl.float32), rows < row_end,
+                    )  # fmt: skip
+            of_rows = below(s, acc, mask, mask.row_limit, rows, rows < row_end, 0)
+            of_cols = below(s, acc, mask, mask.col_limit, cols, cols < col_end, 1)
+            col_total, col_maximum = _add_tile(
+                of_rows, of_cols, rows_to, cols_to, col_total, col_maximum, tile_n, rows, row_begin, row_end, MODE
+            )
             row0 += BM
         if cols_to is not None:
             _store_partials(
                 cols_to, strip, col_end - col_begin, cols - col_begin, col_maximum, col_total,
+                cols < last,
+            )  # fmt: skip
+        if related_cols_to is not None:
+            _store_partials(
+                related_cols_to, strip, col_end - col_begin, cols - col_begin, related_maximum, related_total,
                 cols < last,
             )  # fmt: skip
 

@@ -32,13 +32,19 @@ UNFUSED = {"enable_fp_fusion": False}
 
 
 def config(p: Prepared, kernel: configs.Kernel) -> configs.Config:
-    return tune.choose(p.device, p.source, kernel, p.dtype, p.d, _work)
+    c = tune.choose(p.device, p.source, kernel, p.dtype, p.d, _work)
+    # To find out which of several ids agree takes registers: a thread gets fewer columns than 64.
+    return c._replace(block_n=min(c.block_n, 128)) if p.mode.ids > 1 else c
 
 
 class Direction:
-    """Memory for the totals of one direction and for partial statistics of a block; none if it is not needed."""
+    """Memory for the totals of one direction and for partial statistics of a block; none if it is not needed.
 
-    def __init__(self, asked: bool, size: int, like: Tensor) -> None:
+    ``related`` is the same for the related pairs, if they are reduced apart.
+    """
+
+    def __init__(self, asked: bool, size: int, like: Tensor, apart: bool = False) -> None:
+        self.related = Direction(asked, size, like) if apart else None
         self.value = like.new_empty(size if asked else 0, dtype=torch.float64)
         self.asked = asked
         if asked:
@@ -50,6 +56,12 @@ class Direction:
             return None
         return forward_kernels.Partials(self.maxima.new_empty(parts, length), self.maxima.new_empty(parts, length))
 
+    def partials_of_both(self, parts: int, length: int) -> list[forward_kernels.Partials | None]:
+        return [None if d is None else d.partials(parts, length) for d in (self, self.related)]
+
+    def result(self) -> Tensor:
+        return self.value if self.related is None else torch.stack((self.value, self.related.value), dim=1)
+
     def totals(self, part: slice) -> forward_kernels.Totals | None:
         if not self.asked:
             return None
@@ -60,14 +72,14 @@ def forward(spec: StatsSpec, x: Tensor, y: Tensor) -> Forward:
     shape, dtype = storage.layout(spec.kept_rows, y.shape[0], x.dtype)
     buffer = x.new_empty(shape, dtype=dtype)
     p = Prepared(spec, x, y, buffer)
-    pos = x.new_empty(p.m, dtype=torch.float64)
-    row, col = Direction(spec.want_row, p.m, x), Direction(spec.want_col or spec.upper, p.n, x)
-    by_vendor = p.source == "gemm"
+    pos = x.new_empty(p.m if spec.paired else 0, dtype=torch.float64)
+    row = Direction(spec.want_row, p.m, x, p.apart)
+    col = Direction(spec.want_col or spec.upper, p.n, x, p.apart)
     with device.current(x.device):
         p.kept.clear_padding()
-        all_blocks = p.blocks(*(FLOAT32_BLOCK if by_vendor else STATISTICS_BLOCK))
+        all_blocks = p.blocks(*(FLOAT32_BLOCK if p.by_vendor else STATISTICS_BLOCK))
         room = None
-        if by_vendor:
+        if p.by_vendor:
             room = storage.scratch(x, *largest([b for b in all_blocks if b.row1 > p.kept_rows]), torch.float32)
         for b in all_blocks:
             kept, gemm_products = p.kept.block(b.rows, b.cols), None
@@ -76,7 +88,7 @@ def forward(spec: StatsSpec, x: Tensor, y: Tensor) -> Forward:
                 p.products(b, gemm_products.values)
             block_statistics(p, b, gemm_products, kept, pos, row, col)
     if not spec.upper:
-        return Forward(pos, row.value, col.value, buffer)
+        return Forward(pos, row.result(), col.result(), buffer)
     if spec.targets is not None:  # a pair below the diagonal has the logit of its mirror image
         pos = pos[torch.minimum(spec.targets, torch.arange(p.m, device=x.device))]
     return Forward(pos, torch.logaddexp(row.value, col.value), col.value.new_empty(0), buffer)
@@ -89,35 +101,43 @@ def block_statistics(
     """Adds a block's statistics to those of the blocks before it. Kept sigmoids are multiplied by ``top``."""
     c = config(p, "sums" if p.softplus else "statistics")
     strips, across = b.tiles(c)
-    row_parts, col_parts = row.partials(across, b.height), col.partials(strips, b.width)
+    row_parts, related_row_parts = row.partials_of_both(across, b.height)
+    col_parts, related_col_parts = col.partials_of_both(strips, b.width)
+    pos_to = pos if p.spec.paired else None
     products_to = (None, 0) if gemm_products is not None or kept.products is None else _plain(kept.products)
     if p.softplus:
         sigmoid_kernels.sigmoid_statistics[(strips * across,)](
-            *p.features(c), *_plain(gemm_products), p.mask, pos, row_parts, *p.tile(kept.exponentials, c), *products_to,
-            *p.sizes, *b, TOP=top, MODE=p.mode, TILE=c, **c.options,
+            *p.features(c), *_plain(gemm_products), p.mask, pos_to, row_parts, related_row_parts,
+            *p.tile(kept.exponentials, c), *products_to, *p.sizes, *b, TOP=top, MODE=p.mode, TILE=c, **c.options,
         )  # fmt: skip
-    elif p.half:
+    elif not p.exact:
         lost = pos.new_empty(strips, across, dtype=torch.int32)
         forward_kernels.strip_statistics[(strips * across,)](
-            *p.features(c), p.mask, pos, row_parts, col_parts, lost, *p.tile(kept.exponentials, c), kept.references,
+            *p.features(c), p.mask, pos_to, row_parts, col_parts, lost, *p.tile(kept.exponentials, c), kept.references,
             _stride(kept.references), *p.sizes, *b, MODE=p.mode, TILE=c, **c.options,
         )  # fmt: skip
         forward_kernels.exact_statistics[(across,)](
-            *p.features(c.exact), None, 0, p.mask, None, row_parts, col_parts, lost, None, 0, *p.sizes, *b,
+            *p.features(c.exact), None, 0, p.mask, None, row_parts, col_parts, None, None, lost, None, 0, *p.sizes, *b,
             MODE=p.mode, TILE=c.exact, **(c.exact.options | UNFUSED),
         )  # fmt: skip
     else:
+        c = c.exact if p.half else c
         forward_kernels.exact_statistics[(strips * across,)](
-            *p.features(c), *_plain(gemm_products), p.mask, pos, row_parts, col_parts, None, *products_to, *p.sizes, *b,
-            MODE=p.mode, TILE=c, **(c.options | UNFUSED),
+            *p.features(c), *_plain(gemm_products), p.mask, pos_to, row_parts, col_parts, related_row_parts,
+            related_col_parts, None, *products_to, *p.sizes, *b, MODE=p.mode, TILE=c, **(c.options | UNFUSED),
         )  # fmt: skip
     longest = max(b.height if row.asked else 0, b.width if col.asked else 0)
-    forward_kernels.merge[(triton.cdiv(longest, MERGE_LENGTH), 2)](
-        row_parts, row.totals(b.rows), col_parts, col.totals(b.cols),
-        strips, across, b.height, b.width, 0 if p.first_of_rows(b) else b.height, b.width if b.row0 else 0,
-        b.row0 - b.col0, MODE=p.mode, PLAIN=p.softplus, PART_WIDTH=c.block_n, PARTS=MERGE_PARTS, LENGTH=MERGE_LENGTH,
-        **FUSED,
-    )  # fmt: skip
+    for of_rows, from_rows, of_cols, from_cols in (
+        (row, row_parts, col, col_parts), (row.related, related_row_parts, col.related, related_col_parts)
+    ):  # fmt: skip
+        if of_rows is None or of_cols is None:
+            continue
+        forward_kernels.merge[(triton.cdiv(longest, MERGE_LENGTH), 2)](
+            from_rows, of_rows.totals(b.rows), from_cols, of_cols.totals(b.cols),
+            strips, across, b.height, b.width, 0 if p.first_of_rows(b) else b.height, b.width if b.row0 else 0,
+            b.row0 - b.col0, MODE=p.mode, PLAIN=p.softplus, PART_WIDTH=c.block_n, PARTS=MERGE_PARTS,
+            LENGTH=MERGE_LENGTH, **FUSED,
+        )  # fmt: skip
 
 
 def _plain(matrix: storage.Matrix | None) -> tuple[Tensor | None, int]:
@@ -143,6 +163,7 @@ def add_product(out: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
 def block_of_weights(
     p: Prepared, b: Block, kept: storage.Kept, rows: backward_kernels.Direction | None,
     cols: backward_kernels.Direction | None, out: storage.Matrix,
+    related_rows: backward_kernels.Direction | None = None, related_cols: backward_kernels.Direction | None = None,
 ) -> None:  # fmt: skip
     """Writes G of a softmax, 0 at the positives, from what is kept of the block or from products made again.
 
@@ -151,36 +172,38 @@ def block_of_weights(
     gemm_products = kept.products
     if p.half:
         exact = config(p, "statistics").exact
-    else:
-        exact = config(p, "gradient") if gemm_products is None else configs.default(p.device, "gemm", "gradient")
+    elif gemm_products is not None:
+        exact = configs.default(p.device, "gemm", "gradient")
+    else:  # Limits need the tiles of the forward. Related pairs apart take registers, so their tiles are as small.
+        exact = config(p, "statistics" if p.limited or p.apart else "gradient")
     if kept.exponentials is not None:
         c = config(p, "kept")
         backward_kernels.gradient_of_kept[(math.prod(b.tiles(c)),)](
             *p.tile(kept.exponentials, c), kept.references, _stride(kept.references), rows, cols, *p.tile(out, c), *b,
             MODE=p.mode, TILE=c, **c.options,
         )  # fmt: skip
-    elif p.half:
+    elif not p.exact:
         c = config(p, "gradient")
         backward_kernels.gradient[(math.prod(b.tiles(c)),)](
             *p.features(c), p.mask, rows, cols, *p.tile(out, c), *p.sizes, *b, MODE=p.mode, TILE=c,
             SEGMENT=configs.TILE, **c.options,
         )  # fmt: skip
     down, across = b.tiles(exact._replace(strip=1))
-    backward_kernels.exact_gradient[(down, 1 if p.half else across)](
+    backward_kernels.exact_gradient[(down, across if p.exact else 1)](
         *p.features(exact), *_plain(gemm_products), kept.references, _stride(kept.references), p.mask, rows, cols,
-        *_plain(out), *p.sizes, *b, ONLY_FAR=p.half, MODE=p.mode, TILE=exact, SEGMENT=configs.TILE,
-        **(exact.options | UNFUSED),
+        related_rows, related_cols, *_plain(out), *p.sizes, *b, ONLY_FAR=not p.exact, MODE=p.mode, TILE=exact,
+        SEGMENT=configs.TILE, **(exact.options | UNFUSED),
     )  # fmt: skip
 
 
 def block_of_sigmoids(
     p: Prepared, b: Block, kept: storage.Kept, g_row: Tensor | None, largest: Tensor | None, top: float,
-    out: storage.Matrix,
+    out: storage.Matrix, related_g: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Writes G of the softplus reduction, times top / largest, as ``block_of_weights`` does for a softmax."""
     c = config(p, "gradient" if kept.exponentials is None else "kept")
     sigmoid_kernels.sigmoid_gradient[(math.prod(b.tiles(c)),)](
-        *p.features(c), *_plain(kept.products), *p.tile(kept.exponentials, c), p.mask, g_row, largest,
+        *p.features(c), *_plain(kept.products), *p.tile(kept.exponentials, c), p.mask, g_row, related_g, largest,
         *(p.tile(out, c) if p.half else _plain(out)), *p.sizes, *b, TOP=top, MODE=p.mode, TILE=c, **c.options,
     )  # fmt: skip
 
@@ -250,6 +273,8 @@ class _Backward:
     def __init__(self, p: Prepared, saved: Forward, upstream: Upstream, needs: Needs) -> None:
         self.p, self.needs = p, needs
         self.g_pos, g_row, g_col = (None if g is None else g.contiguous() for g in upstream)
+        if not p.spec.paired:
+            self.g_pos = None
         self.by_rows = needs.x or (needs.scale and not needs.y)  # dscale is formed with dx, or else with dy
         self.largest: Tensor | None = None
         self.top = 1.0
@@ -260,25 +285,41 @@ class _Backward:
             self.top = FP16_TOP
         self.has_negatives = bool(normalised)
         self.dots: list[Tensor] = []
-        self.g_row = g_row
-        self.rows, self.cols = (
-            None if g is None else direction_of(size, g) for g, size in ((g_row, p.m), (g_col, p.n))
-        )
-        if self.has_negatives and not p.softplus:
-            prepare(p, saved.row, g_row, self.rows, saved.col, g_col, self.cols, self.largest, self.top)
+        # Of all pairs; or of those that are not related, and of those that are.
+        self.g_rows = _parts(p, g_row)
+        self.directions: list[tuple[backward_kernels.Direction | None, backward_kernels.Direction | None]] = []
+        if p.softplus or not self.has_negatives:
+            return
+        for row, of_row, col, of_col in zip(
+            _parts(p, saved.row), self.g_rows, _parts(p, saved.col), _parts(p, g_col), strict=True
+        ):
+            assert row is not None
+            rows, cols = (None if g is None else direction_of(n, g) for g, n in ((of_row, p.m), (of_col, p.n)))
+            prepare(p, row, of_row, rows, col, of_col, cols, self.largest, self.top)
+            self.directions.append((rows, cols))
 
     def gradient(self, b: Block, room: Tensor) -> Tensor:
         """G of a block, its positives 0, times top / largest."""
         p, kept = self.p, self.p.kept.block(b.rows, b.cols)
         out, gemm_products = storage.block_of(room, b.height, b.width), kept.products
-        if p.source == "gemm" and gemm_products is None:
+        if p.by_vendor and gemm_products is None:
             gemm_products = out  # each tile is read before it is overwritten
             p.products(b, gemm_products.values)
+        kept = kept._replace(products=gemm_products)
         if p.softplus:
-            block_of_sigmoids(p, b, kept._replace(products=gemm_products), self.g_row, self.largest, self.top, out)
+            g_row, *related_g = self.g_rows
+            block_of_sigmoids(p, b, kept, g_row, self.largest, self.top, out, *related_g)
         else:
-            block_of_weights(p, b, kept._replace(products=gemm_products), self.rows, self.cols, out)
+            (rows, cols), *related = self.directions
+            block_of_weights(p, b, kept, rows, cols, out, *itertools.chain(*related))
         return out.values
+
+
+def _parts(p: Prepared, t: Tensor | None) -> list[Tensor | None]:
+    """A statistic's vectors, or its gradient's: one, or two where related pairs are apart."""
+    if t is None or not p.apart:
+        return [t] * (2 if p.apart else 1)
+    return [part.contiguous() for part in t.unbind(dim=1)]
 
 
 def backward(spec: StatsSpec, x: Tensor, y: Tensor, saved: Forward, upstream: Upstream, needs: Needs) -> Gradients:

@@ -11,7 +11,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fused_contrastive.backends.triton import configs, device, storage
 from fused_contrastive.backends.triton.tiles import Mask, Mode
-from fused_contrastive.core.spec import TENSORS, StatsSpec
+from fused_contrastive.core.spec import StatsSpec
 
 
 class Block(NamedTuple):
@@ -122,18 +122,30 @@ class Prepared:
         self.x, self.y = (aligned(x), aligned(y)) if self.source == "tf32" else self.multiplied
         self.half = self.source == "half"
         self.softplus = spec.statistic == "softplus"
-        kept_rows = spec.kept_rows if self.n < storage.LONGEST_ROW else 0
+        self.apart = spec.equal_ids == "apart"
+        self.limited = spec.row_limit is not None or spec.col_limit is not None
+        # The exact kernels, two exponentials per logit, take all tiles of a softmax.
+        self.exact = not self.half or self.limited or (self.apart and not self.softplus)
+        # With limits the backward needs the forward's products bit for bit, to exclude the same pairs. A vendor's GEMM
+        # does not promise them; the same tiles of the same code have them.
+        self.by_vendor = self.source == "gemm" and not self.limited
+        kept_rows = spec.kept_rows if self.n < storage.LONGEST_ROW and not (self.half and self.exact) else 0
         if kept_rows < self.m:  # blocks begin at multiples of the largest tile
             kept_rows -= kept_rows % configs.TILE
         self.kept_rows = kept_rows
         self.kept = storage.KeptRows(kept_buffer, kept_rows, self.n, exact=not self.half)
         one_bias = spec.col_bias is not None and spec.col_bias.dim() == 0  # SigLIP's
-        tensors = {name: getattr(spec, name) for name in TENSORS}
+        tensors = {name: getattr(spec, name) for name in Mask._fields}
         contiguous: dict[str, Any] = {name: None if t is None else t.contiguous() for name, t in tensors.items()}
         self.mask = Mask(**contiguous)
         self.tma = self.device.tma and self.source != "gemm"
         precision = "tf32" if self.source == "tf32" else "ieee"
-        self.mode = Mode(self.half, self.tma, precision, spec.exclude_self, spec.upper, spec.equal_ids, one_bias)
+        equal_ids = "negate" if self.apart and self.softplus else spec.equal_ids
+        ids = 1 if spec.row_ids is None or spec.row_ids.dim() == 1 else spec.row_ids.shape[1]
+        units_of_log_2 = self.half and (self.softplus or not self.exact)
+        self.mode = Mode(
+            units_of_log_2, self.tma, precision, spec.exclude_self, spec.upper, equal_ids, one_bias, ids, spec.paired
+        )
 
     @property
     def sizes(self) -> tuple[int, int, int, int, int]:

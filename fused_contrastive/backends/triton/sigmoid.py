@@ -8,12 +8,12 @@ import triton.language as tl
 from fused_contrastive.backends.triton.forward import _store_partials
 from fused_contrastive.backends.triton.tiles import (
     corner,
-    equal_ids,
     load_tile,
     log1p_unit,
     logits,
     power,
     products,
+    related,
     store_tile,
 )
 
@@ -101,24 +101,25 @@ def _slope(s, log, MODE: tl.constexpr):
 
 
 @triton.jit
-def _signed(slope, mask, rows, row_end, cols, col_end):
+def _signed(slope, mask, rows, row_end, cols, col_end, MODE: tl.constexpr):
     """Slopes with their sign changed for pairs with equal ids, whose logits are negated."""
-    if mask.row_ids is not None:
-        equal = equal_ids(mask, rows, row_end, cols, col_end)
+    if mask.row_ids is not None and MODE.equal_ids == "negate":
+        equal = related(mask, rows, row_end, cols, col_end, MODE)
         slope = slope.to(tl.float32) * tl.where(equal, -1.0, 1.0)  # the interpreter cannot negate bfloat16
     return slope
 
 
 @triton.jit(do_not_specialize=["M", "N", "row_begin", "row_end", "col_begin", "col_end"])
 def sigmoid_statistics(
-    x, y, gemm_products, stride_gemm, mask, pos, rows_to, slopes, stride_slopes, products_to, stride_products,
-    M, N, D, stride_x, stride_y, row_begin, row_end, col_begin, col_end,
+    x, y, gemm_products, stride_gemm, mask, pos, rows_to, related_rows_to, slopes, stride_slopes, products_to,
+    stride_products, M, N, D, stride_x, stride_y, row_begin, row_end, col_begin, col_end,
     TOP: tl.constexpr, MODE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """The positives' logits and every row's sum of softplus; one tile of S per program.
 
-    rows_to: Partials (tiles across, height), the maxima 0. ``slopes`` (height, width), where not None, gets the signed
-    sigmoids times TOP, which are G without the rows' weights; ``products_to`` (height, width) the products.
+    rows_to: Partials (tiles across, height), the maxima 0; ``related_rows_to``, where not None, gets those of the
+    related pairs. ``slopes`` (height, width), where not None, gets the signed sigmoids times TOP, which are G without
+    the rows' weights; ``products_to`` (height, width) the products.
     """
     BM: tl.constexpr = TILE.block_m
     BN: tl.constexpr = TILE.block_n
@@ -136,21 +137,36 @@ def sigmoid_statistics(
     rows = row0 + tl.arange(0, BM)
     DTYPE: tl.constexpr = tl.float32 if slopes is None else (slopes.dtype if MODE.tma else slopes.dtype.element_ty)
     SPLIT: tl.constexpr = TILE.split - 1 if slopes is None and TILE.split > 0 else TILE.split
-    total, slope = _sums_and_slopes(s, TOP, slopes is not None, DTYPE, MODE, SPLIT)
+    if related_rows_to is not None:  # a pair of the other part counts as softplus(-inf) = 0
+        apart = related(mask, rows, row_end, col0 + tl.arange(0, BN), col_end, MODE)
+        unrelated = tl.where(apart, float("-inf"), s)
+        total, slope = _sums_and_slopes(unrelated, TOP, slopes is not None, DTYPE, MODE, SPLIT)
+        among = tl.zeros((BM,), tl.float32)
+        if tl.max(apart.to(tl.int32)) > 0:
+            of_related = tl.where(apart, s, float("-inf"))
+            among, among_slope = _sums_and_slopes(of_related, TOP, slopes is not None, DTYPE, MODE, SPLIT)
+            if slopes is not None:
+                slope = tl.where(apart, among_slope, slope)
+        _store_partials(
+            related_rows_to, j // BN, height, rows - row_begin, tl.zeros((BM,), tl.float32), among, rows < row_end
+        )
+    else:
+        total, slope = _sums_and_slopes(s, TOP, slopes is not None, DTYPE, MODE, SPLIT)
     _store_partials(rows_to, j // BN, height, rows - row_begin, tl.zeros((BM,), tl.float32), total, rows < row_end)
     if slopes is not None:
-        slope = _signed(slope, mask, rows, row_end, col0 + tl.arange(0, BN), col_end)
+        slope = _signed(slope, mask, rows, row_end, col0 + tl.arange(0, BN), col_end, MODE)
         store_tile(slopes, stride_slopes, i, j, height, slope, MODE.tma)
 
 
 @triton.jit(do_not_specialize=["M", "N", "row_begin", "row_end", "col_begin", "col_end"])
 def sigmoid_gradient(
-    x, y, gemm_products, stride_gemm, slopes, stride_slopes, mask, g_row, largest, out, stride_out,
+    x, y, gemm_products, stride_gemm, slopes, stride_slopes, mask, g_row, related_g, largest, out, stride_out,
     M, N, D, stride_x, stride_y, row_begin, row_end, col_begin, col_end,
     TOP: tl.constexpr, MODE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """G[i, j] = g_row[i] sigmoid(S[i, j]), signed, 0 where excluded, times TOP / largest: one tile of a block of it.
 
+    For related pairs it is ``related_g`` in place of ``g_row``, where that is not None.
     ``gemm_products`` is the block's products, ``slopes`` its signed sigmoids; without either, products are made here.
     """
     BM: tl.constexpr = TILE.block_m
@@ -169,9 +185,14 @@ def sigmoid_gradient(
         s, c = logits(acc, mask, None, row0, row_end, col0, col_end, MODE)
         s *= c
         slope = _slope(s, _log_1p_exp_of_minus_abs(s, MODE), MODE)
-        slope = _signed(slope, mask, rows, row_end, col0 + tl.arange(0, BN), col_end)
+        slope = _signed(slope, mask, rows, row_end, col0 + tl.arange(0, BN), col_end, MODE)
     factor = 1.0 * TOP
     if largest is not None:
         factor = TOP / tl.load(largest).to(tl.float32)
     g = tl.load(g_row + rows, mask=rows < row_end, other=0.0).to(tl.float32) * factor
-    store_tile(out, stride_out, i, j, height, slope * g[:, None], MODE.half and MODE.tma)
+    weights = g[:, None]
+    if related_g is not None:
+        among = tl.load(related_g + rows, mask=rows < row_end, other=0.0).to(tl.float32) * factor
+        apart = related(mask, rows, row_end, col0 + tl.arange(0, BN), col_end, MODE)
+        weights = tl.where(apart, among[:, None], weights)
+    store_tile(out, stride_out, i, j, height, slope * weights, MODE.half and MODE.tma)

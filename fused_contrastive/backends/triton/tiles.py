@@ -27,20 +27,24 @@ class Mask(NamedTuple):
     scale: Tensor  # () float32
     targets: Tensor | None  # (M,) int64
     col_bias: Tensor | None  # (N,) float32
-    row_ids: Tensor | None  # (M,) int64
-    col_ids: Tensor | None  # (N,) int64
+    row_ids: Tensor | None  # (M, ids) int64
+    col_ids: Tensor | None  # (N, ids) int64
+    row_limit: Tensor | None  # (M,) float32
+    col_limit: Tensor | None  # (N,) float32
 
 
 class Mode(NamedTuple):
     """What is known when a kernel is compiled, beside its tile."""
 
-    half: bool  # half-precision features: logits in units of log 2, and one exponential per logit
+    half: bool  # logits in units of log 2; for half-precision features, unless the exact kernels take all of them
     tma: bool  # x, y, kept tiles and G are descriptors for the tensor memory accelerator, not pointers
     precision: str  # of tl.dot
     exclude_self: bool
     upper: bool  # only pairs above the diagonal
-    equal_ids: str  # "exclude", "only" (exclude all others) or "negate"
+    equal_ids: str  # "exclude", "only" (exclude all others), "negate" or "apart"
     one_bias: bool = False  # col_bias has one element, for all columns
+    ids: int = 1  # of each row and column; pairs are related if any of them agree
+    paired: bool = True  # rows have positives
 
 
 @triton.jit
@@ -137,10 +141,36 @@ def products(x, y, row0, col0, shape, MODE: tl.constexpr, TILE: tl.constexpr):
 
 
 @triton.jit
-def equal_ids(mask, rows, row_end, cols, col_end):
-    row_id = tl.load(mask.row_ids + rows, mask=rows < row_end, other=0)
-    col_id = tl.load(mask.col_ids + cols, mask=cols < col_end, other=0)
+def _agree(mask, rows, row_end, cols, col_end, K, MODE: tl.constexpr):
+    """Which pairs of a tile have equal ids in place K."""
+    row_at = rows if MODE.ids == 1 else rows.to(tl.int64) * MODE.ids + K
+    col_at = cols if MODE.ids == 1 else cols.to(tl.int64) * MODE.ids + K
+    row_id = tl.load(mask.row_ids + row_at, mask=rows < row_end, other=0)
+    col_id = tl.load(mask.col_ids + col_at, mask=cols < col_end, other=0)
     return row_id[:, None] == col_id[None, :]
+
+
+@triton.jit
+def related(mask, rows, row_end, cols, col_end, MODE: tl.constexpr):
+    """Which pairs of a tile have equal ids in any place. Beyond the last row or column it may be anything."""
+    out = _agree(mask, rows, row_end, cols, col_end, 0, MODE)
+    if MODE.ids > 1:
+        for k in range(1, MODE.ids):
+            out |= _agree(mask, rows, row_end, cols, col_end, k, MODE)
+    return out
+
+
+@triton.jit
+def below(s, acc, mask, limit, i, inside, AXIS: tl.constexpr):
+    """Logits, -inf where scale * product is above the limit of the row (AXIS 0) or column (AXIS 1); None: no limit.
+
+    The forward and the backward call it with the same products. Only exact kernels do, where nothing is fused: the
+    rounded product is compared in both, whatever is added to it elsewhere.
+    """
+    if limit is not None:
+        most = tl.load(limit + i, mask=inside, other=0.0)
+        s = tl.where(acc * tl.load(mask.scale) > tl.expand_dims(most, 1 - AXIS), float("-inf"), s)
+    return s
 
 
 @triton.jit
@@ -156,7 +186,10 @@ def positives(mask, rows, row_end):
 @triton.jit
 def excluded(mask, rows, row_end, cols, col_end, MODE: tl.constexpr):
     """Which pairs of a tile do not count: positives, those beyond the end, and those that the problem excludes."""
-    out = (positives(mask, rows, row_end)[:, None] == cols[None, :]) | (rows >= row_end)[:, None]
+    if MODE.paired:
+        out = (positives(mask, rows, row_end)[:, None] == cols[None, :]) | (rows >= row_end)[:, None]
+    else:
+        out = (rows >= row_end)[:, None]
     out |= (cols >= col_end)[None, :]
     if MODE.exclude_self:
         out |= rows[:, None] == cols[None, :]
@@ -164,9 +197,9 @@ def excluded(mask, rows, row_end, cols, col_end, MODE: tl.constexpr):
         out |= rows[:, None] >= cols[None, :]
     if mask.row_ids is not None:
         if MODE.equal_ids == "exclude":
-            out |= equal_ids(mask, rows, row_end, cols, col_end)
+            out |= related(mask, rows, row_end, cols, col_end, MODE)
         elif MODE.equal_ids == "only":
-            out |= ~equal_ids(mask, rows, row_end, cols, col_end)
+            out |= ~related(mask, rows, row_end, cols, col_end, MODE)
     return out
 
 
@@ -189,7 +222,7 @@ def logits(acc, mask, pos, row0, row_end, col0, col_end, MODE: tl.constexpr):
         positive = positives(mask, rows, row_end)
         has_positive = (rows < row_end) & (positive >= col0) & (positive < col0 + BN)
         special |= tl.max(has_positive.to(tl.int32)) > 0
-    else:
+    elif MODE.paired:
         special |= (row0 < col0 + BN) & (col0 < row0 + BM)
     if MODE.exclude_self:
         special |= (row0 < col0 + BN) & (col0 < row0 + BM)
@@ -213,7 +246,7 @@ def logits(acc, mask, pos, row0, row_end, col0, col_end, MODE: tl.constexpr):
             tl.store(pos + rows, tl.where(p == float("inf"), float("nan"), p), mask=here)
         if mask.row_ids is not None:
             if MODE.equal_ids == "negate":
-                acc = tl.where(equal_ids(mask, rows, row_end, cols, col_end), -acc, acc)
+                acc = tl.where(related(mask, rows, row_end, cols, col_end, MODE), -acc, acc)
         acc = tl.where(excluded(mask, rows, row_end, cols, col_end, MODE), float("-inf"), acc)
     return acc, c
 

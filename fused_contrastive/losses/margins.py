@@ -1,0 +1,126 @@
+"""Margins that leave out negatives which are too similar: limits made of each positive's own similarity."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fused_contrastive.core import checks
+from fused_contrastive.core.spec import compute_dtype
+from fused_contrastive.core.unit import unit_rows
+from fused_contrastive.distributed.shape import LocalShape, Shape
+from fused_contrastive.ops.own_dots import own_dots
+from fused_contrastive.ops.problem import Problem
+
+# Roundings, in units of the dtype's epsilon times both norms, that a similarity may exceed a limit by and not count as
+# above it: a copy of the positive has its similarity but for roundings, and no margin of 0 may leave out some copies.
+ROUNDINGS = 8
+
+
+class Margins(NamedTuple):
+    """How similar a negative may be: sim(positive) - absolute - relative * |sim(positive)|, where sim is the product of
+    two features without scale and bias, or that of the guide's features."""
+
+    absolute: float = 0.0
+    relative: float = 0.0
+    guide: tuple[Tensor, ...] | None = None  # of the rows and of the columns; and (M, K, G) of each row's own negatives
+
+
+def checked(
+    absolute_margin: object,
+    relative_margin: object,
+    guide: object,
+    scale: float | Tensor,
+    features: Sequence[Tensor] = (),
+    normalize: bool = False,
+) -> Margins | None:
+    """The margins, None if there are none.
+
+    Args:
+        scale: must be positive, as far as its value is at hand.
+        features: what a guide has features of: the rows, the keys and, if there are any, the negatives.
+        normalize: the guide's features are L2-normalised first.
+    """
+    for name, margin in (("absolute_margin", absolute_margin), ("relative_margin", relative_margin)):
+        if margin is None:
+            continue
+        if isinstance(margin, bool) or not isinstance(margin, (int, float)):
+            raise TypeError(f"{name}: got {margin!r}, expected a number or None")
+        if not math.isfinite(margin):
+            raise ValueError(f"{name}: got {margin!r}, expected a finite number")
+    if absolute_margin is not None and relative_margin is not None:
+        raise ValueError("absolute_margin, relative_margin: got both, expected one of them")
+    if absolute_margin is None and relative_margin is None and guide is None:
+        return None
+    if not isinstance(scale, Tensor) and scale <= 0:
+        raise ValueError(f"logit_scale: got {scale!r} with a margin that leaves out similar pairs, expected above 0")
+    of_guide = None if guide is None else _guide(guide, features, normalize)
+    return Margins(absolute_margin or 0.0, relative_margin or 0.0, of_guide)  # type: ignore[arg-type]
+
+
+def _guide(guide: object, features: Sequence[Tensor], normalize: bool) -> tuple[Tensor, ...]:
+    """The guide's features, one tensor for each of ours, in the compute dtype and without gradient."""
+    if not isinstance(guide, (tuple, list)) or len(guide) != len(features):
+        got = f"{len(guide)} tensors" if isinstance(guide, (tuple, list)) else type(guide).__name__
+        raise TypeError(f"guide: got {got}, expected a tuple of {len(features)}, one for each set of features")
+    found = []
+    for k, (t, ours) in enumerate(zip(guide, features, strict=True)):
+        name = f"guide[{k}]"
+        expected = f"({', '.join(map(str, ours.shape[:-1]))}, G)"
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name}: got {type(t).__name__}, expected a tensor of shape {expected}")
+        if t.dtype not in checks.FEATURE_DTYPES:
+            raise TypeError(f"{name}: got dtype {t.dtype}, expected float32, float64, bfloat16 or float16")
+        if t.shape[:-1] != ours.shape[:-1] or t.dim() != ours.dim() or t.shape[-1] != guide[0].shape[-1]:
+            raise ValueError(f"{name}: got shape {tuple(t.shape)}, expected {expected}, the same G for all")
+        checks.same_device(name, t, "the features", ours)
+        t = t.detach().to(compute_dtype(ours.dtype))
+        found.append(unit_rows(t) if normalize else t)
+    return tuple(found)
+
+
+def limit(problem: Problem, shape: Shape, margins: Margins | None, both: bool) -> None:
+    """Sets the limits of rows and, if ``both``, of columns, whose positive is then t(i) = i. They have no gradient.
+
+    Shared negatives are the last columns; the guide's features of these come after its keys'.
+    """
+    if margins is None:
+        return
+    problem.unit()
+    with torch.no_grad():
+        x, y, scale = problem.x.detach(), problem.y.detach(), problem.spec.scale.detach()
+        if margins.guide is not None:
+            x, *of_columns = margins.guide
+            y, scale = torch.cat([t for t in of_columns if t.dim() == 2]), torch.ones_like(scale)
+            problem.spec = problem.spec._replace(row_guide=x, col_guide=y)
+        positives = _positives(y, problem.spec.targets, shape, x.shape[0])
+        similarity, x_norm, y_norm = (
+            own_dots(a, b[:, None]).squeeze(1) for a, b in ((x, positives), (x, x), (positives, positives))
+        )
+        rounding = ROUNDINGS * torch.finfo(similarity.dtype).eps * (x_norm * y_norm).sqrt()
+        highest = similarity - margins.absolute - margins.relative * similarity.abs()
+        limits = scale * (highest + rounding)
+        others = limits.new_full((y.shape[0] - limits.shape[0] if both else 0,), torch.inf)
+    problem.spec = problem.spec._replace(row_limit=limits, col_limit=torch.cat((limits, others)) if both else None)
+
+
+def above(problem: Problem, margins: Margins, own_logits: Tensor) -> Tensor:
+    """(M, K) bool: which of each row's own negatives are above the row's limit, after ``limit``."""
+    assert problem.spec.row_limit is not None
+    similarity = own_logits.detach()
+    if margins.guide is not None:
+        similarity = own_dots(margins.guide[0], margins.guide[2])
+    return similarity > problem.spec.row_limit[:, None]
+
+
+def _positives(y: Tensor, targets: Tensor | None, shape: Shape, m: int) -> Tensor:
+    """(M, D) the features of each row's positive."""
+    if isinstance(shape, LocalShape):
+        return y[:m] if targets is None else y[targets]
+    if targets is None and shape.rows == shape.keys:
+        return y[:m]
+    return shape.gather(y)[shape.columns_of(targets, y.device)]

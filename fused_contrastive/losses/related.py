@@ -1,0 +1,203 @@
+"""Several positives: all pairs of a row and a column whose ids are equal, and the row's target."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fused_contrastive.core import checks
+from fused_contrastive.core.reduction import Reduction
+from fused_contrastive.core.spec import compute_dtype
+from fused_contrastive.distributed.shape import LocalShape, Shape
+from fused_contrastive.losses import margins
+from fused_contrastive.ops.problem import Problem, log_add
+from fused_contrastive.ops.row_loss import cross_entropy, reduced
+
+EqualIds = Literal["exclude", "mean", "sum"]
+EQUAL_IDS = ("exclude", "mean", "sum")
+
+
+def check(equal_ids: str, row_ids: Tensor | None, **undefined: object) -> None:
+    """Raises if ``equal_ids`` asks for several positives without ids, or with an option that is not defined for them.
+
+    ``undefined`` are such options; one that is None is not in use.
+    """
+    checks.one_of("equal_ids", equal_ids, EQUAL_IDS)
+    if equal_ids == "exclude":
+        return
+    if row_ids is None:
+        raise ValueError(f"equal_ids: got {equal_ids!r} without row_ids and col_ids, expected both")
+    for name, value in undefined.items():
+        if value is not None:
+            raise ValueError(f"{name}: got it with equal_ids={equal_ids!r}, expected None: it is not defined there")
+
+
+def check_module(equal_ids: str, absolute_margin: float | None, relative_margin: float | None) -> None:
+    """As ``check`` and ``margins.checked``, for a module, which does not know ids and scale yet."""
+    checks.one_of("equal_ids", equal_ids, EQUAL_IDS)
+    margins.checked(absolute_margin, relative_margin, None, 1.0)
+    for name, margin in (("absolute_margin", absolute_margin), ("relative_margin", relative_margin)):
+        if margin is not None and equal_ids != "exclude":
+            raise ValueError(f"{name}: got it with equal_ids={equal_ids!r}, expected None: it is not defined there")
+
+
+def prepare(problem: Problem) -> None:
+    """Makes a problem whose rows' positives are given by ids, before the processes agree on it."""
+    problem.spec = problem.spec._replace(paired=False)
+
+
+def relate_targets(problem: Problem, shape: Shape, keys: int) -> None:
+    """Turns targets into one more id of each row and column, so that a row's target is among its positives.
+
+    There are targets if the problem has them, and t(i) = i if all rows are as many as all keys, which are this
+    process's first ``keys`` columns and those of the others.
+    """
+    spec = problem.spec
+    row_ids, col_ids = (_in_columns(ids) for ids in (spec.row_ids, spec.col_ids))
+    all_keys = keys if isinstance(shape, LocalShape) else sum(shape.keys)
+    if spec.targets is not None or shape.all_rows == all_keys:
+        of_rows = shape.columns_of(spec.targets, problem.x.device)
+        first, n = shape.first_col, problem.y.shape[0]
+        of_cols = torch.arange(first, first + n, device=problem.y.device)
+        row_ids = torch.cat((row_ids, of_rows[:, None]), dim=1)
+        col_ids = torch.cat((col_ids, of_cols[:, None]), dim=1)
+    problem.spec = spec._replace(row_ids=row_ids, col_ids=col_ids, targets=None)
+
+
+def several_positives(
+    problem: Problem,
+    shape: Shape,
+    reduction: Reduction,
+    form: Literal["mean", "sum"],
+    *,
+    keys: int,
+    both: bool,
+    decoupled: bool = False,
+    margin: float | Tensor = 0.0,
+    weight: Tensor | None = None,
+    own_logits: Tensor | None = None,
+) -> Tensor:
+    """The loss of the rows, or the mean of the rows' and the columns', with P the positives of a row or column::
+
+        mean: -mean over p in P of log(exp S[p] / sum over all of exp S)        (UniCL; SupCon's "out")
+        sum:  -log(sum over p in P of exp S[p] / sum over all of exp S)         (MIL-NCE; SupCon's "in")
+
+    ``decoupled`` leaves the positives out of the denominator, ``margin`` is subtracted from their logits. Rows and
+    columns without a positive have loss 0 and do not count in the mean.
+
+    Args:
+        problem: one that ``prepare`` has made.
+        shape: what ``problem.agree`` returned.
+        reduction: "none" needs as many columns as rows if both directions are asked.
+        keys: see ``relate_targets``.
+        both: also the columns' loss.
+        weight: (M,) weights of the rows and, with ``both``, of the columns.
+        own_logits: (M, K) further negatives of each row, -inf for none.
+    """
+    relate_targets(problem, shape, keys)
+    dtype = compute_dtype(problem.x.dtype)
+    row_ids, col_ids = problem.spec.row_ids, problem.spec.col_ids
+    assert row_ids is not None
+    assert col_ids is not None
+    added = None
+    if form == "mean":
+        _, *added = problem.run(shape, want_col=both, equal_ids="add")
+    apart = None
+    if form == "sum" or decoupled or isinstance(margin, Tensor) or margin:
+        _, *apart = problem.run(shape, want_col=both, equal_ids="apart")
+    losses = []
+    for k, of_rows in enumerate((True, False) if both else (True,)):
+        own = own_logits if of_rows else None
+        if form == "mean":
+            assert added is not None
+            ids = (row_ids, shape.gather(col_ids)) if of_rows else (col_ids, shape.gather_rows(row_ids))
+            count = related_counts(*ids)
+            has = count > 0
+            normaliser, positives = added[k][:, 0], added[k][:, 1] / count.clamp_min(1) - margin
+        if apart is not None:
+            negatives, related = apart[k].unbind(dim=1)
+            related = related - margin
+            if form == "sum":
+                has, positives = related != -torch.inf, related
+            normaliser = negatives if decoupled or form == "sum" else log_add(negatives, related)
+        if own is not None:
+            normaliser = log_add(normaliser, own.to(normaliser.dtype).logsumexp(dim=1))
+        normaliser, positives = (t.masked_fill(~has, 0) for t in (normaliser, positives))
+        # The normaliser of "mean" holds the positives, that of "sum" does not.
+        each = cross_entropy(
+            positives, normaliser, dtype=positives.dtype, decoupled=decoupled or form == "mean", reduction="none",
+            backend=problem.backend,
+        ).masked_fill(~has, 0)  # fmt: skip
+        losses.append((each, has))
+    if reduction == "none":
+        return torch.stack([each for each, _ in losses]).mean(dim=0).to(dtype)
+    of_directions = []
+    for each, has in losses:
+        if weight is None:
+            count, total = has.sum(), each
+        else:
+            of_this = weight.to(each.dtype)
+            count, total = of_this.masked_fill(~has, 0).sum(), each * of_this
+        of_directions.append(shape.reduce(total, reduction, _at_least_one(shape.sum(count.to(each.dtype)))))
+    return torch.stack(of_directions).mean(dim=0).to(dtype)
+
+
+def weighted_positives(problem: Problem, shape: Shape, reduction: Reduction, weight: Tensor | None) -> Tensor:
+    """SigLIP's loss of the rows, in which the k positives of a row count 1 / k each, after ``relate_targets``."""
+    row_ids, col_ids = problem.spec.row_ids, problem.spec.col_ids
+    assert row_ids is not None
+    assert col_ids is not None
+    _, row, _ = problem.run(shape, want_col=False, equal_ids="apart", statistic="softplus")
+    negatives, positives = row.unbind(dim=1)
+    losses = negatives + positives / related_counts(row_ids, shape.gather(col_ids)).clamp_min(1)
+    return reduced(losses, shape, reduction, weight).to(compute_dtype(problem.x.dtype))
+
+
+def related_counts(ids: Tensor, others: Tensor) -> Tensor:
+    """(M,) with how many of the N ``others`` (N, K) each of ``ids`` (M, K) agrees in any of the K places.
+
+    By inclusion and exclusion over sets of places: those who agree in all places of a set have an equal code there.
+    """
+    ids, others = _in_columns(ids), _in_columns(others)
+    m, n = ids.shape[0], others.shape[0]
+    total = ids.new_zeros(m)
+    if n == 0:
+        return total
+    codes = [_codes(*place) for place in zip(ids.T.contiguous(), others.T.contiguous(), strict=True)]
+
+    def add(first: int, one: Tensor, other: Tensor, sign: int) -> None:
+        """Adds the sets that extend a set, whose codes are given, by places from ``first`` on."""
+        nonlocal total
+        for k in range(first, len(codes)):
+            of_ids, of_others = codes[k]
+            together = torch.where((one < 0) | (of_ids < 0), -1, one * n + of_ids)
+            mine, theirs = _codes(together, other * n + of_others)
+            total = total + sign * _occurrences(mine, theirs)
+            add(k + 1, mine, theirs, -sign)
+
+    add(0, ids.new_zeros(m), ids.new_zeros(n), 1)
+    return total
+
+
+def _in_columns(ids: Tensor | None) -> Tensor:
+    assert ids is not None
+    return ids[:, None] if ids.dim() == 1 else ids
+
+
+def _codes(values: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
+    """The place of each value among the sorted others, -1 if it is none of them; and of each of the others."""
+    ordered = others.sort().values
+    place = torch.searchsorted(ordered, values)
+    found = ordered[place.clamp_max(len(others) - 1)] == values
+    return torch.where(found, place, -1), torch.searchsorted(ordered, others)
+
+
+def _occurrences(values: Tensor, others: Tensor) -> Tensor:
+    ordered = others.sort().values
+    return torch.searchsorted(ordered, values, right=True) - torch.searchsorted(ordered, values)
+
+
+def _at_least_one(count: Tensor) -> Tensor:
+    return torch.where(count == 0, 1, count)

@@ -1,0 +1,55 @@
+"""The formulas of false negatives and several positives on materialised matrices, in the manner of ``textbook``."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fused_contrastive.testing.oracle import logsumexp
+
+
+def related(row_ids: Tensor, col_ids: Tensor) -> Tensor:
+    """(M, N) bool: which ids (M,) and (N,), or (M, K) and (N, K) in any of the K places, are equal."""
+    if row_ids.dim() == 1:
+        return row_ids[:, None] == col_ids
+    return (row_ids[:, None] == col_ids).any(dim=2)
+
+
+def too_similar(similarity: Tensor, targets: Tensor, absolute: float | None, relative: float | None) -> Tensor:
+    """(M, N) bool: whose similarity lies above the row's positive's minus a margin."""
+    positive = similarity.gather(1, targets[:, None])
+    limit = positive - absolute if absolute is not None else positive - (relative or 0.0) * positive.abs()
+    return similarity > limit
+
+
+def several_positives(
+    s: Tensor, positives: Tensor, form: str, decoupled: bool = False, margin: float | Tensor = 0.0,
+    own: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(M,) losses of the rows of logits s (M, N), 0 without a positive, and which rows have one.
+
+    own: (M, K) logits of further negatives.
+    """
+    if isinstance(margin, Tensor) and margin.dim() == 1:
+        margin = margin[:, None]
+    s = s - margin * positives.to(s.dtype)
+    everything = s.masked_fill(positives, -torch.inf) if decoupled else s
+    if own is not None:
+        everything = torch.cat((everything, own), dim=1)
+    denominator = logsumexp(everything, 1)
+    count = positives.sum(dim=1)
+    if form == "mean":
+        losses = denominator - torch.where(positives, s, 0).sum(dim=1) / count.clamp_min(1)
+    else:
+        numerator = logsumexp(s.masked_fill(~positives, -torch.inf), 1)
+        losses = denominator - numerator.masked_fill(count == 0, 0)
+    return torch.where(count > 0, losses, 0), count > 0
+
+
+def reduced(losses: Tensor, counts: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
+    """The mean is over those that count, weighted."""
+    if reduction == "none":
+        return losses if weight is None else losses * weight
+    each = counts.to(losses.dtype) if weight is None else weight.to(losses.dtype) * counts
+    total = (losses * each).sum()
+    return total / each.sum().clamp_min(1e-30) if reduction == "mean" else total

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from fused_contrastive.testing import cases, harness
 from fused_contrastive.testing.cases import MEMBERS, OPTIONS, Case
-from fused_contrastive.testing.registry import Sizes
+from fused_contrastive.testing.maker import Sizes
 
 LIMIT = 60  # seconds for one number
 KINDS = ("raised", "returned", "compared", "problems")

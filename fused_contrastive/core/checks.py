@@ -204,12 +204,18 @@ def same_ids(row_name: str, row_ids: Tensor, col_name: str, col_ids: Tensor) -> 
 
 
 def no_nan(name: str, value: Tensor) -> None:
-    """No element is NaN. On a GPU this is a device-side assertion, so that the host need not wait."""
-    valid = ~value.isnan().any()
-    if value.device.type != "cpu" or not is_plain(value):
-        torch._assert_async(valid if torch.compiler.is_compiling() else unwrapped(valid), f"{name}: got NaN")
+    all_true(name, ~value.isnan(), "numbers that are not NaN")
+
+
+def all_true(name: str, valid: Tensor, expected: str) -> None:
+    """Raises unless all elements are valid; on a GPU by a device-side assertion, so that the host need not wait."""
+    valid = valid.all()
+    if valid.device.type != "cpu" or not is_plain(valid):
+        torch._assert_async(
+            valid if torch.compiler.is_compiling() else unwrapped(valid), f"{name}: expected {expected}"
+        )
     elif not valid:
-        raise ValueError(f"{name}: got NaN, expected numbers")
+        raise ValueError(f"{name}: got other values, expected {expected}")
 
 
 def directions(value: object) -> tuple[bool, bool]:

@@ -11,7 +11,7 @@ from fused_contrastive.core.observing import observed
 from fused_contrastive.core.reduction import REDUCTIONS, Reduction
 from fused_contrastive.core.spec import BackendName
 from fused_contrastive.distributed.agreement import Group, call_of, collective
-from fused_contrastive.losses import margins, related, terms
+from fused_contrastive.losses import corrections, margins, related, terms
 from fused_contrastive.ops.problem import Problem, autocast, checked_pair_of_ids
 from fused_contrastive.ops.row_loss import row_loss
 
@@ -30,6 +30,8 @@ def clip_loss(
     absolute_margin: float | None = None,
     relative_margin: float | None = None,
     guide: tuple[Tensor, Tensor] | None = None,
+    debias: float | Tensor | None = None,
+    hardness: float = 0.0,
     decoupled: bool = False,
     label_smoothing: float = 0.0,
     weight: Tensor | None = None,
@@ -73,9 +75,14 @@ def clip_loss(
             95 % (NV-Retriever, Moreira et al. 2024, arXiv:2407.15831).
         guide: (M, G) and (N, G) features of another model, without gradient, whose similarities decide in place of
             ours what a margin leaves out (GISTEmbed, Solatorio 2024, arXiv:2402.16829). Default margin: 0.
+        debias: the share of negatives that are positives in truth, in [0, 1), a number or (N,): it is taken out of the
+            sum over negatives, which stays above its least value for unit vectors (debiased contrastive learning,
+            Chuang et al. 2020, arXiv:2007.00224).
+        hardness: at least 0; weighs each negative by exp(hardness * logit), the weights' mean being 1, in a second pass
+            (Robinson et al. 2021, "Contrastive Learning with Hard Negative Samples", arXiv:2010.04592).
         decoupled: the DCL form.
         label_smoothing: in [0, 1), as in ``F.cross_entropy``: this share of the target is spread over all N. Not
-            together with ids or margins.
+            together with ids, margins, debias or hardness.
         weight: (N,) weights of the pairs; the mean is over their sum, as in ``F.cross_entropy``.
         reduction: "mean", "sum" (over the N pairs) or "none" ((N,), the mean of a pair's two directions).
         normalize: L2-normalise first, the guide's features too; rows shorter than 1e-12 get a gradient of zeros.
@@ -103,6 +110,11 @@ def clip_loss(
     features = (image_features, text_features)
     limits = margins.checked(absolute_margin, relative_margin, guide, logit_scale, features, normalize)
     terms.check_smoothing(label_smoothing, row_ids, limits is not None)
+    corrected = corrections.check(
+        debias, hardness, equal_ids=equal_ids != "exclude", margins=limits is not None,
+        label_smoothing=label_smoothing > 0,
+    )  # fmt: skip
+    debias = corrections.checked_debias(debias, image_features)
     if weight is not None:
         weight = checks.vector(
             "weight", weight, image_features.shape[0], image_features, of="one per pair", integer=False
@@ -118,7 +130,7 @@ def clip_loss(
         "decoupled": decoupled, "label_smoothing": label_smoothing, "reduction": reduction, "normalize": normalize,
         "equal_ids": equal_ids, "absolute_margin": absolute_margin,
         "relative_margin": relative_margin, "weight": weight is not None,
-        "guide": guide is not None,
+        "guide": guide is not None, "debias": debias is not None, "hardness": hardness,
     }  # fmt: skip
     shape = problem.agree(call, "clip_loss", options, weight)
     if equal_ids != "exclude":
@@ -139,7 +151,14 @@ def clip_loss(
         of_texts = terms.mean_logit(problem.spec.scale, problem.y, problem.x, shape)
         smoothing = label_smoothing, (of_images + of_texts) / 2
     margins.limit(problem, shape, limits, both=True)
-    return row_loss(problem, shape, reduction, decoupled=decoupled, weight=weight, smoothing=smoothing, want_col=True)
+    correction = None
+    if corrected:
+        keys = text_features.shape[0]
+        correction = corrections.correction(problem, shape, debias, hardness, keys=keys, both=True)
+    return row_loss(
+        problem, shape, reduction, decoupled=decoupled, weight=weight, smoothing=smoothing, correction=correction,
+        want_col=True,
+    )  # fmt: skip
 
 
 class ClipLoss(nn.Module):
@@ -155,6 +174,8 @@ class ClipLoss(nn.Module):
         equal_ids: related.EqualIds = "exclude",
         absolute_margin: float | None = None,
         relative_margin: float | None = None,
+        debias: float | Tensor | None = None,
+        hardness: float = 0.0,
         decoupled: bool = False,
         label_smoothing: float = 0.0,
         reduction: Reduction = "mean",
@@ -167,6 +188,9 @@ class ClipLoss(nn.Module):
         terms.check_module(reduction, memory_budget, backend, decoupled=decoupled, normalize=normalize)
         checks.unit_interval("label_smoothing", label_smoothing)
         related.check_module(equal_ids, absolute_margin, relative_margin)
+        corrections.check(debias, hardness)
+        self.debias = debias
+        self.hardness = hardness
         self.equal_ids: related.EqualIds = equal_ids
         self.absolute_margin = absolute_margin
         self.relative_margin = relative_margin
@@ -194,15 +218,16 @@ class ClipLoss(nn.Module):
         return clip_loss(
             image_features, text_features, logit_scale, temperature=temperature, row_ids=row_ids, col_ids=col_ids,
             equal_ids=self.equal_ids, absolute_margin=self.absolute_margin, relative_margin=self.relative_margin,
-            guide=guide, decoupled=self.decoupled, label_smoothing=self.label_smoothing, weight=weight,
-            reduction=self.reduction, normalize=self.normalize, memory_budget=self.memory_budget, backend=self.backend,
-            group=self.group,
+            guide=guide, debias=self.debias, hardness=self.hardness, decoupled=self.decoupled,
+            label_smoothing=self.label_smoothing, weight=weight, reduction=self.reduction, normalize=self.normalize,
+            memory_budget=self.memory_budget, backend=self.backend, group=self.group,
         )  # fmt: skip
 
     def extra_repr(self) -> str:
         return (
             f"equal_ids={self.equal_ids!r}, absolute_margin={self.absolute_margin}, "
-            f"relative_margin={self.relative_margin}, decoupled={self.decoupled}, "
+            f"relative_margin={self.relative_margin}, debias={self.debias}, hardness={self.hardness}, "
+            f"decoupled={self.decoupled}, "
             f"label_smoothing={self.label_smoothing}, reduction={self.reduction!r}, normalize={self.normalize}, "
             f"memory_budget={self.memory_budget!r}, backend={self.backend!r}"
         )

@@ -14,7 +14,7 @@ from fused_contrastive.core.reduction import REDUCTIONS, Reduction
 from fused_contrastive.core.spec import BackendName
 from fused_contrastive.distributed.agreement import Group, call_of, collective
 from fused_contrastive.distributed.shape import Shape
-from fused_contrastive.losses import margins, related, terms
+from fused_contrastive.losses import corrections, margins, related, terms
 from fused_contrastive.ops.own_dots import own_dots
 from fused_contrastive.ops.problem import Problem, autocast, checked_bias, checked_pair_of_ids
 from fused_contrastive.ops.row_loss import row_loss
@@ -38,6 +38,8 @@ def info_nce_loss(
     absolute_margin: float | None = None,
     relative_margin: float | None = None,
     guide: tuple[Tensor, ...] | None = None,
+    debias: float | Tensor | None = None,
+    hardness: float = 0.0,
     symmetric: bool = False,
     decoupled: bool = False,
     margin: float | Tensor = 0.0,
@@ -79,6 +81,7 @@ def info_nce_loss(
             Queries (with ``symmetric``, keys) without a positive do not count.
         absolute_margin, relative_margin: leave out negatives by their similarity to the query; see ``clip_loss``.
         guide: (M, G), (N, G) and, with negatives, (K, G) or (M, K, G) features of another model; see ``clip_loss``.
+        debias, hardness: correct the sum over negatives; see ``clip_loss``. Not together with col_bias.
         symmetric: the mean with the loss of keys against queries. Needs M = N, but for equal_ids "mean" and "sum", and
             no targets; negatives are columns of the queries' direction alone.
         decoupled: the DCL form.
@@ -131,6 +134,11 @@ def info_nce_loss(
     features = (query, key) if negatives is None else (query, key, negatives)
     limits = margins.checked(absolute_margin, relative_margin, guide, scale, features, normalize)
     terms.check_smoothing(label_smoothing, row_ids, limits is not None)
+    corrected = corrections.check(
+        debias, hardness, equal_ids=several, margins=limits is not None, label_smoothing=label_smoothing > 0,
+        col_bias=col_bias is not None,
+    )  # fmt: skip
+    debias = corrections.checked_debias(debias, query)
     if negatives_mask is not None:
         if negatives is None or shared:
             raise ValueError(
@@ -156,6 +164,7 @@ def info_nce_loss(
         "reduction": reduction, "normalize": normalize, "weight": weight is not None,
         "negatives": None if negatives is None else negatives.dim(), "equal_ids": equal_ids,
         "absolute_margin": absolute_margin, "relative_margin": relative_margin, "guide": guide is not None,
+        "debias": debias is not None, "hardness": hardness,
     }  # fmt: skip
     shape = problem.agree(call, "info_nce_loss", options, negatives, weight, negatives_mask, margin, keys=key.shape[0])
     own_logits = smoothing = None
@@ -178,9 +187,16 @@ def info_nce_loss(
             problem, shape, reduction, equal_ids, keys=key.shape[0], both=symmetric, decoupled=decoupled, margin=margin,
             weight=weight, own_logits=own_logits,
         )  # fmt: skip
+    correction = None
+    if corrected:
+        own: int | Tensor = 0 if own_logits is None else own_logits.shape[1]
+        own = own if negatives_mask is None else negatives_mask.sum(dim=1)
+        correction = corrections.correction(
+            problem, shape, debias, hardness, keys=key.shape[0], both=symmetric, own=own
+        )  # fmt: skip
     return row_loss(
         problem, shape, reduction, decoupled=decoupled, margin=margin, weight=weight, own_logits=own_logits,
-        smoothing=smoothing, want_col=symmetric,
+        smoothing=smoothing, correction=correction, want_col=symmetric,
     )  # fmt: skip
 
 
@@ -256,6 +272,8 @@ class InfoNCELoss(nn.Module):
         equal_ids: related.EqualIds = "exclude",
         absolute_margin: float | None = None,
         relative_margin: float | None = None,
+        debias: float | Tensor | None = None,
+        hardness: float = 0.0,
         symmetric: bool = False,
         decoupled: bool = False,
         margin: float | Tensor = 0.0,
@@ -270,6 +288,9 @@ class InfoNCELoss(nn.Module):
         terms.scale_of(temperature, None, 0.07)
         _check_options(symmetric, decoupled, margin, label_smoothing, reduction, normalize)
         related.check_module(equal_ids, absolute_margin, relative_margin)
+        corrections.check(debias, hardness)
+        self.debias = debias
+        self.hardness = hardness
         terms.check_module(reduction, memory_budget, backend)
         self.temperature = temperature
         self.equal_ids: related.EqualIds = equal_ids
@@ -305,15 +326,16 @@ class InfoNCELoss(nn.Module):
             query, key, temperature=self.temperature if logit_scale is None else None, logit_scale=logit_scale,
             targets=targets, negatives=negatives, negatives_mask=negatives_mask, col_bias=col_bias, row_ids=row_ids,
             col_ids=col_ids, equal_ids=self.equal_ids, absolute_margin=self.absolute_margin,
-            relative_margin=self.relative_margin, guide=guide, symmetric=self.symmetric, decoupled=self.decoupled,
-            margin=self.margin, label_smoothing=self.label_smoothing, weight=weight, reduction=self.reduction,
-            normalize=self.normalize,
+            relative_margin=self.relative_margin, guide=guide, debias=self.debias, hardness=self.hardness,
+            symmetric=self.symmetric, decoupled=self.decoupled, margin=self.margin,
+            label_smoothing=self.label_smoothing, weight=weight, reduction=self.reduction, normalize=self.normalize,
             memory_budget=self.memory_budget, backend=self.backend, group=self.group,
         )  # fmt: skip
 
     def extra_repr(self) -> str:
         return (
             f"temperature={self.temperature}, equal_ids={self.equal_ids!r}, absolute_margin={self.absolute_margin}, "
-            f"relative_margin={self.relative_margin}, symmetric={self.symmetric}, decoupled={self.decoupled}, "
+            f"relative_margin={self.relative_margin}, debias={self.debias}, hardness={self.hardness}, "
+            f"symmetric={self.symmetric}, decoupled={self.decoupled}, "
             f"margin={self.margin}, label_smoothing={self.label_smoothing}, reduction={self.reduction!r}"
         )

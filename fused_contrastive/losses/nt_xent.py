@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from fused_contrastive.core.observing import observed
 from fused_contrastive.core.reduction import REDUCTIONS, Reduction
 from fused_contrastive.core.spec import BackendName, compute_dtype
 from fused_contrastive.distributed.agreement import Group, call_of, collective
-from fused_contrastive.losses import terms
+from fused_contrastive.losses import corrections, terms
 from fused_contrastive.ops.problem import Problem, autocast, log_add
 from fused_contrastive.ops.row_dots import RowMap
 from fused_contrastive.ops.row_loss import row_loss
@@ -28,6 +28,8 @@ def nt_xent_loss(
     *,
     logit_scale: float | Tensor | None = None,
     views: Sequence[Tensor] = (),
+    debias: float | Tensor | None = None,
+    hardness: float = 0.0,
     decoupled: bool = False,
     reduction: Reduction = "mean",
     normalize: bool | None = None,
@@ -50,6 +52,7 @@ def nt_xent_loss(
         temperature: divides the similarities, a positive number or a 0-d tensor, which gets a gradient; default 0.5.
         logit_scale: multiplies them, instead: 1 / temperature.
         views: further views, each like z1.
+        debias, hardness: correct the sum over the 2N - 2 negatives of two views; see ``clip_loss``.
         decoupled: the DCL form.
         reduction: "mean", "sum" or "none" ((V * N,), view by view), over the V * N features.
         normalize: L2-normalise first, as SimCLR does; rows shorter than 1e-12 get a gradient of zeros. Default: True,
@@ -80,15 +83,22 @@ def nt_xent_loss(
     scale = terms.scale_of(temperature, logit_scale, 0.5, everything[0])
 
     n, count = z1.shape[0], len(everything)
+    corrected = corrections.check(debias, hardness, views=count > 2)
+    debias = corrections.checked_debias(debias, z1)
     z = torch.cat(everything)
     problem = Problem(z, z, scale, memory_budget=memory_budget, backend=backend, normalize=normalize, views=everything)
     del z  # normalising makes it needless
-    options = {"views": count, "decoupled": decoupled, "reduction": reduction, "normalize": normalize}
+    options: dict[str, Any] = {"views": count, "decoupled": decoupled, "reduction": reduction, "normalize": normalize}
+    options.update(debias=debias is not None, hardness=hardness)
     shape = problem.agree(call, "nt_xent_loss", options)
     if count == 2:
         other_view = torch.arange(shape.first_row, shape.first_row + 2 * n, device=z1.device).roll(n)
         problem.spec = problem.spec._replace(targets=other_view)
-        return row_loss(problem, shape, reduction, decoupled=decoupled, upper=True)
+        correction = None
+        if corrected:
+            debias = debias.repeat(2) if debias is not None and debias.dim() else debias
+            correction = corrections.correction(problem, shape, debias, hardness, keys=2 * n, both=False, excluded=2)
+        return row_loss(problem, shape, reduction, decoupled=decoupled, correction=correction, upper=True)
     problem.unit()
     z, positives = problem.x, []
     for k in range(1, count):
@@ -133,6 +143,8 @@ class NTXentLoss(nn.Module):
         self,
         temperature: float = 0.5,
         *,
+        debias: float | Tensor | None = None,
+        hardness: float = 0.0,
         decoupled: bool = False,
         reduction: Reduction = "mean",
         normalize: bool | None = None,
@@ -144,6 +156,9 @@ class NTXentLoss(nn.Module):
         terms.scale_of(temperature, None, 0.5)
         normalize = _normalize(normalize)
         terms.check_module(reduction, memory_budget, backend, decoupled=decoupled)
+        corrections.check(debias, hardness)
+        self.debias = debias
+        self.hardness = hardness
         self.temperature = temperature
         self.decoupled = decoupled
         self.reduction: Reduction = reduction
@@ -156,9 +171,11 @@ class NTXentLoss(nn.Module):
         """(N, D) for each view -> loss; a ``logit_scale`` given here replaces the temperature. See ``nt_xent_loss``."""
         return nt_xent_loss(
             z1, z2, self.temperature if logit_scale is None else None, logit_scale=logit_scale, views=views,
-            decoupled=self.decoupled, reduction=self.reduction, normalize=self.normalize,
+            debias=self.debias, hardness=self.hardness, decoupled=self.decoupled, reduction=self.reduction,
+            normalize=self.normalize,
             memory_budget=self.memory_budget, backend=self.backend, group=self.group,
         )  # fmt: skip
 
     def extra_repr(self) -> str:
-        return f"temperature={self.temperature}, decoupled={self.decoupled}, reduction={self.reduction!r}"
+        corrected = f"debias={self.debias}, hardness={self.hardness}, "
+        return f"temperature={self.temperature}, {corrected}decoupled={self.decoupled}, reduction={self.reduction!r}"

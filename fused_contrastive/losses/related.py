@@ -48,22 +48,27 @@ def prepare(problem: Problem) -> None:
     problem.spec = problem.spec._replace(paired=False)
 
 
-def relate_targets(problem: Problem, shape: Shape, keys: int) -> None:
-    """Turns targets into one more id of each row and column, so that a row's target is among its positives.
+def ids_with_targets(problem: Problem, shape: Shape, keys: int) -> tuple[Tensor, Tensor]:
+    """The ids of rows and columns, with one more that relates each row to its target.
 
     There are targets if the problem has them, and t(i) = i if all rows are as many as all keys, which are this
-    process's first ``keys`` columns and those of the others.
+    process's first ``keys`` columns and those of the others; or if rows are paired.
     """
     spec = problem.spec
     row_ids, col_ids = (_in_columns(ids) for ids in (spec.row_ids, spec.col_ids))
     all_keys = keys if isinstance(shape, LocalShape) else sum(shape.keys)
-    if spec.targets is not None or shape.all_rows == all_keys:
-        of_rows = shape.columns_of(spec.targets, problem.x.device)
-        first, n = shape.first_col, problem.y.shape[0]
-        of_cols = torch.arange(first, first + n, device=problem.y.device)
-        row_ids = torch.cat((row_ids, of_rows[:, None]), dim=1)
-        col_ids = torch.cat((col_ids, of_cols[:, None]), dim=1)
-    problem.spec = spec._replace(row_ids=row_ids, col_ids=col_ids, targets=None)
+    if spec.targets is None and not spec.paired and shape.all_rows != all_keys:
+        return row_ids, col_ids
+    of_rows = shape.columns_of(spec.targets, problem.x.device)
+    first, n = shape.first_col, problem.y.shape[0]
+    of_cols = torch.arange(first, first + n, device=problem.y.device)
+    return torch.cat((row_ids, of_rows[:, None]), dim=1), torch.cat((col_ids, of_cols[:, None]), dim=1)
+
+
+def relate_targets(problem: Problem, shape: Shape, keys: int) -> None:
+    """Turns targets into ids, so that a row's target is among its positives; see ``ids_with_targets``."""
+    row_ids, col_ids = ids_with_targets(problem, shape, keys)
+    problem.spec = problem.spec._replace(row_ids=row_ids, col_ids=col_ids, targets=None)
 
 
 def several_positives(

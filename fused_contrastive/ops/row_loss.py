@@ -19,7 +19,8 @@ from fused_contrastive.core.reduction import Reduction
 from fused_contrastive.core.spec import TENSORS, BackendName, RowLoss, compute_dtype
 from fused_contrastive.distributed.shape import LocalShape, Shape
 from fused_contrastive.ops import dispatch
-from fused_contrastive.ops.problem import Problem, log_add
+from fused_contrastive.ops.correction import Correction, statistics
+from fused_contrastive.ops.problem import Problem
 
 
 def row_loss(
@@ -32,6 +33,7 @@ def row_loss(
     weight: Tensor | None = None,
     own_logits: Tensor | None = None,
     smoothing: tuple[float, Tensor] | None = None,
+    correction: Correction | None = None,
     **asked: Any,
 ) -> Tensor:
     """The loss of the rows, or the mean of the rows' and the columns': -log softmax at the positives, or SigLIP's sum.
@@ -48,13 +50,14 @@ def row_loss(
         weight: (M,) weights of the rows; the mean is over their sum, as in ``F.cross_entropy``.
         own_logits: (M, K) further negatives of each row, -inf for none.
         smoothing: the share of the target that is spread over all columns, and each row's mean logit over them, (M,).
+        correction: of the sums over negatives.
         asked: fields of the StatsSpec. ``want_col`` asks for the columns' loss as well, of the first M.
 
     Returns:
         A scalar in the compute dtype, or (M,) with ``reduction="none"``.
     """
     asked = {"want_col": False, **asked}
-    plain = weight is None and own_logits is None and smoothing is None
+    plain = weight is None and own_logits is None and smoothing is None and correction is None
     fused = plain and problem.spec.paired and reduction != "none" and isinstance(shape, LocalShape)
     if fused and not isinstance(margin, Tensor):
         each = RowLoss(0.5 if asked["want_col"] else 1.0, margin, decoupled)
@@ -62,7 +65,7 @@ def row_loss(
         if loss is not None:
             return loss
     dtype = compute_dtype(problem.x.dtype)
-    pos, row, col = problem.run(shape, **asked)
+    pos, row, col = statistics(problem, shape, correction, own_logits, asked)
     pos = pos - margin if isinstance(margin, Tensor) or margin else pos
     if asked.get("statistic") == "softplus":
         losses = row
@@ -70,9 +73,7 @@ def row_loss(
             zero = pos.new_zeros(pos.shape[0])
             losses = row + cross_entropy(pos, zero, dtype=pos.dtype, reduction="none", backend=problem.backend)
         return reduced(losses, shape, reduction, weight).to(dtype)
-    if own_logits is not None:
-        row = log_add(row, own_logits.to(row.dtype).logsumexp(dim=1))
-    normalisers = (row, col[: pos.shape[0]]) if asked["want_col"] else (row,)
+    normalisers = (row, col) if asked["want_col"] else (row,)
     whole = plain and isinstance(shape, LocalShape)
     losses = cross_entropy(
         pos, *normalisers, dtype=dtype if whole else pos.dtype, decoupled=decoupled,

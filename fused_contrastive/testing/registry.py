@@ -21,62 +21,10 @@ from fused_contrastive.losses.siglip import siglip_loss
 from fused_contrastive.losses.supcon import supcon_loss
 from fused_contrastive.losses.x_clip import x_clip_loss
 from fused_contrastive.ops.stats import contrastive_stats
-from fused_contrastive.testing import oracle, textbook
+from fused_contrastive.testing import oracle, textbook, textbook_tokens
+from fused_contrastive.testing.maker import Maker
 
 Leaves = dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """One problem's size, dtype and scale."""
-
-    n: int
-    d: int
-    dtype: torch.dtype
-    scale: float
-    duplicates: bool = False
-    m: int | None = None  # the rows of a primitive's problem; None: n
-
-
-class Maker:
-    """Random tensors of one problem, on the CPU whatever the default device."""
-
-    def __init__(self, sizes: Sizes, seed: int) -> None:
-        self.sizes, self.generator = sizes, torch.Generator("cpu").manual_seed(seed)
-
-    def features(self, *shape: int) -> Tensor:
-        t = torch.randn(*shape, self.sizes.d, generator=self.generator, dtype=torch.float64, device="cpu")
-        if self.sizes.duplicates:
-            t = t[self.ids(shape[0], shape[0] // 3)]
-        return F.normalize(t, dim=-1).to(self.sizes.dtype)
-
-    def scalar(self, value: float) -> Tensor:
-        dtype = torch.float64 if self.sizes.dtype == torch.float64 else torch.float32
-        return torch.tensor(value, dtype=dtype, device="cpu")
-
-    def vector(self, size: int) -> Tensor:
-        return torch.rand(size, generator=self.generator, dtype=torch.float64, device="cpu").to(self.scalar(0).dtype)
-
-    def ids(self, size: int, high: int, count: int = 1) -> Tensor:
-        """(size,), or (size, count)."""
-        shape = (size,) if count == 1 else (size, count)
-        return torch.randint(max(1, high), shape, generator=self.generator, device="cpu")
-
-    def margin(self, x: Tensor, y: Tensor, targets: Tensor, relative: bool) -> float:
-        """One that leaves out some pairs, and none by a difference that roundings could turn round."""
-        similarity = x.double() @ y.double().T
-        positive = similarity.gather(1, targets[:, None])
-        below = (positive - similarity).scatter(1, targets[:, None], torch.inf)
-        below = below / positive.abs() if relative else below
-        candidates = torch.linspace(-0.3, 0.3, 61, dtype=torch.float64, device="cpu")
-        gaps = [(below - margin).abs().min() for margin in candidates]
-        return float(candidates[int(torch.stack(gaps).argmax())])
-
-    def mask(self, *shape: int) -> Tensor:
-        """Some False, the first of each row True."""
-        mask = torch.rand(*shape, generator=self.generator, dtype=torch.float32, device="cpu") < 0.7
-        mask[..., 0] = True
-        return mask
 
 
 @dataclass(frozen=True)
@@ -151,6 +99,8 @@ def _info_nce(make: Maker, given: dict[str, Any]) -> tuple[Leaves, dict[str, Any
         options["row_ids"], options["col_ids"] = (make.ids(size, n // 3 * count, count) for size in (m, columns))
     if options.pop("weight", False):
         options["weight"] = make.vector(m) + 0.1
+    if options.get("debias") == "rows":
+        options["debias"] = make.vector(m) * 0.2
     if options.get("margin") == "rows":
         leaves["margin"], _ = make.vector(m), options.pop("margin")
     _set_margins(make, leaves["query"], torch.cat((leaves["key"], *_shared(leaves))), options)
@@ -296,6 +246,8 @@ LOSSES: dict[str, Member] = {
             "absolute margin": {"absolute_margin": True},
             "relative margin": {"relative_margin": True, "ids": 1, "normalize": True},
             "guide": {"relative_margin": True, "guide": True},
+            "debias": {"debias": 0.1, "weight": True},
+            "debias hardness": {"debias": 0.05, "hardness": 0.5, "ids": 1},
         },
         _clip,
         clip_loss,
@@ -319,6 +271,8 @@ LOSSES: dict[str, Member] = {
             "absolute margin": {"absolute_margin": True, "negatives": "own", "margin": "rows"},
             "relative margin": {"relative_margin": True, "symmetric": True, "negatives": "shared", "bias": True},
             "guide": {"absolute_margin": True, "guide": True, "targets": True, "bias": True},
+            "debias": {"debias": "rows", "negatives": "own"},
+            "hardness": {"hardness": 1.0, "negatives": "shared", "symmetric": False, "ids": 2, "margin": 0.2},
             "weight": {"weight": True, "normalize": True},
             "weight none": {"weight": True, "reduction": "none"},
             "sum": {"reduction": "sum"},
@@ -331,6 +285,8 @@ LOSSES: dict[str, Member] = {
         {
             "plain": {},
             "decoupled": {"decoupled": True},
+            "debias": {"debias": 0.1},
+            "hardness": {"hardness": 0.7},
             "three views": {"count": 3},
             "three views decoupled": {"count": 3, "decoupled": True},
             "not normalised none": {"normalize": False, "reduction": "none"},
@@ -369,7 +325,7 @@ LOSSES: dict[str, Member] = {
         {"plain": {}, "masks": {"masks": True}, "x_clip": {"masks": True, "compat": "x_clip", "decoupled": True}},
         _filip,
         filip_loss,
-        positional(textbook.filip, "image_tokens", "text_tokens", "logit_scale"),
+        positional(textbook_tokens.filip, "image_tokens", "text_tokens", "logit_scale"),
     ),
     "x_clip": Member(
         {
@@ -383,7 +339,12 @@ LOSSES: dict[str, Member] = {
         _x_clip,
         x_clip_loss,
         positional(
-            textbook.x_clip, "text_latents", "image_latents", "logit_scale", "text_latents_extra", "image_latents_extra"
+            textbook_tokens.x_clip,
+            "text_latents",
+            "image_latents",
+            "logit_scale",
+            "text_latents_extra",
+            "image_latents_extra",
         ),
     ),
 }

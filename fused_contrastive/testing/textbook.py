@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fused_contrastive.testing.oracle import Logits, logsumexp
-from fused_contrastive.testing.textbook_related import reduced, related, several_positives, too_similar
+from fused_contrastive.testing.textbook_related import corrected_loss, reduced, related, several_positives, too_similar
 
 
 def contrastive_stats(
@@ -65,6 +65,8 @@ def clip(
     absolute_margin: float | None = None,
     relative_margin: float | None = None,
     guide: tuple[Tensor, Tensor] | None = None,
+    debias: float | Tensor | None = None,
+    hardness: float = 0.0,
     decoupled: bool = False,
     label_smoothing: float = 0.0,
     weight: Tensor | None = None,
@@ -87,6 +89,12 @@ def clip(
             return torch.stack([losses for losses, _ in directions]).mean(dim=0)
         return torch.stack([reduced(*each, weight, reduction) for each in directions]).mean()
     excluded = [equal, equal.T]
+    if debias is not None or hardness:
+        both = [
+            corrected_loss(each, t, drop, decoupled, logit_scale, debias, hardness)
+            for each, drop in zip((s, s.T), excluded, strict=True)
+        ]
+        return _weighted((both[0] + both[1]) / 2, weight, reduction)
     if absolute_margin is not None or relative_margin is not None:
         similarity = logits(image, text, one) if guide is None else (guide[0] @ guide[1].T).to(s.dtype)
         excluded = [
@@ -94,7 +102,7 @@ def clip(
             for each, own in zip(excluded, (similarity, similarity.T), strict=True)
         ]
     rows, cols = (
-        _softmax_loss(each, t, drop, decoupled, label_smoothing)
+        softmax_loss(each, t, drop, decoupled, label_smoothing)
         if decoupled or drop.any()
         else F.cross_entropy(each, t, label_smoothing=label_smoothing, reduction="none")
         for each, drop in zip((s, s.T), excluded, strict=True)
@@ -126,10 +134,10 @@ def clip_stable(
     if label_smoothing:
         s = logits(image, text, logit_scale)
         loss = loss + label_smoothing * (pos - (s.mean(dim=0) + s.mean(dim=1)) / 2)
-    return _reduce(loss, reduction)
+    return reduce(loss, reduction)
 
 
-def _reduce(loss: Tensor, reduction: str) -> Tensor:
+def reduce(loss: Tensor, reduction: str) -> Tensor:
     if reduction == "none":
         return loss
     return loss.mean() if reduction == "mean" else loss.sum()
@@ -142,7 +150,7 @@ def _unit(x: Tensor) -> Tensor:
     return unit
 
 
-def _softmax_loss(logits: Tensor, targets: Tensor, excluded: Tensor, decoupled: bool, smoothing: float) -> Tensor:
+def softmax_loss(logits: Tensor, targets: Tensor, excluded: Tensor, decoupled: bool, smoothing: float) -> Tensor:
     """(M,) -log softmax at the targets; ``excluded`` (M, N) never counts."""
     i = torch.arange(len(logits), device=logits.device)
     positive = F.one_hot(targets, logits.shape[1]).bool()
@@ -155,9 +163,9 @@ def _softmax_loss(logits: Tensor, targets: Tensor, excluded: Tensor, decoupled: 
 
 def _weighted(losses: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
     if weight is None:
-        return _reduce(losses, reduction)
+        return reduce(losses, reduction)
     weight = weight.to(losses.dtype)
-    return (losses * weight).sum() / weight.sum() if reduction == "mean" else _reduce(losses * weight, reduction)
+    return (losses * weight).sum() / weight.sum() if reduction == "mean" else reduce(losses * weight, reduction)
 
 
 def info_nce(
@@ -175,6 +183,8 @@ def info_nce(
     absolute_margin: float | None = None,
     relative_margin: float | None = None,
     guide: tuple[Tensor, Tensor] | None = None,
+    debias: float | Tensor | None = None,
+    hardness: float = 0.0,
     symmetric: bool = False,
     decoupled: bool = False,
     margin: float | Tensor = 0.0,
@@ -228,9 +238,15 @@ def info_nce(
     if own is not None:
         s = torch.cat((s, logit_scale * own), dim=1)
         excluded = torch.cat((excluded, drop_own), dim=1)
-    losses = _softmax_loss(s, t, excluded, decoupled, label_smoothing)
+    if debias is not None or hardness:
+        losses = corrected_loss(s, t, excluded, decoupled, logit_scale, debias, hardness)
+        if symmetric:
+            of_keys = corrected_loss(both, t, of_columns, decoupled, logit_scale, debias, hardness)
+            losses = (losses + of_keys) / 2
+        return _weighted(losses, weight, reduction)
+    losses = softmax_loss(s, t, excluded, decoupled, label_smoothing)
     if symmetric:
-        losses = (losses + _softmax_loss(both, t, of_columns, decoupled, label_smoothing)) / 2
+        losses = (losses + softmax_loss(both, t, of_columns, decoupled, label_smoothing)) / 2
     return _weighted(losses, weight, reduction)
 
 
@@ -238,6 +254,8 @@ def nt_xent(
     logits: Logits,
     *views: Tensor,
     temperature: Tensor,
+    debias: float | None = None,
+    hardness: float = 0.0,
     decoupled: bool = False,
     reduction: str = "mean",
     normalize: bool = True,
@@ -247,10 +265,14 @@ def nt_xent(
     sample = torch.arange(len(views[0]), device=z.device).repeat(len(views))
     own = torch.eye(len(z), dtype=torch.bool, device=z.device)
     same = sample[:, None] == sample
+    if debias is not None or hardness:
+        n = len(views[0])
+        targets = torch.arange(2 * n, device=z.device).roll(n)
+        return reduce(corrected_loss(s, targets, own, decoupled, 1 / temperature, debias, hardness), reduction)
     positives = same & ~own
     denominator = logsumexp(s.masked_fill(same if decoupled else own, -torch.inf), 1)
     mean = torch.where(positives, s, 0).sum(dim=1) / positives.sum(dim=1)
-    return _reduce(denominator - mean, reduction)
+    return reduce(denominator - mean, reduction)
 
 
 def supcon(
@@ -280,7 +302,7 @@ def supcon(
     losses = torch.where(count > 0, losses, torch.nan if no_positive == "nan" else 0)
     if reduction == "mean" and no_positive == "skip":
         return losses.sum() / (count > 0).sum().clamp_min(1)
-    return _reduce(losses, reduction)
+    return reduce(losses, reduction)
 
 
 def siglip(
@@ -308,89 +330,3 @@ def siglip(
     if positive_weight == "mean":
         each = torch.where(positive, each / positive.sum(dim=1, keepdim=True).clamp_min(1), each)
     return _weighted(each.sum(dim=1), weight, reduction)
-
-
-def _max_sim(
-    logits: Logits, image: Tensor, text: Tensor, scale: Tensor, image_mask: Tensor | None, text_mask: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """The scores of images against texts and of texts against images, both as (images, texts)."""
-    (n, p, d), t = image.shape, text.shape[1]
-    s = logits(image.reshape(-1, d), text.reshape(-1, d), scale).reshape(n, p, len(text), t)
-    real_p = image.new_ones(n, p) if image_mask is None else image_mask.to(s.dtype)
-    real_t = text.new_ones(len(text), t) if text_mask is None else text_mask.to(s.dtype)
-    of_image = s.masked_fill(real_t[None, None] == 0, -torch.inf).amax(dim=3)  # (n, p, texts)
-    of_text = s.masked_fill(real_p[:, :, None, None] == 0, -torch.inf).amax(dim=1)  # (n, texts, t)
-    image_score = torch.where(real_p[:, :, None] > 0, of_image, 0).sum(dim=1) / real_p.sum(dim=1)[:, None]
-    text_score = torch.where(real_t[None] > 0, of_text, 0).sum(dim=2) / real_t.sum(dim=1)
-    return image_score, text_score
-
-
-def filip(
-    logits: Logits,
-    image: Tensor,
-    text: Tensor,
-    logit_scale: Tensor,
-    *,
-    image_mask: Tensor | None = None,
-    text_mask: Tensor | None = None,
-    decoupled: bool = False,
-    compat: str | None = None,
-    reduction: str = "mean",
-) -> Tensor:
-    image_score, text_score = _max_sim(logits, image, text, logit_scale, image_mask, text_mask)
-    t = torch.arange(len(image), device=image.device)
-    nothing = torch.zeros(len(t), len(t), dtype=torch.bool, device=image.device)
-    rows = image_score.T if compat == "x_clip" else image_score
-    losses = [_softmax_loss(s, t, nothing, decoupled, 0.0) for s in (rows, text_score.T)]
-    return _reduce((losses[0] + losses[1]) / 2, reduction)
-
-
-def x_clip(
-    logits: Logits,
-    text: Tensor,
-    image: Tensor,
-    logit_scale: Tensor,
-    text_extra: Tensor | None = None,
-    image_extra: Tensor | None = None,
-    *,
-    text_mask: Tensor | None = None,
-    use_all_token_embeds: bool = False,
-    decoupled_contrastive_learning: bool = False,
-    multiview_loss_weight: float = 0.1,
-    sim_reg_loss_weight: float = 0.0,
-) -> Tensor:
-    """x-clip's forward from the latents on, view by view."""
-    dims = 4 if use_all_token_embeds else 3
-    views = [t if t is None or t.dim() == dims else t[None] for t in (text, image, text_extra, image_extra)]
-    texts, images = views[0], views[1]
-    assert texts is not None
-    assert images is not None
-    texts_extra = texts if views[2] is None else views[2]
-    images_extra = images if views[3] is None else views[3]
-    masks = None if text_mask is None else text_mask if text_mask.dim() == 3 else text_mask[None]
-    losses = []
-    for m in range(len(texts)):
-        for n in range(len(images)):
-            mask = None if masks is None else masks[m]
-            if use_all_token_embeds:  # both matrices get texts as rows
-                _, to_image = _max_sim(logits, images[n], texts[m], logit_scale, None, mask)
-                to_text, _ = _max_sim(logits, images_extra[n], texts_extra[m], logit_scale, None, mask)
-                pair = (to_image.T, to_text.T)
-            else:
-                pair = (logits(texts[m], images[n], logit_scale), logits(images_extra[n], texts_extra[m], logit_scale))
-            i = torch.arange(len(pair[0]), device=text.device)
-            nothing = torch.zeros(len(i), len(i), dtype=torch.bool, device=text.device)
-            parts = [_softmax_loss(s, i, nothing, decoupled_contrastive_learning, 0.0).mean() for s in pair]
-            losses.append((parts[0] + parts[1]) / 2)
-    weight = multiview_loss_weight if len(losses) > 1 else 0.0
-    loss = losses[0] * (1 - weight)
-    if len(losses) > 1:
-        loss = loss + weight * torch.stack(losses[1:]).mean()
-    if sim_reg_loss_weight:
-        off = ~torch.eye(len(texts[0]), dtype=torch.bool, device=text.device)
-        regularisation = [
-            F.mse_loss((a[0] @ a[0].T)[off], (b[0] @ b[0].T)[off])
-            for a, b in ((texts, images), (texts_extra, images_extra))
-        ]
-        loss = loss + sim_reg_loss_weight * (regularisation[0] + regularisation[1]) / 2
-    return loss

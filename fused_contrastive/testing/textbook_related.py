@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fused_contrastive.testing.oracle import logsumexp
@@ -44,6 +45,34 @@ def several_positives(
         numerator = logsumexp(s.masked_fill(~positives, -torch.inf), 1)
         losses = denominator - numerator.masked_fill(count == 0, 0)
     return torch.where(count > 0, losses, 0), count > 0
+
+
+def _corrected(
+    negatives: Tensor, pos: Tensor, scale: Tensor, debias: float | Tensor | None, hardness: float
+) -> Tensor:  # fmt: skip
+    """(M,) log of the corrected sum over negatives, from their logits (M, N), -inf where excluded."""
+    count = (negatives > -torch.inf).sum(dim=1).to(negatives.dtype)
+    log_sum = logsumexp(negatives, 1)
+    if hardness:  # the weights are exp(hardness * s), divided by their mean
+        some = negatives.masked_fill((count == 0)[:, None], 0)
+        log_sum = logsumexp(some + (hardness * some).log_softmax(dim=1), 1) + count.log()
+    if debias is None:
+        return log_sum
+    most = torch.maximum(log_sum, pos).detach()
+    left = ((log_sum - most).exp() - count * debias * (pos - most).exp()) / (1 - debias)
+    least = count * (-scale - most).exp()
+    return torch.where(left > least, left.clamp_min(1e-300).log() + most, count.log() - scale)
+
+
+def corrected_loss(
+    s: Tensor, targets: Tensor, excluded: Tensor, decoupled: bool, scale: Tensor, debias: float | Tensor | None,
+    hardness: float,
+) -> Tensor:  # fmt: skip
+    """(M,) losses with corrected sums over the negatives, which are all but the targets and what is excluded."""
+    positive = F.one_hot(targets, s.shape[1]).bool()
+    pos = s.gather(1, targets[:, None]).squeeze(1)
+    z = _corrected(s.masked_fill(excluded | positive, -torch.inf), pos, scale, debias, hardness) - pos
+    return z if decoupled else torch.logaddexp(z, z.new_zeros(()))
 
 
 def reduced(losses: Tensor, counts: Tensor, weight: Tensor | None, reduction: str) -> Tensor:

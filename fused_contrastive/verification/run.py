@@ -20,7 +20,8 @@ from fused_contrastive.core.terminal import Styled, Terminal
 from fused_contrastive.ops import dispatch
 from fused_contrastive.testing import harness
 from fused_contrastive.testing.cases import DIMS, DTYPES, SCALES, SIZES, Case, grid, sample, sample_of_grid
-from fused_contrastive.testing.registry import LOSSES, Sizes
+from fused_contrastive.testing.maker import Sizes
+from fused_contrastive.testing.registry import LOSSES
 from fused_contrastive.verification.script import script
 
 GRIDS = ("quick", "full")

@@ -21,7 +21,7 @@ import torch
 
 from fused_contrastive.testing import harness
 from fused_contrastive.testing.cases import Case
-from fused_contrastive.testing.registry import Sizes
+from fused_contrastive.testing.maker import Sizes
 
 sizes = Sizes({n}, {d}, {dtype}, {scale!r}, duplicates={duplicates}, m={m})
 case = Case({loss!r}, {variant!r}, sizes, seed={seed}{features})  # the same tensors each time

@@ -22,8 +22,8 @@ import fused_contrastive as fc
 from fused_contrastive.evaluation.sweep import sweep
 from fused_contrastive.testing import harness
 from fused_contrastive.testing.cases import MEMBERS, Case, sample
+from fused_contrastive.testing.maker import Sizes
 from fused_contrastive.testing.registry import LOSSES as REGISTRY
-from fused_contrastive.testing.registry import Sizes
 
 DEFAULTS = [("meta", torch.float64), ("meta", torch.float16)]
 CPU = torch.device("cpu")

@@ -17,7 +17,8 @@ import fused_contrastive as fc
 from fused_contrastive.core.modes import is_plain
 from fused_contrastive.testing import harness
 from fused_contrastive.testing.cases import OPTIONS, Case
-from fused_contrastive.testing.registry import LOSSES, Sizes
+from fused_contrastive.testing.maker import Sizes
+from fused_contrastive.testing.registry import LOSSES
 
 CPU = torch.device("cpu")
 N, D = 6, 16

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fused_contrastive as fc
 from fused_contrastive.testing import harness
 from fused_contrastive.testing.cases import OPTIONS, Case
-from fused_contrastive.testing.registry import Sizes
+from fused_contrastive.testing.maker import Sizes
 
 EXCHANGES = ("gather", "ring")
 

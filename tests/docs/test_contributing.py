@@ -14,7 +14,7 @@ CHECK = """
 import torch
 from fused_contrastive.testing.cases import OPTIONS, Case
 from fused_contrastive.testing.harness import deviations
-from fused_contrastive.testing.registry import Sizes
+from fused_contrastive.testing.maker import Sizes
 
 added = [option for loss, option in OPTIONS if loss == "margin"]
 assert len(added) == 2

@@ -28,6 +28,10 @@ def test_recipes() -> None:
     assert run_page("docs/adapters/recipes.md") >= 8
 
 
+def test_false_negatives() -> None:
+    assert run_page("docs/false-negatives.md") >= 9
+
+
 def test_distributed() -> None:
     assert run_page("docs/distributed.md") >= 1
 

@@ -83,12 +83,25 @@ def unicl() -> Case:
     labels = torch.arange(N) % 3
     positives = (labels[:, None] == labels) / (labels[:, None] == labels).sum(dim=1, keepdim=True)
 
-    def formula(images: Tensor, texts: Tensor, scale: Tensor, means: Tensor) -> Tensor:
+    def formula(images: Tensor, texts: Tensor, scale: Tensor, **_: Tensor) -> Tensor:
         logits = scale * images @ texts.T
         return (F.cross_entropy(logits, positives) + F.cross_entropy(logits.T, positives)) / 2
 
+    return {**towers(), "labels": labels}, formula
+
+
+def coco() -> Case:
+    image_ids, caption_ids = torch.arange(N), torch.arange(5 * N) % N
+    own = (image_ids[:, None] == caption_ids).float()
+
+    def formula(images: Tensor, captions: Tensor, scale: Tensor, **_: Tensor) -> Tensor:
+        logits = scale * images @ captions.T
+        return (F.cross_entropy(logits, own / 5) + F.cross_entropy(logits.T, own.T.contiguous())) / 2
+
     given = towers()
-    return {**given, "means": positives @ given["texts"]}, formula
+    given["captions"] = unit(5 * N)
+    del given["texts"]
+    return {**given, "image_ids": image_ids, "caption_ids": caption_ids}, formula
 
 
 def negclip() -> Case:
@@ -110,18 +123,47 @@ def sentences(own: bool) -> Case:
     return {"queries": unit(N), "passages": unit(N), "hard": unit(N, 3) if own else unit(K)}, formula
 
 
-def several_positives() -> Case:
-    ids, passage_ids = torch.arange(N) % 4, torch.arange(K) % 5  # no query has id 4
-    i, j = (ids[:, None] == passage_ids).nonzero(as_tuple=True)
+def mil_nce() -> Case:
+    ids, passage_ids = torch.arange(N) % 4, torch.arange(K) % 4
 
     def formula(queries: Tensor, passages: Tensor, **_: Tensor) -> Tensor:
         logits = queries @ passages.T / 0.05
-        negatives = logits.masked_fill(ids[:, None] == passage_ids, -torch.inf)
-        positives = logits[i, j]
-        return (torch.cat((positives[:, None], negatives[i]), dim=1).logsumexp(dim=1) - positives).mean()
+        positives = logits.masked_fill(ids[:, None] != passage_ids, -torch.inf)
+        return (logits.logsumexp(dim=1) - positives.logsumexp(dim=1)).mean()
 
-    given = {"queries": unit(N), "passages": unit(K), "ids": ids, "passage_ids": passage_ids, "i": i, "j": j}
-    return given, formula
+    return {"queries": unit(N), "passages": unit(K), "ids": ids, "passage_ids": passage_ids}, formula
+
+
+def without(logits: Tensor, left_out: Tensor) -> Tensor:
+    """InfoNCE, some negatives left out."""
+    own = torch.eye(N, dtype=torch.bool)
+    return F.cross_entropy(logits.masked_fill(left_out & ~own, -torch.inf), torch.arange(N))
+
+
+def nv_retriever() -> Case:
+    def formula(queries: Tensor, passages: Tensor) -> Tensor:
+        cosines = queries @ passages.T
+        positive = cosines.diagonal()[:, None]
+        return without(cosines / 0.05, cosines > positive - 0.05 * positive.abs())
+
+    return {"queries": unit(N), "passages": unit(N)}, formula
+
+
+def gist() -> Case:
+    guides = {"guide_queries": unit(N).detach(), "guide_passages": unit(N).detach()}
+
+    def formula(queries: Tensor, passages: Tensor, guide_queries: Tensor, guide_passages: Tensor) -> Tensor:
+        of_guide = guide_queries @ guide_passages.T
+        return without(queries @ passages.T / 0.05, of_guide > of_guide.diagonal()[:, None])
+
+    return {"queries": unit(N), "passages": unit(N), **guides}, formula
+
+
+def simkgc() -> Case:
+    def formula(heads: Tensor, tails: Tensor, scale: Tensor, ids: Tensor) -> Tensor:
+        return without(scale * (heads @ tails.T - 0.02 * torch.eye(N)), ids[:, None] == ids)
+
+    return {"heads": unit(N), "tails": unit(N), "scale": towers()["scale"], "ids": torch.arange(N) % 5}, formula
 
 
 def colbert() -> Case:
@@ -145,7 +187,11 @@ CASES: dict[str, list[Callable[[], Case]]] = {
     "UniCL": [unicl],
     "NegCLIP": [negclip],
     "sentence embeddings, hard negatives": [lambda: sentences(own=False), lambda: sentences(own=True)],
-    "several positives": [several_positives],
+    "COCO, five captions an image": [coco],
+    "MIL-NCE, bags of positives": [mil_nce],
+    "NV-Retriever": [nv_retriever],
+    "GISTEmbed": [gist],
+    "SimKGC": [simkgc],
     "ColBERT": [colbert],
 }
 ROWS = dict(

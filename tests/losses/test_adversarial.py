@@ -35,7 +35,7 @@ import fused_contrastive as fc
 from fused_contrastive.core.budget import allowed, difference
 from fused_contrastive.testing import oracle
 from fused_contrastive.testing.cases import OPTIONS, Case
-from fused_contrastive.testing.registry import Sizes
+from fused_contrastive.testing.maker import Sizes
 
 
 def of_tokens(case: Case) -> bool:

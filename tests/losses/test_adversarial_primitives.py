@@ -28,9 +28,10 @@ from torch import Tensor
 import fused_contrastive as fc
 from fused_contrastive.core.budget import allowed, difference
 from fused_contrastive.core.order import ahead
-from fused_contrastive.testing import harness, oracle, textbook
+from fused_contrastive.testing import harness, oracle, textbook_tokens
 from fused_contrastive.testing.cases import Case
-from fused_contrastive.testing.registry import PRIMITIVES, Sizes
+from fused_contrastive.testing.maker import Sizes
+from fused_contrastive.testing.registry import PRIMITIVES
 
 SCALES = st.sampled_from((0.01, 1.0, 100.0))
 PAIRS = st.tuples(st.sampled_from(list(FINITE)), st.sampled_from(list(FINITE)))
@@ -162,7 +163,7 @@ def test_max_sim_keeps_the_budget(backend, sizes, d, fills, seed) -> None:  # ty
 
     def whole(form: oracle.Logits) -> Callable[..., fc.MaxSimScores]:
         def scores(x: Tensor, y: Tensor) -> fc.MaxSimScores:
-            of_x, of_y = textbook._max_sim(form, x, y, one.to(x), None, None)
+            of_x, of_y = textbook_tokens._max_sim(form, x, y, one.to(x), None, None)
             return fc.MaxSimScores(of_x * t, of_y * p)
 
         return scores

@@ -16,7 +16,7 @@ import fused_contrastive as fc
 from fused_contrastive.core.spec import StatsSpec
 from fused_contrastive.testing import harness
 from fused_contrastive.testing.cases import DTYPES, OPTIONS, Case
-from fused_contrastive.testing.registry import Sizes
+from fused_contrastive.testing.maker import Sizes
 
 INTERPRETED = not torch.cuda.is_available()
 

@@ -16,7 +16,8 @@ from torch.autograd.graph import saved_tensors_hooks
 import fused_contrastive as fc
 from fused_contrastive.testing import harness
 from fused_contrastive.testing.cases import Case
-from fused_contrastive.testing.registry import LOSSES, Sizes
+from fused_contrastive.testing.maker import Sizes
+from fused_contrastive.testing.registry import LOSSES
 
 CPU = torch.device("cpu")
 N, D = 12, 8

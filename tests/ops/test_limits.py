@@ -91,7 +91,11 @@ def test_any_number_of_threads_gives_the_same_bits(budget: int | str, seed: int)
         ),
         ({"col_limit": torch.zeros(4)}, ValueError, r"col_limit: got shape \(4,\)"),
         ({"row_limit": torch.zeros(4, dtype=torch.int64)}, TypeError, "row_limit: got dtype torch.int64"),
-        ({"col_limit": torch.full((5,), torch.nan)}, ValueError, "col_limit: got NaN"),
+        (
+            {"col_limit": torch.full((5,), torch.nan)},
+            ValueError,
+            "col_limit: got other values, expected numbers that are not NaN",
+        ),
         ({"row_limit": [0.0]}, TypeError, "row_limit: got list"),
         ({"row_limit": torch.zeros(4), "directions": ("col",)}, ValueError, "row_limit: got a tensor with directions="),
     ],

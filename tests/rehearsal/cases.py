@@ -14,7 +14,8 @@ from torch import Tensor
 import fused_contrastive as fc
 from fused_contrastive.testing.cases import OPTIONS
 from fused_contrastive.testing.cases import Case as Inputs
-from fused_contrastive.testing.registry import PRIMITIVES, Sizes
+from fused_contrastive.testing.maker import Sizes
+from fused_contrastive.testing.registry import PRIMITIVES
 
 
 class Kind(NamedTuple):

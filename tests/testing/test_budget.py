@@ -8,7 +8,8 @@ import torch
 from fused_contrastive.core.budget import Deviation
 from fused_contrastive.testing import harness
 from fused_contrastive.testing.cases import DTYPES, Case, sample_of_grid
-from fused_contrastive.testing.registry import LOSSES, PRIMITIVES, Sizes
+from fused_contrastive.testing.maker import Sizes
+from fused_contrastive.testing.registry import LOSSES, PRIMITIVES
 
 # (M, N, D): one row; a row more than a group of 16; one more than the 256-wide tile in both directions; odd D; wide and
 # tall; two blocks of rows of unequal size.

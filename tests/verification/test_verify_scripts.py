@@ -13,7 +13,7 @@ import torch
 from fused_contrastive.__main__ import main
 from fused_contrastive.backends import cpp
 from fused_contrastive.testing.cases import Case
-from fused_contrastive.testing.registry import Sizes
+from fused_contrastive.testing.maker import Sizes
 from fused_contrastive.verification import run
 from fused_contrastive.verification.script import script
 

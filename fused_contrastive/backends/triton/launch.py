@@ -174,7 +174,7 @@ def block_of_weights(
         exact = config(p, "statistics").exact
     elif gemm_products is not None:
         exact = configs.default(p.device, "gemm", "gradient")
-    else:  # Limits need the tiles of the forward. Related pairs apart take registers, so their tiles are as small.
+    else:  # Limits need the forward's tiles. These are also small enough for the registers that two parts take.
         exact = config(p, "statistics" if p.limited or p.apart else "gradient")
     if kept.exponentials is not None:
         c = config(p, "kept")

@@ -14,7 +14,7 @@ from snippets import ROOT
 from fused_contrastive.backends import cpp
 from fused_contrastive.testing import harness
 from fused_contrastive.testing.cases import OPTIONS, Case, sample
-from fused_contrastive.testing.registry import Sizes
+from fused_contrastive.testing.maker import Sizes
 
 LEVELS = ["baseline", "avx2", "avx512", "avx512_bf16", "amx_bf16"]
 ASKED = "FUSED_CONTRASTIVE_CPU_LEVEL"

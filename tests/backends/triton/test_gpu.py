@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from fused_contrastive import ClipLoss, clip_loss, contrastive_stats, info_nce_loss, nt_xent_loss, siglip_loss
 from fused_contrastive.testing import harness
 from fused_contrastive.testing.cases import MEMBERS, Case
-from fused_contrastive.testing.registry import Sizes
+from fused_contrastive.testing.maker import Sizes
 
 pytestmark = pytest.mark.gpu
 

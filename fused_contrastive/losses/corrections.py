@@ -1,0 +1,71 @@
+"""``debias`` and ``hardness``: their checks, and how many negatives a row has."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from fused_contrastive.core import checks
+from fused_contrastive.core.spec import statistics_dtype
+from fused_contrastive.distributed.shape import Shape
+from fused_contrastive.losses import related
+from fused_contrastive.ops.correction import Correction
+from fused_contrastive.ops.problem import Problem
+
+
+def check(debias: object, hardness: object, **undefined: bool) -> bool:
+    """Whether a correction is asked for. ``undefined`` are options that it is not defined with, and whether they are in
+    use: how many negatives they leave is not known."""
+    if isinstance(hardness, bool) or not isinstance(hardness, (int, float)):
+        raise TypeError(f"hardness: got {hardness!r}, expected a number, at least 0")
+    if not 0 <= hardness < math.inf:
+        raise ValueError(f"hardness: got {hardness!r}, expected a finite number, at least 0")
+    if debias is not None and not isinstance(debias, Tensor):
+        checks.unit_interval("debias", debias)
+    if debias is None and not hardness:
+        return False
+    for name, used in undefined.items():
+        if used:
+            raise ValueError(f"{name}: got it with debias or hardness, expected its default: it is not defined there")
+    return True
+
+
+def checked_debias(debias: float | Tensor | None, x: Tensor) -> Tensor | None:
+    """() or, one per row of x, (M,), without gradient; values in [0, 1)."""
+    if debias is None:
+        return None
+    if not isinstance(debias, Tensor):
+        return x.new_full((), debias, dtype=statistics_dtype(x.device))
+    if debias.dim() == 0:
+        value = checks.scalar_beside("debias", debias, x)
+        assert isinstance(value, Tensor)
+    else:
+        value = checks.vector("debias", debias, x.shape[0], x, of="one per row", integer=False)
+    value = value.detach()
+    checks.all_true("debias", (value >= 0) & (value < 1), "numbers in [0, 1)")
+    return value
+
+
+def correction(
+    problem: Problem, shape: Shape, debias: Tensor | None, hardness: float, *, keys: int, both: bool,
+    own: int | Tensor = 0, excluded: int = 1,
+) -> Correction:  # fmt: skip
+    """A correction, with the counts of negatives: all columns but ``excluded`` of them, or but the related ones.
+
+    own: how many further negatives each row has, a number or (M,).
+    keys, both: see ``related.several_positives``.
+    """
+    x = problem.x
+    if problem.spec.row_ids is None:
+        rows = torch.full((), shape.all_cols - excluded, device=x.device)
+        cols = torch.full((), shape.all_rows - excluded, device=x.device)
+        return Correction(hardness, debias, rows + own, cols)
+    row_ids, col_ids = related.ids_with_targets(problem, shape, keys)
+    rows = shape.all_cols - related.related_counts(row_ids, shape.gather(col_ids))
+    cols = rows
+    if both:
+        of_keys = col_ids[: x.shape[0]]
+        cols = shape.all_rows - related.related_counts(of_keys, shape.gather_rows(row_ids))
+    return Correction(hardness, debias, rows + own, cols)

@@ -1,0 +1,62 @@
+"""Random tensors of one problem, for the registry's losses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """One problem's size, dtype and scale."""
+
+    n: int
+    d: int
+    dtype: torch.dtype
+    scale: float
+    duplicates: bool = False
+    m: int | None = None  # the rows of a primitive's problem; None: n
+
+
+class Maker:
+    """Random tensors of one problem, on the CPU whatever the default device."""
+
+    def __init__(self, sizes: Sizes, seed: int) -> None:
+        self.sizes, self.generator = sizes, torch.Generator("cpu").manual_seed(seed)
+
+    def features(self, *shape: int) -> Tensor:
+        t = torch.randn(*shape, self.sizes.d, generator=self.generator, dtype=torch.float64, device="cpu")
+        if self.sizes.duplicates:
+            t = t[self.ids(shape[0], shape[0] // 3)]
+        return F.normalize(t, dim=-1).to(self.sizes.dtype)
+
+    def scalar(self, value: float) -> Tensor:
+        dtype = torch.float64 if self.sizes.dtype == torch.float64 else torch.float32
+        return torch.tensor(value, dtype=dtype, device="cpu")
+
+    def vector(self, size: int) -> Tensor:
+        return torch.rand(size, generator=self.generator, dtype=torch.float64, device="cpu").to(self.scalar(0).dtype)
+
+    def ids(self, size: int, high: int, count: int = 1) -> Tensor:
+        """(size,), or (size, count)."""
+        shape = (size,) if count == 1 else (size, count)
+        return torch.randint(max(1, high), shape, generator=self.generator, device="cpu")
+
+    def margin(self, x: Tensor, y: Tensor, targets: Tensor, relative: bool) -> float:
+        """One that leaves out some pairs, and none by a difference that roundings could turn round."""
+        similarity = x.double() @ y.double().T
+        positive = similarity.gather(1, targets[:, None])
+        below = (positive - similarity).scatter(1, targets[:, None], torch.inf)
+        below = below / positive.abs() if relative else below
+        candidates = torch.linspace(-0.3, 0.3, 61, dtype=torch.float64, device="cpu")
+        gaps = [(below - margin).abs().min() for margin in candidates]
+        return float(candidates[int(torch.stack(gaps).argmax())])
+
+    def mask(self, *shape: int) -> Tensor:
+        """Some False, the first of each row True."""
+        mask = torch.rand(*shape, generator=self.generator, dtype=torch.float32, device="cpu") < 0.7
+        mask[..., 0] = True
+        return mask

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fused_contrastive.adapters.common import Fused, check_pair, importing, not_covered, scalar
 from fused_contrastive.adapters.patching import Patch
+from fused_contrastive.adapters.sentence_transformers_gist import CachedGISTEmbedLoss, GISTEmbedLoss
 from fused_contrastive.core.spec import compute_dtype
 from fused_contrastive.distributed.batch import GlobalBatch
 from fused_contrastive.losses.terms import pair_logit
@@ -212,15 +213,10 @@ class CachedMultipleNegativesSymmetricRankingLoss(
     """sentence-transformers' CachedMultipleNegativesSymmetricRankingLoss."""
 
 
-_GUIDE = (
-    "a guide model masks pairs by comparing its own similarities, which no vector of ids can express: use "
-    "sentence_transformers' own class, or where false negatives can be named, fused_contrastive.info_nce_loss with "
-    "row_ids and col_ids"
-)
 _MULTI_VECTOR = (
     "MultiVectorMultipleNegativesRankingLoss", "CachedMultiVectorMultipleNegativesRankingLoss", "fused_colbert_scores",
 )  # fmt: skip
-_not_covered = not_covered(__name__, losses, {"GISTEmbedLoss": _GUIDE, "CachedGISTEmbedLoss": _GUIDE})
+_not_covered = not_covered(__name__, losses)
 
 
 def __getattr__(name: str) -> Any:
@@ -234,13 +230,13 @@ ORIGINALS = {
     getattr(losses, cls.__name__): cls
     for cls in (
         MultipleNegativesRankingLoss, MultipleNegativesSymmetricRankingLoss, CachedMultipleNegativesRankingLoss,
-        CachedMultipleNegativesSymmetricRankingLoss,
+        CachedMultipleNegativesSymmetricRankingLoss, GISTEmbedLoss, CachedGISTEmbedLoss,
     )
 }  # fmt: skip
 
 
 def patch_sentence_transformers() -> Patch:
-    """Makes sentence_transformers hold the ranking losses of this module (GISTEmbedLoss stays the library's).
+    """Makes sentence_transformers hold the losses of this module.
 
     Call it before the losses are created. ``undo()`` of the ``Patch``, or leaving its ``with`` block, takes it back.
     """

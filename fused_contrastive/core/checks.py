@@ -203,6 +203,27 @@ def same_ids(row_name: str, row_ids: Tensor, col_name: str, col_ids: Tensor) -> 
         raise ValueError(f"{col_name}: got {cols} ids a column, expected {rows}, as many as {row_name} has for a row")
 
 
+def guide(value: object, features: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """A guide's features, one tensor for each of ours -> in the compute dtype of these, and without gradient."""
+    if not isinstance(value, (tuple, list)) or len(value) != len(features):
+        got = f"{len(value)} tensors" if isinstance(value, (tuple, list)) else type(value).__name__
+        raise TypeError(f"guide: got {got}, expected a tuple of {len(features)}, one for each set of features")
+    found = []
+    for k, (t, ours) in enumerate(zip(value, features, strict=True)):
+        name = f"guide[{k}]"
+        expected = f"({', '.join(map(str, ours.shape[:-1]))}, G)"
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name}: got {type(t).__name__}, expected a tensor of shape {expected}")
+        if t.dtype not in FEATURE_DTYPES:
+            raise TypeError(f"{name}: got dtype {t.dtype}, expected float32, float64, bfloat16 or float16")
+        right = t.dim() == ours.dim() and t.shape[:-1] == ours.shape[:-1] and t.shape[-1] == value[0].shape[-1] > 0
+        if not right:
+            raise ValueError(f"{name}: got shape {tuple(t.shape)}, expected {expected}, the same G >= 1 for all")
+        same_device(name, t, "the features", ours)
+        found.append(t.detach().to(compute_dtype(ours.dtype)))
+    return tuple(found)
+
+
 def no_nan(name: str, value: Tensor) -> None:
     all_true(name, ~value.isnan(), "numbers that are not NaN")
 

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from fused_contrastive.core import checks
-from fused_contrastive.core.spec import compute_dtype
 from fused_contrastive.core.unit import unit_rows
 from fused_contrastive.distributed.shape import LocalShape, Shape
 from fused_contrastive.ops.own_dots import own_dots
@@ -58,29 +57,10 @@ def checked(
         return None
     if not isinstance(scale, Tensor) and scale <= 0:
         raise ValueError(f"logit_scale: got {scale!r} with a margin that leaves out similar pairs, expected above 0")
-    of_guide = None if guide is None else _guide(guide, features, normalize)
+    of_guide = None if guide is None else checks.guide(guide, features)
+    if of_guide is not None and normalize:
+        of_guide = tuple(map(unit_rows, of_guide))
     return Margins(absolute_margin or 0.0, relative_margin or 0.0, of_guide)  # type: ignore[arg-type]
-
-
-def _guide(guide: object, features: Sequence[Tensor], normalize: bool) -> tuple[Tensor, ...]:
-    """The guide's features, one tensor for each of ours, in the compute dtype and without gradient."""
-    if not isinstance(guide, (tuple, list)) or len(guide) != len(features):
-        got = f"{len(guide)} tensors" if isinstance(guide, (tuple, list)) else type(guide).__name__
-        raise TypeError(f"guide: got {got}, expected a tuple of {len(features)}, one for each set of features")
-    found = []
-    for k, (t, ours) in enumerate(zip(guide, features, strict=True)):
-        name = f"guide[{k}]"
-        expected = f"({', '.join(map(str, ours.shape[:-1]))}, G)"
-        if not isinstance(t, Tensor):
-            raise TypeError(f"{name}: got {type(t).__name__}, expected a tensor of shape {expected}")
-        if t.dtype not in checks.FEATURE_DTYPES:
-            raise TypeError(f"{name}: got dtype {t.dtype}, expected float32, float64, bfloat16 or float16")
-        if t.shape[:-1] != ours.shape[:-1] or t.dim() != ours.dim() or t.shape[-1] != guide[0].shape[-1]:
-            raise ValueError(f"{name}: got shape {tuple(t.shape)}, expected {expected}, the same G for all")
-        checks.same_device(name, t, "the features", ours)
-        t = t.detach().to(compute_dtype(ours.dtype))
-        found.append(unit_rows(t) if normalize else t)
-    return tuple(found)
 
 
 def limit(problem: Problem, shape: Shape, margins: Margins | None, both: bool) -> None:

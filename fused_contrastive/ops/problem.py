@@ -47,6 +47,7 @@ class Problem:
             "ids": None if spec.row_ids is None else tuple(spec.row_ids.shape[1:]),
             "row_limit": spec.row_limit is not None,
             "col_limit": spec.col_limit is not None,
+            "guide": spec.row_guide is not None,
         }
         return call.agree(
             name, self.x, self.y, {**options, **given}, spec.scale, spec.col_bias, *inputs, targets=spec.targets,

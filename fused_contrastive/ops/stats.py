@@ -44,7 +44,7 @@ class ContrastiveStats(NamedTuple, Generic[Row, Col]):
 def contrastive_stats(
     x: Tensor, y: Tensor, scale: float | Tensor = 1.0, *, targets: Tensor | None = None, col_bias: Tensor | None = None,
     row_ids: Tensor | None = None, col_ids: Tensor | None = None, row_limit: Tensor | None = None,
-    col_limit: Tensor | None = None, exclude_self: bool = False,
+    col_limit: Tensor | None = None, guide: tuple[Tensor, Tensor] | None = None, exclude_self: bool = False,
     directions: tuple[Literal["row"], Literal["col"]] = ("row", "col"),
     memory_budget: int | Literal["auto"] = "auto", backend: BackendName = "auto", group: Group = None,
 ) -> ContrastiveStats[Tensor, Tensor]: ...  # fmt: skip
@@ -54,7 +54,7 @@ def contrastive_stats(
 def contrastive_stats(
     x: Tensor, y: Tensor, scale: float | Tensor = 1.0, *, targets: Tensor | None = None, col_bias: Tensor | None = None,
     row_ids: Tensor | None = None, col_ids: Tensor | None = None, row_limit: Tensor | None = None,
-    col_limit: Tensor | None = None, exclude_self: bool = False,
+    col_limit: Tensor | None = None, guide: tuple[Tensor, Tensor] | None = None, exclude_self: bool = False,
     directions: tuple[Literal["row"]],
     memory_budget: int | Literal["auto"] = "auto", backend: BackendName = "auto", group: Group = None,
 ) -> ContrastiveStats[Tensor, None]: ...  # fmt: skip
@@ -64,7 +64,7 @@ def contrastive_stats(
 def contrastive_stats(
     x: Tensor, y: Tensor, scale: float | Tensor = 1.0, *, targets: Tensor | None = None, col_bias: Tensor | None = None,
     row_ids: Tensor | None = None, col_ids: Tensor | None = None, row_limit: Tensor | None = None,
-    col_limit: Tensor | None = None, exclude_self: bool = False,
+    col_limit: Tensor | None = None, guide: tuple[Tensor, Tensor] | None = None, exclude_self: bool = False,
     directions: tuple[Literal["col"]],
     memory_budget: int | Literal["auto"] = "auto", backend: BackendName = "auto", group: Group = None,
 ) -> ContrastiveStats[None, Tensor]: ...  # fmt: skip
@@ -74,7 +74,7 @@ def contrastive_stats(
 def contrastive_stats(
     x: Tensor, y: Tensor, scale: float | Tensor = 1.0, *, targets: Tensor | None = None, col_bias: Tensor | None = None,
     row_ids: Tensor | None = None, col_ids: Tensor | None = None, row_limit: Tensor | None = None,
-    col_limit: Tensor | None = None, exclude_self: bool = False,
+    col_limit: Tensor | None = None, guide: tuple[Tensor, Tensor] | None = None, exclude_self: bool = False,
     directions: Sequence[Literal["row", "col"]],
     memory_budget: int | Literal["auto"] = "auto", backend: BackendName = "auto", group: Group = None,
 ) -> ContrastiveStats: ...  # fmt: skip
@@ -92,6 +92,7 @@ def contrastive_stats(
     col_ids: Tensor | None = None,
     row_limit: Tensor | None = None,
     col_limit: Tensor | None = None,
+    guide: tuple[Tensor, Tensor] | None = None,
     exclude_self: bool = False,
     directions: Sequence[Literal["row", "col"]] = ("row", "col"),
     memory_budget: int | Literal["auto"] = "auto",
@@ -122,6 +123,8 @@ def contrastive_stats(
             K places, are excluded (false negatives, duplicates).
         row_limit, col_limit: (M,) and (N,), without gradient. Pairs with ``scale * x[i] . y[j] > row_limit[i]`` are
             excluded from row i's sum, and those above ``col_limit[j]`` from column j's; the bias does not count.
+        guide: features of another model, (M, G) and (N, G), without gradient: their products are compared with the
+            limits in place of ``scale * x[i] . y[j]``.
         exclude_self: exclude S[i, i], for x is y.
         directions: which of "row" and "col" to compute.
         memory_budget: bytes of products to keep for the backward. With 0 it computes all of them again: 4 matrix
@@ -158,9 +161,14 @@ def contrastive_stats(
         if limit is not None and not wanted:
             raise ValueError(f"{name}: got a tensor with directions={directions!r}, expected None: nothing uses it")
     problem = _checked(call, x, y, scale, targets, col_bias, row_ids, col_ids, memory_budget, backend)
+    if guide is not None and row_limit is None and col_limit is None:
+        raise ValueError("guide: got features without row_limit and col_limit, expected a limit to compare them with")
+    row_guide, col_guide = (None, None) if guide is None else checks.guide(guide, (problem.x, problem.y))
     problem.spec = problem.spec._replace(
         row_limit=checked_limit("row_limit", row_limit, problem.x, "one per row"),
         col_limit=checked_limit("col_limit", col_limit, problem.y, "one per column"),
+        row_guide=row_guide,
+        col_guide=col_guide,
     )
     pos, row, col = problem.run(problem.agree(call, "contrastive_stats", asked), **asked)
     return ContrastiveStats(pos, row if want_row else None, col if want_col else None)

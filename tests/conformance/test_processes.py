@@ -28,6 +28,7 @@ def cases(rank: int) -> dict[str, tuple[Loss, Loss]]:
     import lightly.loss
     from open_clip import loss as open_clip
     from sentence_transformers import losses as st
+    from test_sentence_transformers_gist import Model as Guided
 
     from fused_contrastive.adapters import lightly as our_lightly
     from fused_contrastive.adapters import open_clip as our_open_clip
@@ -78,6 +79,14 @@ def cases(rank: int) -> dict[str, tuple[Loss, Loss]]:
                 lambda x, y, s, f=f: f.compute_loss_from_embeddings([x, y, (x + y)[:4]], None) + 0 * s
                 for f in (theirs, ours)
             )
+    for options in ({}, {"contrast_anchors": False, "margin_strategy": "relative", "margin": -0.1}):
+        of_both = {"temperature": 0.1, "gather_across_devices": True, "mini_batch_size": 16, **options}
+        found[f"CachedGISTEmbedLoss {options}"] = tuple(
+            lambda x, y, s, f=module.CachedGISTEmbedLoss(Guided(D), Guided(D), **of_both): (
+                f.calculate_loss([[x], [y]], [[y.detach()], [x.detach()]]) + 0 * s
+            )
+            for module in (st, our_st)
+        )
     return found
 
 
@@ -102,7 +111,7 @@ def test_every_flag() -> None:
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.spawn(work, (folder,), nprocs=WORLD)
         of_ranks = [torch.load(f"{folder}/{rank}.pt") for rank in range(WORLD)]
-    assert len(of_ranks[0]) == 24
+    assert len(of_ranks[0]) == 26
     for name in of_ranks[0]:  # the scale's gradient after DDP's mean over the processes
         theirs, ours = (torch.stack([results[name][k][3] for results in of_ranks]).mean() for k in (0, 1))
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}, dscale: {m}")

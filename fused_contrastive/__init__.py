@@ -6,6 +6,7 @@ from fused_contrastive.evaluation.diagnosis import Diagnosis, diagnose
 from fused_contrastive.evaluation.retrieval import median_rank, recall_at_k
 from fused_contrastive.evaluation.zero_shot import zero_shot
 from fused_contrastive.losses.clip import ClipLoss, clip_loss
+from fused_contrastive.losses.distillation import DistillationLoss, distillation_loss
 from fused_contrastive.losses.filip import FilipLoss, filip_loss
 from fused_contrastive.losses.info_nce import InfoNCELoss, info_nce_loss
 from fused_contrastive.losses.nt_xent import NTXentLoss, nt_xent_loss
@@ -28,6 +29,7 @@ __all__ = [
     "ContrastiveStats",
     "Deviation",
     "Diagnosis",
+    "DistillationLoss",
     "FilipLoss",
     "GlobalBatch",
     "InfoNCELoss",
@@ -41,6 +43,7 @@ __all__ = [
     "clip_loss",
     "contrastive_stats",
     "diagnose",
+    "distillation_loss",
     "filip_loss",
     "info_nce_loss",
     "max_sim",

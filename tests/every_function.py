@@ -21,6 +21,14 @@ FUNCTIONS: dict[str, dict[str, Any]] = {
     "clip_loss": {**_PAIRS, "label_smoothing": 0.1},
     "contrastive_stats": {"x": X, "y": Y, "scale": 1.0},
     "diagnose": {"x": X, "y": Y, "scale": 1.0},
+    "distillation_loss": {
+        "x": X,
+        "y": Y,
+        "logit_scale": 1.0,
+        "teacher_x": Y,
+        "teacher_y": X,
+        "teacher_scale": 2.0,
+    },
     "filip_loss": {"image_tokens": TOKENS, "text_tokens": TOKENS, "logit_scale": 1.0},
     "info_nce_loss": {"query": X, "key": Y},
     "max_sim": {"x_tokens": TOKENS, "y_tokens": TOKENS},
@@ -40,6 +48,7 @@ FUNCTIONS: dict[str, dict[str, Any]] = {
 # For each module: its options, and the function whose remaining arguments its call takes.
 MODULES: dict[str, tuple[dict[str, Any], str]] = {
     "ClipLoss": ({"label_smoothing": 0.1}, "clip_loss"),
+    "DistillationLoss": ({}, "distillation_loss"),
     "FilipLoss": ({}, "filip_loss"),
     "InfoNCELoss": ({}, "info_nce_loss"),
     "NTXentLoss": ({"normalize": True}, "nt_xent_loss"),

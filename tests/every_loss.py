@@ -26,6 +26,7 @@ LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "supcon": lambda x, y, s: fc.supcon_loss(x + y, _labels(x, 100), 1 / s, normalize=True),
     "supcon in": lambda x, y, s: fc.supcon_loss(torch.stack((x, y), dim=1), _labels(x), 1 / s, variant="in"),
     "siglip": lambda x, y, s: fc.siglip_loss(x, y, s, -s),
+    "distillation": lambda x, y, s: fc.distillation_loss(x, y, s, y.flip(0), x.flip(0), 3.0, targets_weight=0.3),
     "filip": lambda x, y, s: fc.filip_loss(_tokens(x), _tokens(y), s),
     "x_clip": lambda x, y, s: fc.x_clip_loss(x, y, s, sim_reg_loss_weight=0.1),
     "max_sim": lambda x, y, s: s * fc.max_sim(_tokens(x), _tokens(y), memory_budget=0).sum(),

@@ -35,7 +35,7 @@ def cut(case: Case, split: str, rank: int, world: int) -> tuple[dict[str, Tensor
     leaves, options = case.inputs()
     rows = next(iter(leaves.values()))
     row_sizes = sizes_of(len(rows), split, world)
-    keys = leaves.get("key", leaves.get("text_features", rows))
+    keys = leaves.get("key", leaves.get("text_features", leaves.get("y", rows)))
     key_sizes = row_sizes if len(keys) == len(rows) else sizes_of(len(keys), "even", world)
     extra = leaves.get("negatives")
     shared = extra is not None and extra.dim() == 2
@@ -57,7 +57,7 @@ def cut(case: Case, split: str, rank: int, world: int) -> tuple[dict[str, Tensor
             return part_of(t, extra_sizes, rank)
         if name.startswith(("text_latents", "image_latents", "text_mask")) and case.loss == "x_clip":
             return t.split(sizes_of(t.shape[1], split, world), dim=1)[rank]
-        return part_of(t, key_sizes if name in ("key", "text_features") else row_sizes, rank)
+        return part_of(t, key_sizes if name in ("key", "text_features", "y", "teacher_y") else row_sizes, rank)
 
     if case.loss == "x_clip":
         row_sizes = sizes_of(leaves["text_latents"].shape[1], split, world)

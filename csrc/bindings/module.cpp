@@ -52,6 +52,7 @@ fc::StatsProblem problem_of(const at::Tensor& x, const at::Tensor& y, const py::
   p.upper = spec.attr("upper").cast<bool>();
   p.equal_ids = kEqualIds.at(spec.attr("equal_ids").cast<std::string>());
   p.softplus = spec.attr("statistic").cast<std::string>() == "softplus";
+  p.teacher = spec.attr("statistic").cast<std::string>() == "teacher";
   p.kept_rows = spec.attr("kept_rows").cast<int64_t>();
   return p;
 }

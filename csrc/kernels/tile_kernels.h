@@ -30,6 +30,7 @@ struct LogitRule {
   bool exclude_self;  // exclude S[i, i]
   bool upper;         // exclude all but j > i
   bool softplus;      // reduce to sums of softplus(s) along rows, not to log-sum-exps
+  bool teacher;       // the guide's products are a teacher's logits t: also reduce these, and s by their softmax
 
   // The column of row i's positive, or -1.
   int64_t target(int64_t i) const { return !paired ? -1 : targets ? targets[i] : i; }
@@ -61,6 +62,8 @@ struct ForwardTile {
   T* pos;                // (M,) logits of the positives; written where this tile holds them
   TileSums<T> row, col;  // (rows,), (cols,)
   TileSums<T> related_row, related_col;  // of the related pairs, if these are reduced by themselves or added up
+  // With a teacher, related_row and related_col are its sums, and these are sums of exp(t - maximum) * s.
+  T *weighted_row, *weighted_col;
 };
 
 // Log-normalisers of all rows or columns and the gradients that arrive at them; or null.

@@ -146,6 +146,11 @@ struct TileNormalised {
   }
 };
 
+template <class T>
+static inline Vec<T> row_weights(const Normalised<T>& row, int64_t i, Vec<T> s) {
+  return exp_nonpositive<T>((s - row.value[i]) - row.low[i]) * row.g[i];
+}
+
 // The weights of logits by one normaliser, or by that of the related pairs where `related`.
 template <class T>
 static inline Vec<T> weights_apart(IntVec<T> related, Vec<T> s, const Normalised<T>& one, const Normalised<T>& other,
@@ -245,6 +250,8 @@ static void backward_softplus(const LogitRule<T>& rule, const BackwardTile<T>& t
   }
 }
 
+#include "kernels/teacher.inl"
+
 // Calls the sweep for the directions that are needed.
 template <class T, bool kApart>
 static void forward_apart(const LogitRule<T>& rule, const ForwardTile<T>& tile) {
@@ -256,6 +263,11 @@ static void forward_apart(const LogitRule<T>& rule, const ForwardTile<T>& tile) 
 template <class T>
 static void forward(const LogitRule<T>& rule, const ForwardTile<T>& tile) {
   if (rule.softplus) return forward_softplus(rule, tile);
+  if (rule.teacher) {
+    if (tile.row.max && tile.col.max) return forward_teacher<T, true, true>(rule, tile);
+    if (tile.row.max) return forward_teacher<T, true, false>(rule, tile);
+    return forward_teacher<T, false, true>(rule, tile);
+  }
   return rule.is_apart() ? forward_apart<T, true>(rule, tile) : forward_apart<T, false>(rule, tile);
 }
 
@@ -269,6 +281,11 @@ static void backward_apart(const LogitRule<T>& rule, const BackwardTile<T>& tile
 template <class T>
 static void backward(const LogitRule<T>& rule, const BackwardTile<T>& tile) {
   if (rule.softplus) return backward_softplus(rule, tile);
+  if (rule.teacher) {
+    if (tile.row.value && tile.col.value) return backward_teacher<T, true, true>(rule, tile);
+    if (tile.row.value) return backward_teacher<T, true, false>(rule, tile);
+    return backward_teacher<T, false, true>(rule, tile);
+  }
   return rule.is_apart() ? backward_apart<T, true>(rule, tile) : backward_apart<T, false>(rule, tile);
 }
 

@@ -19,20 +19,21 @@ Gradients backward(const StatsProblem& problem, const Saved& saved, const Upstre
     if (g) check_sizes(name, *g, {size});
     return readable(name, g, dtype);
   };
-  const bool apart = has_related(problem);
-  // The part of a statistic over the pairs that are not related (0), or over those that are (1).
+  const int64_t parts = problem.teacher ? 3 : has_related(problem) ? 2 : 1;
+  // A statistic over the pairs that are not related (part 0), or over those that are or by the teacher (part 1).
   const auto direction = [&](const char* name, const at::Tensor& value, const char* g_name, const OptionalTensor& g,
                              int64_t size, int64_t part) {
     const int64_t length = g && !problem.softplus ? size : 0;
-    if (!g || (part && !apart)) return Direction<T>{Normaliser<T>(0), std::nullopt};
-    const auto select = [&](const char* of, const at::Tensor& t) {
-      if (apart) check_sizes(of, t, {size, 2});
-      return apart ? t.select(1, part) : t;
+    if (!g || part >= parts) return Direction<T>{Normaliser<T>(0), std::nullopt};
+    const auto select = [&](const char* of, const at::Tensor& t, int64_t column) {
+      if (parts > 1) check_sizes(of, t, {size, parts});
+      return parts > 1 ? t.select(1, column) : t;
     };
-    if (length) check_sizes(name, select(name, value), {length});
-    return Direction<T>{
-        Normaliser<T>(length ? readable(name, select(name, value), at::kDouble) : at::empty({0}, at::kDouble)),
-        gradient(g_name, select(g_name, *g), size)};
+    const int64_t normaliser = part && problem.teacher ? 2 : part;
+    if (length) check_sizes(name, select(name, value, normaliser), {length});
+    return Direction<T>{Normaliser<T>(length ? readable(name, select(name, value, normaliser), at::kDouble)
+                                             : at::empty({0}, at::kDouble)),
+                        gradient(g_name, select(g_name, *g, part), size)};
   };
   const auto rows = [&](int64_t part) { return direction("row", saved.row, "g_row", upstream.row, m, part); };
   const auto cols = [&](int64_t part) { return direction("col", saved.col, "g_col", upstream.col, n, part); };

@@ -20,16 +20,21 @@ template <class T>
 struct Statistics {
   at::Tensor pos;
   RunningStatistic<T> row, col, related_row, related_col;
+  WeightedStatistic<T> teacher_row, teacher_col;
 
   Statistics(const StatsProblem& p, const at::TensorOptions& options)
       : pos(at::empty({p.paired ? p.x.size(0) : 0}, options)),
         row(p.want_row, p.x.size(0), !p.softplus),
         col(p.want_col || p.upper, p.y.size(0), true),
         related_row(p.want_row && has_related(p), p.x.size(0), !p.softplus && p.equal_ids != EqualIds::kAdd),
-        related_col(p.want_col && has_related(p), p.y.size(0), p.equal_ids != EqualIds::kAdd) {}
+        related_col(p.want_col && has_related(p), p.y.size(0), p.equal_ids != EqualIds::kAdd),
+        teacher_row(p.teacher && p.want_row, p.x.size(0)),
+        teacher_col(p.teacher && p.want_col, p.y.size(0)) {}
   void start(const Tiling& tiling, const Section& s) {
     for (auto* each : {&row, &related_row}) each->start(tiling.tile_cols(s), s.rows.size());
     for (auto* each : {&col, &related_col}) each->start(tiling.tile_rows(s), s.cols.size());
+    teacher_row.start(tiling.tile_cols(s), s.rows.size());
+    teacher_col.start(tiling.tile_rows(s), s.cols.size());
   }
   void skip(const TileBounds& at, int64_t r, int64_t c, int64_t tile_row, int64_t tile_col) {
     row.skip(tile_col, r, at.rows);
@@ -38,13 +43,22 @@ struct Statistics {
   void merge(const Section& s) {
     for (auto* each : {&row, &related_row}) each->merge(s.rows.begin);
     for (auto* each : {&col, &related_col}) each->merge(s.cols.begin);
+    teacher_row.merge(s.rows.begin);
+    teacher_col.merge(s.cols.begin);
+  }
+  // Where a tile's sums of related pairs, or of the teacher's logits, go.
+  TileSums<T> second_row(bool teacher, int64_t tile_col, int64_t r) {
+    return teacher ? teacher_row.part(tile_col, r) : related_row.part(tile_col, r);
+  }
+  TileSums<T> second_col(bool teacher, int64_t tile_row, int64_t c) {
+    return teacher ? teacher_col.part(tile_row, c) : related_col.part(tile_row, c);
   }
   // Returns the columns' statistic, (N,) or (N, 2) in double.
-  at::Tensor col_value(const StatsProblem& p) const { return together(p, col, related_col); }
+  at::Tensor col_value(const StatsProblem& p) const { return together(p, col, related_col, teacher_col); }
   // Returns the rows' statistic, (M,) or (M, 2) in double. For an upper triangle it includes the columns' values,
   // because these are the rows of the lower triangle.
   at::Tensor row_value(const StatsProblem& problem) const {
-    const at::Tensor value = together(problem, row, related_row);
+    const at::Tensor value = together(problem, row, related_row, teacher_row);
     if (!problem.upper) return value;
     const at::Tensor of_cols = col.value();
     double* r = value.mutable_data_ptr<double>();
@@ -54,7 +68,12 @@ struct Statistics {
   }
 
  private:
-  static at::Tensor together(const StatsProblem& p, const RunningStatistic<T>& all, const RunningStatistic<T>& related) {
+  static at::Tensor together(const StatsProblem& p, const RunningStatistic<T>& all, const RunningStatistic<T>& related,
+                             const WeightedStatistic<T>& teacher) {
+    if (p.teacher) {
+      const auto [mean, log] = teacher.value();
+      return at::stack({all.value(), mean, log}, 1);
+    }
     return has_related(p) ? at::stack({all.value(), related.value()}, 1) : all.value();
   }
   static double log_add(double a, double b) {
@@ -88,8 +107,11 @@ void forward_pass(const StatsProblem& problem, const Prepared<E>& p, const Tilin
             const int64_t stride = s.kept ? at.cols : kTileCols;
             multiply_tile(x, y, at, s.cols.begin, tile, stride);
             tile_kernels<T>().forward(p.rule, {at, tile, stride, guide.tile(at), pos, stats.row.part(tile_col, r),
-                                               stats.col.part(tile_row, c), stats.related_row.part(tile_col, r),
-                                               stats.related_col.part(tile_row, c)});
+                                               stats.col.part(tile_row, c),
+                                               stats.second_row(p.rule.teacher, tile_col, r),
+                                               stats.second_col(p.rule.teacher, tile_row, c),
+                                               stats.teacher_row.weighted(tile_col, r),
+                                               stats.teacher_col.weighted(tile_row, c)});
           },
           [&](const TileBounds& at, int64_t tile_row, int64_t tile_col) {
             stats.skip(at, at.row - s.rows.begin, at.col - s.cols.begin, tile_row, tile_col);

@@ -80,7 +80,7 @@ LossAndGradients from_rows(const StatsProblem& problem, const RowLoss& loss, con
             T* tile = products(at);
             const int64_t r = at.row - rows.begin;
             multiply_tile(x, y_transposed, at, group.begin, tile, stride);
-            tile_kernels<T>().forward(p.rule, {at, tile, stride, guide.tile(at), pos_data, row.part(tile_col, r), {}, {}, {}});
+            tile_kernels<T>().forward(p.rule, {at, tile, stride, guide.tile(at), pos_data, row.part(tile_col, r), {}, {}, {}, nullptr, nullptr});
           },
           [](const TileBounds&, int64_t, int64_t) {});
       row.merge(0);
@@ -188,7 +188,8 @@ LossAndGradients loss_and_gradients(const StatsProblem& problem, const RowLoss& 
   return with_elements(problem, [&](auto element) {
     using E = decltype(element);
     TORCH_CHECK_VALUE(problem.paired || loss.labels, "paired: expected a problem whose rows have positives");
-    TORCH_CHECK_VALUE(!has_related(problem), "equal_ids: expected no statistics of related pairs");
+    TORCH_CHECK_VALUE(!has_related(problem) && !problem.teacher,
+                      "equal_ids, statistic: expected log-sum-exps or sums of softplus over all pairs");
     TORCH_CHECK_VALUE(!loss.labels || problem.upper, "labels: expected a problem of features against themselves");
     TORCH_CHECK_VALUE(problem.x.size(0) > 0 && problem.y.size(0) > 0, "x, y: got ", problem.x.size(0), " and ",
                       problem.y.size(0), " rows, expected at least one");

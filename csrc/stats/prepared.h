@@ -56,6 +56,8 @@ inline void check(const StatsProblem& p) {
     check_sizes("col_guide", *p.col_guide, {n, p.row_guide->size(-1)});
   }
   TORCH_CHECK_VALUE(!has_related(p) || (p.row_ids && !p.upper), "equal_ids: expected ids, and no upper");
+  TORCH_CHECK_VALUE(!p.teacher || (p.row_guide && !p.paired && !p.row_ids && !p.row_limit && !p.col_limit && !p.upper),
+                    "statistic: expected for a teacher a guide, no positives, ids, limits or upper");
   TORCH_CHECK_VALUE(p.equal_ids != EqualIds::kAdd || !p.softplus, "equal_ids: expected another for softplus");
   TORCH_CHECK_VALUE((!p.row_limit && !p.col_limit) || (!has_related(p) && !p.upper && !p.softplus),
                     "row_limit, col_limit: expected None with upper, softplus or statistics of related pairs");
@@ -104,7 +106,8 @@ struct Prepared {
             p.paired,
             p.exclude_self,
             p.upper,
-            p.softplus};
+            p.softplus,
+            p.teacher};
   }
 
   static constexpr at::ScalarType scalar_type() { return c10::CppTypeToScalarType<T>::value; }

@@ -6,6 +6,7 @@
 #include <cmath>
 #include <functional>
 #include <limits>
+#include <utility>
 #include <vector>
 
 #include "kernels/tile_kernels.h"
@@ -74,6 +75,57 @@ class RunningStatistic {
   int64_t parts_ = 0, length_ = 0;
   std::vector<T> max_, sum_, part_max_, part_sum_;
   std::vector<double> plain_sum_;
+};
+
+// Holds, for one direction, log-sum-exps of a teacher's logits and sums of ours weighted by their exponentials, in
+// double: a part of a section is merged element by element, in a fixed order.
+template <class T>
+class WeightedStatistic {
+ public:
+  WeightedStatistic(bool asked, int64_t size)
+      : asked_(asked), max_(asked ? size : 0, -std::numeric_limits<double>::infinity()), sum_(max_.size()),
+        weighted_(max_.size()) {}
+  void start(int64_t parts, int64_t length) {
+    if (!asked_) return;
+    parts_ = parts, length_ = length;
+    for (auto* each : {&part_max_, &part_sum_, &part_weighted_}) each->resize(parts * length);
+  }
+  TileSums<T> part(int64_t part, int64_t offset) {
+    if (!asked_) return {};
+    return {part_max_.data() + part * length_ + offset, part_sum_.data() + part * length_ + offset};
+  }
+  T* weighted(int64_t part, int64_t offset) {
+    return asked_ ? part_weighted_.data() + part * length_ + offset : nullptr;
+  }
+  // Adds the parts to the whole, from its element `first` on.
+  void merge(int64_t first) {
+    for (int64_t k = 0; asked_ && k < parts_ * length_; ++k) {
+      const double max = part_max_[k];
+      if (max == -std::numeric_limits<double>::infinity()) continue;
+      double &whole = max_[first + k % length_], &sum = sum_[first + k % length_];
+      double& weighted = weighted_[first + k % length_];
+      const double higher = std::max(whole, max), by = std::exp(whole - higher), its = std::exp(max - higher);
+      sum = sum * by + part_sum_[k] * its;
+      weighted = weighted * by + part_weighted_[k] * its;
+      whole = higher;
+    }
+  }
+  // Returns the weighted means, and the log-sum-exps: 0 and -inf where all pairs are excluded.
+  std::pair<at::Tensor, at::Tensor> value() const {
+    const auto size = static_cast<int64_t>(max_.size());
+    at::Tensor mean = at::empty({size}, at::kDouble), log = at::empty({size}, at::kDouble);
+    for (int64_t i = 0; i < size; ++i) {
+      mean.mutable_data_ptr<double>()[i] = sum_[i] == 0 ? 0 : weighted_[i] / sum_[i];
+      log.mutable_data_ptr<double>()[i] = max_[i] + std::log(sum_[i]);
+    }
+    return {mean, log};
+  }
+
+ private:
+  bool asked_;
+  int64_t parts_ = 0, length_ = 0;
+  std::vector<double> max_, sum_, weighted_;
+  std::vector<T> part_max_, part_sum_, part_weighted_;
 };
 
 // Holds log-normalisers, given in double, as sums of two T each. -inf, where all pairs are excluded, is held as 0.

@@ -27,6 +27,7 @@ struct StatsProblem {
   bool upper;               // x is y: only pairs j > i are computed, and `row` is over both triangles
   EqualIds equal_ids;
   bool softplus;      // `row` is the sum of softplus(s), not a log-sum-exp; there are no columns then
+  bool teacher;       // the guide's products are a teacher's logits; `row` is (M, 3), `col` (N, 3)
   int64_t kept_rows;  // rows of products to keep for the backward
 
   // Calls f(name, tensor) for every tensor that a rule may need. These are read from Python and saved for a backward.
@@ -49,7 +50,8 @@ inline bool has_related(const StatsProblem& p) {
 }
 
 // Returns pos (M,), row (M,) and col (N,) in float64, where a direction that was not asked for has 0 elements; row and
-// col are (M, 2) and (N, 2) if related pairs have statistics of their own, in [:, 1]. And it returns the products
+// col are (M, 2) and (N, 2) if related pairs have statistics of their own, in [:, 1]; with a teacher they are (M, 3) and (N, 3): the log-sum-exp
+// of the logits, their mean by the teacher's softmax, and the log-sum-exp of its logits. And it returns the products
 // x @ y.T of the first `kept_rows` rows, (kept_rows, N) elements in float32 (float64 for float64 features). The products
 // lie tile by tile (`kept_offset`), and only `stats_backward` reads them.
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> stats_forward(const StatsProblem& problem,

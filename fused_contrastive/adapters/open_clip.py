@@ -14,10 +14,13 @@ from fused_contrastive.adapters.patching import Patch
 from fused_contrastive.core import checks
 from fused_contrastive.core.spec import compute_dtype
 from fused_contrastive.distributed.batch import GlobalBatch
+from fused_contrastive.distributed.shape import LocalShape
 from fused_contrastive.losses.clip import clip_loss
+from fused_contrastive.losses.distillation import learn_from
 from fused_contrastive.losses.info_nce import info_nce_loss
 from fused_contrastive.losses.siglip import siglip_loss
-from fused_contrastive.ops.problem import autocast, log_add
+from fused_contrastive.ops.own_dots import own_dots
+from fused_contrastive.ops.problem import Problem, autocast, log_add
 from fused_contrastive.ops.row_loss import cross_entropy
 from fused_contrastive.ops.stats import contrastive_stats
 
@@ -121,8 +124,8 @@ class DistillClipLoss(ClipLoss):
 
         -sum_j P[i, j] log softmax(S)[i, j] = logsumexp(S[i]) - sum_j P[i, j] S[i, j]
 
-    whose first part is our row statistic. The second, linear in the student's features, goes through the teacher's
-    logits some rows at a time, for both directions at once. Neither matrix of logits is stored.
+    Neither matrix of logits is stored. If the teacher gets no gradient, one pass makes both losses. Otherwise the
+    second part, linear in the student's features, goes through the teacher's logits some rows at a time.
     """
 
     bypassed: ClassVar[tuple[str, ...]] = ("get_logits", "get_ground_truth", "dist_loss")
@@ -161,7 +164,13 @@ class DistillClipLoss(ClipLoss):
             blocks = [(student[a], columns[b], teacher[a], teacher_columns[b]) for a, b in ((0, 1), (1, 0))]
         dtype = compute_dtype(student[0].dtype)
         contrastive, distill = [], []
+        learns = any(isinstance(t, Tensor) and t.requires_grad for t in (*teacher, teacher_scale))
         for x, y, teacher_x, teacher_y in blocks:
+            if not (learns and torch.is_grad_enabled()):
+                losses = self._with_frozen_teacher(x, y, scale, teacher_x, teacher_y, teacher_scale, own)
+                contrastive.append(losses[0].to(dtype))
+                distill.append(losses[1].to(dtype))
+                continue
             pos, *rest = contrastive_stats(x, y, scale, **options)
             denominators = [each for each in rest if each is not None]
             contrastive.append(cross_entropy(pos, *denominators, dtype=dtype, backend=self.backend))
@@ -175,6 +184,20 @@ class DistillClipLoss(ClipLoss):
         if output_dict:
             return {"contrastive_loss": contrastive_loss, "distill_loss": distill_loss}
         return contrastive_loss, distill_loss
+
+    def _with_frozen_teacher(
+        self, x: Tensor, y: Tensor, scale: float | Tensor, teacher_x: Tensor, teacher_y: Tensor,
+        teacher_scale: float | Tensor, own: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Both losses of a block from one pass; row i's positive is in column own[i], or i if both directions count."""
+        problem = Problem(x, y, scale, **self._options())
+        dtype = problem.spec.scale.dtype
+        learn_from(problem, teacher_x.detach().to(dtype), teacher_y.detach().to(dtype), teacher_scale)
+        shape = LocalShape(len(x), len(y))
+        _, row, col = problem.run(shape, want_col=own is None, statistic="teacher")
+        parts = torch.cat((row, col)) if own is None else row
+        pos = problem.spec.scale * own_dots(x, (y if own is None else y[own])[:, None]).squeeze(1)
+        return parts[:, 0].mean() - pos.to(parts.dtype).mean(), (parts[:, 0] - parts[:, 1]).mean()
 
 
 class SigLipLoss(Fused, library.SigLipLoss):

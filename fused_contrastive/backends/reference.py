@@ -6,6 +6,7 @@ exponentials of the logits and their sums are in the statistics' dtype (``core/s
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ from fused_contrastive.core.spec import (
     StatsSpec,
     Upstream,
     compute_dtype,
+    empty,
     merged,
     statistics_dtype,
     summed_like,
@@ -42,12 +44,10 @@ class Reference(Backend):
         x, y = x.to(dtype), y.to(dtype)
         targets = _targets(spec, x)
         m, n = x.shape[0], y.shape[0]
-        parts = 2 if spec.equal_ids in ("apart", "add") else 1
+        parts = math.prod(spec._replace(want_row=True).shapes(1, 1)[1])
         pos = x.new_empty(m if spec.paired else 0, dtype=statistics)
         row = x.new_empty(m if spec.want_row else 0, parts, dtype=statistics)
-        col = x.new_full((n if spec.want_col or spec.upper else 0, parts), -torch.inf, dtype=statistics)
-        if spec.equal_ids == "add":
-            col[:, 1] = 0
+        col = empty(spec, (n if spec.want_col or spec.upper else 0, parts), x)
         products_kept = x.new_empty(spec.kept_rows, n)
         for rows in _chunks(m):
             products = x[rows] @ y.T
@@ -58,6 +58,13 @@ class Reference(Backend):
             of_rows, of_cols = ([t.to(statistics) for t in part] for part in (tile.of_rows, tile.of_cols))
             if spec.statistic == "softplus":
                 row[rows] = torch.stack([torch.logaddexp(s, s.new_zeros(())).sum(dim=1) for s in of_rows], dim=1)
+                continue
+            if spec.statistic == "teacher":
+                teacher = (tile.teacher, of_rows[0])
+                if spec.want_row:
+                    row[rows] = _by_teacher(*teacher, dim=1)
+                if len(col):
+                    col = merged(spec, col, _by_teacher(*teacher, dim=0))
                 continue
             added = None if tile.added is None else torch.where(tile.added, of_rows[0], 0)
             if spec.want_row:
@@ -124,6 +131,7 @@ class MaskedLogits(NamedTuple):
     pos: Tensor  # (R,) logits of the positives
     negated: Tensor | None  # (R, N) bool: whose logits have changed sign
     added: Tensor | None  # (R, N) bool: whose logits are added up
+    teacher: Tensor  # (R, N) the teacher's logits, -inf where excluded; anything without a teacher
 
 
 def masked_logits(spec: StatsSpec, products: Tensor, rows: slice, targets: Tensor) -> MaskedLogits:
@@ -166,7 +174,9 @@ def masked_logits(spec: StatsSpec, products: Tensor, rows: slice, targets: Tenso
     if spec.col_limit is not None:
         above = similarities > spec.col_limit
         of_cols = [s.masked_fill(above, -torch.inf) for s in of_cols]
-    return MaskedLogits(of_rows, of_cols, pos, negated, added)
+    return MaskedLogits(
+        of_rows, of_cols, pos, negated, added, similarities.masked_fill(logits == -torch.inf, -torch.inf)
+    )
 
 
 def _chunks(m: int) -> list[slice]:
@@ -177,6 +187,14 @@ def _log_sum_exp(logits: Tensor, dim: int) -> Tensor:
     """logsumexp, but NaN where a logit is +inf, as a softmax is."""
     value = logits.logsumexp(dim=dim)
     return value.masked_fill(value == torch.inf, torch.nan)
+
+
+def _by_teacher(teacher: Tensor, logits: Tensor, dim: int) -> Tensor:
+    """The log-sum-exp of the logits, their mean by the teacher's softmax, and its log-sum-exp, along ``dim``."""
+    teacher = teacher.to(logits.dtype)
+    total = teacher.logsumexp(dim=dim)
+    weighted = torch.where(teacher == -torch.inf, 0, logits) * _weights(teacher, total.unsqueeze(dim))
+    return torch.stack((_log_sum_exp(logits, dim=dim), weighted.sum(dim=dim), total), dim=1)
 
 
 def _sums(added: Tensor | None, dim: int) -> list[Tensor]:
@@ -193,6 +211,14 @@ def _negatives(
 ) -> Tensor:
     """G without the positives, (R, N)."""
     grad = torch.zeros_like(tile.of_rows[0], dtype=dtype)
+    if spec.statistic == "teacher":
+        s, t = tile.of_rows[0].to(dtype), tile.teacher.to(dtype)
+        for value, g, dim in ((saved.row, upstream.row, 1), (saved.col, upstream.col, 0)):
+            if g is not None:
+                value, g = (each[rows] if dim else each for each in (value, g))
+                grad += g[:, 0].unsqueeze(dim) * _weights(s, value[:, 0].unsqueeze(dim))
+                grad += g[:, 1].unsqueeze(dim) * _weights(t, value[:, 2].unsqueeze(dim))
+        return grad
     if upstream.row is not None:
         g_row, row = upstream.row[rows].view(len(grad), -1), saved.row[rows].view(len(grad), -1)
         for k, logits in enumerate(tile.of_rows):

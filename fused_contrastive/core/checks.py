@@ -204,20 +204,24 @@ def same_ids(row_name: str, row_ids: Tensor, col_name: str, col_ids: Tensor) -> 
 
 
 def guide(value: object, features: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """A guide's features, one tensor for each of ours -> in the compute dtype of these, and without gradient."""
+    """A guide's features, one tensor for each of ours."""
     if not isinstance(value, (tuple, list)) or len(value) != len(features):
         got = f"{len(value)} tensors" if isinstance(value, (tuple, list)) else type(value).__name__
         raise TypeError(f"guide: got {got}, expected a tuple of {len(features)}, one for each set of features")
-    found = []
-    for k, (t, ours) in enumerate(zip(value, features, strict=True)):
-        name = f"guide[{k}]"
+    return features_like([f"guide[{k}]" for k in range(len(value))], value, features)
+
+
+def features_like(names: Sequence[str], values: Sequence[object], features: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Another model's features of the same rows, all of one width -> in the compute dtype, without gradient."""
+    found: list[Tensor] = []
+    for name, t, ours in zip(names, values, features, strict=True):
         expected = f"({', '.join(map(str, ours.shape[:-1]))}, G)"
         if not isinstance(t, Tensor):
             raise TypeError(f"{name}: got {type(t).__name__}, expected a tensor of shape {expected}")
         if t.dtype not in FEATURE_DTYPES:
             raise TypeError(f"{name}: got dtype {t.dtype}, expected float32, float64, bfloat16 or float16")
-        right = t.dim() == ours.dim() and t.shape[:-1] == ours.shape[:-1] and t.shape[-1] == value[0].shape[-1] > 0
-        if not right:
+        width = found[0].shape[-1] if found else t.shape[-1] if t.dim() else 0
+        if t.dim() != ours.dim() or t.shape[:-1] != ours.shape[:-1] or t.shape[-1] != width or width == 0:
             raise ValueError(f"{name}: got shape {tuple(t.shape)}, expected {expected}, the same G >= 1 for all")
         same_device(name, t, "the features", ours)
         found.append(t.detach().to(compute_dtype(ours.dtype)))
@@ -283,6 +287,14 @@ def unit_interval(name: str, value: object) -> None:
         raise TypeError(f"{name}: got {value!r}, expected a number in [0, 1)")
     if not 0 <= value < 1:
         raise ValueError(f"{name}: got {_shown(value)}, expected a number in [0, 1)")
+
+
+def share(name: str, value: object) -> None:
+    """A number in [0, 1]."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: got {value!r}, expected a number in [0, 1]")
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name}: got {_shown(value)}, expected a number in [0, 1]")
 
 
 def boolean(name: str, value: object) -> None:

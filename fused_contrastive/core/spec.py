@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 BackendName = Literal["auto", "reference", "cpp", "triton"]
-Statistic = Literal["logsumexp", "softplus"]
+Statistic = Literal["logsumexp", "softplus", "teacher"]
 EqualIds = Literal["exclude", "only", "negate", "apart", "add"]
 
 
@@ -26,6 +26,10 @@ class StatsSpec(NamedTuple):
     Excluded from row i alone are pairs with ``scale * x[i] . y[j] > row_limit[i]``, and from column j alone those above
     ``col_limit[j]``. With a guide, ``row_guide[i] . col_guide[j]`` is compared with them instead. Limits and guide have
     no gradient.
+
+    With the statistic "teacher", the guide's products are a teacher's logits T. ``row`` is (M, 3): the log-sum-exp of
+    S, the mean of S by softmax(T), and the log-sum-exp of T, which has no gradient; ``col`` is (N, 3) likewise. There
+    are no positives, ids or limits; pairs with S = -inf are excluded from T too.
 
     With ``upper``, y is x and there is no bias: S is symmetric, and only its pairs ``j > i`` are computed. ``row`` is
     over both triangles, without the diagonal; ``want_col`` is False. Targets, if there are any, come in pairs:
@@ -50,12 +54,14 @@ class StatsSpec(NamedTuple):
     want_col: bool = True  # the column direction is requested
     upper: bool = False  # y is x, and each pair is computed once: half the products
     equal_ids: EqualIds = "exclude"
-    statistic: Statistic = "logsumexp"  # over the logits not excluded: log sum exp, or the sum of log(1 + exp)
+    statistic: Statistic = (
+        "logsumexp"  # log sum exp of the logits not excluded; or the sum of log(1 + exp); or "teacher"
+    )
     kept_rows: int = 0  # how many rows of S, from the first on, have their products kept for the backward
 
     def shapes(self, m: int, n: int) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
         """The shapes of pos, row and col for m rows and n columns."""
-        parts = (2,) if self.equal_ids in ("apart", "add") else ()
+        parts = (3,) if self.statistic == "teacher" else (2,) if self.equal_ids in ("apart", "add") else ()
         return (m if self.paired else 0,), (m if self.want_row else 0, *parts), (n if self.want_col else 0, *parts)
 
 
@@ -117,7 +123,7 @@ class Gradients(NamedTuple):
 def empty(spec: StatsSpec, shape: tuple[int, ...], x: Tensor) -> Tensor:
     """A statistic over no pair, in one of the spec's shapes."""
     value = x.new_full(shape, 0 if spec.statistic == "softplus" else -torch.inf, dtype=statistics_dtype(x.device))
-    if spec.equal_ids == "add" and value.dim() == 2:
+    if value.dim() == 2 and (spec.equal_ids == "add" or spec.statistic == "teacher"):
         value[:, 1] = 0
     return value
 
@@ -128,7 +134,16 @@ def merged(spec: StatsSpec, a: Tensor, b: Tensor) -> Tensor:
         return a + b
     if spec.equal_ids == "add":
         return torch.stack((torch.logaddexp(a[:, 0], b[:, 0]), a[:, 1] + b[:, 1]), dim=1)
+    if spec.statistic == "teacher":
+        total = torch.logaddexp(a[:, 2], b[:, 2])
+        mean = a[:, 1] * share_of(a[:, 2], total) + b[:, 1] * share_of(b[:, 2], total)
+        return torch.stack((torch.logaddexp(a[:, 0], b[:, 0]), mean, total), dim=1)
     return torch.logaddexp(a, b)
+
+
+def share_of(part: Tensor, total: Tensor) -> Tensor:
+    """exp(part - total), and 0 where nothing is in the part."""
+    return (part - total.masked_fill(total == -torch.inf, 0)).exp()
 
 
 class RowLoss(NamedTuple):

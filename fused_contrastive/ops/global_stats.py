@@ -30,6 +30,7 @@ from fused_contrastive.core.spec import (
     Upstream,
     compute_dtype,
     empty,
+    share_of,
 )
 from fused_contrastive.distributed.collectives import merge_log_sums, reduce_scatter_rows
 from fused_contrastive.distributed.shape import GlobalShape
@@ -154,9 +155,15 @@ def _of_no_rows(spec: StatsSpec, x: Tensor, columns: int) -> Forward:
 
 def _merged_over(shape: GlobalShape, spec: StatsSpec, col: Tensor, exact: bool) -> Tensor:
     """The columns' statistic over the rows of all processes, from that over each process's rows."""
-    if spec.equal_ids != "add":
-        return merge_log_sums(col, exact, shape.group)
-    return torch.stack((merge_log_sums(col[:, 0].contiguous(), exact, shape.group), shape.sum(col[:, 1])), dim=1)
+    parts = [part.contiguous() for part in col.unbind(dim=1)] if col.dim() == 2 else [col]
+    if spec.statistic == "teacher":
+        sums, mean, total = parts
+        merged = merge_log_sums(total, exact, shape.group)
+        mean = shape.sum(mean * share_of(total, merged))
+        return torch.stack((merge_log_sums(sums, exact, shape.group), mean, merged), dim=1)
+    if spec.equal_ids == "add":
+        return torch.stack((merge_log_sums(parts[0], exact, shape.group), shape.sum(parts[1])), dim=1)
+    return merge_log_sums(col, exact, shape.group)
 
 
 def _zeros(spec: StatsSpec, x: Tensor, y: Tensor) -> Gradients:

@@ -55,6 +55,13 @@ def stats(x: Tensor, y: Tensor, spec: StatsSpec, backend: str) -> None:
             "row_limit, col_limit: got one with upper, statistic='softplus' or equal_ids 'apart' or 'add', expected "
             "None"
         )
+    if spec.statistic == "teacher" and (
+        spec.row_guide is None or spec.paired or spec.row_ids is not None or limited or spec.upper or spec.exclude_self
+    ):
+        raise ValueError(
+            "statistic: got 'teacher' without a guide, or with positives, ids, limits, upper or exclude_self, expected "
+            "a guide alone"
+        )
     if spec.statistic == "softplus" and spec.equal_ids == "add":
         raise ValueError("equal_ids: got 'add' with statistic='softplus', expected another")
     if spec.upper:

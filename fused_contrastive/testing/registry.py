@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fused_contrastive.losses.clip import clip_loss
+from fused_contrastive.losses.distillation import distillation_loss
 from fused_contrastive.losses.filip import filip_loss
 from fused_contrastive.losses.info_nce import info_nce_loss
 from fused_contrastive.losses.nt_xent import nt_xent_loss
@@ -21,7 +22,7 @@ from fused_contrastive.losses.siglip import siglip_loss
 from fused_contrastive.losses.supcon import supcon_loss
 from fused_contrastive.losses.x_clip import x_clip_loss
 from fused_contrastive.ops.stats import contrastive_stats
-from fused_contrastive.testing import oracle, textbook, textbook_tokens
+from fused_contrastive.testing import oracle, textbook, textbook_related, textbook_tokens
 from fused_contrastive.testing.maker import Maker
 
 Leaves = dict[str, Tensor]
@@ -175,6 +176,18 @@ def _siglip(make: Maker, given: dict[str, Any]) -> tuple[Leaves, dict[str, Any]]
     return leaves, options
 
 
+def _distillation(make: Maker, given: dict[str, Any]) -> tuple[Leaves, dict[str, Any]]:
+    n, options = make.sizes.n, dict(given)
+    columns = n + 5 if options.pop("queue", False) else n
+    options["teacher_x"], options["teacher_y"] = (
+        F.normalize(torch.rand(size, 3, generator=make.generator, device="cpu") - 0.5, dim=1) for size in (n, columns)
+    )
+    if options.pop("weight", False):
+        options["weight"] = make.vector(n) + 0.1
+    leaves = {"x": make.features(n), "y": make.features(columns), "logit_scale": make.scalar(make.sizes.scale)}
+    return leaves, {"teacher_scale": 7.5, **options}
+
+
 def _filip(make: Maker, given: dict[str, Any]) -> tuple[Leaves, dict[str, Any]]:
     n, options = min(make.sizes.n, 20), dict(given)
     leaves = {"image_tokens": make.features(n, 5), "text_tokens": make.features(n, 3)}
@@ -320,6 +333,17 @@ LOSSES: dict[str, Member] = {
         _siglip,
         siglip_loss,
         positional(textbook.siglip, "image_features", "text_features", "logit_scale", "logit_bias"),
+    ),
+    "distillation": Member(
+        {
+            "plain": {},
+            "targets": {"targets_weight": 0.4, "weight": True},
+            "queue": {"symmetric": False, "queue": True, "targets_weight": 0.4, "reduction": "none"},
+            "normalize": {"normalize": True, "teacher_scale": 100.0, "reduction": "sum"},
+        },
+        _distillation,
+        distillation_loss,
+        positional(textbook_related.distillation, "x", "y", "logit_scale"),
     ),
     "filip": Member(
         {"plain": {}, "masks": {"masks": True}, "x_clip": {"masks": True, "compat": "x_clip", "decoupled": True}},

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fused_contrastive.testing.oracle import logsumexp
+from fused_contrastive.testing.oracle import Logits, logsumexp
 
 
 def related(row_ids: Tensor, col_ids: Tensor) -> Tensor:
@@ -45,6 +45,25 @@ def several_positives(
         numerator = logsumexp(s.masked_fill(~positives, -torch.inf), 1)
         losses = denominator - numerator.masked_fill(count == 0, 0)
     return torch.where(count > 0, losses, 0), count > 0
+
+
+def distillation(
+    logits: Logits, x: Tensor, y: Tensor, logit_scale: Tensor, *, teacher_x: Tensor, teacher_y: Tensor,
+    teacher_scale: float, symmetric: bool = True, targets_weight: float = 0.0, weight: Tensor | None = None,
+    reduction: str = "mean", normalize: bool = False,
+) -> Tensor:  # fmt: skip
+    teacher_x, teacher_y = teacher_x.to(x.dtype), teacher_y.to(x.dtype)
+    if normalize:
+        x, y, teacher_x, teacher_y = (F.normalize(t, dim=1) for t in (x, y, teacher_x, teacher_y))
+    s = logits(x, y, logit_scale)
+    t = (teacher_scale * teacher_x @ teacher_y.T).to(s.dtype)
+    losses = []
+    for ours, theirs in ((s, t), (s.T, t.T)) if symmetric else ((s, t),):
+        hard = torch.eye(*ours.shape, dtype=s.dtype, device=s.device)
+        target = (1 - targets_weight) * theirs.softmax(dim=1) + targets_weight * hard
+        losses.append(-(target * ours.log_softmax(dim=1)).sum(dim=1))
+    each = torch.stack(losses).mean(dim=0)
+    return reduced(each, torch.ones_like(each), weight, reduction)
 
 
 def _corrected(

@@ -81,11 +81,10 @@ def cases(rank: int) -> dict[str, tuple[Loss, Loss]]:
             )
     for options in ({}, {"contrast_anchors": False, "margin_strategy": "relative", "margin": -0.1}):
         of_both = {"temperature": 0.1, "gather_across_devices": True, "mini_batch_size": 16, **options}
+        theirs, ours = (module.CachedGISTEmbedLoss(Guided(D), Guided(D), **of_both) for module in (st, our_st))
         found[f"CachedGISTEmbedLoss {options}"] = tuple(
-            lambda x, y, s, f=module.CachedGISTEmbedLoss(Guided(D), Guided(D), **of_both): (
-                f.calculate_loss([[x], [y]], [[y.detach()], [x.detach()]]) + 0 * s
-            )
-            for module in (st, our_st)
+            lambda x, y, s, f=f: f.calculate_loss([[x], [y]], [[y.detach()], [x.detach()]]) + 0 * s
+            for f in (theirs, ours)
         )
     return found
 

@@ -19,6 +19,7 @@ PUBLIC = {name: getattr(fused_contrastive, name) for name in fused_contrastive._
 LOSSES = sorted(name for name in PUBLIC if name.endswith("_loss"))
 MODULES = {
     "ClipLoss": "clip_loss",
+    "DistillationLoss": "distillation_loss",
     "FilipLoss": "filip_loss",
     "InfoNCELoss": "info_nce_loss",
     "NTXentLoss": "nt_xent_loss",

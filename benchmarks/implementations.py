@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks import rules  # noqa: F401  puts its workloads beside the others
 from benchmarks.workloads import TEMPERATURE, WORKLOADS, BenchProblem, Loss, rows
 from fused_contrastive.core.memory import total_memory
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from benchmarks.compare import FEWEST
+from benchmarks.rules import RULES
 from benchmarks.workloads import BenchProblem
 
 
@@ -65,6 +66,12 @@ def memory() -> Suite:
     return Suite([], [*_each(MATRIX, sizes, 256), *_each(["max_sim"], [64, 128, 256, 512], 128)])
 
 
+def rules() -> Suite:
+    """CLIP alone and with each rule, and a teacher; ours and eager."""
+    problems = _each(["clip", *RULES], [4096], 512)
+    return Suite(_seconds(problems, 12), _each([*RULES], [16384], 256), ("ours", "eager"))
+
+
 def gpu() -> Suite:
     """Every dtype on a GPU, at the feature sizes of CLIP's and SigLIP's models."""
     dims, dtypes = (256, 512, 768, 1024, 1152), ("bf16", "fp16", "fp32")
@@ -95,5 +102,6 @@ def toy() -> Suite:
 
 
 SUITES = {
-    "quick": quick, "cpu": cpu, "gpu": gpu, "gpu-table": gpu_table, "memory": memory, "million": million, "toy": toy
+    "quick": quick, "cpu": cpu, "rules": rules, "gpu": gpu, "gpu-table": gpu_table, "memory": memory,
+    "million": million, "toy": toy,
 }  # fmt: skip

@@ -71,7 +71,7 @@ def _pair(problem: BenchProblem) -> dict[str, Tensor]:
     return _features(problem, False, x=(problem.n,), y=(problem.n,))
 
 
-def _unit_pair_and_scale(problem: BenchProblem) -> dict[str, Tensor]:
+def unit_pair_and_scale(problem: BenchProblem) -> dict[str, Tensor]:
     scale = torch.tensor(SCALE, device=problem.device, requires_grad=True)
     return {**_features(problem, True, x=(problem.n,), y=(problem.n,)), "scale": scale}
 
@@ -88,7 +88,7 @@ def _tokens(problem: BenchProblem) -> dict[str, Tensor]:
     return _features(problem, True, x=(problem.n, T), y=(problem.n, P))
 
 
-def _square(problem: BenchProblem) -> tuple[int, int, int]:
+def square(problem: BenchProblem) -> tuple[int, int, int]:
     return problem.n, problem.d, problem.n
 
 
@@ -165,29 +165,29 @@ def _max_sim_truth(x: Tensor, y: Tensor) -> Tensor:
     return scores_loss(torch.cat(scores))
 
 
-_PRODUCT = oracle.LOGITS["product"]
+PRODUCT = oracle.LOGITS["product"]
 _FIXED = torch.tensor(TEMPERATURE, dtype=torch.float64)
 
 WORKLOADS = {
     "clip": Workload(
-        _unit_pair_and_scale, fc.clip_loss, clip_eager,
-        lambda x, y, scale: textbook.info_nce(_PRODUCT, x, y, scale, symmetric=True), _square,
+        unit_pair_and_scale, fc.clip_loss, clip_eager,
+        lambda x, y, scale: textbook.info_nce(PRODUCT, x, y, scale, symmetric=True), square,
     ),
     "info_nce": Workload(
         _pair, _info_nce_ours, info_nce_eager,
-        lambda x, y: textbook.info_nce(_PRODUCT, x, y, 1 / _FIXED, normalize=True), _square,
+        lambda x, y: textbook.info_nce(PRODUCT, x, y, 1 / _FIXED, normalize=True), square,
     ),
     "nt_xent": Workload(
         _two_views, _nt_xent_ours, nt_xent_eager,
-        lambda x, y: textbook.nt_xent(_PRODUCT, x, y, temperature=_FIXED), _square,
+        lambda x, y: textbook.nt_xent(PRODUCT, x, y, temperature=_FIXED), square,
     ),
     "siglip": Workload(
-        _unit_pair_and_scale, _siglip_ours, siglip_eager,
-        lambda x, y, scale: textbook.siglip(_PRODUCT, x, y, scale, -scale / 2), _square,
+        unit_pair_and_scale, _siglip_ours, siglip_eager,
+        lambda x, y, scale: textbook.siglip(PRODUCT, x, y, scale, -scale / 2), square,
     ),
     "supcon": Workload(
         _one_set, _supcon_ours, supcon_eager,
-        lambda x: textbook.supcon(_PRODUCT, x, _FIXED, labels=labels(x), normalize=True), _square,
+        lambda x: textbook.supcon(PRODUCT, x, _FIXED, labels=labels(x), normalize=True), square,
     ),
     # Among millions of products some tie within float32's rounding, and the gradient goes to the other token.
     "max_sim": Workload(

@@ -113,22 +113,24 @@ def statistics(source: str, every_option: bool) -> None:
     at_once.loss_and_gradients(sums, x, x, RowLoss(), Needs(True, True, True, False))
 
 
-RULES = ("5 ids, no positives", "limits", "apart")
+RULES = ("5 ids, no positives", "limits", "guide", "apart", "add")
 
 
 def with_rule(source: str, rule: str) -> None:
     """The kernels of the statistics and of G for a problem with one of the rules."""
     dtype = torch.bfloat16 if source == "half" else torch.float32
     torch.set_float32_matmul_precision("high" if source == "tf32" else "highest")
-    ids, limit = torch.zeros(N, 5, dtype=torch.int64), torch.zeros(N)
+    ids, limit, guide = torch.zeros(N, 5, dtype=torch.int64), torch.zeros(N), torch.zeros(N, D)
     fields: dict[str, Any] = {
         "5 ids, no positives": {"row_ids": ids, "col_ids": ids, "paired": False},
         "limits": {"row_limit": limit, "col_limit": limit},
+        "guide": {"row_limit": limit, "col_limit": limit, "row_guide": guide, "col_guide": guide},
         "apart": {"row_ids": ids[:, 0], "col_ids": ids[:, 0], "equal_ids": "apart"},
+        "add": {"row_ids": ids[:, 0], "col_ids": ids[:, 0], "equal_ids": "add"},
     }[rule]
     spec = StatsSpec(torch.tensor(1.0), **fields)
     step(spec, dtype)
-    if rule != "limits":
+    if rule in ("5 ids, no positives", "apart"):
         sums = spec._replace(want_col=False, statistic="softplus", col_bias=torch.zeros(()))
         step(sums if rule == "apart" else sums._replace(equal_ids="negate"), dtype)
 

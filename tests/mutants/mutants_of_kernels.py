@@ -42,7 +42,7 @@ MUTANTS = [
     ),
     Mutant(
         "sums not rescaled", "a new maximum leaves the running sum relative to the old one",
-        f"{KERNELS}/forward.py",
+        f"{KERNELS}/totals.py",
         "total = total * half * half + added",
         "total = total + added",
         (BUDGET,), TRITON,
@@ -204,9 +204,31 @@ MUTANTS = [
     Mutant(
         "a limit reaches the logit", "a pair whose logit is the limit itself does not count",
         f"{KERNELS}/tiles.py",
-        "acc * tl.load(mask.scale) > tl.expand_dims(most, 1 - AXIS)",
-        "acc * tl.load(mask.scale) >= tl.expand_dims(most, 1 - AXIS)",
+        "acc > tl.expand_dims(most, 1 - AXIS)",
+        "acc >= tl.expand_dims(most, 1 - AXIS)",
         (f"{RULES}::test_a_limit_on_a_logit",), "fp32",
+    ),
+    Mutant(
+        "guide times the scale", "the guide's products are multiplied by the scale before they meet a limit",
+        f"{KERNELS}/tiles.py",
+        "if mask.row_guide is None:",
+        "if mask.row_limit is not None:",
+        (f"{RULES}::test_matches_the_reference",), "bf16 and guide",
+    ),
+    Mutant(
+        "excluded pairs added up", "the logits of positives with equal ids are added up too",
+        f"{KERNELS}/tiles.py",
+        "return out & ~excluded(mask, rows, row_end, cols, col_end, MODE)",
+        "return out & (rows < row_end)[:, None] & (cols < col_end)[None, :]",
+        (f"{RULES}::test_matches_the_reference", f"{RULES}::test_sums_of_a_column_without_logits"),
+        "add or sums_of",
+    ),
+    Mutant(
+        "sums overflow in float16", "G of a related pair, which gains from two parts, is enlarged like any other",
+        f"{KERNELS}/launch.py",
+        "FP16_TOP / 2 if p.added else FP16_TOP",
+        "FP16_TOP",
+        (f"{RULES}::test_float16_holds_the_largest_gradient_of_a_related_pair",),
     ),
     Mutant(
         "first two ids", "of several ids only the first two places are compared",
@@ -232,7 +254,7 @@ MUTANTS = [
     Mutant(
         "float16 weights not enlarged", "G is rounded to float16 as it is, and small weights vanish",
         f"{KERNELS}/launch.py",
-        "self.top = FP16_TOP",
+        "self.top = FP16_TOP / 2 if p.added else FP16_TOP",
         "self.top = 1.0",
         ("tests/ops/test_stats.py::test_small_weights_of_float16_features_do_not_vanish",), "triton",
     ),

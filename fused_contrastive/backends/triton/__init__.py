@@ -63,10 +63,10 @@ class Triton(Backend):
         """Losses over rows alone: of a softmax unless all products are kept, and always of softplus.
 
         The gradient of a sum of softplus is formed with the sum, so keeping products would save nothing. Limits, and
-        related pairs apart, take the exact kernels of the two passes.
+        related pairs apart or added up, take the exact kernels of the two passes.
         """
         limited = spec.row_limit is not None or spec.col_limit is not None
-        if limited or spec.equal_ids == "apart" or not spec.paired:
+        if limited or spec.equal_ids in ("apart", "add") or not spec.paired:
             return False
         alone = not (spec.want_col or spec.upper)
         return alone and (spec.kept_rows < m or spec.statistic == "softplus")

@@ -16,6 +16,7 @@ from torch import Tensor
 from fused_contrastive.backends.triton import backward as kernels
 from fused_contrastive.backends.triton import configs, device, launch, storage
 from fused_contrastive.backends.triton.problem import Block, Prepared, cuts
+from fused_contrastive.backends.triton.totals import Direction
 from fused_contrastive.core.modes import second_backward
 from fused_contrastive.core.spec import TENSORS, Gradients, Needs, RowLoss, StatsSpec, summed_like
 from fused_contrastive.core.unit import unit_rows
@@ -145,7 +146,7 @@ def _of_rows(spec: StatsSpec, x: Tensor, y: Tensor, asked: RowLoss, needs: Needs
     dbias = x.new_zeros(p.n if needs.col_bias else 0, dtype=torch.float32)
     with device.current(x.device):
         largest = x.new_full((), asked.weight, dtype=torch.float32)  # no row's gradient is larger
-        row, col = launch.Direction(True, p.m, x), launch.Direction(False, p.n, x)
+        row, col = Direction(True, p.m, x), Direction(False, p.n, x)
         rows_of = None if p.softplus else launch.direction_of(p.m, x)
         all_rows = list(_rows_of_blocks(p))
         height = max(blocks[0].height for blocks in all_rows)

@@ -13,7 +13,9 @@ from fused_contrastive.backends.triton.tiles import (
     HEADROOM,
     HUGE,
     LOG2_E,
+    added_up,
     below,
+    compared,
     corner,
     finite,
     load_tile,
@@ -191,7 +193,7 @@ def _weights(s, direction, i, inside, AXIS: tl.constexpr, MODE: tl.constexpr):
 
 @triton.jit
 def _weights_of_both(s, acc, mask, rows, cols, i, row_end, j, col_end, MODE: tl.constexpr):
-    """G of a tile from logits ``s`` of products ``acc``, by directions of which one may be None."""
+    """G of a tile from logits ``s`` and what limits are compared with, by directions of which one may be None."""
     if rows is None:
         g = _weights(below(s, acc, mask, mask.col_limit, j, j < col_end, 1), cols, j, j < col_end, 1, MODE)
     elif cols is None:
@@ -202,15 +204,28 @@ def _weights_of_both(s, acc, mask, rows, cols, i, row_end, j, col_end, MODE: tl.
     return g
 
 
+@triton.jit
+def _of_sums(mask, rows, cols, i, row_end, j, col_end, MODE: tl.constexpr):
+    """What a tile of G gains from the sums of related pairs' logits, by directions of which one may be None."""
+    if rows is None:
+        g = tl.load(cols.g + j, mask=j < col_end, other=0.0)[None, :]
+    elif cols is None:
+        g = tl.load(rows.g + i, mask=i < row_end, other=0.0)[:, None]
+    else:
+        by_col = tl.load(cols.g + j, mask=j < col_end, other=0.0)
+        g = tl.load(rows.g + i, mask=i < row_end, other=0.0)[:, None] + by_col[None, :]
+    return tl.where(added_up(mask, i, row_end, j, col_end, MODE), g, 0.0)
+
+
 @triton.jit(do_not_specialize=["M", "N", "stride_references", "row_begin", "row_end", "col_begin", "col_end"])
 def exact_gradient(
     x, y, gemm_products, stride_gemm, references, stride_references, mask, rows, cols, related_rows, related_cols, out,
     stride_out, M, N, D, stride_x, stride_y, row_begin, row_end, col_begin, col_end,
     ONLY_FAR: tl.constexpr, MODE: tl.constexpr, TILE: tl.constexpr, SEGMENT: tl.constexpr,
 ):  # fmt: skip
-    """G with an exponential for each direction, for float32 features, limits and related pairs apart, whose Directions
-    are ``related_rows`` and ``related_cols``; or (ONLY_FAR) for those tiles of half-precision features whose
-    normalisers lie too far apart for the kernels above. Products are ``gemm_products``, or made here.
+    """G with an exponential for each direction, for float32 features, limits and related pairs apart or added up,
+    whose Directions are ``related_rows`` and ``related_cols``; or (ONLY_FAR) for those tiles of half-precision
+    features whose normalisers lie too far apart for the kernels above. Products are ``gemm_products``, or made here.
 
     Axis 0 of the grid: rows of tiles. Axis 1: the programs that share the tiles of a row.
     """
@@ -257,12 +272,15 @@ def exact_gradient(
             s, c = logits(acc, mask, None, row0, row_end, col0, col_end, MODE)
             s *= c
             j = col0 + tl.arange(0, BN)
-            g = _weights_of_both(s, acc, mask, rows, cols, i, row_end, j, col_end, MODE)
+            at = compared(acc, mask, row0, col0, M, N, MODE)
+            g = _weights_of_both(s, at, mask, rows, cols, i, row_end, j, col_end, MODE)
             if MODE.equal_ids == "apart":
                 apart = related(mask, i, row_end, j, col_end, MODE)
                 if tl.max(apart.to(tl.int32)) > 0:
-                    among = _weights_of_both(s, acc, mask, related_rows, related_cols, i, row_end, j, col_end, MODE)
+                    among = _weights_of_both(s, at, mask, related_rows, related_cols, i, row_end, j, col_end, MODE)
                     g = tl.where(apart, among, g)
+            elif MODE.equal_ids == "add":
+                g += _of_sums(mask, related_rows, related_cols, i, row_end, j, col_end, MODE)
             store_tile(out, stride_out, row0 - row_begin, col0 - col_begin, row_end - row_begin, g, False)
 
 

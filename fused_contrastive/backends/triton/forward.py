@@ -1,20 +1,19 @@
-"""The forward kernels: they compute statistics of tiles of S and merge them into statistics of the whole matrix."""
+"""The forward kernels: they compute statistics of tiles of S, which `totals.py` adds up."""
 
 from __future__ import annotations
 
 import inspect
-from typing import NamedTuple
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from fused_contrastive.backends.triton.tiles import (
     CELL,
     HEADROOM,
     HUGE,
-    LN_2,
+    added_up,
     below,
+    compared,
     excluded,
     finite,
     load_tile,
@@ -25,6 +24,7 @@ from fused_contrastive.backends.triton.tiles import (
     store_tile,
     tile_at,
 )
+from fused_contrastive.backends.triton.totals import store_partials
 
 # A sum of exponentials below this, 2^-88 where the largest is 2^HEADROOM, has lost terms to underflow.
 LOST = tl.constexpr(3e-27)
@@ -34,20 +34,6 @@ APART = tl.constexpr(120.0)
 
 # Triton 3.4 lacks disable_licm: what it moves out of a loop over tiles then takes registers during the whole loop.
 KEEPS_INVARIANTS_INSIDE = tl.constexpr("disable_licm" in inspect.signature(tl.range.__init__).parameters)
-
-
-class Partials(NamedTuple):
-    """The log-sum-exp of each row or column of a part of S: maximum + log(sum), in the logits' units."""
-
-    maxima: Tensor  # (parts, length) float32; -inf where all pairs are excluded. It may be any reference
-    sums: Tensor  # (parts, length) float32
-
-
-@triton.jit
-def _store_partials(partials, part, length, i, maximum, total, inside):
-    where = part.to(tl.int64) * length + i
-    tl.store(partials.maxima + where, maximum, mask=inside)
-    tl.store(partials.sums + where, total, mask=inside)
 
 
 @triton.jit
@@ -102,7 +88,7 @@ def _tile_of_strip(
     if rows_to is not None:
         rows = row0 + tl.arange(0, BM)
         total = tl.sum(e, axis=1)
-        _store_partials(
+        store_partials(
             rows_to, tile_n, row_end - row_begin, rows - row_begin, tl.zeros((BM,), tl.float32) + maximum, total,
             rows < row_end,
         )  # fmt: skip
@@ -178,7 +164,7 @@ def strip_statistics(
         if FOLD:
             col_total = tl.sum(tl.sum(col_total, axis=1), axis=0)
         cols = col0 + tl.arange(0, BN)
-        _store_partials(
+        store_partials(
             cols_to, strip, col_end - col_begin, cols - col_begin, tl.zeros((BN,), tl.float32) + highest,
             col_total, cols < col_end,
         )  # fmt: skip
@@ -227,12 +213,24 @@ def _add_tile(
     if rows_to is not None:
         maximum = tl.max(s_of_rows, axis=1)
         total = tl.sum(power(s_of_rows - finite(maximum)[:, None], MODE), axis=1)
-        _store_partials(rows_to, tile_n, row_end - row_begin, rows - row_begin, maximum, total, rows < row_end)
+        store_partials(rows_to, tile_n, row_end - row_begin, rows - row_begin, maximum, total, rows < row_end)
     if cols_to is not None:
         maximum = tl.max(s_of_cols, axis=0)
         total = tl.sum(power(s_of_cols - finite(maximum)[None, :], MODE), axis=0)
         col_total, col_maximum = _add_scaled(col_total, col_maximum, total, maximum, MODE)
     return col_total, col_maximum
+
+
+@triton.jit
+def _add_sums(s, mask, rows_to, tile_n, rows, row_begin, row_end, cols, col_end, MODE: tl.constexpr):
+    """Writes the rows' sums of a tile's logits of related pairs, and returns the columns' sums."""
+    s = tl.where(added_up(mask, rows, row_end, cols, col_end, MODE), s, 0.0)
+    if rows_to is not None:
+        store_partials(
+            rows_to, tile_n, row_end - row_begin, rows - row_begin, tl.zeros((s.shape[0],), tl.float32),
+            tl.sum(s, axis=1), rows < row_end,
+        )  # fmt: skip
+    return tl.sum(s, axis=0)
 
 
 @triton.jit(do_not_specialize=["M", "N", "stride_gemm", "row_begin", "row_end", "col_begin", "col_end"])
@@ -245,9 +243,9 @@ def exact_statistics(
 
     If ``lost`` is None, each program does one strip. This is the way for float32 features, whose products come from
     ``gemm_products`` (height, width) or are made here and written to ``kept`` (height, width), if that is not None; and
-    for problems with limits or with related pairs apart, whose statistics go to ``related_rows_to`` and
-    ``related_cols_to``. Otherwise there are as many programs as tiles across, and they do only the strips whose sums
-    are lost.
+    for problems with limits, or with related pairs apart or added up, whose statistics or sums (Partials with maxima
+    of 0) go to ``related_rows_to`` and ``related_cols_to``. Otherwise there are as many programs as tiles across, and
+    they do only the strips whose sums are lost.
     """
     BM: tl.constexpr = TILE.block_m
     BN: tl.constexpr = TILE.block_n
@@ -307,89 +305,30 @@ def exact_statistics(
                     )  # fmt: skip
                     s = tl.where(apart, float("-inf"), s)
                 elif related_rows_to is not None:
-                    _store_partials(
+                    store_partials(
                         related_rows_to, tile_n, row_end - row_begin, rows - row_begin,
                         tl.full((BM,), float("-inf"), tl.float32), tl.zeros((BM,), tl.float32), rows < row_end,
                     )  # fmt: skip
-            of_rows = below(s, acc, mask, mask.row_limit, rows, rows < row_end, 0)
-            of_cols = below(s, acc, mask, mask.col_limit, cols, cols < col_end, 1)
+            elif MODE.equal_ids == "add":
+                related_total += _add_sums(
+                    s, mask, related_rows_to, tile_n, rows, row_begin, row_end, cols, col_end, MODE
+                )  # fmt: skip
+            at = compared(acc, mask, row0, col0, M, N, MODE)
+            of_rows = below(s, at, mask, mask.row_limit, rows, rows < row_end, 0)
+            of_cols = below(s, at, mask, mask.col_limit, cols, cols < col_end, 1)
             col_total, col_maximum = _add_tile(
                 of_rows, of_cols, rows_to, cols_to, col_total, col_maximum, tile_n, rows, row_begin, row_end, MODE
             )
             row0 += BM
         if cols_to is not None:
-            _store_partials(
+            store_partials(
                 cols_to, strip, col_end - col_begin, cols - col_begin, col_maximum, col_total,
                 cols < last,
             )  # fmt: skip
+        if MODE.equal_ids == "add":
+            related_maximum = tl.zeros((BN,), tl.float32)
         if related_cols_to is not None:
-            _store_partials(
+            store_partials(
                 related_cols_to, strip, col_end - col_begin, cols - col_begin, related_maximum, related_total,
                 cols < last,
             )  # fmt: skip
-
-
-@triton.jit
-def _merge_one(
-    parts_of, totals, parts, length, known, first, part_width, MODE: tl.constexpr, PLAIN: tl.constexpr,
-    UPPER: tl.constexpr, PARTS: tl.constexpr, LENGTH: tl.constexpr,
-):  # fmt: skip
-    i = tl.program_id(0) * LENGTH + tl.arange(0, LENGTH)
-    top = tl.load(totals.maxima + i, mask=i < known, other=float("-inf"))
-    total = tl.load(totals.sums + i, mask=i < known, other=0.0)
-    for part0 in range(0, parts, PARTS):
-        p = part0 + tl.arange(0, PARTS)
-        inside = (p < parts)[:, None] & (i < length)[None, :]
-        if UPPER:  # row i has nothing in parts that end at or before the diagonal
-            inside &= ((p + 1) * part_width - 1)[:, None] > (first + i)[None, :]
-        where = p.to(tl.int64)[:, None] * length + i[None, :]
-        tops = tl.load(parts_of.maxima + where, mask=inside, other=float("-inf"))
-        sums = tl.load(parts_of.sums + where, mask=inside, other=0.0)
-        higher = tl.maximum(top, tl.max(tops, axis=0))
-        # The factor may underflow, so it is applied in two halves: with HEADROOM, a sum counts beside one whose
-        # reference is 150 binary orders higher.
-        half = power((tops - finite(higher)[None, :]) * 0.5, MODE)
-        added = tl.sum((sums * half * half).to(tl.float64), axis=0)
-        half = power((top - finite(higher)) * 0.5, MODE).to(tl.float64)
-        total = total * half * half + added
-        top = higher
-    tl.store(totals.maxima + i, top, mask=i < length)
-    tl.store(totals.sums + i, total, mask=i < length)
-    high = top.to(tl.float64)
-    if PLAIN:
-        log = total * LN_2 if MODE.half else total
-    else:
-        log = (high + tl.log2(total)) * LN_2 if MODE.half else high + tl.log(total)
-    tl.store(totals.value + i, log, mask=i < length)
-
-
-class Totals(NamedTuple):
-    """What the blocks so far add up to, in one direction of the whole matrix."""
-
-    maxima: Tensor  # (length,) float32
-    sums: Tensor  # (length,) float64
-    value: Tensor  # (length,) float64: maximum + log(sum)
-
-
-@triton.jit(do_not_specialize=["parts_m", "parts_n", "height", "width", "known_height", "known_width", "first"])
-def merge(
-    row_parts, row_totals, col_parts, col_totals, parts_m, parts_n, height, width, known_height, known_width, first,
-    MODE: tl.constexpr, PLAIN: tl.constexpr, PART_WIDTH: tl.constexpr, PARTS: tl.constexpr, LENGTH: tl.constexpr,
-):  # fmt: skip
-    """Adds a block's Partials to the Totals, in order.
-
-    Axis 1 of the grid is the direction: 0 rows, 1 columns; None where it is not asked. known_* is 0 for a direction's
-    first block, whose totals hold nothing yet, and its length after. PLAIN: the maxima are 0 and the values are the
-    sums. Sums and values are float64: next to a maximum of 1000, float32 would round log(sum) to 6e-5.
-
-    With ``upper`` the parts of rows hold nothing below the diagonal: a part is PART_WIDTH columns wide, and the first
-    row is ``first`` columns after the block's first.
-    """
-    if tl.program_id(1) == 0:
-        if row_parts is not None:
-            _merge_one(
-                row_parts, row_totals, parts_n, height, known_height, first, PART_WIDTH, MODE, PLAIN, MODE.upper,
-                PARTS, LENGTH,
-            )  # fmt: skip
-    elif col_parts is not None:  # every part of columns is filled: a strip without tiles writes -inf and 0
-        _merge_one(col_parts, col_totals, parts_m, width, known_width, 0, 0, MODE, PLAIN, False, PARTS, LENGTH)

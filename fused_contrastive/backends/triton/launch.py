@@ -15,6 +15,7 @@ from fused_contrastive.backends.triton import configs, device, storage, tune
 from fused_contrastive.backends.triton import forward as forward_kernels
 from fused_contrastive.backends.triton import sigmoid as sigmoid_kernels
 from fused_contrastive.backends.triton.problem import Block, Prepared, largest
+from fused_contrastive.backends.triton.totals import Direction, merge
 from fused_contrastive.core.spec import Forward, Gradients, Needs, StatsSpec, Upstream, summed_like
 
 # Blocks of S, (height, width): partial statistics of 2 x 17 MB; products of 128 MB; G of 512 MB in half precision.
@@ -23,7 +24,8 @@ FLOAT32_BLOCK = (4096, 8192)
 GRADIENT_BLOCK = (16384, 16384)
 MERGE_PARTS, MERGE_LENGTH = 32, 64
 FINISH_ROWS, FINISH_D = 16, 64
-FP16_TOP = 2.0**14  # G's largest entry in float16 is at most twice this: 1/N of it is far from underflow at N = 1e6
+# G in float16 is at most twice this, once for each direction: 1/N of it is far from underflow at N = 1e6.
+FP16_TOP = 2.0**14
 TARGET_ROWS = 65536
 SMALLEST = 1e-30  # replaces a smaller largest |g|, whose reciprocal may not be finite in float32
 FUSED = {"enable_fp_fusion": True}  # for kernels without a configuration; see Config.options
@@ -37,44 +39,13 @@ def config(p: Prepared, kernel: configs.Kernel) -> configs.Config:
     return c._replace(block_n=min(c.block_n, 128)) if p.mode.ids > 1 else c
 
 
-class Direction:
-    """Memory for the totals of one direction and for partial statistics of a block; none if it is not needed.
-
-    ``related`` is the same for the related pairs, if they are reduced apart.
-    """
-
-    def __init__(self, asked: bool, size: int, like: Tensor, apart: bool = False) -> None:
-        self.related = Direction(asked, size, like) if apart else None
-        self.value = like.new_empty(size if asked else 0, dtype=torch.float64)
-        self.asked = asked
-        if asked:
-            self.maxima = like.new_empty(size, dtype=torch.float32)
-            self.sums = torch.empty_like(self.value)
-
-    def partials(self, parts: int, length: int) -> forward_kernels.Partials | None:
-        if not self.asked:
-            return None
-        return forward_kernels.Partials(self.maxima.new_empty(parts, length), self.maxima.new_empty(parts, length))
-
-    def partials_of_both(self, parts: int, length: int) -> list[forward_kernels.Partials | None]:
-        return [None if d is None else d.partials(parts, length) for d in (self, self.related)]
-
-    def result(self) -> Tensor:
-        return self.value if self.related is None else torch.stack((self.value, self.related.value), dim=1)
-
-    def totals(self, part: slice) -> forward_kernels.Totals | None:
-        if not self.asked:
-            return None
-        return forward_kernels.Totals(self.maxima[part], self.sums[part], self.value[part])
-
-
 def forward(spec: StatsSpec, x: Tensor, y: Tensor) -> Forward:
     shape, dtype = storage.layout(spec.kept_rows, y.shape[0], x.dtype)
     buffer = x.new_empty(shape, dtype=dtype)
     p = Prepared(spec, x, y, buffer)
     pos = x.new_empty(p.m if spec.paired else 0, dtype=torch.float64)
-    row = Direction(spec.want_row, p.m, x, p.apart)
-    col = Direction(spec.want_col or spec.upper, p.n, x, p.apart)
+    row = Direction(spec.want_row, p.m, x, p.two)
+    col = Direction(spec.want_col or spec.upper, p.n, x, p.two)
     with device.current(x.device):
         p.kept.clear_padding()
         all_blocks = p.blocks(*(FLOAT32_BLOCK if p.by_vendor else STATISTICS_BLOCK))
@@ -127,15 +98,16 @@ def block_statistics(
             related_col_parts, None, *products_to, *p.sizes, *b, MODE=p.mode, TILE=c, **(c.options | UNFUSED),
         )  # fmt: skip
     longest = max(b.height if row.asked else 0, b.width if col.asked else 0)
-    for of_rows, from_rows, of_cols, from_cols in (
-        (row, row_parts, col, col_parts), (row.related, related_row_parts, col.related, related_col_parts)
+    for of_rows, from_rows, of_cols, from_cols, plain in (
+        (row, row_parts, col, col_parts, p.softplus),
+        (row.related, related_row_parts, col.related, related_col_parts, p.softplus or p.added),
     ):  # fmt: skip
         if of_rows is None or of_cols is None:
             continue
-        forward_kernels.merge[(triton.cdiv(longest, MERGE_LENGTH), 2)](
+        merge[(triton.cdiv(longest, MERGE_LENGTH), 2)](
             from_rows, of_rows.totals(b.rows), from_cols, of_cols.totals(b.cols),
             strips, across, b.height, b.width, 0 if p.first_of_rows(b) else b.height, b.width if b.row0 else 0,
-            b.row0 - b.col0, MODE=p.mode, PLAIN=p.softplus, PART_WIDTH=c.block_n, PARTS=MERGE_PARTS,
+            b.row0 - b.col0, MODE=p.mode, PLAIN=plain, PART_WIDTH=c.block_n, PARTS=MERGE_PARTS,
             LENGTH=MERGE_LENGTH, **FUSED,
         )  # fmt: skip
 
@@ -172,10 +144,10 @@ def block_of_weights(
     gemm_products = kept.products
     if p.half:
         exact = config(p, "statistics").exact
-    elif gemm_products is not None:
+    elif gemm_products is not None and p.mask.row_guide is None:
         exact = configs.default(p.device, "gemm", "gradient")
     else:  # Limits need the forward's tiles. These are also small enough for the registers that two parts take.
-        exact = config(p, "statistics" if p.limited or p.apart else "gradient")
+        exact = config(p, "statistics" if p.limited or p.two else "gradient")
     if kept.exponentials is not None:
         c = config(p, "kept")
         backward_kernels.gradient_of_kept[(math.prod(b.tiles(c)),)](
@@ -282,10 +254,10 @@ class _Backward:
         if p.dtype == torch.float16 and normalised:
             together = torch.cat(normalised) if len(normalised) > 1 else normalised[0]
             self.largest = torch.linalg.vector_norm(together, ord=torch.inf).clamp_min(SMALLEST)
-            self.top = FP16_TOP
+            self.top = FP16_TOP / 2 if p.added else FP16_TOP  # a related pair gains from both parts
         self.has_negatives = bool(normalised)
         self.dots: list[Tensor] = []
-        # Of all pairs; or of those that are not related, and of those that are.
+        # Of all pairs; or of those that are not related, and of those that are; or of all, and the sums of related.
         self.g_rows = _parts(p, g_row)
         self.directions: list[tuple[backward_kernels.Direction | None, backward_kernels.Direction | None]] = []
         if p.softplus or not self.has_negatives:
@@ -316,9 +288,9 @@ class _Backward:
 
 
 def _parts(p: Prepared, t: Tensor | None) -> list[Tensor | None]:
-    """A statistic's vectors, or its gradient's: one, or two where related pairs are apart."""
-    if t is None or not p.apart:
-        return [t] * (2 if p.apart else 1)
+    """A statistic's vectors, or its gradient's: one, or two where related pairs are apart or added up."""
+    if t is None or not p.two:
+        return [t] * (2 if p.two else 1)
     return [part.contiguous() for part in t.unbind(dim=1)]
 
 

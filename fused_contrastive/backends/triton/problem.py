@@ -10,7 +10,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fused_contrastive.backends.triton import configs, device, storage
-from fused_contrastive.backends.triton.tiles import Mask, Mode
+from fused_contrastive.backends.triton.tiles import GUIDE_K, Mask, Mode
 from fused_contrastive.core.spec import StatsSpec
 
 
@@ -90,6 +90,11 @@ def rounded_to_tf32(t: Tensor) -> Tensor:
     return torch.where(t.isfinite(), rounded.view(torch.float32), t)
 
 
+def padded_guide(t: Tensor | None) -> Tensor | None:
+    """A guide as the kernels multiply it: float32, with columns of zeros up to a multiple of GUIDE_K."""
+    return None if t is None else torch.nn.functional.pad(t.float(), (0, -t.shape[1] % GUIDE_K.value))
+
+
 def products_from(x: Tensor) -> configs.Source:
     """Where products come from.
 
@@ -122,10 +127,11 @@ class Prepared:
         self.x, self.y = (aligned(x), aligned(y)) if self.source == "tf32" else self.multiplied
         self.half = self.source == "half"
         self.softplus = spec.statistic == "softplus"
-        self.apart = spec.equal_ids == "apart"
+        apart, self.added = spec.equal_ids == "apart", spec.equal_ids == "add"
+        self.two = apart or self.added  # a statistic has two parts
         self.limited = spec.row_limit is not None or spec.col_limit is not None
         # The exact kernels, two exponentials per logit, take all tiles of a softmax.
-        self.exact = not self.half or self.limited or (self.apart and not self.softplus)
+        self.exact = not self.half or self.limited or (self.two and not self.softplus)
         # With limits the backward needs the forward's products bit for bit, to exclude the same pairs. A vendor's GEMM
         # does not promise them; the same tiles of the same code have them.
         self.by_vendor = self.source == "gemm" and not self.limited
@@ -136,16 +142,23 @@ class Prepared:
         self.kept = storage.KeptRows(kept_buffer, kept_rows, self.n, exact=not self.half)
         one_bias = spec.col_bias is not None and spec.col_bias.dim() == 0  # SigLIP's
         tensors = {name: getattr(spec, name) for name in Mask._fields}
+        for name in ("row_guide", "col_guide"):
+            tensors[name] = padded_guide(tensors[name]) if self.limited else None
         contiguous: dict[str, Any] = {name: None if t is None else t.contiguous() for name, t in tensors.items()}
         self.mask = Mask(**contiguous)
         self.tma = self.device.tma and self.source != "gemm"
         precision = "tf32" if self.source == "tf32" else "ieee"
-        equal_ids = "negate" if self.apart and self.softplus else spec.equal_ids
+        equal_ids = "negate" if apart and self.softplus else spec.equal_ids
         ids = 1 if spec.row_ids is None or spec.row_ids.dim() == 1 else spec.row_ids.shape[1]
+        # Three products of tf32 are as precise as a sum of float32 products, and take the matrix units.
+        in_matrix_units = self.source != "gemm" and self.device.architecture.startswith("sm_")
+        row_guide = self.mask.row_guide
+        guide = () if row_guide is None else (row_guide.shape[1], "tf32x3" if in_matrix_units else "ieee")
         units_of_log_2 = self.half and (self.softplus or not self.exact)
         self.mode = Mode(
-            units_of_log_2, self.tma, precision, spec.exclude_self, spec.upper, equal_ids, one_bias, ids, spec.paired
-        )
+            units_of_log_2, self.tma, precision, spec.exclude_self, spec.upper, equal_ids, one_bias, ids, spec.paired,
+            *guide,
+        )  # fmt: skip
 
     @property
     def sizes(self) -> tuple[int, int, int, int, int]:

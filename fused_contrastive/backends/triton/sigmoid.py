@@ -5,7 +5,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fused_contrastive.backends.triton.forward import _store_partials
 from fused_contrastive.backends.triton.tiles import (
     corner,
     load_tile,
@@ -16,6 +15,7 @@ from fused_contrastive.backends.triton.tiles import (
     related,
     store_tile,
 )
+from fused_contrastive.backends.triton.totals import store_partials
 
 
 @triton.jit
@@ -147,12 +147,12 @@ def sigmoid_statistics(
             among, among_slope = _sums_and_slopes(of_related, TOP, slopes is not None, DTYPE, MODE, SPLIT)
             if slopes is not None:
                 slope = tl.where(apart, among_slope, slope)
-        _store_partials(
+        store_partials(
             related_rows_to, j // BN, height, rows - row_begin, tl.zeros((BM,), tl.float32), among, rows < row_end
         )
     else:
         total, slope = _sums_and_slopes(s, TOP, slopes is not None, DTYPE, MODE, SPLIT)
-    _store_partials(rows_to, j // BN, height, rows - row_begin, tl.zeros((BM,), tl.float32), total, rows < row_end)
+    store_partials(rows_to, j // BN, height, rows - row_begin, tl.zeros((BM,), tl.float32), total, rows < row_end)
     if slopes is not None:
         slope = _signed(slope, mask, rows, row_end, col0 + tl.arange(0, BN), col_end, MODE)
         store_tile(slopes, stride_slopes, i, j, height, slope, MODE.tma)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
+GUIDE_K = tl.constexpr(16)  # columns of a guide are padded to a multiple of this, and taken so many at a time
 CELL = tl.constexpr(32)  # rows and columns that share one reference of kept exponentials; every tile is a multiple
 
 # Exponentials are taken against a reference this many binary orders below the maximum. float32 reaches from 2^-126 to
@@ -31,6 +32,8 @@ class Mask(NamedTuple):
     col_ids: Tensor | None  # (N, ids) int64
     row_limit: Tensor | None  # (M,) float32
     col_limit: Tensor | None  # (N,) float32
+    row_guide: Tensor | None  # (M, G) float32, G = Mode.guide; None also where nothing is limited
+    col_guide: Tensor | None  # (N, G) float32
 
 
 class Mode(NamedTuple):
@@ -41,10 +44,12 @@ class Mode(NamedTuple):
     precision: str  # of tl.dot
     exclude_self: bool
     upper: bool  # only pairs above the diagonal
-    equal_ids: str  # "exclude", "only" (exclude all others), "negate" or "apart"
+    equal_ids: str  # "exclude", "only" (exclude all others), "negate", "apart" or "add"
     one_bias: bool = False  # col_bias has one element, for all columns
     ids: int = 1  # of each row and column; pairs are related if any of them agree
     paired: bool = True  # rows have positives
+    guide: int = 0  # columns of the guide, a multiple of GUIDE_K
+    guide_precision: str = "ieee"  # of its products: "ieee", or "tf32x3" in NVIDIA's matrix units
 
 
 @triton.jit
@@ -109,6 +114,25 @@ def store_tile(matrix, stride, row, col, height, tile, TMA: tl.constexpr):
 
 
 @triton.jit
+def _products_from_pointers(
+    x, y, row0, col0, M, N, D, stride_x, stride_y, acc, BK: tl.constexpr, PRECISION: tl.constexpr
+):  # fmt: skip
+    rows = tl.minimum(row0 + tl.arange(0, acc.shape[0]), M - 1).to(tl.int64)
+    cols = tl.minimum(col0 + tl.arange(0, acc.shape[1]), N - 1).to(tl.int64)
+    ks = tl.arange(0, BK)
+    x_tile = x + rows[:, None] * stride_x + ks[None, :]
+    y_tile = y + cols[None, :] * stride_y + ks[:, None]
+    for k in range(0, D, BK):
+        inside = ks < D - k
+        a = tl.load(x_tile, mask=inside[None, :], other=0.0)
+        b = tl.load(y_tile, mask=inside[:, None], other=0.0)
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+        x_tile += BK
+        y_tile += BK
+    return acc
+
+
+@triton.jit
 def products(x, y, row0, col0, shape, MODE: tl.constexpr, TILE: tl.constexpr):
     """x[row0 : row0 + BM] @ y[col0 : col0 + BN].T in float32. Rows and columns beyond the end hold anything.
 
@@ -125,18 +149,23 @@ def products(x, y, row0, col0, shape, MODE: tl.constexpr, TILE: tl.constexpr):
         for k in range(0, D, BK):
             acc = tl.dot(x.load([row0, k]), y.load([col0, k]).T, acc, input_precision=MODE.precision)
     else:
-        rows = tl.minimum(row0 + tl.arange(0, BM), M - 1).to(tl.int64)
-        cols = tl.minimum(col0 + tl.arange(0, BN), N - 1).to(tl.int64)
-        ks = tl.arange(0, BK)
-        x_tile = x + rows[:, None] * stride_x + ks[None, :]
-        y_tile = y + cols[None, :] * stride_y + ks[:, None]
-        for k in range(0, D, BK):
-            inside = ks < D - k
-            a = tl.load(x_tile, mask=inside[None, :], other=0.0)
-            b = tl.load(y_tile, mask=inside[:, None], other=0.0)
-            acc = tl.dot(a, b, acc, input_precision=MODE.precision)
-            x_tile += BK
-            y_tile += BK
+        acc = _products_from_pointers(
+            x, y, row0, col0, M, N, D, stride_x, stride_y, acc, BK, MODE.precision
+        )  # fmt: skip
+    return acc
+
+
+@triton.jit
+def compared(acc, mask, row0, col0, M, N, MODE: tl.constexpr):
+    """A tile of what ``below`` compares with limits: the products ``acc``, or those of the guide if there is one.
+
+    The guide's vectors are float32 whatever the features are. Forward and backward make the same bits of them.
+    """
+    if mask.row_guide is not None:
+        acc = _products_from_pointers(
+            mask.row_guide, mask.col_guide, row0, col0, M, N, MODE.guide, MODE.guide, MODE.guide,
+            tl.zeros((acc.shape[0], acc.shape[1]), tl.float32), GUIDE_K, MODE.guide_precision,
+        )  # fmt: skip
     return acc
 
 
@@ -162,14 +191,17 @@ def related(mask, rows, row_end, cols, col_end, MODE: tl.constexpr):
 
 @triton.jit
 def below(s, acc, mask, limit, i, inside, AXIS: tl.constexpr):
-    """Logits, -inf where scale * product is above the limit of the row (AXIS 0) or column (AXIS 1); None: no limit.
+    """Logits, -inf where scale * product, or the guide's product, is above the limit of the row (AXIS 0) or column
+    (AXIS 1); None: no limit. ``acc`` is from ``compared``.
 
     The forward and the backward call it with the same products. Only exact kernels do, where nothing is fused: the
     rounded product is compared in both, whatever is added to it elsewhere.
     """
     if limit is not None:
         most = tl.load(limit + i, mask=inside, other=0.0)
-        s = tl.where(acc * tl.load(mask.scale) > tl.expand_dims(most, 1 - AXIS), float("-inf"), s)
+        if mask.row_guide is None:
+            acc *= tl.load(mask.scale)
+        s = tl.where(acc > tl.expand_dims(most, 1 - AXIS), float("-inf"), s)
     return s
 
 
@@ -201,6 +233,13 @@ def excluded(mask, rows, row_end, cols, col_end, MODE: tl.constexpr):
         elif MODE.equal_ids == "only":
             out |= ~related(mask, rows, row_end, cols, col_end, MODE)
     return out
+
+
+@triton.jit
+def added_up(mask, rows, row_end, cols, col_end, MODE: tl.constexpr):
+    """Which pairs of a tile are related and not excluded, so that their logits are added up (equal_ids "add")."""
+    out = related(mask, rows, row_end, cols, col_end, MODE)
+    return out & ~excluded(mask, rows, row_end, cols, col_end, MODE)
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""Several ids, problems without positives, related pairs apart, and limits: against the reference, and compiled."""
+"""Several ids, no positives, related pairs apart or added up, limits, a guide: against the reference, and compiled."""
 
 from __future__ import annotations
 
@@ -56,15 +56,26 @@ def some_ids(m: int, n: int, *each: int) -> dict[str, Any]:
     return {"row_ids": row, "col_ids": col}
 
 
-def between_logits(x: Tensor, y: Tensor, size: int) -> Tensor:
+def between_logits(x: Tensor, y: Tensor, size: int, scale: float = SCALE) -> Tensor:
     """Limits that no rounding of a product reaches."""
-    s = (SCALE * x.float() @ y.float().T).flatten().sort().values
-    apart = (s[1:] - s[:-1]) > 1e-4 * SCALE
+    s = (scale * x.float() @ y.float().T).flatten().sort().values
+    apart = (s[1:] - s[:-1]) > 1e-4 * scale
     return ((s[1:] + s[:-1]) / 2)[apart][torch.randint(int(apart.sum()), (size,), device=WHERE)]
 
 
 def limits(x: Tensor, y: Tensor) -> dict[str, Any]:
     return {"row_limit": between_logits(x, y, len(x)), "col_limit": between_logits(x, y, len(y))}
+
+
+def guided(x: Tensor, y: Tensor, width: int) -> dict[str, Any]:
+    """Limits, and a guide to compare with them, in the dtype of the features, of which one has other strides."""
+    u, v = features(len(x), len(y), x.dtype, width)
+    of_rows, of_cols = between_logits(u, v, len(x), 1.0), between_logits(u, v, len(y), 1.0)
+    return {"row_guide": u, "col_guide": v.T.contiguous().T, "row_limit": of_rows, "col_limit": of_cols}
+
+
+def added(x: Tensor, y: Tensor, *each: int) -> dict[str, Any]:
+    return {**some_ids(len(x), len(y), *each), "equal_ids": "add"}
 
 
 # name: (shape, fields of the spec from the features)
@@ -80,13 +91,25 @@ RULES: dict[str, tuple[str, Any]] = {
     ),
     "apart, rows": ("wide", lambda x, y: {**some_ids(len(x), len(y)), "equal_ids": "apart", "want_col": False}),
     "apart, sums": ("wide", lambda x, y: {**some_ids(len(x), len(y), 2), "equal_ids": "apart", **SUMS}),
+    "add": ("wide", added),
+    "add, no positives": ("tall", lambda x, y: {**added(x, y, 2), "paired": False}),
+    "add, rows, no diagonal": (
+        "wide", lambda x, y: {**added(x, y), "want_col": False, "targets": later(x), "exclude_self": True}
+    ),
     "limits": ("wide", limits),
+    "guide": ("wide", lambda x, y: guided(x, y, 5)),
+    "guide of rows, no positives": ("tall", lambda x, y: {**guided(x, y, 33), "col_limit": None, "paired": False}),
     "limits of rows, no positives": (
         "tall", lambda x, y: {"row_limit": between_logits(x, y, len(x)), "paired": False}
     ),
     "limits of columns, ids": ("wide", lambda x, y: {**limits(x, y), "row_limit": None, **some_ids(len(x), len(y))}),
 }  # fmt: skip
-SUMS = {"want_col": False, "statistic": "softplus"}
+SUMS: dict[str, Any] = {"want_col": False, "statistic": "softplus"}
+
+
+def later(x: Tensor) -> Tensor:
+    """Targets beside the diagonal."""
+    return torch.arange(len(x), device=WHERE) + 1
 
 
 def run(backend: Any, spec: StatsSpec, x: Tensor, y: Tensor, upstream: Upstream) -> dict[str, Tensor]:
@@ -121,13 +144,29 @@ def test_matches_the_reference(rule: str, dtype: torch.dtype) -> None:
         torch.testing.assert_close(found, expected, rtol=0, atol=tolerance * float(largest), msg=f"{name}\n{{}}".format)
 
 
+def features_that_sum(m: int, n: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Two more features add nothing to a product, but in dx and dy become the sums of G's rows and columns."""
+    x, y = (F.pad(t, (0, 2)).contiguous() for t in features(m, n, dtype))
+    x[:, -1], y[:, -2] = 1.0, 1.0
+    return x, y
+
+
+def check_weights(spec: StatsSpec, x: Tensor, y: Tensor, saved: Forward) -> None:
+    """The weights of a row, and of a column, add up to 1 in the backward: they are of the forward's pairs."""
+    for statistic, direction in ((saved.row, "row"), (saved.col, "col")):
+        upstream = Upstream(None, None, None)._replace(**{direction: torch.ones_like(statistic)})
+        gradients = triton.BACKEND.stats_backward(spec, x, y, saved, upstream, Needs(True, True, False, False))
+        sums = gradients.x[:, -2] if direction == "row" else gradients.y[:, -1]
+        full = torch.where(statistic == -torch.inf, 0.0, torch.full_like(statistic, float(spec.scale)))
+        # A pair too many or too few would be one of the largest of its row or column.
+        tolerance = 1e-5 if x.dtype == torch.float32 else 0.013
+        torch.testing.assert_close(sums.double(), full, rtol=0, atol=1.5 * tolerance)
+
+
 def test_a_limit_on_a_logit(dtype: torch.dtype) -> None:
     """The pair counts; it does not below the logit's next number. Forward and backward agree about every pair."""
     m, n = 70, 24
-    x, y = features(m, n, dtype)
-    # Two features that add nothing to a product, but in dx and dy become the sums of G's rows and columns.
-    x, y = (F.pad(t, pad).contiguous() for t, pad in ((x, (0, 2)), (y, (0, 2))))
-    x[:, -1], y[:, -2] = 1.0, 1.0
+    x, y = features_that_sum(m, n, dtype)
     everything = torch.full((m,), torch.inf, device=WHERE)
     spec = StatsSpec(torch.tensor(1.5, device=WHERE), row_limit=everything)
     # All logits, bit for bit, are the positives' in as many forwards as there are columns.
@@ -147,19 +186,57 @@ def test_a_limit_on_a_logit(dtype: torch.dtype) -> None:
             for found, mask, dim in ((saved.row, s > row_limit[:, None], 1), (saved.col, s > col_limit, 0)):
                 expected = s.masked_fill(mask, -torch.inf).logsumexp(dim=dim)
                 torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
-            for saved_of, direction in ((saved.row, "row"), (saved.col, "col")):
-                upstream = Upstream(None, None, None)._replace(**{direction: torch.ones_like(saved_of)})
-                gradients = triton.BACKEND.stats_backward(
-                    limited, x, y, saved, upstream, Needs(True, True, False, False)
-                )
-                sums = gradients.x[:, -2] if direction == "row" else gradients.y[:, -1]
-                full = torch.where(saved_of == -torch.inf, 0.0, torch.full_like(saved_of, 1.5))
-                # A pair too many or too few would be the largest of its row or column: 1 / 70 or more.
-                tolerance = 1e-5 if dtype == torch.float32 else 0.013
-                torch.testing.assert_close(sums.double(), full, rtol=0, atol=1.5 * tolerance)
+            check_weights(limited, x, y, saved)
 
 
-@pytest.mark.parametrize("rule", ["limits", "apart"])
+def test_a_limit_on_a_product_of_the_guide(dtype: torch.dtype) -> None:
+    """Whether rounding takes a pair to one side of a limit or to the other, forward and backward agree about it."""
+    m, n = 70, 90
+    x, y = features_that_sum(m, n, dtype)
+    row_guide, col_guide = torch.randn(m, 40, device=WHERE), torch.randn(n, 40, device=WHERE)
+    products = row_guide @ col_guide.T
+    spec = StatsSpec(
+        torch.tensor(1.5, device=WHERE), paired=False, row_guide=row_guide, col_guide=col_guide,
+        row_limit=products.gather(1, torch.randint(n, (m, 1), device=WHERE)).squeeze(1),
+        col_limit=products.gather(0, torch.randint(m, (1, n), device=WHERE)).squeeze(0),
+    )  # fmt: skip
+    for kept_rows in (0, m):
+        limited = spec._replace(kept_rows=kept_rows)
+        check_weights(limited, x, y, triton.BACKEND.stats_forward(limited, x, y))
+    # Of integers all products are exact: a pair on its limit counts, and the next one above does not.
+    row_guide, col_guide = row_guide.round(), col_guide.round()
+    s = row_guide @ col_guide.T
+    spec = spec._replace(row_guide=row_guide, col_guide=col_guide, row_limit=s[:, 0].contiguous(), col_limit=None)
+    expected = (1.5 * x.double() @ y.double().T).masked_fill(s > s[:, :1], -torch.inf).logsumexp(dim=1)
+    found = triton.BACKEND.stats_forward(spec, x, y).row
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 if dtype != torch.float32 else 2e-3)
+
+
+def test_sums_of_a_column_without_logits(triton_kernels: None) -> None:
+    """A related pair whose logit is -inf makes a sum -inf; an excluded one, as a positive, does not."""
+    x, y = features(5, 6, torch.float32)
+    bias = torch.tensor([-torch.inf, 0, 0, 0, 0, -torch.inf], device=WHERE)
+    ids = {"row_ids": torch.tensor([1, 1, 2, 3, 4], device=WHERE), "col_ids": torch.tensor([1] + 5 * [7], device=WHERE)}
+    spec = StatsSpec(torch.tensor(SCALE, device=WHERE), col_bias=bias, equal_ids="add", **ids)
+    ours, truth = (backend.stats_forward(spec, x, y) for backend in (triton.BACKEND, reference.BACKEND))
+    torch.testing.assert_close(ours.row, truth.row, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ours.col, truth.col, rtol=1e-5, atol=1e-5)
+    assert ours.row[:, 1].tolist() == [0, -torch.inf, 0, 0, 0]
+
+
+def test_float16_holds_the_largest_gradient_of_a_related_pair(triton_kernels: None) -> None:
+    """One pair with all weights, and sums besides: four times the largest gradient of a statistic."""
+    x, y = (torch.ones(1, 16, dtype=torch.float16, device=WHERE) for _ in range(2))
+    ids = torch.zeros(1, dtype=torch.int64, device=WHERE)
+    spec = StatsSpec(torch.tensor(1.0, device=WHERE), row_ids=ids, col_ids=ids, equal_ids="add", paired=False)
+    saved = triton.BACKEND.stats_forward(spec, x, y)
+    upstream = Upstream(None, *(torch.ones(1, 2, dtype=torch.float64, device=WHERE) for _ in range(2)))
+    gradients = triton.BACKEND.stats_backward(spec, x, y, saved, upstream, Needs(True, True, True, False))
+    torch.testing.assert_close(gradients.x, 4 * y)
+    torch.testing.assert_close(gradients.y, 4 * x)
+
+
+@pytest.mark.parametrize("rule", ["limits", "guide", "apart", "add"])
 def test_half_precision_keeps_nothing(rule: str, triton_kernels: None) -> None:
     """What the forward returns to be kept is not read: the exact kernels make the products again."""
     m, n = SIZES["wide"]
@@ -189,7 +266,7 @@ def test_gradients_are_formed_in_the_forward_only_without_these_rules() -> None:
     spec = StatsSpec(torch.tensor(1.0), want_col=False)
     assert triton.BACKEND.fuses_loss(spec, 4)
     assert triton.BACKEND.fuses_loss(spec._replace(row_ids=torch.zeros(4, 2), col_ids=torch.zeros(5, 2)), 4)
-    for fields in ({"row_limit": torch.zeros(4)}, {"equal_ids": "apart"}, {"paired": False}):
+    for fields in ({"row_limit": torch.zeros(4)}, {"equal_ids": "apart"}, {"equal_ids": "add"}, {"paired": False}):
         assert not triton.BACKEND.fuses_loss(spec._replace(**fields), 4)
 
 
@@ -211,7 +288,8 @@ def test_every_rule_compiles(compiled: list[dict[str, Any]]) -> None:
     old = Version(version("triton")) < Version("3.6")  # it spills more: docs/triton.md
     exact, fast = {"exact_statistics", "exact_gradient"}, {"strip_statistics", "gradient"}
     sums = {"sigmoid_statistics", "sigmoid_gradient"}
-    expected = {"5 ids, no positives": exact | fast | sums, "limits": exact, "apart": exact | sums}
+    expected = {"5 ids, no positives": exact | fast | sums, "apart": exact | sums}
+    expected |= dict.fromkeys(("limits", "guide", "add"), exact)
     for arch in ("sm_90", "gfx942"):
         for rule, kernels in expected.items():
             rows = [row for row in compiled if (row["arch"], row["options"]) == (arch, rule)]
@@ -224,9 +302,10 @@ def test_every_rule_compiles(compiled: list[dict[str, Any]]) -> None:
                     assert row["spilled"] <= (0 if rule == "limits" else 64), row
 
 
-def test_limits_make_the_same_products_in_both_directions(compiled: list[dict[str, Any]]) -> None:
+@pytest.mark.parametrize("rule", ["limits", "guide"])
+def test_limits_make_the_same_products_in_both_directions(compiled: list[dict[str, Any]], rule: str) -> None:
     """One tile, one number of warps and one kind of matrix instruction, so that the bits are the same."""
     for arch in ("sm_90", "gfx942"):
-        rows = [row for row in compiled if (row["arch"], row["options"]) == (arch, "limits")]
+        rows = [row for row in compiled if (row["arch"], row["options"]) == (arch, rule)]
         assert len({(row["tile"], row["warps"], *row["matrix_kinds"]) for row in rows}) == 1
         assert all(row["matrix_kinds"] for row in rows)

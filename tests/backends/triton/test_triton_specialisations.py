@@ -27,7 +27,7 @@ driver.set_active(Driver())
 run = jit.JITFunction.run
 jit.JITFunction.run = lambda self, *a, grid, warmup, **k: run(self, *a, grid=grid, warmup=True, **k)
 
-from fused_contrastive.backends.triton import backward, device, forward, launch, loss_node
+from fused_contrastive.backends.triton import backward, device, forward, launch, loss_node, totals
 from fused_contrastive.core.spec import Needs, StatsSpec, Upstream
 
 device.stand_in = lambda _: device.Device("cpu", "sm_80", "sm_80", False, 108)
@@ -40,7 +40,7 @@ for i, n in enumerate(sizes):
     launch.backward(spec, x, y, saved, Upstream(g, g, g), Needs(True, True, True, False))
     leaf = g.requires_grad_()
     loss_node.cross_entropy(leaf, [g, g], False, "mean", torch.float32).backward()
-kernels = [forward.strip_statistics, forward.exact_statistics, forward.merge, backward.prepare, backward.gradient,
+kernels = [forward.strip_statistics, forward.exact_statistics, totals.merge, backward.prepare, backward.gradient,
            backward.gradient_of_kept, backward.exact_gradient, backward.finish, loss_node._forward, loss_node._backward]
 print(json.dumps({kernel.__name__: len(kernel.device_caches[0][0]) for kernel in kernels}))
 """

@@ -15,7 +15,7 @@ from torch import Tensor
 from fused_contrastive.adapters.common import Fused, check_pair, importing, scalar
 from fused_contrastive.core.spec import compute_dtype
 from fused_contrastive.distributed.batch import GlobalBatch
-from fused_contrastive.losses.margins import ROUNDINGS
+from fused_contrastive.losses.margins import roundings
 from fused_contrastive.losses.terms import pair_logit
 from fused_contrastive.ops.normalize import normalized
 from fused_contrastive.ops.problem import autocast, log_add
@@ -55,7 +55,7 @@ class _Guided(Fused):
         # A negative is left out if the guide finds it more similar than this.
         most = (of_anchors * of_candidates[0]).sum(dim=1)
         most = most - (self.margin if self.margin_strategy == "absolute" else self.margin * most.abs())
-        most = most + ROUNDINGS * torch.finfo(dtype).eps
+        most = most + roundings(dtype, of_anchors.shape[1])
 
         several = self.gather_across_devices and dist.is_available() and dist.is_initialized()
         world, rank = (dist.get_world_size(), dist.get_rank()) if several else (1, 0)

@@ -172,75 +172,35 @@ def vector(name: str, value: object, length: int, x: Tensor, *, of: str, integer
         raise TypeError(f"{name}: got dtype {value.dtype}, expected {expected()}")
     if value.dim() != 1 or value.shape[0] != length:
         raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected {expected()}")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name}: got layout {value.layout}, expected {expected()}")
     same_device(name, value, "x", x)
     return value
 
 
-MOST_IDS = 4  # that a caller may give a row or column
-
-
-def ids(name: str, value: object, length: int, x: Tensor, of: str) -> Tensor:
-    """Integers (length,) or (length, K), K <= 4 -> in int64; (length,) for K = 1."""
-
-    def expected() -> str:
-        return f"an integer tensor of shape ({length},), or ({length}, K) with K from 1 to {MOST_IDS}, {of}"
-
-    value = integers(name, value, expected)
-    if value.dim() not in (1, 2) or value.shape[0] != length or not 1 <= _ids_each(value) <= MOST_IDS:
-        raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected {expected()}")
-    same_device(name, value, "x", x)
-    return value.squeeze(1) if value.dim() == 2 and value.shape[1] == 1 else value
-
-
-def _ids_each(value: Tensor) -> int:
-    return value.shape[1] if value.dim() == 2 else 1
-
-
-def same_ids(row_name: str, row_ids: Tensor, col_name: str, col_ids: Tensor) -> None:
-    """As many ids for a row as for a column."""
-    rows, cols = _ids_each(row_ids), _ids_each(col_ids)
-    if rows != cols:
-        raise ValueError(f"{col_name}: got {cols} ids a column, expected {rows}, as many as {row_name} has for a row")
-
-
-def guide(value: object, features: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """A guide's features, one tensor for each of ours."""
-    if not isinstance(value, (tuple, list)) or len(value) != len(features):
-        got = f"{len(value)} tensors" if isinstance(value, (tuple, list)) else type(value).__name__
-        raise TypeError(f"guide: got {got}, expected a tuple of {len(features)}, one for each set of features")
-    return features_like([f"guide[{k}]" for k in range(len(value))], value, features)
-
-
-def features_like(names: Sequence[str], values: Sequence[object], features: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Another model's features of the same rows, all of one width -> in the compute dtype, without gradient."""
-    found: list[Tensor] = []
-    for name, t, ours in zip(names, values, features, strict=True):
-        expected = f"({', '.join(map(str, ours.shape[:-1]))}, G)"
-        if not isinstance(t, Tensor):
-            raise TypeError(f"{name}: got {type(t).__name__}, expected a tensor of shape {expected}")
-        if t.dtype not in FEATURE_DTYPES:
-            raise TypeError(f"{name}: got dtype {t.dtype}, expected float32, float64, bfloat16 or float16")
-        width = found[0].shape[-1] if found else t.shape[-1] if t.dim() else 0
-        if t.dim() != ours.dim() or t.shape[:-1] != ours.shape[:-1] or t.shape[-1] != width or width == 0:
-            raise ValueError(f"{name}: got shape {tuple(t.shape)}, expected {expected}, the same G >= 1 for all")
-        same_device(name, t, "the features", ours)
-        found.append(t.detach().to(compute_dtype(ours.dtype)))
-    return tuple(found)
-
-
 def no_nan(name: str, value: Tensor) -> None:
-    all_true(name, ~value.isnan(), "numbers that are not NaN")
+    all_true(name, value, ~value.isnan(), "numbers that are not NaN")
 
 
-def all_true(name: str, valid: Tensor, expected: str) -> None:
+def all_true(name: str, value: Tensor, valid: Tensor, expected: str) -> None:
     """Raises unless all elements are valid; on a GPU by a device-side assertion, so that the host need not wait."""
-    valid = valid.all()
     if valid.device.type != "cpu" or not is_plain(valid):
-        torch._assert_async(
-            valid if torch.compiler.is_compiling() else unwrapped(valid), f"{name}: expected {expected}"
-        )
-    elif not valid:
-        raise ValueError(f"{name}: got other values, expected {expected}")
+        valid = valid if torch.compiler.is_compiling() else unwrapped(valid)
+        torch._assert_async(valid.all(), f"{name}: expected {expected}")
+    elif not valid.all():
+        low, high = value.double().aminmax()
+        raise ValueError(f"{name}: got values from {low:g} to {high:g}, expected {expected}")
+
+
+def number(name: str, value: object) -> float:
+    """A finite real number, NumPy's too."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, Real)):
+        raise TypeError(f"{name}: got {value!r}, expected a number")
+    fits(name, value)
+    value = value if isinstance(value, (int, float)) else float(value)
+    if not -float("inf") < value < float("inf"):
+        raise ValueError(f"{name}: got {value!r}, expected a finite number")
+    return value
 
 
 def directions(value: object) -> tuple[bool, bool]:
@@ -265,6 +225,9 @@ def memory_budget(value: object) -> None:
 
 def target_range(targets: Tensor, columns: int) -> None:
     """Every target names a column. On a GPU this is a device-side assertion, so that the host need not wait."""
+    if not is_plain(targets):
+        all_true("targets", targets, (targets >= 0) & (targets < columns), "values from 0 to N - 1")
+        return
     low, high = targets.aminmax()
     if targets.device.type != "cpu":
         torch._assert_async((low >= 0) & (high < columns), f"targets: expected values from 0 to {columns - 1} (N - 1)")

@@ -111,9 +111,10 @@ def clip_loss(
     limits = margins.checked(absolute_margin, relative_margin, guide, logit_scale, features, normalize)
     terms.check_smoothing(label_smoothing, row_ids, limits is not None)
     corrected = corrections.check(
-        debias, hardness, equal_ids=equal_ids != "exclude", margins=limits is not None,
-        label_smoothing=label_smoothing > 0,
+        debias, hardness, equal_ids=None if equal_ids == "exclude" else equal_ids, absolute_margin=absolute_margin,
+        relative_margin=relative_margin, guide=guide, label_smoothing=label_smoothing or None,
     )  # fmt: skip
+    of_debias = "a tensor" if isinstance(debias, Tensor) else debias
     debias = corrections.checked_debias(debias, image_features)
     if weight is not None:
         weight = checks.vector(
@@ -130,7 +131,7 @@ def clip_loss(
         "decoupled": decoupled, "label_smoothing": label_smoothing, "reduction": reduction, "normalize": normalize,
         "equal_ids": equal_ids, "absolute_margin": absolute_margin,
         "relative_margin": relative_margin, "weight": weight is not None,
-        "guide": guide is not None, "debias": debias is not None, "hardness": hardness,
+        "guide": margins.width(limits), "debias": of_debias, "hardness": hardness,
     }  # fmt: skip
     shape = problem.agree(call, "clip_loss", options, weight)
     if equal_ids != "exclude":
@@ -188,7 +189,11 @@ class ClipLoss(nn.Module):
         terms.check_module(reduction, memory_budget, backend, decoupled=decoupled, normalize=normalize)
         checks.unit_interval("label_smoothing", label_smoothing)
         related.check_module(equal_ids, absolute_margin, relative_margin)
-        corrections.check(debias, hardness)
+        terms.check_smoothing(label_smoothing, None, absolute_margin is not None or relative_margin is not None)
+        corrections.check(
+            debias, hardness, equal_ids=None if equal_ids == "exclude" else equal_ids, absolute_margin=absolute_margin,
+            relative_margin=relative_margin, label_smoothing=label_smoothing or None,
+        )  # fmt: skip
         self.debias = debias
         self.hardness = hardness
         self.equal_ids: related.EqualIds = equal_ids

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -15,20 +13,22 @@ from fused_contrastive.ops.correction import Correction
 from fused_contrastive.ops.problem import Problem
 
 
-def check(debias: object, hardness: object, **undefined: bool) -> bool:
-    """Whether a correction is asked for. ``undefined`` are options that it is not defined with, and whether they are in
-    use: how many negatives they leave is not known."""
-    if isinstance(hardness, bool) or not isinstance(hardness, (int, float)):
-        raise TypeError(f"hardness: got {hardness!r}, expected a number, at least 0")
-    if not 0 <= hardness < math.inf:
-        raise ValueError(f"hardness: got {hardness!r}, expected a finite number, at least 0")
-    if debias is not None and not isinstance(debias, Tensor):
-        checks.unit_interval("debias", debias)
+def check(debias: object, hardness: object, **undefined: object) -> bool:
+    """Whether a correction is asked for. ``undefined`` are options that it is not defined with, because how many
+    negatives they leave is not known; one that is None is not in use."""
+    if checks.number("hardness", hardness) < 0:
+        raise ValueError(f"hardness: got {hardness!r}, expected a number, at least 0")
+    if isinstance(debias, Tensor):
+        if not debias.is_floating_point():
+            raise TypeError(f"debias: got dtype {debias.dtype}, expected a floating dtype")
+        checks.all_true("debias", debias, (debias >= 0) & (debias < 1), "numbers in [0, 1)")
+    elif debias is not None:
+        checks.unit_interval("debias", checks.number("debias", debias))
     if debias is None and not hardness:
         return False
-    for name, used in undefined.items():
-        if used:
-            raise ValueError(f"{name}: got it with debias or hardness, expected its default: it is not defined there")
+    for name, value in undefined.items():
+        if value is not None:
+            raise ValueError(f"{name}: got it together with debias or hardness, expected its default")
     return True
 
 
@@ -37,15 +37,13 @@ def checked_debias(debias: float | Tensor | None, x: Tensor) -> Tensor | None:
     if debias is None:
         return None
     if not isinstance(debias, Tensor):
-        return x.new_full((), debias, dtype=statistics_dtype(x.device))
+        return x.new_full((), float(debias), dtype=statistics_dtype(x.device))
     if debias.dim() == 0:
         value = checks.scalar_beside("debias", debias, x)
         assert isinstance(value, Tensor)
     else:
         value = checks.vector("debias", debias, x.shape[0], x, of="one per row", integer=False)
-    value = value.detach()
-    checks.all_true("debias", (value >= 0) & (value < 1), "numbers in [0, 1)")
-    return value
+    return value.detach()
 
 
 def correction(

@@ -6,7 +6,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from fused_contrastive.core import checks
+from fused_contrastive.core import checks, rule_checks
 from fused_contrastive.core.observing import observed
 from fused_contrastive.core.reduction import REDUCTIONS, Reduction
 from fused_contrastive.core.spec import BackendName, compute_dtype
@@ -84,7 +84,7 @@ def distillation_loss(
         checks.same_rows("x", x, "y", y)
     elif targets_weight and not call.spread and x.shape[0] > y.shape[0]:
         raise ValueError(f"targets_weight: got it with {x.shape[0]} rows and {y.shape[0]} columns, expected M <= N")
-    teacher = checks.features_like(("teacher_x", "teacher_y"), (teacher_x, teacher_y), (x, y))
+    teacher = rule_checks.features_like(("teacher_x", "teacher_y"), (teacher_x, teacher_y), (x, y))
     if teacher_scale is None:
         raise TypeError("teacher_scale: got None, expected a number or a 0-d tensor")
     factor = checks.scalar_beside("teacher_scale", teacher_scale, x)

@@ -135,9 +135,10 @@ def info_nce_loss(
     limits = margins.checked(absolute_margin, relative_margin, guide, scale, features, normalize)
     terms.check_smoothing(label_smoothing, row_ids, limits is not None)
     corrected = corrections.check(
-        debias, hardness, equal_ids=several, margins=limits is not None, label_smoothing=label_smoothing > 0,
-        col_bias=col_bias is not None,
+        debias, hardness, equal_ids=equal_ids if several else None, absolute_margin=absolute_margin,
+        relative_margin=relative_margin, guide=guide, label_smoothing=label_smoothing or None, col_bias=col_bias,
     )  # fmt: skip
+    of_debias = "a tensor" if isinstance(debias, Tensor) else debias
     debias = corrections.checked_debias(debias, query)
     if negatives_mask is not None:
         if negatives is None or shared:
@@ -163,8 +164,8 @@ def info_nce_loss(
         "symmetric": symmetric, "decoupled": decoupled, "margin": of_margin, "label_smoothing": label_smoothing,
         "reduction": reduction, "normalize": normalize, "weight": weight is not None,
         "negatives": None if negatives is None else negatives.dim(), "equal_ids": equal_ids,
-        "absolute_margin": absolute_margin, "relative_margin": relative_margin, "guide": guide is not None,
-        "debias": debias is not None, "hardness": hardness,
+        "absolute_margin": absolute_margin, "relative_margin": relative_margin, "guide": margins.width(limits),
+        "debias": of_debias, "hardness": hardness,
     }  # fmt: skip
     shape = problem.agree(call, "info_nce_loss", options, negatives, weight, negatives_mask, margin, keys=key.shape[0])
     own_logits = smoothing = None
@@ -288,7 +289,11 @@ class InfoNCELoss(nn.Module):
         terms.scale_of(temperature, None, 0.07)
         _check_options(symmetric, decoupled, margin, label_smoothing, reduction, normalize)
         related.check_module(equal_ids, absolute_margin, relative_margin)
-        corrections.check(debias, hardness)
+        terms.check_smoothing(label_smoothing, None, absolute_margin is not None or relative_margin is not None)
+        corrections.check(
+            debias, hardness, equal_ids=None if equal_ids == "exclude" else equal_ids, absolute_margin=absolute_margin,
+            relative_margin=relative_margin, label_smoothing=label_smoothing or None,
+        )  # fmt: skip
         self.debias = debias
         self.hardness = hardness
         terms.check_module(reduction, memory_budget, backend)

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fused_contrastive.core import checks
+from fused_contrastive.core import checks, rule_checks
+from fused_contrastive.core.modes import is_plain
 from fused_contrastive.core.unit import unit_rows
 from fused_contrastive.distributed.shape import LocalShape, Shape
 from fused_contrastive.ops.own_dots import own_dots
 from fused_contrastive.ops.problem import Problem
 
-# Roundings, in units of the dtype's epsilon times both norms, that a similarity may exceed a limit by and not count as
-# above it: a copy of the positive has its similarity but for roundings, and no margin of 0 may leave out some copies.
-ROUNDINGS = 8
+
+def roundings(dtype: torch.dtype, d: int) -> float:
+    """By how much, times both norms, a similarity may exceed a limit and not count as above it.
+
+    A copy of the positive has its similarity but for the roundings of a sum of d terms, and no margin of 0 may leave
+    out some copies.
+    """
+    return float(torch.finfo(dtype).eps * (8 + 4 * d**0.5))
 
 
 class Margins(NamedTuple):
@@ -44,23 +49,29 @@ def checked(
         features: what a guide has features of: the rows, the keys and, if there are any, the negatives.
         normalize: the guide's features are L2-normalised first.
     """
-    for name, margin in (("absolute_margin", absolute_margin), ("relative_margin", relative_margin)):
-        if margin is None:
-            continue
-        if isinstance(margin, bool) or not isinstance(margin, (int, float)):
-            raise TypeError(f"{name}: got {margin!r}, expected a number or None")
-        if not math.isfinite(margin):
-            raise ValueError(f"{name}: got {margin!r}, expected a finite number")
+    absolute, relative = (
+        0.0 if margin is None else checks.number(name, margin)
+        for name, margin in (("absolute_margin", absolute_margin), ("relative_margin", relative_margin))
+    )
     if absolute_margin is not None and relative_margin is not None:
         raise ValueError("absolute_margin, relative_margin: got both, expected one of them")
     if absolute_margin is None and relative_margin is None and guide is None:
         return None
-    if not isinstance(scale, Tensor) and scale <= 0:
-        raise ValueError(f"logit_scale: got {scale!r} with a margin that leaves out similar pairs, expected above 0")
-    of_guide = None if guide is None else checks.guide(guide, features)
+    of_guide = None if guide is None else rule_checks.guide(guide, features)
+    known = not isinstance(scale, Tensor) or (scale.device.type == "cpu" and is_plain(scale))
+    if of_guide is None and known and scale <= 0:
+        shown = scale.item() if isinstance(scale, Tensor) else scale
+        raise ValueError(f"logit_scale: got {shown!r} with a margin that leaves out similar pairs, expected above 0")
+    for k, t in enumerate(of_guide or ()):
+        checks.no_nan(f"guide[{k}]", t)
     if of_guide is not None and normalize:
         of_guide = tuple(map(unit_rows, of_guide))
-    return Margins(absolute_margin or 0.0, relative_margin or 0.0, of_guide)  # type: ignore[arg-type]
+    return Margins(absolute, relative, of_guide)
+
+
+def width(margins: Margins | None) -> int | None:
+    """The width of the guide's features, on which processes have to agree."""
+    return None if margins is None or margins.guide is None else margins.guide[0].shape[-1]
 
 
 def limit(problem: Problem, shape: Shape, margins: Margins | None, both: bool) -> None:
@@ -75,13 +86,14 @@ def limit(problem: Problem, shape: Shape, margins: Margins | None, both: bool) -
         x, y, scale = problem.x.detach(), problem.y.detach(), problem.spec.scale.detach()
         if margins.guide is not None:
             x, *of_columns = margins.guide
-            y, scale = torch.cat([t for t in of_columns if t.dim() == 2]), torch.ones_like(scale)
+            y, *shared = (t for t in of_columns if t.dim() == 2)
+            y, scale = torch.cat((y, *shared)) if shared else y, torch.ones_like(scale)
             problem.spec = problem.spec._replace(row_guide=x, col_guide=y)
         positives = _positives(y, problem.spec.targets, shape, x.shape[0])
         similarity, x_norm, y_norm = (
             own_dots(a, b[:, None]).squeeze(1) for a, b in ((x, positives), (x, x), (positives, positives))
         )
-        rounding = ROUNDINGS * torch.finfo(similarity.dtype).eps * (x_norm * y_norm).sqrt()
+        rounding = roundings(similarity.dtype, x.shape[1]) * (x_norm * y_norm).sqrt()
         highest = similarity - margins.absolute - margins.relative * similarity.abs()
         limits = scale * (highest + rounding)
         others = limits.new_full((y.shape[0] - limits.shape[0] if both else 0,), torch.inf)
@@ -100,7 +112,10 @@ def above(problem: Problem, margins: Margins, own_logits: Tensor) -> Tensor:
 def _positives(y: Tensor, targets: Tensor | None, shape: Shape, m: int) -> Tensor:
     """(M, D) the features of each row's positive."""
     if isinstance(shape, LocalShape):
-        return y[:m] if targets is None else y[targets]
+        if targets is None:
+            return y[:m]
+        checks.target_range(targets, len(y))
+        return y[targets]
     if targets is None and shape.rows == shape.keys:
         return y[:m]
     return shape.gather(y)[shape.columns_of(targets, y.device)]

@@ -83,13 +83,14 @@ def nt_xent_loss(
     scale = terms.scale_of(temperature, logit_scale, 0.5, everything[0])
 
     n, count = z1.shape[0], len(everything)
-    corrected = corrections.check(debias, hardness, views=count > 2)
+    corrected = corrections.check(debias, hardness, views=views if count > 2 else None)
+    of_debias = "a tensor" if isinstance(debias, Tensor) else debias
     debias = corrections.checked_debias(debias, z1)
     z = torch.cat(everything)
     problem = Problem(z, z, scale, memory_budget=memory_budget, backend=backend, normalize=normalize, views=everything)
     del z  # normalising makes it needless
     options: dict[str, Any] = {"views": count, "decoupled": decoupled, "reduction": reduction, "normalize": normalize}
-    options.update(debias=debias is not None, hardness=hardness)
+    options.update(debias=of_debias, hardness=hardness)
     shape = problem.agree(call, "nt_xent_loss", options)
     if count == 2:
         other_view = torch.arange(shape.first_row, shape.first_row + 2 * n, device=z1.device).roll(n)

@@ -59,6 +59,8 @@ def ids_with_targets(problem: Problem, shape: Shape, keys: int) -> tuple[Tensor,
     all_keys = keys if isinstance(shape, LocalShape) else sum(shape.keys)
     if spec.targets is None and not spec.paired and shape.all_rows != all_keys:
         return row_ids, col_ids
+    if spec.targets is not None and isinstance(shape, LocalShape):  # over a group, ``agree`` has checked them
+        checks.target_range(spec.targets, keys)
     of_rows = shape.columns_of(spec.targets, problem.x.device)
     first, n = shape.first_col, problem.y.shape[0]
     of_cols = torch.arange(first, first + n, device=problem.y.device)
@@ -115,17 +117,20 @@ def several_positives(
     losses = []
     for k, of_rows in enumerate((True, False) if both else (True,)):
         own = own_logits if of_rows else None
-        if form == "mean":
-            assert added is not None
-            ids = (row_ids, shape.gather(col_ids)) if of_rows else (col_ids, shape.gather_rows(row_ids))
+        last = len(row_ids) if of_rows else keys  # negatives are columns of the rows' direction alone
+        if form == "mean" or problem.spec.col_bias is not None:  # a positive may have the logit -inf
+            ids = (row_ids, shape.gather(col_ids)) if of_rows else (col_ids[:keys], shape.gather_rows(row_ids))
             count = related_counts(*ids)
             has = count > 0
-            normaliser, positives = added[k][:, 0], added[k][:, 1] / count.clamp_min(1) - margin
+        if added is not None:
+            normaliser, positives = added[k][:last, 0], added[k][:last, 1] / count.clamp_min(1) - margin
         if apart is not None:
-            negatives, related = apart[k].unbind(dim=1)
+            negatives, related = apart[k][:last].unbind(dim=1)
             related = related - margin
             if form == "sum":
-                has, positives = related != -torch.inf, related
+                positives = related
+                if problem.spec.col_bias is None:
+                    has = related != -torch.inf
             normaliser = negatives if decoupled or form == "sum" else log_add(negatives, related)
         if own is not None:
             normaliser = log_add(normaliser, own.to(normaliser.dtype).logsumexp(dim=1))
@@ -137,15 +142,16 @@ def several_positives(
         ).masked_fill(~has, 0)  # fmt: skip
         losses.append((each, has))
     if reduction == "none":
-        return torch.stack([each for each, _ in losses]).mean(dim=0).to(dtype)
+        together = torch.stack([each for each, _ in losses]).mean(dim=0)
+        return (together if weight is None else together * weight).to(dtype)
     of_directions = []
     for each, has in losses:
-        if weight is None:
-            count, total = has.sum(), each
-        else:
+        count = shape.sum(has.sum().to(each.dtype))
+        if weight is not None:
             of_this = weight.to(each.dtype)
-            count, total = of_this.masked_fill(~has, 0).sum(), each * of_this
-        of_directions.append(shape.reduce(total, reduction, _at_least_one(shape.sum(count.to(each.dtype)))))
+            each, total = each * of_this, shape.sum(of_this.masked_fill(~has, 0).sum())
+        divisor = torch.where(count == 0, 1, count if weight is None else total)
+        of_directions.append(shape.reduce(each, reduction, divisor))
     return torch.stack(of_directions).mean(dim=0).to(dtype)
 
 
@@ -202,7 +208,3 @@ def _codes(values: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
 def _occurrences(values: Tensor, others: Tensor) -> Tensor:
     ordered = others.sort().values
     return torch.searchsorted(ordered, values, right=True) - torch.searchsorted(ordered, values)
-
-
-def _at_least_one(count: Tensor) -> Tensor:
-    return torch.where(count == 0, 1, count)

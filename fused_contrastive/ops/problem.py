@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_contrastive.core import checks, memory
+from fused_contrastive.core import checks, memory, rule_checks
 from fused_contrastive.core.spec import StatsSpec, autocast_enabled, compute_dtype
 from fused_contrastive.distributed.agreement import Alone, Call
 from fused_contrastive.distributed.shape import LocalShape, Shape
@@ -47,7 +47,7 @@ class Problem:
             "ids": None if spec.row_ids is None else tuple(spec.row_ids.shape[1:]),
             "row_limit": spec.row_limit is not None,
             "col_limit": spec.col_limit is not None,
-            "guide": spec.row_guide is not None,
+            "guide": None if spec.row_guide is None else spec.row_guide.shape[1],
         }
         return call.agree(
             name, self.x, self.y, {**options, **given}, spec.scale, spec.col_bias, *inputs, targets=spec.targets,
@@ -128,7 +128,7 @@ def checked_limit(name: str, limit: Tensor | None, features: Tensor, of: str) ->
 
 def checked_ids(name: str, ids: Tensor | None, features: Tensor, of: str) -> Tensor | None:
     """The int64 id, or the K of them, of each row of the features."""
-    return None if ids is None else checks.ids(name, ids, features.shape[0], features, of)
+    return None if ids is None else rule_checks.ids(name, ids, features.shape[0], features, of)
 
 
 def checked_pair_of_ids(
@@ -142,7 +142,7 @@ def checked_pair_of_ids(
     rows, cols = checked_ids("row_ids", row_ids, x, "one per row"), checked_ids("col_ids", col_ids, y, "one per column")
     assert rows is not None
     assert cols is not None
-    checks.same_ids("row_ids", rows, "col_ids", cols)
+    rule_checks.same_ids("row_ids", rows, "col_ids", cols)
     return rows, cols
 
 

@@ -91,8 +91,8 @@ def reduced(losses: Tensor, shape: Shape, reduction: Reduction, weight: Tensor |
     """(M,) losses -> the loss; with (M,) weights, the mean is over their sum."""
     if weight is None:
         return shape.reduce(losses, reduction)
-    total = shape.sum(weight.sum().to(losses.dtype))  # in one dtype, whatever each process's weights are
-    return shape.reduce(losses * weight, reduction, total)
+    weight = weight.to(losses.dtype)  # the sum of half-precision weights may overflow
+    return shape.reduce(losses * weight, reduction, shape.sum(weight.sum()))
 
 
 def cross_entropy(

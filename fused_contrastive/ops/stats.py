@@ -8,7 +8,7 @@ from typing import Any, Generic, Literal, overload
 from torch import Tensor
 from typing_extensions import NamedTuple, TypeVar
 
-from fused_contrastive.core import checks
+from fused_contrastive.core import checks, rule_checks
 from fused_contrastive.core.spec import BackendName
 from fused_contrastive.distributed.agreement import Alone, Call, Group, call_of, collective
 from fused_contrastive.ops.problem import (
@@ -163,7 +163,7 @@ def contrastive_stats(
     problem = _checked(call, x, y, scale, targets, col_bias, row_ids, col_ids, memory_budget, backend)
     if guide is not None and row_limit is None and col_limit is None:
         raise ValueError("guide: got features without row_limit and col_limit, expected a limit to compare them with")
-    row_guide, col_guide = (None, None) if guide is None else checks.guide(guide, (problem.x, problem.y))
+    row_guide, col_guide = (None, None) if guide is None else rule_checks.guide(guide, (problem.x, problem.y))
     problem.spec = problem.spec._replace(
         row_limit=checked_limit("row_limit", row_limit, problem.x, "one per row"),
         col_limit=checked_limit("col_limit", col_limit, problem.y, "one per column"),

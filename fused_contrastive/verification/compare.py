@@ -186,7 +186,7 @@ def _hint(function: Callable[..., Any], args: tuple[Any, ...], options: dict[str
     for name, value in bound.arguments.items():
         for k, each in enumerate(value) if isinstance(value, (tuple, list)) else [(None, value)]:
             many = isinstance(each, Tensor) and each.is_floating_point() and each.dim() > 1
-            if many and not name.endswith("mask"):
+            if many and not name.endswith("mask") and not name.startswith(("guide", "teacher")):
                 features[name if k is None else f"{name}[{k}]"] = each
     for mask in ("negatives_mask", "image_mask", "text_mask"):  # masked features may be anything
         kind = mask.removesuffix("_mask")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -263,11 +264,11 @@ def test_corrections_of_nothing_change_nothing(backend: str) -> None:
         ("hardness: got '1'", TypeError, {"hardness": "1"}),
         ("debias: got 1.0, expected a number in [0, 1)", ValueError, {"debias": 1.0}),
         ("debias: got -0.1", ValueError, {"debias": -0.1}),
-        ("debias: got other values, expected numbers in [0, 1)", ValueError, {"debias": torch.tensor(1.5)}),
+        ("debias: got values from 1.5 to 1.5, expected numbers in [0, 1)", ValueError, {"debias": torch.tensor(1.5)}),
         ("debias: got shape (5,)", ValueError, {"debias": torch.zeros(5)}),
-        ("label_smoothing: got it with debias or hardness", ValueError, {"debias": 0.1, "label_smoothing": 0.1}),
-        ("margins: got it with debias or hardness", ValueError, {"hardness": 1.0, "absolute_margin": 0.1}),
-        ("equal_ids: got it with debias or hardness", ValueError, {"hardness": 1.0, **several}),
+        ("label_smoothing: got it together with debias", ValueError, {"debias": 0.1, "label_smoothing": 0.1}),
+        ("absolute_margin: got it together with debias", ValueError, {"hardness": 1.0, "absolute_margin": 0.1}),
+        ("equal_ids: got it together with debias", ValueError, {"hardness": 1.0, **several}),
     ],
 )
 def test_bad_corrections(text: str, error: type, options: dict) -> None:
@@ -275,5 +276,117 @@ def test_bad_corrections(text: str, error: type, options: dict) -> None:
         with pytest.raises(error) as raised:
             loss(x4, x4, logit_scale=1.0, **options)
         assert str(raised.value).startswith(text)
-    with pytest.raises(ValueError, match="views: got it with debias or hardness"):
+    with pytest.raises(ValueError, match="views: got it together with debias"):
         fc.nt_xent_loss(x4, x4, 1.0, views=[x4], hardness=1.0, normalize=True)
+
+
+@pytest.mark.parametrize("form", ["mean", "sum"])
+@pytest.mark.parametrize("options", [{}, {"reduction": "none"}, {"weight": torch.arange(1.0, 9.0)}])
+def test_shared_negatives_are_no_rows_of_the_other_direction(form: str, options: dict, backend: str) -> None:
+    query, key, negatives, ids = features(8), features(8), features(5), torch.arange(8) // 3
+    given = {"logit_scale": 5.0, "row_ids": ids, "equal_ids": form, "backend": backend, **options}
+    found = fc.info_nce_loss(
+        query, key, negatives=negatives, col_ids=torch.cat((ids, torch.arange(5))), symmetric=True, **given
+    )
+    rows = fc.info_nce_loss(query, key, negatives=negatives, col_ids=torch.cat((ids, torch.arange(5))), **given)
+    columns = fc.info_nce_loss(key, query, col_ids=ids, **given)
+    torch.testing.assert_close(found, (rows + columns) / 2)
+
+
+def test_weights_count_with_any_reduction_and_dtype(backend: str) -> None:
+    x, y, weight = features(300), features(300), torch.full((300,), 300.0, dtype=torch.float16)
+    ids = torch.arange(300) // 2
+    plain = fc.clip_loss(x, y, 5.0, backend=backend)
+    torch.testing.assert_close(fc.clip_loss(x, y, 5.0, weight=weight, backend=backend), plain)
+    for options in ({}, {"row_ids": ids, "col_ids": ids, "equal_ids": "mean"}):
+        given = {"reduction": "none", "backend": backend, **options}
+        found = fc.clip_loss(x, y, 5.0, weight=weight, **given)
+        torch.testing.assert_close(found, 300 * fc.clip_loss(x, y, 5.0, **given))
+
+
+def test_targets_are_checked_where_they_become_ids() -> None:
+    for options in (several, {"absolute_margin": 0.1}, {}):
+        with pytest.raises(ValueError, match="targets: got values from 0 to 9, expected 0 to 3"):
+            fc.info_nce_loss(x4, x4, targets=torch.tensor([0, 1, 2, 9]), **options)
+
+
+@pytest.mark.parametrize("form", ["exclude", "mean", "sum"])
+def test_a_positive_in_an_empty_slot_makes_the_loss_infinite(form: str, backend: str) -> None:
+    bias = torch.tensor([0.0, -torch.inf, 0.0, 0.0])
+    loss = fc.info_nce_loss(x4, x4, row_ids=ids4, col_ids=ids4, equal_ids=form, col_bias=bias, backend=backend)
+    assert loss == torch.inf
+
+
+@pytest.mark.parametrize("d", [768, 4096])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_copies_count_at_margin_0_for_any_width(d: int, dtype: torch.dtype, backend: str) -> None:
+    centre = torch.randn(1, d)
+    keys = F.normalize(centre + 0.3 * torch.randn(1, d), dim=1).repeat(64, 1).to(dtype)
+    queries = F.normalize(centre + 0.2 * torch.randn(64, d), dim=1).to(dtype)
+    found = fc.info_nce_loss(queries, keys, logit_scale=10.0, absolute_margin=0.0, reduction="none", backend=backend)
+    torch.testing.assert_close(found, torch.full_like(found, 64.0).log(), atol=1e-2, rtol=0)
+
+
+def test_numbers_of_numpy_and_numbers_that_change_under_compile() -> None:
+    x, y = features(8), features(8)
+    for name in ("absolute_margin", "relative_margin", "debias", "hardness"):
+        found = fc.clip_loss(x, y, 5.0, **{name: np.float32(0.25)})
+        assert torch.equal(found, fc.clip_loss(x, y, 5.0, **{name: 0.25}))
+        torch._dynamo.reset()
+        compiled = torch.compile(
+            lambda a, b, value, name=name: fc.clip_loss(a, b, 5.0, **{name: value}), fullgraph=True, backend="aot_eager"
+        )
+        for value in (0.1, 0.2, 0.3):
+            torch.testing.assert_close(compiled(x, y, value), fc.clip_loss(x, y, 5.0, **{name: value}))
+
+
+def test_guides_of_changing_sizes_under_compile() -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda a, b, c, d: fc.clip_loss(a, b, 5.0, guide=(c, d)), fullgraph=True, backend="aot_eager"
+    )
+    for n in (12, 9, 7):
+        given = features(n), features(n), features(n, 3), features(n, 3)
+        torch.testing.assert_close(compiled(*given), fc.clip_loss(*given[:2], 5.0, guide=given[2:]))
+
+
+@pytest.mark.parametrize(
+    ("text", "error", "options"),
+    [
+        ("absolute_margin: got", ValueError, {"absolute_margin": 10**400}),
+        ("hardness: got", ValueError, {"hardness": 10**400}),
+        (
+            "logit_scale: got -5.0 with a margin",
+            ValueError,
+            {"absolute_margin": 0.1, "logit_scale": torch.tensor(-5.0)},
+        ),
+        (
+            "guide[0]: got values from nan to nan",
+            ValueError,
+            {"guide": (torch.full((4, 2), torch.nan), torch.ones(4, 2))},
+        ),
+        ("guide[0]: got shape (4, 0)", ValueError, {"guide": (torch.ones(4, 0), torch.ones(4, 0))}),
+        ("guide[0]: got layout", TypeError, {"guide": (torch.ones(4, 2).to_sparse(), torch.ones(4, 2))}),
+        ("weight: got layout", TypeError, {"weight": torch.ones(4).to_sparse()}),
+    ],
+)
+def test_more_bad_input(text: str, error: type, options: dict) -> None:
+    for loss in (fc.clip_loss, fc.info_nce_loss):
+        with pytest.raises(error) as raised:
+            loss(x4, x4, **{"logit_scale": 1.0, **options})
+        assert str(raised.value).startswith(text)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"debias": torch.tensor(2.0)},
+        {"debias": 0.1, "equal_ids": "mean"},
+        {"hardness": 0.1, "absolute_margin": 0.1},
+        {"label_smoothing": 0.1, "relative_margin": 0.1},
+    ],
+)
+def test_modules_refuse_at_construction(options: dict) -> None:
+    for module in (fc.ClipLoss, fc.InfoNCELoss):
+        with pytest.raises(ValueError, match=r"debias|absolute_margin|equal_ids|label_smoothing"):
+            module(**options)

@@ -94,7 +94,7 @@ def test_any_number_of_threads_gives_the_same_bits(budget: int | str, seed: int)
         (
             {"col_limit": torch.full((5,), torch.nan)},
             ValueError,
-            "col_limit: got other values, expected numbers that are not NaN",
+            "col_limit: got values from nan to nan, expected numbers",
         ),
         ({"row_limit": [0.0]}, TypeError, "row_limit: got list"),
         ({"row_limit": torch.zeros(4), "directions": ("col",)}, ValueError, "row_limit: got a tensor with directions="),

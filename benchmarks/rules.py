@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fused_contrastive as fc
-from benchmarks.workloads import PRODUCT, WORKLOADS, Loss, Workload, rows, square, unit_pair_and_scale
+from benchmarks.workloads import PRODUCT, WORKLOADS, BenchProblem, Loss, Workload, rows, square, unit_pair_and_scale
 from fused_contrastive.testing import textbook, textbook_related
 
 WIDTH = 128  # of the guide's features
@@ -45,7 +45,15 @@ def _rule(options: Callable[[Tensor], dict[str, Any]], eager: Loss, slack: float
         wide: dict[str, Any] = {k: tuple(g.double() for g in v) if k == "guide" else v for k, v in options(x).items()}
         return textbook.clip(PRODUCT, x, y, scale, **wide)
 
-    return Workload(unit_pair_and_scale, ours, eager, truth, square, slack=slack)
+    return Workload(_inputs, ours, eager, truth, square, slack=slack)
+
+
+def _inputs(problem: BenchProblem) -> dict[str, Tensor]:
+    """The guide's and the teacher's features are made here too, before memory is measured."""
+    leaves = unit_pair_and_scale(problem)
+    for width in (WIDTH, problem.d):
+        _features(problem.n, leaves["x"].device, width)
+    return leaves
 
 
 def _same_id(ids: Callable[[Tensor], Tensor]) -> Callable[[Tensor], dict[str, Any]]:
@@ -144,7 +152,7 @@ RULES = {
     "mean, 10 classes": _rule(lambda x: {**_same_id(_classes)(x), "equal_ids": "mean"}, _with_targets(_classes)),
     "guide": _rule(lambda x: {"guide": _features(len(x), x.device, WIDTH)}, _masked(_above_of_guide), slack=1e-2),
     "distillation": Workload(
-        unit_pair_and_scale, _distillation_ours, _distillation_eager, _distillation_truth, square
+        _inputs, _distillation_ours, _distillation_eager, _distillation_truth, square
     ),
 }  # fmt: skip
 WORKLOADS.update(RULES)

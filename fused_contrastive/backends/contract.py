@@ -33,6 +33,10 @@ class Backend(ABC):
     def kept(self, rows: int, n: int, dtype: torch.dtype) -> tuple[tuple[int, ...], torch.dtype]:
         """Shape and dtype of ``Forward.kept`` for ``rows`` of an (M, n) problem with features of ``dtype``."""
 
+    def keeps(self, spec: StatsSpec, dtype: torch.dtype) -> bool:
+        """Whether the backward of such a problem, with features of ``dtype``, reads products that were kept."""
+        return True
+
     @abstractmethod
     def stats_forward(self, spec: StatsSpec, x: Tensor, y: Tensor) -> Forward:
         """The statistics of S, the logits that ``spec`` describes; x (M, D) and y (N, D) have one dtype and device."""

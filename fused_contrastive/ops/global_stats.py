@@ -78,7 +78,7 @@ class _Gather(torch.autograd.Function):
         everything = shape.gather(y)
         columns = len(everything)
         kept = 0
-        if shape.differentiable:
+        if shape.differentiable and BACKENDS[constants.backend].keeps(constants.spec, x.dtype):
             kept = products_to_keep(x, columns, BACKENDS[constants.backend].kept, constants.budget)
         spec = constants.spec._replace(scale=scale, col_bias=col_bias, kept_rows=kept)
         of_cols = {name: getattr(spec, name) for name in OF_COLS}

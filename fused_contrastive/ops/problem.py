@@ -71,7 +71,9 @@ class Problem:
         if not isinstance(shape, LocalShape):
             return global_stats.global_stats(self.x, self.y, shape, self.spec, asked, self.memory_budget, self.backend)
         differentiable = self.is_differentiable()
-        spec = self.spec._replace(kept_rows=self.rows_to_keep() if differentiable else 0, **asked)
+        spec = self.spec._replace(**asked)
+        if differentiable and dispatch.BACKENDS[self.backend].keeps(spec, self.x.dtype):
+            spec = spec._replace(kept_rows=self.rows_to_keep())
         pos, row, col, _ = autograd.stats_forward(self.x, self.y, *spec, self.backend, differentiable=differentiable)
         return pos, row, col
 

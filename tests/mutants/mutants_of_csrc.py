@@ -108,8 +108,8 @@ MUTANTS = [
     Mutant(
         "transposed only in the corner", "the second half of a transposed panel repeats the first",
         "csrc/kernels/product.inl",
-        "transpose_square(b + half * n * b_row + done,",
-        "transpose_square(b + done,",
+        "const E* rows = b + half * n * b_row + done;",
+        "const E* rows = b + done;",
         (BUDGET,), "cpp",
     ),
     Mutant(
@@ -157,8 +157,8 @@ MUTANTS = [
     Mutant(
         "equal ids not excluded", "exclude nothing by ids",
         "csrc/kernels/masked_logits.inl",
-        "if (rule.equal_ids == EqualIds::kExclude) store(logits + j, equal ? excluded : s);",
-        "if (rule.equal_ids == EqualIds::kExclude) store(logits + j, s);",
+        "case EqualIds::kExclude: store(out.first + j, related ? excluded : s); break;",
+        "case EqualIds::kExclude: store(out.first + j, s); break;",
         (f"{STATS}::test_ids_by_hand",), "cpp",
     ),
     Mutant(
@@ -171,7 +171,7 @@ MUTANTS = [
     Mutant(
         "padding not excluded", "lanes beyond a tile's end hold -inf times the scale",
         "csrc/kernels/masked_logits.inl",
-        "for (int64_t j = at.cols; j % kLanes<T> != 0; ++j) logits[j] = kNegInf<T>;",
+        "for (int64_t j = at.cols; j % kLanes<T> != 0; ++j) exclude(j);",
         "",
         (f"{STATS}::test_negative_scale", f"{STATS}::test_scale_zero_has_a_gradient"), "cpp",
     ),
@@ -185,15 +185,15 @@ MUTANTS = [
     Mutant(
         "column sums not rescaled", "a new maximum of a column leaves its sum relative to the old one",
         "csrc/kernels/tile_sweeps.inl",
-        "store(col_sum + j, load(col_sum + j) * exp_nonpositive<T>(load(col_max + j) - ref));",
-        "store(col_sum + j, load(col_sum + j));",
+        "store(sum + j, load(sum + j) * exp_nonpositive<T>(load(max + j) - ref));",
+        "store(sum + j, load(sum + j));",
         (NEAR,), "cpp",
     ),
     Mutant(
         "row and column swapped", "the backward's column gradients are those of the rows' places",
         "csrc/kernels/tile_sweeps.inl",
-        "copy_padded(g_col, tile.g_col + at.col, at.cols, T(0));",
-        "copy_padded(g_col, tile.g_col + (at.row < at.col ? at.row : at.col), at.cols, T(0));",
+        "copy_padded(g, of.g + at.col, at.cols, T(0));",
+        "copy_padded(g, of.g + (at.row < at.col ? at.row : at.col), at.cols, T(0));",
         (NEAR,), "cpp",
     ),
     Mutant(
@@ -211,10 +211,10 @@ MUTANTS = [
         (NEAR,), "cpp",
     ),
     Mutant(
-        "one term is no tile", "a tile with a bias or ids, of which one pair may be left, shares an exponential",
+        "one term is no tile", "a tile with a bias, of which one pair may be left, shares an exponential",
         "csrc/kernels/shared_exp.inl",
-        "return rule.is_plain() && at.rows >= kFew",
-        "return at.rows >= kFew",
+        "if (rule.col_bias || rule.upper) return false;",
+        "if (rule.upper) return false;",
         (NEAR,), "cpp",
     ),
     Mutant(
@@ -241,8 +241,8 @@ MUTANTS = [
     Mutant(
         "near row for column", "where directions share an exponential, columns get the factors of the rows' places",
         "csrc/kernels/shared_exp.inl",
-        "tile.col_low + at.col, tile.g_col + at.col, at.cols, col_factor)",
-        "tile.col_low + at.col, tile.g_row + (at.row < at.col ? at.row : at.col), at.cols, col_factor)",
+        "col_low + at.col, g_col + at.col, at.cols, col_factor)",
+        "col_low + at.col, g_row + (at.row < at.col ? at.row : at.col), at.cols, col_factor)",
         (BUDGET, NEAR), "cpp",
     ),
     Mutant(
@@ -297,8 +297,8 @@ MUTANTS = [
     Mutant(
         "sigmoid's sign", "the gradient of a pair with equal ids keeps the sign of a negative",
         "csrc/kernels/tile_sweeps.inl",
-        "negated ? (columns.load_ids(j) == id ? -g : g) : g",
-        "negated ? (columns.load_ids(j) == id ? g : g) : g",
+        "if (negated) g = ids.related(columns, j) ? -g : g;",
+        "",
         (LOSSES,), "cpp and siglip and float32",
     ),
     Mutant(

@@ -41,8 +41,8 @@ MUTANTS = [
     Mutant(
         "DCL keeps the positive", "decoupled is not passed on",
         f"{PACKAGE}/losses/clip.py",
-        "row_loss(problem, shape, reduction, decoupled=decoupled,",
-        "row_loss(problem, shape, reduction, decoupled=False,",
+        "problem, shape, reduction, decoupled=decoupled, weight=weight, smoothing",
+        "problem, shape, reduction, decoupled=False, weight=weight, smoothing",
         ("tests/testing/test_budget.py::test_clip",), CPP,
     ),
     Mutant(
@@ -69,8 +69,8 @@ MUTANTS = [
     Mutant(
         "SigLIP's sign", "a positive is pushed away",
         f"{PACKAGE}/ops/row_loss.py",
-        "pos, pos.new_zeros(pos.shape[0])",
-        "-pos, pos.new_zeros(pos.shape[0])",
+        "cross_entropy(pos, zero,",
+        "cross_entropy(-pos, zero,",
         (LOSSES,), f"{CPP} and siglip",
     ),
     Mutant(
@@ -90,15 +90,15 @@ MUTANTS = [
     Mutant(
         "SupCon's own feature", "a feature is among its own positives",
         f"{PACKAGE}/losses/supcon.py",
-        "return terms.rows_at(sums, code) - part",
+        "return terms.rows_at(sums, code).sub_(part)",
         "return terms.rows_at(sums, code)",
         (LOSSES,), "reference and float32 and supcon",
     ),
     Mutant(
         "margin's sign", "the margin helps the positive",
         f"{PACKAGE}/ops/row_loss.py",
-        "pos = pos - margin if margin else pos",
-        "pos = pos + margin if margin else pos",
+        "pos = pos - margin if isinstance",
+        "pos = pos + margin if isinstance",
         (LOSSES,), f"{CPP} and info_nce",
     ),
     Mutant(
@@ -125,8 +125,8 @@ MUTANTS = [
     Mutant(
         "mean logit of a group", "CLIP's label smoothing divides the sum over all processes by one process's rows",
         f"{PACKAGE}/losses/clip.py",
-        "terms.mean_logit(logit_scale, image_features, text_features, shape)",
-        "terms.mean_logit(logit_scale, image_features, text_features, shape, len(text_features))",
+        "terms.mean_logit(problem.spec.scale, problem.x, problem.y, shape)",
+        "terms.mean_logit(problem.spec.scale, problem.x, problem.y, shape, len(text_features))",
         (WHOLE,), "2",
     ),
     Mutant(
@@ -175,8 +175,8 @@ MUTANTS = [
     Mutant(
         "rows beyond the budget", "more is kept than the memory budget allows",
         f"{PACKAGE}/core/memory.py",
-        "torch.sym_min(m, 64 * budget // of_64)",
-        "torch.sym_min(m, 128 * budget // of_64)",
+        "fit = 64 * budget // of_64",
+        "fit = 128 * budget // of_64",
         ("tests/ops/test_max_sim.py::test_what_is_kept_is_one_byte_for_each_of_the_tokens",
          "tests/ops/test_stats.py::test_any_memory_budget_gives_the_same"), "cpp",
     ),

@@ -114,3 +114,23 @@ def test_limits_have_no_gradient_and_do_not_touch_the_bias(backend: str) -> None
     assert row.item() == pytest.approx(6.0)
     (gradient,) = torch.autograd.grad(row.sum(), bias)
     assert gradient.tolist() == pytest.approx([0.0, 1.0, 0.0])
+
+
+@pytest.mark.parametrize("budget", [0, "auto"])
+def test_a_guide_over_many_tiles(budget: int | str) -> None:
+    """Several groups of columns, in value and gradient."""
+    x, y = torch.randn(90, 6, requires_grad=True), torch.randn(2300, 6, requires_grad=True)
+    guide, limit = (torch.randn(90, 4), torch.randn(2300, 4)), torch.randn(90)
+    row = fc.contrastive_stats(
+        x, y, 1.0, row_limit=limit, guide=guide, directions=("row",), memory_budget=budget, backend="cpp"
+    ).row
+    excluded = (guide[0] @ guide[1].T > limit[:, None]) | torch.eye(90, 2300, dtype=torch.bool)
+    expected = (x.double() @ y.double().T).masked_fill(excluded, -torch.inf).logsumexp(dim=1)
+    torch.testing.assert_close(row, expected, rtol=1e-5, atol=1e-5)
+    for a, b in zip(torch.autograd.grad(row.sum(), (x, y)), torch.autograd.grad(expected.sum(), (x, y)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_a_guide_needs_a_limit() -> None:
+    with pytest.raises(ValueError, match="guide: got features without row_limit and col_limit"):
+        fc.contrastive_stats(torch.randn(4, 2), torch.randn(5, 2), guide=(torch.randn(4, 2), torch.randn(5, 2)))

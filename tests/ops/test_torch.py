@@ -8,6 +8,7 @@ import torch._dynamo.testing
 import torch.nn.functional as F
 
 from fused_contrastive import ClipLoss, clip_loss, contrastive_stats
+from fused_contrastive.core.spec import StatsSpec
 
 OPTIONS = {
     "plain": {},
@@ -35,24 +36,10 @@ def test_gradcheck(option: str, budget: object, backend: str) -> None:
 
 
 def problem(dtype: torch.dtype, backend: str, **changes: object) -> tuple:
-    inputs = {
-        "x": torch.randn(5, 3, dtype=dtype, requires_grad=True),
-        "y": torch.randn(6, 3, dtype=dtype, requires_grad=True),
-        "scale": torch.tensor(2.0, requires_grad=True),
-        "targets": None,
-        "col_bias": None,
-        "row_ids": None,
-        "col_ids": None,
-        "exclude_self": False,
-        "want_row": True,
-        "want_col": True,
-        "upper": False,
-        "equal_ids": "exclude",
-        "statistic": "logsumexp",
-        "kept_rows": 3,
-        "backend": backend,
-    }
-    return tuple({**inputs, **changes}.values())
+    x = torch.randn(5, 3, dtype=dtype, requires_grad=True)
+    y = torch.randn(6, 3, dtype=dtype, requires_grad=True)
+    spec = StatsSpec(torch.tensor(2.0, requires_grad=True), kept_rows=3)._replace(**changes)
+    return x, y, *spec, backend
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -113,7 +113,7 @@ def statistics(source: str, every_option: bool) -> None:
     at_once.loss_and_gradients(sums, x, x, RowLoss(), Needs(True, True, True, False))
 
 
-RULES = ("5 ids, no positives", "limits", "guide", "apart", "add")
+RULES = ("5 ids, no positives", "limits", "guide", "apart", "add", "teacher")
 
 
 def with_rule(source: str, rule: str) -> None:
@@ -127,6 +127,7 @@ def with_rule(source: str, rule: str) -> None:
         "guide": {"row_limit": limit, "col_limit": limit, "row_guide": guide, "col_guide": guide},
         "apart": {"row_ids": ids[:, 0], "col_ids": ids[:, 0], "equal_ids": "apart"},
         "add": {"row_ids": ids[:, 0], "col_ids": ids[:, 0], "equal_ids": "add"},
+        "teacher": {"row_guide": guide, "col_guide": guide, "statistic": "teacher", "paired": False},
     }[rule]
     spec = StatsSpec(torch.tensor(1.0), **fields)
     step(spec, dtype)

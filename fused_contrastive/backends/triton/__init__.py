@@ -40,6 +40,12 @@ class Triton(Backend):
     def kept(self, rows: int, n: int, dtype: torch.dtype) -> tuple[tuple[int, ...], torch.dtype]:
         return storage.layout(rows, n, dtype)
 
+    def keeps(self, spec: StatsSpec, dtype: torch.dtype) -> bool:
+        """Half-precision features keep exponentials, which the exact kernels do not read."""
+        limited = spec.row_limit is not None or spec.col_limit is not None
+        exact = limited or spec.statistic == "teacher" or (spec.equal_ids in ("apart", "add"))
+        return dtype == torch.float32 or not exact or spec.statistic == "softplus"
+
     def stats_forward(self, spec: StatsSpec, x: Tensor, y: Tensor) -> Forward:
         from fused_contrastive.backends.triton import launch
 
@@ -62,8 +68,8 @@ class Triton(Backend):
     def fuses_loss(self, spec: StatsSpec, m: int) -> bool:
         """Losses over rows alone: of a softmax unless all products are kept, and always of softplus.
 
-        The gradient of a sum of softplus is formed with the sum, so keeping products would save nothing. Limits, and
-        related pairs apart or added up, take the exact kernels of the two passes.
+        The gradient of a sum of softplus is formed with the sum, so keeping products would save nothing. Limits, a
+        teacher, and related pairs apart or added up, take the exact kernels of the two passes.
         """
         limited = spec.row_limit is not None or spec.col_limit is not None
         if limited or spec.equal_ids in ("apart", "add") or not spec.paired:

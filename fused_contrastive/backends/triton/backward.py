@@ -20,6 +20,7 @@ from fused_contrastive.backends.triton.tiles import (
     finite,
     load_tile,
     logits,
+    of_teacher,
     power,
     products,
     related,
@@ -223,9 +224,10 @@ def exact_gradient(
     stride_out, M, N, D, stride_x, stride_y, row_begin, row_end, col_begin, col_end,
     ONLY_FAR: tl.constexpr, MODE: tl.constexpr, TILE: tl.constexpr, SEGMENT: tl.constexpr,
 ):  # fmt: skip
-    """G with an exponential for each direction, for float32 features, limits and related pairs apart or added up,
-    whose Directions are ``related_rows`` and ``related_cols``; or (ONLY_FAR) for those tiles of half-precision
-    features whose normalisers lie too far apart for the kernels above. Products are ``gemm_products``, or made here.
+    """G with an exponential for each direction, for float32 features, limits, a teacher and related pairs apart or
+    added up, the last three with Directions ``related_rows`` and ``related_cols``; or (ONLY_FAR) for those tiles of
+    half-precision features whose normalisers lie too far apart for the kernels above. Products are ``gemm_products``,
+    or made here.
 
     Axis 0 of the grid: rows of tiles. Axis 1: the programs that share the tiles of a row.
     """
@@ -281,6 +283,9 @@ def exact_gradient(
                     g = tl.where(apart, among, g)
             elif MODE.equal_ids == "add":
                 g += _of_sums(mask, related_rows, related_cols, i, row_end, j, col_end, MODE)
+            if MODE.teacher:
+                t = of_teacher(s, at)
+                g += _weights_of_both(t, at, mask, related_rows, related_cols, i, row_end, j, col_end, MODE)
             store_tile(out, stride_out, row0 - row_begin, col0 - col_begin, row_end - row_begin, g, False)
 
 

@@ -18,6 +18,7 @@ from fused_contrastive.backends.triton.tiles import (
     finite,
     load_tile,
     logits,
+    of_teacher,
     power,
     products,
     related,
@@ -222,6 +223,27 @@ def _add_tile(
 
 
 @triton.jit
+def _add_teacher(
+    t, s, rows_to, cols_to, col_total, col_weighted, col_maximum, tile_n, rows, row_begin, row_end, MODE: tl.constexpr
+):  # fmt: skip
+    """``_add_tile`` for a teacher's logits ``t``, which also adds up our logits ``s``, weighted by them."""
+    s = tl.where(t == float("-inf"), 0.0, s)  # 0 * -inf would be NaN
+    if rows_to is not None:
+        maximum = tl.max(t, axis=1)
+        e = power(t - finite(maximum)[:, None], MODE)
+        store_partials(
+            rows_to, tile_n, row_end - row_begin, rows - row_begin, maximum, tl.sum(e, axis=1), rows < row_end,
+            tl.sum(e * s, axis=1),
+        )  # fmt: skip
+    if cols_to is not None:
+        maximum = tl.max(t, axis=0)
+        e = power(t - finite(maximum)[None, :], MODE)
+        col_weighted, _ = _add_scaled(col_weighted, col_maximum, tl.sum(e * s, axis=0), maximum, MODE)
+        col_total, col_maximum = _add_scaled(col_total, col_maximum, tl.sum(e, axis=0), maximum, MODE)
+    return col_total, col_weighted, col_maximum
+
+
+@triton.jit
 def _add_sums(s, mask, rows_to, tile_n, rows, row_begin, row_end, cols, col_end, MODE: tl.constexpr):
     """Writes the rows' sums of a tile's logits of related pairs, and returns the columns' sums."""
     s = tl.where(added_up(mask, rows, row_end, cols, col_end, MODE), s, 0.0)
@@ -244,8 +266,8 @@ def exact_statistics(
     If ``lost`` is None, each program does one strip. This is the way for float32 features, whose products come from
     ``gemm_products`` (height, width) or are made here and written to ``kept`` (height, width), if that is not None; and
     for problems with limits, or with related pairs apart or added up, whose statistics or sums (Partials with maxima
-    of 0) go to ``related_rows_to`` and ``related_cols_to``. Otherwise there are as many programs as tiles across, and
-    they do only the strips whose sums are lost.
+    of 0) go to ``related_rows_to`` and ``related_cols_to``, as a teacher's statistics do. Otherwise there are as many
+    programs as tiles across, and they do only the strips whose sums are lost.
     """
     BM: tl.constexpr = TILE.block_m
     BN: tl.constexpr = TILE.block_n
@@ -280,6 +302,7 @@ def exact_statistics(
         col_total = tl.zeros((BN,), tl.float32)
         col_maximum = tl.full((BN,), float("-inf"), tl.float32)
         related_total, related_maximum = col_total, col_maximum
+        weighted_total = col_total if MODE.teacher else None
         last = col_end
         if lost is not None:
             last = tl.where(tiles > 0, col_end, col_begin)
@@ -314,6 +337,11 @@ def exact_statistics(
                     s, mask, related_rows_to, tile_n, rows, row_begin, row_end, cols, col_end, MODE
                 )  # fmt: skip
             at = compared(acc, mask, row0, col0, M, N, MODE)
+            if MODE.teacher:
+                related_total, weighted_total, related_maximum = _add_teacher(
+                    of_teacher(s, at), s, related_rows_to, related_cols_to, related_total, weighted_total,
+                    related_maximum, tile_n, rows, row_begin, row_end, MODE,
+                )  # fmt: skip
             of_rows = below(s, at, mask, mask.row_limit, rows, rows < row_end, 0)
             of_cols = below(s, at, mask, mask.col_limit, cols, cols < col_end, 1)
             col_total, col_maximum = _add_tile(
@@ -330,5 +358,5 @@ def exact_statistics(
         if related_cols_to is not None:
             store_partials(
                 related_cols_to, strip, col_end - col_begin, cols - col_begin, related_maximum, related_total,
-                cols < last,
+                cols < last, weighted_total,
             )  # fmt: skip

@@ -44,8 +44,8 @@ def forward(spec: StatsSpec, x: Tensor, y: Tensor) -> Forward:
     buffer = x.new_empty(shape, dtype=dtype)
     p = Prepared(spec, x, y, buffer)
     pos = x.new_empty(p.m if spec.paired else 0, dtype=torch.float64)
-    row = Direction(spec.want_row, p.m, x, p.two)
-    col = Direction(spec.want_col or spec.upper, p.n, x, p.two)
+    row = Direction(spec.want_row, p.m, x, p.two, p.teacher)
+    col = Direction(spec.want_col or spec.upper, p.n, x, p.two, p.teacher)
     with device.current(x.device):
         p.kept.clear_padding()
         all_blocks = p.blocks(*(FLOAT32_BLOCK if p.by_vendor else STATISTICS_BLOCK))
@@ -250,14 +250,17 @@ class _Backward:
         self.by_rows = needs.x or (needs.scale and not needs.y)  # dscale is formed with dx, or else with dy
         self.largest: Tensor | None = None
         self.top = 1.0
+        if p.teacher:  # nothing arrives at the teacher's log-sum-exp
+            g_row, g_col = (None if g is None else g[:, :2] for g in (g_row, g_col))
         normalised = [g for g in (g_row, g_col) if g is not None]
         if p.dtype == torch.float16 and normalised:
             together = torch.cat(normalised) if len(normalised) > 1 else normalised[0]
             self.largest = torch.linalg.vector_norm(together, ord=torch.inf).clamp_min(SMALLEST)
-            self.top = FP16_TOP / 2 if p.added else FP16_TOP  # a related pair gains from both parts
+            self.top = FP16_TOP / 2 if p.added or p.teacher else FP16_TOP  # a pair may gain from both parts
         self.has_negatives = bool(normalised)
         self.dots: list[Tensor] = []
-        # Of all pairs; or of those that are not related, and of those that are; or of all, and the sums of related.
+        # Of all pairs; or of those that are not related, and of those that are; or of all, and the sums of related; or
+        # of all by our logits, and by the teacher's, whose log-sum-exp is the last part of the statistic.
         self.g_rows = _parts(p, g_row)
         self.directions: list[tuple[backward_kernels.Direction | None, backward_kernels.Direction | None]] = []
         if p.softplus or not self.has_negatives:
@@ -288,10 +291,12 @@ class _Backward:
 
 
 def _parts(p: Prepared, t: Tensor | None) -> list[Tensor | None]:
-    """A statistic's vectors, or its gradient's: one, or two where related pairs are apart or added up."""
+    """A statistic's normalisers, or their gradients: one, or two where related pairs are apart or added up, or where
+    there is a teacher.
+    """
     if t is None or not p.two:
         return [t] * (2 if p.two else 1)
-    return [part.contiguous() for part in t.unbind(dim=1)]
+    return [t[:, k].contiguous() for k in (0, -1)]
 
 
 def backward(spec: StatsSpec, x: Tensor, y: Tensor, saved: Forward, upstream: Upstream, needs: Needs) -> Gradients:

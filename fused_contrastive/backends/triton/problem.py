@@ -128,7 +128,8 @@ class Prepared:
         self.half = self.source == "half"
         self.softplus = spec.statistic == "softplus"
         apart, self.added = spec.equal_ids == "apart", spec.equal_ids == "add"
-        self.two = apart or self.added  # a statistic has two parts
+        self.teacher = spec.statistic == "teacher"
+        self.two = apart or self.added or self.teacher  # a statistic has two parts
         self.limited = spec.row_limit is not None or spec.col_limit is not None
         # The exact kernels, two exponentials per logit, take all tiles of a softmax.
         self.exact = not self.half or self.limited or (self.two and not self.softplus)
@@ -143,7 +144,7 @@ class Prepared:
         one_bias = spec.col_bias is not None and spec.col_bias.dim() == 0  # SigLIP's
         tensors = {name: getattr(spec, name) for name in Mask._fields}
         for name in ("row_guide", "col_guide"):
-            tensors[name] = padded_guide(tensors[name]) if self.limited else None
+            tensors[name] = padded_guide(tensors[name]) if self.limited or self.teacher else None
         contiguous: dict[str, Any] = {name: None if t is None else t.contiguous() for name, t in tensors.items()}
         self.mask = Mask(**contiguous)
         self.tma = self.device.tma and self.source != "gemm"
@@ -153,11 +154,11 @@ class Prepared:
         # Three products of tf32 are as precise as a sum of float32 products, and take the matrix units.
         in_matrix_units = self.source != "gemm" and self.device.architecture.startswith("sm_")
         row_guide = self.mask.row_guide
-        guide = () if row_guide is None else (row_guide.shape[1], "tf32x3" if in_matrix_units else "ieee")
+        guide = (0, "ieee") if row_guide is None else (row_guide.shape[1], "tf32x3" if in_matrix_units else "ieee")
         units_of_log_2 = self.half and (self.softplus or not self.exact)
         self.mode = Mode(
             units_of_log_2, self.tma, precision, spec.exclude_self, spec.upper, equal_ids, one_bias, ids, spec.paired,
-            *guide,
+            *guide, self.teacher,
         )  # fmt: skip
 
     @property

@@ -32,7 +32,7 @@ class Mask(NamedTuple):
     col_ids: Tensor | None  # (N, ids) int64
     row_limit: Tensor | None  # (M,) float32
     col_limit: Tensor | None  # (N,) float32
-    row_guide: Tensor | None  # (M, G) float32, G = Mode.guide; None also where nothing is limited
+    row_guide: Tensor | None  # (M, G) float32, G = Mode.guide; None also where nothing is compared with it
     col_guide: Tensor | None  # (N, G) float32
 
 
@@ -50,6 +50,7 @@ class Mode(NamedTuple):
     paired: bool = True  # rows have positives
     guide: int = 0  # columns of the guide, a multiple of GUIDE_K
     guide_precision: str = "ieee"  # of its products: "ieee", or "tf32x3" in NVIDIA's matrix units
+    teacher: bool = False  # the guide's products are a teacher's logits
 
 
 @triton.jit
@@ -157,7 +158,8 @@ def products(x, y, row0, col0, shape, MODE: tl.constexpr, TILE: tl.constexpr):
 
 @triton.jit
 def compared(acc, mask, row0, col0, M, N, MODE: tl.constexpr):
-    """A tile of what ``below`` compares with limits: the products ``acc``, or those of the guide if there is one.
+    """A tile of what ``below`` compares with limits: the products ``acc``, or those of the guide if there is one. The
+    latter are also what a teacher's logits are made of.
 
     The guide's vectors are float32 whatever the features are. Forward and backward make the same bits of them.
     """
@@ -203,6 +205,12 @@ def below(s, acc, mask, limit, i, inside, AXIS: tl.constexpr):
             acc *= tl.load(mask.scale)
         s = tl.where(acc > tl.expand_dims(most, 1 - AXIS), float("-inf"), s)
     return s
+
+
+@triton.jit
+def of_teacher(s, acc):
+    """A tile of the teacher's logits, from ours and from ``compared``: -inf where ours are."""
+    return tl.where(s == float("-inf"), s, acc)
 
 
 @triton.jit

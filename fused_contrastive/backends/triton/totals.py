@@ -17,13 +17,16 @@ class Partials(NamedTuple):
 
     maxima: Tensor  # (parts, length) float32; any reference, -inf where all pairs are excluded, 0 for plain sums
     sums: Tensor  # (parts, length) float32
+    weighted: Tensor | None = None  # (parts, length) float32: a teacher's sums, each of its terms times our logit
 
 
 @triton.jit
-def store_partials(partials, part, length, i, maximum, total, inside):
+def store_partials(partials, part, length, i, maximum, total, inside, weighted=None):
     where = part.to(tl.int64) * length + i
     tl.store(partials.maxima + where, maximum, mask=inside)
     tl.store(partials.sums + where, total, mask=inside)
+    if weighted is not None:
+        tl.store(partials.weighted + where, weighted, mask=inside)
 
 
 @triton.jit
@@ -34,6 +37,8 @@ def _merge_one(
     i = tl.program_id(0) * LENGTH + tl.arange(0, LENGTH)
     top = tl.load(totals.maxima + i, mask=i < known, other=float("-inf"))
     total = tl.load(totals.sums + i, mask=i < known, other=0.0)
+    if totals.weighted is not None:
+        total_weighted = tl.load(totals.weighted + i, mask=i < known, other=0.0)
     for part0 in range(0, parts, PARTS):
         p = part0 + tl.arange(0, PARTS)
         inside = (p < parts)[:, None] & (i < length)[None, :]
@@ -47,11 +52,18 @@ def _merge_one(
         # reference is 150 binary orders higher.
         half = power((tops - finite(higher)[None, :]) * 0.5, MODE)
         added = tl.sum((sums * half * half).to(tl.float64), axis=0)
+        if totals.weighted is not None:
+            weighted = tl.load(parts_of.weighted + where, mask=inside, other=0.0)
+            added_weighted = tl.sum((weighted * half * half).to(tl.float64), axis=0)
         half = power((top - finite(higher)) * 0.5, MODE).to(tl.float64)
         total = total * half * half + added
+        if totals.weighted is not None:
+            total_weighted = total_weighted * half * half + added_weighted
         top = higher
     tl.store(totals.maxima + i, top, mask=i < length)
     tl.store(totals.sums + i, total, mask=i < length)
+    if totals.weighted is not None:
+        tl.store(totals.weighted + i, total_weighted, mask=i < length)
     high = top.to(tl.float64)
     if PLAIN:
         log = total * LN_2 if MODE.half else total
@@ -66,6 +78,7 @@ class Totals(NamedTuple):
     maxima: Tensor  # (length,) float32
     sums: Tensor  # (length,) float64
     value: Tensor  # (length,) float64: maximum + log(sum)
+    weighted: Tensor | None = None  # (length,) float64, as in Partials
 
 
 @triton.jit(do_not_specialize=["parts_m", "parts_n", "height", "width", "known_height", "known_width", "first"])
@@ -95,29 +108,37 @@ def merge(
 class Direction:
     """Memory for the totals of one direction and for partial statistics of a block; none if it is not needed.
 
-    ``related`` is the same for the related pairs, if they are reduced apart or added up (``two``).
+    ``related`` is the same for the related pairs, if they are reduced apart or added up (``two``); or for a teacher's
+    logits, with sums of our logits that are ``weighted`` by it.
     """
 
-    def __init__(self, asked: bool, size: int, like: Tensor, two: bool = False) -> None:
-        self.related = Direction(asked, size, like) if two else None
+    def __init__(self, asked: bool, size: int, like: Tensor, two: bool = False, weighted: bool = False) -> None:
+        self.related = Direction(asked, size, like, weighted=weighted) if two else None
         self.value = like.new_empty(size if asked else 0, dtype=torch.float64)
         self.asked = asked
+        self.sums = torch.empty_like(self.value)
+        self.weighted = torch.empty_like(self.value) if weighted and not two else None
         if asked:
             self.maxima = like.new_empty(size, dtype=torch.float32)
-            self.sums = torch.empty_like(self.value)
 
     def partials(self, parts: int, length: int) -> Partials | None:
         if not self.asked:
             return None
-        return Partials(self.maxima.new_empty(parts, length), self.maxima.new_empty(parts, length))
+        return Partials(*(self.maxima.new_empty(parts, length) for _ in range(2 if self.weighted is None else 3)))
 
     def partials_of_both(self, parts: int, length: int) -> list[Partials | None]:
         return [None if d is None else d.partials(parts, length) for d in (self, self.related)]
 
     def result(self) -> Tensor:
-        return self.value if self.related is None else torch.stack((self.value, self.related.value), dim=1)
+        if (other := self.related) is None:
+            return self.value
+        if other.weighted is None:
+            return torch.stack((self.value, other.value), dim=1)
+        mean = other.weighted / other.sums.masked_fill(other.sums == 0, 1)  # 0 where all pairs are excluded
+        return torch.stack((self.value, mean, other.value), dim=1)
 
     def totals(self, part: slice) -> Totals | None:
         if not self.asked:
             return None
-        return Totals(self.maxima[part], self.sums[part], self.value[part])
+        weighted = None if self.weighted is None else self.weighted[part]
+        return Totals(self.maxima[part], self.sums[part], self.value[part], weighted)

@@ -1,4 +1,4 @@
-"""Several ids, no positives, related pairs apart or added up, limits, a guide: against the reference, and compiled."""
+"""Several ids, no positives, pairs apart or added up, limits, guide, teacher: against the reference, and compiled."""
 
 from __future__ import annotations
 
@@ -78,6 +78,12 @@ def added(x: Tensor, y: Tensor, *each: int) -> dict[str, Any]:
     return {**some_ids(len(x), len(y), *each), "equal_ids": "add"}
 
 
+def taught(x: Tensor, y: Tensor, width: int) -> dict[str, Any]:
+    """A teacher's features, of which one has other strides."""
+    u, v = features(len(x), len(y), x.dtype, width)
+    return {"row_guide": 8 * u, "col_guide": v.T.contiguous().T, "statistic": "teacher", "paired": False}
+
+
 # name: (shape, fields of the spec from the features)
 RULES: dict[str, tuple[str, Any]] = {
     "ids, exclude": ("wide", lambda x, y: some_ids(len(x), len(y), 3)),
@@ -102,6 +108,9 @@ RULES: dict[str, tuple[str, Any]] = {
     "limits of rows, no positives": (
         "tall", lambda x, y: {"row_limit": between_logits(x, y, len(x)), "paired": False}
     ),
+    "teacher": ("wide", lambda x, y: taught(x, y, 5)),
+    "teacher, rows": ("tall", lambda x, y: {**taught(x, y, 33), "want_col": False}),
+    "teacher, columns": ("tall", lambda x, y: {**taught(x, y, 16), "want_row": False}),
     "limits of columns, ids": ("wide", lambda x, y: {**limits(x, y), "row_limit": None, **some_ids(len(x), len(y))}),
 }  # fmt: skip
 SUMS: dict[str, Any] = {"want_col": False, "statistic": "softplus"}
@@ -130,7 +139,7 @@ def test_matches_the_reference(rule: str, dtype: torch.dtype) -> None:
     kept_rows = m if number % 2 else 0
     spec = StatsSpec(torch.tensor(SCALE, device=WHERE), col_bias=bias, kept_rows=kept_rows, **fields)
     pos, row, col = (torch.randn(shape, dtype=torch.float64, device=WHERE) for shape in spec.shapes(m, n))
-    upstream = Upstream(pos if spec.paired else None, row, col if spec.want_col else None)
+    upstream = Upstream(pos if spec.paired else None, row if spec.want_row else None, col if spec.want_col else None)
     ours, truth = (
         run(triton.BACKEND, spec, x, y, upstream),
         run(reference.BACKEND, spec, x.float(), y.float(), upstream),
@@ -224,19 +233,46 @@ def test_sums_of_a_column_without_logits(triton_kernels: None) -> None:
     assert ours.row[:, 1].tolist() == [0, -torch.inf, 0, 0, 0]
 
 
-def test_float16_holds_the_largest_gradient_of_a_related_pair(triton_kernels: None) -> None:
-    """One pair with all weights, and sums besides: four times the largest gradient of a statistic."""
+def test_a_teacher_whose_maximum_grows_far(dtype: torch.dtype) -> None:
+    """Weighted sums are rescaled where the teacher's maximum grows, from tile to tile; logits of -inf do not count."""
+    m, n = SIZES["wide"]
+    x, y = features(m, n, dtype)
+    bias = torch.where(torch.arange(n, device=WHERE) % 3 == 0, -torch.inf, 50.0)
+    for sign in (1, -1):
+        row_guide, col_guide = (sign * torch.linspace(1, k, k, device=WHERE)[:, None] for k in (m, n))
+        teacher = {"row_guide": row_guide / 8, "col_guide": sign * col_guide, "statistic": "teacher", "paired": False}
+        for col_bias in (bias, torch.full_like(bias, -torch.inf)):
+            spec = StatsSpec(torch.tensor(SCALE, device=WHERE), col_bias=col_bias, **teacher)
+            ours = triton.BACKEND.stats_forward(spec, x, y)
+            truth = reference.BACKEND.stats_forward(spec, x.float(), y.float())
+            tolerance = 1e-5 if torch.get_float32_matmul_precision() == "highest" else 1e-4
+            torch.testing.assert_close(ours.row, truth.row, rtol=tolerance, atol=tolerance)
+            torch.testing.assert_close(ours.col, truth.col, rtol=tolerance, atol=tolerance)
+            ones = Upstream(None, torch.ones_like(ours.row), torch.ones_like(ours.col))
+            found = triton.BACKEND.stats_backward(spec, x, y, ours, ones, Needs(True, True, True, True))
+            assert all(t.isfinite().all() for t in found)
+
+
+EACH_WAY: dict[str, Any] = {
+    "add": {name: torch.zeros(1, dtype=torch.int64) for name in ("row_ids", "col_ids")} | {"equal_ids": "add"},
+    "teacher": {name: torch.ones(1, 3) for name in ("row_guide", "col_guide")} | {"statistic": "teacher"},
+}
+
+
+@pytest.mark.parametrize("rule", EACH_WAY)
+def test_float16_holds_the_largest_gradient_of_a_pair(rule: str, triton_kernels: None) -> None:
+    """One pair with all weights, twice for each direction: four times the largest gradient of a statistic."""
     x, y = (torch.ones(1, 16, dtype=torch.float16, device=WHERE) for _ in range(2))
-    ids = torch.zeros(1, dtype=torch.int64, device=WHERE)
-    spec = StatsSpec(torch.tensor(1.0, device=WHERE), row_ids=ids, col_ids=ids, equal_ids="add", paired=False)
+    fields = {name: t.to(WHERE) if isinstance(t, Tensor) else t for name, t in EACH_WAY[rule].items()}
+    spec = StatsSpec(torch.tensor(1.0, device=WHERE), paired=False, **fields)
     saved = triton.BACKEND.stats_forward(spec, x, y)
-    upstream = Upstream(None, *(torch.ones(1, 2, dtype=torch.float64, device=WHERE) for _ in range(2)))
+    upstream = Upstream(None, torch.ones_like(saved.row), torch.ones_like(saved.col))
     gradients = triton.BACKEND.stats_backward(spec, x, y, saved, upstream, Needs(True, True, True, False))
     torch.testing.assert_close(gradients.x, 4 * y)
     torch.testing.assert_close(gradients.y, 4 * x)
 
 
-@pytest.mark.parametrize("rule", ["limits", "guide", "apart", "add"])
+@pytest.mark.parametrize("rule", ["limits", "guide", "apart", "add", "teacher"])
 def test_half_precision_keeps_nothing(rule: str, triton_kernels: None) -> None:
     """What the forward returns to be kept is not read: the exact kernels make the products again."""
     m, n = SIZES["wide"]
@@ -289,7 +325,7 @@ def test_every_rule_compiles(compiled: list[dict[str, Any]]) -> None:
     exact, fast = {"exact_statistics", "exact_gradient"}, {"strip_statistics", "gradient"}
     sums = {"sigmoid_statistics", "sigmoid_gradient"}
     expected = {"5 ids, no positives": exact | fast | sums, "apart": exact | sums}
-    expected |= dict.fromkeys(("limits", "guide", "add"), exact)
+    expected |= dict.fromkeys(("limits", "guide", "add", "teacher"), exact)
     for arch in ("sm_90", "gfx942"):
         for rule, kernels in expected.items():
             rows = [row for row in compiled if (row["arch"], row["options"]) == (arch, rule)]

@@ -91,7 +91,7 @@ static bool forward_shared_exp(const LogitRule<T>& whole_rule, const TileColumns
   LogitRule<T> rule = whole_rule;
   if (!is_known(rule, columns, at)) return false;
   const bool limited = rule.is_limited();
-  int64_t left_out = 0;  // by limits, and each row's positive
+  int64_t left_out = 0;  // by limits, and positives
   RowLogits<T> masked;
   const T* logits = masked.first;
   alignas(64) T col_sum[kTileCols] = {}, some[kTileCols];
@@ -134,7 +134,7 @@ static bool forward_shared_exp(const LogitRule<T>& whole_rule, const TileColumns
     }
     for (int64_t j = 0; kCol && j < at.cols; j += kLanes<T>) store(col_sum + j, load(col_sum + j) + load(some + j));
   }
-  if (limited && !leaves_many<T>(at, left_out - at.rows)) return false;
+  if (limited && !leaves_many<T>(at, left_out)) return false;
   for (int64_t j = 0; kCol && j < at.cols; ++j) {
     if (!is_in_range(col_sum[j])) return false;
     tile.col.max[j] = power.log;

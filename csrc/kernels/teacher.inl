@@ -1,16 +1,19 @@
 // Sweeps for a teacher: log-sum-exps of our logits s and of the teacher's t, and sums of s weighted by exp(t). Where all
 // sums of a tile are near each other, one exponential of s and one of t serve both directions (shared_exp.inl).
 
-// The teacher's logits of a tile's row, -inf where ours are.
+// The teacher's logits of a tile's row, -inf in columns whose bias is, and beyond the row's end.
 template <class T>
-static inline Vec<T> teacher_logits(const T* row, Vec<T> s, int64_t j, int64_t cols) {
-  return is_excluded<T>(s) ? s : load_row(row, j, cols);
+static inline Vec<T> teacher_logits(const LogitRule<T>& rule, const TileColumns<T>& columns, const T* row, int64_t j,
+                                    int64_t cols) {
+  const Vec<T> t = load_row(row, j, cols);
+  if (!rule.col_bias) return t;
+  return is_excluded<T>(load(columns.bias + j)) ? fill<T>(kNegInf<T>) : t;
 }
 
-// s where t counts, so that 0 * -inf does not become NaN.
+// s times exp(t) where t counts, so that 0 * -inf does not become NaN. Elsewhere a logit of -inf makes the sum -inf.
 template <class T>
-static inline Vec<T> weighted(Vec<T> s, Vec<T> e) {
-  return is_excluded<T>(s) ? Vec<T>{} : s * e;
+static inline Vec<T> weighted(Vec<T> s, Vec<T> t, Vec<T> e) {
+  return is_excluded<T>(t) ? Vec<T>{} : s * e;
 }
 
 template <class T>
@@ -37,7 +40,7 @@ static bool forward_teacher_shared(const LogitRule<T>& rule, const TileColumns<T
       masked_logits(rule, columns, at, at.row + r, tile.products + r * tile.stride, guide_row(tile, r), masked,
                     pos_of(tile, at.row + r));
       for (int64_t j = 0; j < at.cols; j += kLanes<T>)
-        store(teacher + j, teacher_logits(guide_row(tile, r), load(masked.first + j), j, at.cols));
+        store(teacher + j, teacher_logits(rule, columns, guide_row(tile, r), j, at.cols));
       if (r == 0) {
         power = power_of_row(masked.first, at.cols, fits);
         of_teacher = power_of_row(teacher, at.cols, fits);
@@ -48,7 +51,7 @@ static bool forward_teacher_shared(const LogitRule<T>& rule, const TileColumns<T
         const Vec<T> s = load(masked.first + j), t = load(teacher + j);
         const Vec<T> e = power.exp_over(s < power.highest ? s : fill<T>(power.highest));
         const Vec<T> f = of_teacher.exp_over(t < of_teacher.highest ? t : fill<T>(of_teacher.highest));
-        const Vec<T> terms[3] = {e, f, weighted<T>(s, f)};
+        const Vec<T> terms[3] = {e, f, weighted<T>(s, t, f)};
         for (int k = 0; k < 3; ++k) {
           if (kRow) row[k] += terms[k];
           if (kCol) store(some[k] + j, load(some[k] + j) + terms[k]);
@@ -86,7 +89,7 @@ static void forward_teacher(const LogitRule<T>& rule, const ForwardTile<T>& tile
     masked_logits(rule, columns, at, at.row + r, tile.products + r * tile.stride, guide_row(tile, r), masked,
                   pos_of(tile, at.row + r));
     for (int64_t j = 0; j < at.cols; j += kLanes<T>) {
-      const Vec<T> s = load(masked.first + j), t = teacher_logits(guide_row(tile, r), s, j, at.cols);
+      const Vec<T> s = load(masked.first + j), t = teacher_logits(rule, columns, guide_row(tile, r), j, at.cols);
       store(teacher + j, t);
       if (!kCol) continue;
       col.see(s, j);
@@ -107,13 +110,13 @@ static void forward_teacher(const LogitRule<T>& rule, const ForwardTile<T>& tile
         const Vec<T> f = exp_nonpositive<T>(t - teacher_ref);
         row[0] += exp_nonpositive<T>(s - row_ref);
         row[1] += f;
-        row[2] += weighted<T>(s, f);
+        row[2] += weighted<T>(s, t, f);
       }
       if (kCol) {
         const Vec<T> f = exp_nonpositive<T>(t - load(of_teacher.reference + j));
         col.add(exp_nonpositive<T>(s - load(col.reference + j)), j);
         of_teacher.add(f, j);
-        store(weighted_sum + j, load(weighted_sum + j) + weighted<T>(s, f));
+        store(weighted_sum + j, load(weighted_sum + j) + weighted<T>(s, t, f));
       }
     }
     if (!kRow) continue;
@@ -176,7 +179,7 @@ static void backward_teacher(const LogitRule<T>& rule, const BackwardTile<T>& ti
     masked_logits<T>(rule, columns, at, i, tile.products + r * tile.stride, guide_row(tile, r), masked, nullptr);
     T* grad = tile.grad + r * tile.grad_stride;
     for (int64_t j = 0; j < at.cols; j += kLanes<T>) {
-      const Vec<T> s = load(masked.first + j), t = teacher_logits(guide_row(tile, r), s, j, at.cols);
+      const Vec<T> s = load(masked.first + j), t = teacher_logits(rule, columns, guide_row(tile, r), j, at.cols);
       Vec<T> g{};
       if (shared) {
         g = power.exp_over(s) * (load(col_factor[0] + j) + row_factor[0][r]) +

@@ -131,7 +131,7 @@ class MaskedLogits(NamedTuple):
     pos: Tensor  # (R,) logits of the positives
     negated: Tensor | None  # (R, N) bool: whose logits have changed sign
     added: Tensor | None  # (R, N) bool: whose logits are added up
-    teacher: Tensor  # (R, N) the teacher's logits, -inf where excluded; anything without a teacher
+    teacher: Tensor  # (R, N) the teacher's logits, -inf in columns whose bias is; anything without a teacher
 
 
 def masked_logits(spec: StatsSpec, products: Tensor, rows: slice, targets: Tensor) -> MaskedLogits:
@@ -174,9 +174,10 @@ def masked_logits(spec: StatsSpec, products: Tensor, rows: slice, targets: Tenso
     if spec.col_limit is not None:
         above = similarities > spec.col_limit
         of_cols = [s.masked_fill(above, -torch.inf) for s in of_cols]
-    return MaskedLogits(
-        of_rows, of_cols, pos, negated, added, similarities.masked_fill(logits == -torch.inf, -torch.inf)
-    )
+    teacher = similarities
+    if spec.col_bias is not None:
+        teacher = teacher.masked_fill(spec.col_bias == -torch.inf, -torch.inf)
+    return MaskedLogits(of_rows, of_cols, pos, negated, added, teacher)
 
 
 def _chunks(m: int) -> list[slice]:

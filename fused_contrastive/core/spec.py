@@ -29,7 +29,7 @@ class StatsSpec(NamedTuple):
 
     With the statistic "teacher", the guide's products are a teacher's logits T. ``row`` is (M, 3): the log-sum-exp of
     S, the mean of S by softmax(T), and the log-sum-exp of T, which has no gradient; ``col`` is (N, 3) likewise. There
-    are no positives, ids or limits; pairs with S = -inf are excluded from T too.
+    are no positives, ids or limits; a column whose bias is -inf is excluded from T too.
 
     With ``upper``, y is x and there is no bias: S is symmetric, and only its pairs ``j > i`` are computed. ``row`` is
     over both triangles, without the diagonal; ``want_col`` is False. Targets, if there are any, come in pairs:

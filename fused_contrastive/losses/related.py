@@ -118,10 +118,9 @@ def several_positives(
     for k, of_rows in enumerate((True, False) if both else (True,)):
         own = own_logits if of_rows else None
         last = len(row_ids) if of_rows else keys  # negatives are columns of the rows' direction alone
-        if form == "mean" or problem.spec.col_bias is not None:  # a positive may have the logit -inf
-            ids = (row_ids, shape.gather(col_ids)) if of_rows else (col_ids[:keys], shape.gather_rows(row_ids))
-            count = related_counts(*ids)
-            has = count > 0
+        ids = (row_ids, shape.gather(col_ids)) if of_rows else (col_ids[:keys], shape.gather_rows(row_ids))
+        count = related_counts(*ids)
+        has = count > 0
         if added is not None:
             normaliser, positives = added[k][:last, 0], added[k][:last, 1] / count.clamp_min(1) - margin
         if apart is not None:
@@ -129,8 +128,6 @@ def several_positives(
             related = related - margin
             if form == "sum":
                 positives = related
-                if problem.spec.col_bias is None:
-                    has = related != -torch.inf
             normaliser = negatives if decoupled or form == "sum" else log_add(negatives, related)
         if own is not None:
             normaliser = log_add(normaliser, own.to(normaliser.dtype).logsumexp(dim=1))

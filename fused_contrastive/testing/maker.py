@@ -47,12 +47,14 @@ class Maker:
 
     def margin(self, x: Tensor, y: Tensor, targets: Tensor, relative: bool) -> float:
         """One that leaves out some pairs, and none by a difference that roundings could turn round."""
-        similarity = x.double() @ y.double().T
+        similarity, m = x.double() @ y.double().T, len(x)
         positive = similarity.gather(1, targets[:, None])
         below = (positive - similarity).scatter(1, targets[:, None], torch.inf)
-        below = below / positive.abs() if relative else below
+        if m <= len(y):  # in the other direction, row i's is the positive of column i
+            below = torch.cat((below, (positive.T - similarity[:, :m]).fill_diagonal_(torch.inf).T), dim=1)
+        unit = positive.abs() if relative else torch.ones_like(positive)
         candidates = torch.linspace(-0.3, 0.3, 61, dtype=torch.float64, device="cpu")
-        gaps = [(below - margin).abs().min() for margin in candidates]
+        gaps = [(below - margin * unit).abs().min() for margin in candidates]
         return float(candidates[int(torch.stack(gaps).argmax())])
 
     def mask(self, *shape: int) -> Tensor:

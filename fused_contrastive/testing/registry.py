@@ -115,7 +115,10 @@ def _shared(leaves: Leaves) -> list[Tensor]:
 def _set_margins(make: Maker, x: Tensor, y: Tensor, options: dict[str, Any]) -> None:
     targets = options.get("targets", torch.arange(len(x), device="cpu"))
     if options.pop("guide", False):  # of another width than ours
-        x, y = (F.normalize(torch.rand(len(t), 3, generator=make.generator, device="cpu") - 0.4, dim=1) for t in (x, y))
+        x, y = (
+            F.normalize(torch.rand(len(t), 3, generator=make.generator, dtype=torch.float32, device="cpu") - 0.4, dim=1)
+            for t in (x, y)
+        )
         options["guide"] = (x, y)
     for name in ("absolute_margin", "relative_margin"):
         if options.get(name):
@@ -130,7 +133,8 @@ def _clip(make: Maker, given: dict[str, Any]) -> tuple[Leaves, dict[str, Any]]:
         "logit_scale": make.scalar(make.sizes.scale),
     }  # fmt: skip
     if count := options.pop("ids", 0):
-        options["row_ids"], options["col_ids"] = (make.ids(size, n // 3 * count, count) for size in (m, n))
+        high = 4 * n if options.get("decoupled") else n // 3 * count  # of few, all pairs of a row may be related
+        options["row_ids"], options["col_ids"] = (make.ids(size, high, count) for size in (m, n))
     if options.pop("weight", False):
         options["weight"] = make.vector(m) + 0.1
     _set_margins(make, leaves["image_features"], leaves["text_features"], options)
@@ -180,7 +184,8 @@ def _distillation(make: Maker, given: dict[str, Any]) -> tuple[Leaves, dict[str,
     n, options = make.sizes.n, dict(given)
     columns = n + 5 if options.pop("queue", False) else n
     options["teacher_x"], options["teacher_y"] = (
-        F.normalize(torch.rand(size, 3, generator=make.generator, device="cpu") - 0.5, dim=1) for size in (n, columns)
+        F.normalize(torch.rand(size, 3, generator=make.generator, dtype=torch.float32, device="cpu") - 0.5, dim=1)
+        for size in (n, columns)
     )
     if options.pop("weight", False):
         options["weight"] = make.vector(n) + 0.1

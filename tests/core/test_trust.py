@@ -169,6 +169,7 @@ print("ended")
 PUBLIC = {
     "clip_loss": "lambda: fc.clip_loss(x, y, 0.1)",
     "contrastive_stats": "lambda: fc.contrastive_stats(half, half)",
+    "distillation_loss": "lambda: fc.distillation_loss(x, y, 0.1, y, x, 1.0)",
     "diagnose": "lambda: fc.diagnose(x, y, 0.1)",
     "filip_loss": "lambda: fc.filip_loss(x.view(-1, 4, 64), y.view(-1, 4, 64), 1.0, image_mask=mask)",
     "info_nce_loss": "lambda: fc.info_nce_loss(x, y, negatives=y)",

@@ -74,7 +74,7 @@ EXPECTED = {
     "an option": "disagree on decoupled: rank 0 has False, rank 1 has True, rank 2 has False; reduction: rank 0 has",
     "exchange": "disagree on exchange: rank 0 has 'gather', rank 1 has 'ring'",
     "which loss": "group: the processes call different losses: rank 0 has clip_loss, rank 1 has nt_xent_loss",
-    "requires_grad": "disagree on requires_grad: rank 0 has [True, True, False, False], rank 1 has [False, True, False",
+    "requires_grad": "disagree on requires_grad: rank 0 has [True, True, False, False, False], rank 1 has [Fal",
     "bad input": "text_features: got 5 rows, expected 4, as many as image_features",
     "targets": "ValueError: targets: rank 1 has values from 0 to 12, expected 0 to 11",
     "more rows than columns": "ValueError: targets: got None for 15 rows and 12 columns of all processes",

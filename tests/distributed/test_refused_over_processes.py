@@ -67,6 +67,10 @@ def good_calls() -> dict[str, dict[str, Any]]:
         "supcon_loss": {"features": pair[0], "labels": indices() // 2},
         "supcon_loss, in": {"features": floats(N, 2, D), "labels": indices(), "variant": "in"},
         "siglip_loss": {**clip, **ids, "logit_scale": 5.0, "logit_bias": -1.0},
+        "distillation_loss": {
+            **dict(zip(("x", "y", "teacher_x", "teacher_y"), (*pair, *pair), strict=True)), "logit_scale": 5.0,
+            "teacher_scale": 2.0,
+        },
         "filip_loss": {**tokens, **masks, "logit_scale": 5.0},
         "x_clip_loss": {**latents, "text_latents_extra": pair[1], "image_latents_extra": pair[0]},
         "x_clip_loss, tokens": {
@@ -89,19 +93,20 @@ def bad_values() -> dict[str, list[Any]]:
     mask = [[True] * N, torch.ones(N, 9), torch.full((N, 2), 2), torch.ones(N, 2, dtype=torch.complex64)]
     word = ["average", 1]
     weight = [-1.0, "0", float("inf")]
+    others = [None, floats(N + 1, D), floats(D), floats(N, D).to_sparse()]
     return {
         **dict.fromkeys(("image_features", "text_features", "query", "key", "z1", "z2", "x", "y"), features),
         **dict.fromkeys(("features", "text_latents", "image_latents", "image_tokens", "text_tokens"), features),
         **dict.fromkeys(("scale", "logit_scale"), scale),
         "temperature": [*scale, 0.0, -1.0],
-        "logit_bias": scale,
+        **dict.fromkeys(("logit_bias", "teacher_scale"), scale),
+        **dict.fromkeys(("teacher_x", "teacher_y"), others),
+        "guide": [3, (floats(N, 2),), (floats(N, 2), floats(N + 1, 2))],
         "targets": [*ids, indices() - 1, indices() + 1000],
         "negatives": [[0.0], floats(N, D + 1), floats(N + 1, 2, D), floats(N, D, dtype=torch.float64), floats(D)],
         "negatives_mask": mask,
-        "image_mask": mask,
-        "text_mask": mask,
-        "col_bias": vector,
-        "weight": vector,
+        **dict.fromkeys(("image_mask", "text_mask"), mask),
+        **dict.fromkeys(("col_bias", "weight", "row_limit", "col_limit"), vector),
         "row_ids": [*ids, None],
         "col_ids": [*ids, None],
         "ids": [*ids, None],
@@ -109,9 +114,10 @@ def bad_values() -> dict[str, list[Any]]:
         **dict.fromkeys(("symmetric", "decoupled", "use_all_token_embeds", "decoupled_contrastive_learning"), flag),
         "exclude_self": [*flag, True],
         "normalize": ["no", 1],
-        "margin": weight,
-        **dict.fromkeys(("multiview_loss_weight", "sim_reg_loss_weight", "ssl_loss_weight"), weight),
+        **dict.fromkeys(("absolute_margin", "relative_margin", "targets_weight", "debias"), weight[1:]),
+        **dict.fromkeys(("margin", "hardness", "multiview_loss_weight", "sim_reg_loss_weight"), weight),
         "label_smoothing": [1.0, -0.1, "0"],
+        "positive_weight": word,
         "views": [floats(N, D), 3, [None], [floats(N + 1, D)]],
         "text_latents_extra": [floats(N + 1, D), [0.0], floats(D)],
         "image_latents_extra": [floats(N + 1, D), [0.0], floats(D)],

@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from fused_contrastive.core.spec import StatsSpec
+
 N, D = 6, 8
 OPS = torch.ops.fused_contrastive
 
@@ -21,9 +23,7 @@ def ints(size: int) -> Tensor:
 
 
 STATS: dict[str, Any] = dict(
-    x=features(N, D), y=features(N, D), scale=torch.tensor(1.0), targets=None, col_bias=None, row_ids=None,
-    col_ids=None, exclude_self=False, want_row=True, want_col=True, upper=False, equal_ids="exclude",
-    statistic="logsumexp", kept_rows=0,
+    x=features(N, D), y=features(N, D), **StatsSpec(scale=torch.tensor(1.0))._asdict()
 )  # fmt: skip
 SAVED: dict[str, Any] = dict(
     g_pos=torch.ones(N), g_row=torch.ones(N), g_col=torch.ones(N), row=torch.ones(N).double(),
@@ -67,6 +67,18 @@ BAD_STATS: list[tuple[str, dict[str, Any]]] = [
     ("kept_rows", dict(kept_rows=-5)),
     ("backend", dict(backend="nope")),
     ("backend", dict(backend="auto")),
+    ("row_ids", dict(row_ids=ints(6 * N).view(N, 6), col_ids=ints(6 * N).view(N, 6))),
+    ("row_ids", dict(row_ids=torch.zeros(N, 0).long(), col_ids=torch.zeros(N, 0).long())),
+    ("col_ids", dict(row_ids=ints(2 * N).view(N, 2), col_ids=ints(N))),
+    ("row_ids, col_ids", dict(equal_ids="apart", paired=False)),
+    ("targets", dict(targets=ints(N), paired=False)),
+    ("row_limit", dict(row_limit=torch.ones(2))),
+    ("col_limit", dict(col_limit=ints(N))),
+    ("row_limit, col_limit", dict(row_limit=torch.ones(N), upper=True, want_col=False)),
+    ("row_guide, col_guide", dict(row_guide=features(N, 2))),
+    ("col_guide", dict(row_guide=features(N, 2), col_guide=features(N, 3))),
+    ("row_guide", dict(row_guide=features(2, 2), col_guide=features(N, 2))),
+    ("statistic", dict(statistic="teacher")),
 ]
 BAD_SAVED: list[tuple[str, dict[str, Any]]] = [
     ("row", dict(row=torch.ones(1).double())),

@@ -284,7 +284,7 @@ def exact_gradient(
             elif MODE.equal_ids == "add":
                 g += _of_sums(mask, related_rows, related_cols, i, row_end, j, col_end, MODE)
             if MODE.teacher:
-                t = of_teacher(s, at)
+                t = of_teacher(at, mask, i, row_end, j, col_end, MODE)
                 g += _weights_of_both(t, at, mask, related_rows, related_cols, i, row_end, j, col_end, MODE)
             store_tile(out, stride_out, row0 - row_begin, col0 - col_begin, row_end - row_begin, g, False)
 

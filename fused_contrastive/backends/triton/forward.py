@@ -339,8 +339,8 @@ def exact_statistics(
             at = compared(acc, mask, row0, col0, M, N, MODE)
             if MODE.teacher:
                 related_total, weighted_total, related_maximum = _add_teacher(
-                    of_teacher(s, at), s, related_rows_to, related_cols_to, related_total, weighted_total,
-                    related_maximum, tile_n, rows, row_begin, row_end, MODE,
+                    of_teacher(at, mask, rows, row_end, cols, col_end, MODE), s, related_rows_to, related_cols_to,
+                    related_total, weighted_total, related_maximum, tile_n, rows, row_begin, row_end, MODE,
                 )  # fmt: skip
             of_rows = below(s, at, mask, mask.row_limit, rows, rows < row_end, 0)
             of_cols = below(s, at, mask, mask.col_limit, cols, cols < col_end, 1)

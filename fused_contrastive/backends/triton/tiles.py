@@ -208,9 +208,15 @@ def below(s, acc, mask, limit, i, inside, AXIS: tl.constexpr):
 
 
 @triton.jit
-def of_teacher(s, acc):
-    """A tile of the teacher's logits, from ours and from ``compared``: -inf where ours are."""
-    return tl.where(s == float("-inf"), s, acc)
+def of_teacher(acc, mask, rows, row_end, cols, col_end, MODE: tl.constexpr):
+    """A tile of the teacher's logits from ``compared``: -inf beyond the end, and in columns whose bias is -inf."""
+    out = (rows >= row_end)[:, None] | (cols >= col_end)[None, :]
+    if mask.col_bias is not None:
+        if MODE.one_bias:
+            out |= tl.load(mask.col_bias) == float("-inf")
+        else:
+            out |= (tl.load(mask.col_bias + cols, mask=cols < col_end, other=0.0) == float("-inf"))[None, :]
+    return tl.where(out, float("-inf"), acc)
 
 
 @triton.jit

@@ -37,12 +37,11 @@ fc::Interrupt python_interrupt() {
 
 // Makes a StatsProblem from a StatsSpec (core/spec.py) and its features. Fields are read by name, whatever their order.
 fc::StatsProblem problem_of(const at::Tensor& x, const at::Tensor& y, const py::handle& spec) {
-  static const std::map<std::string, fc::EqualIds> kEqualIds = {
-      {"exclude", fc::EqualIds::kExclude},
-      {"only", fc::EqualIds::kOnly},
-      {"negate", fc::EqualIds::kNegate},
-      {"apart", fc::EqualIds::kApart},
-      {"add", fc::EqualIds::kAdd}};
+  static const std::map<std::string, fc::EqualIds> kEqualIds = {{"exclude", fc::EqualIds::kExclude},
+                                                                {"only", fc::EqualIds::kOnly},
+                                                                {"negate", fc::EqualIds::kNegate},
+                                                                {"apart", fc::EqualIds::kApart},
+                                                                {"add", fc::EqualIds::kAdd}};
   fc::StatsProblem p;
   p.x = x, p.y = y, p.scale = spec.attr("scale").cast<at::Tensor>();
   p.for_each_tensor([&](const char* name, fc::OptionalTensor& t) { t = spec.attr(name).cast<fc::OptionalTensor>(); });

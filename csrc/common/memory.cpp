@@ -101,8 +101,8 @@ class Spare {
   Slab spare_;
 };
 
-// Holds the last few small blocks. malloc gives the end of its heap back to the system as soon as some hundred kilobytes
-// of it are free, and the page faults of getting them again took a fifth of a step of 128 rows.
+// Holds the last few small blocks. malloc gives the end of its heap back to the system as soon as some hundred
+// kilobytes of it are free, and the page faults of getting them again took a fifth of a step of 128 rows.
 class SmallSpares {
  public:
   Slab take(size_t bytes) {

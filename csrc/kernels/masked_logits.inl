@@ -69,9 +69,15 @@ static void apply_ids(const LogitRule<T>& rule, const TileColumns<T>& columns, c
     const IntVec<T> related = row.related(columns, j);
     const Vec<T> s = load(out.first + j);
     switch (rule.equal_ids) {
-      case EqualIds::kExclude: store(out.first + j, related ? excluded : s); break;
-      case EqualIds::kOnly: store(out.first + j, related ? s : excluded); break;
-      case EqualIds::kNegate: store(out.first + j, related ? -s : s); break;
+      case EqualIds::kExclude:
+        store(out.first + j, related ? excluded : s);
+        break;
+      case EqualIds::kOnly:
+        store(out.first + j, related ? s : excluded);
+        break;
+      case EqualIds::kNegate:
+        store(out.first + j, related ? -s : s);
+        break;
       case EqualIds::kApart:
         any |= related;
         store(out.second + j, related ? (rule.softplus ? -s : s) : excluded);
@@ -85,13 +91,13 @@ static void apply_ids(const LogitRule<T>& rule, const TileColumns<T>& columns, c
   out.has_second = is_any<T>(any);
 }
 
-// Turns products of S's row i into masked logits, by the guide's row if there is one, with -inf up to a whole vector beyond the tile. If this tile holds
-// the positive, its logit goes to `pos` and is masked too. Never inlined, so that forward and backward round alike: a
-// compiler may round scale * product + bias once in one place and twice in the other.
+// Turns products of S's row i into masked logits, with -inf up to a whole vector beyond the tile; limits are compared
+// with `guide`, if it is not null. If this tile holds the positive, its logit goes to `pos` and is masked too. Never
+// inlined: a compiler may round scale * product + bias once in one place and twice in another, forward and backward.
 template <class T>
 __attribute__((noinline)) static void masked_logits(const LogitRule<T>& rule, const TileColumns<T>& columns,
-                                                    const TileBounds& at, int64_t i, const T* products,
-                                                    const T* guide, RowLogits<T>& out, T* pos) {
+                                                    const TileBounds& at, int64_t i, const T* products, const T* guide,
+                                                    RowLogits<T>& out, T* pos) {
   T* logits = out.first;
   out.has_second = false;
   for (int64_t j = 0; j < at.cols; j += kLanes<T>) {

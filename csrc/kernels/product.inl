@@ -161,7 +161,7 @@ template <class E>
 static void pack_transposed(const E* b, int64_t b_row, int64_t k, int64_t columns, E* panel) {
   constexpr int n = kLanes<SumType<E>>;
   alignas(64) E part[2][n * n] = {};  // the rows of a half that is not full, and zeros
-  int64_t done = 0;  // steps of k
+  int64_t done = 0;                   // steps of k
   for (; done + n <= k; done += n)
     for (int half = 0; half < 2; ++half) {
       const E* rows = b + half * n * b_row + done;

@@ -50,7 +50,7 @@ static inline bool leaves_many(const TileBounds& at, int64_t excluded) {
   return at.rows >= kFew && at.cols >= kFew && excluded <= smaller(at.rows, at.cols) / 2;
 }
 
-// Whether the sweeps of this file know the rule; they need not know ids if no pair of the tile is related.
+// Whether the forward of this file can take the tile. Removes the ids from `rule` if no pair of the tile is related.
 template <class T>
 static inline bool is_known(LogitRule<T>& rule, const TileColumns<T>& columns, const TileBounds& at) {
   if (rule.col_bias || rule.upper) return false;
@@ -61,7 +61,7 @@ static inline bool is_known(LogitRule<T>& rule, const TileColumns<T>& columns, c
   return leaves_many<T>(at, related) && !rule.is_apart();
 }
 
-// Adds up the logits of a row's related pairs. The row's sum is written, the columns' grow.
+// Adds up the logits of a row's related pairs: sets the row's sum, and adds each logit to its column's sum.
 template <class T>
 static void add_related(const RowLogits<T>& logits, const ForwardTile<T>& tile, int64_t r) {
   Vec<T> sum{};
@@ -76,14 +76,14 @@ static void add_related(const RowLogits<T>& logits, const ForwardTile<T>& tile, 
 
 // The gradients that arrive at the sums of related logits, for the related pairs among a row's columns from j on.
 template <class T>
-static inline Vec<T> added_gradient(const RowLogits<T>& logits, const BackwardTile<T>& tile,
-                                    int64_t i, int64_t j) {
+static inline Vec<T> added_gradient(const RowLogits<T>& logits, const BackwardTile<T>& tile, int64_t i, int64_t j) {
   Vec<T> g = fill<T>(tile.related_row.g ? tile.related_row.g[i] : T(0));
   if (tile.related_col.g) g += load_row(tile.related_col.g + tile.at.col, j, tile.at.cols);
   return load(logits.second + j) != Vec<T>{} ? g : Vec<T>{};
 }
 
-// Returns false if any sum is out of range, as NaN and inf always are. What it has written must then be overwritten.
+// Returns false if it cannot take the tile or a sum is out of range, as NaN and inf always are. What it has written
+// must then be overwritten.
 template <class T, bool kRow, bool kCol>
 static bool forward_shared_exp(const LogitRule<T>& whole_rule, const TileColumns<T>& columns,
                                const ForwardTile<T>& tile) {
@@ -99,7 +99,8 @@ static bool forward_shared_exp(const LogitRule<T>& whole_rule, const TileColumns
   for (int64_t first = 0; first < at.rows; first += kSweepRows) {
     for (int64_t j = 0; j < kTileCols; ++j) some[j] = 0;  // few terms at a time: equal terms all round alike
     for (int64_t r = first; r < smaller(first + kSweepRows, at.rows); ++r) {
-      masked_logits(rule, columns, at, at.row + r, tile.products + r * tile.stride, guide_row(tile, r), masked, pos_of(tile, at.row + r));
+      masked_logits(rule, columns, at, at.row + r, tile.products + r * tile.stride, guide_row(tile, r), masked,
+                    pos_of(tile, at.row + r));
       if (rule.adds() && masked.has_second) add_related(masked, tile, r);
       if (r == 0) {
         Vec<T> most = fill<T>(kNegInf<T>);
@@ -164,7 +165,8 @@ static bool factors_over(const PowerOfTwo<T>& power, const T* norm, const T* low
 }
 
 // Writes g_row exp(s - row) + g_col exp(s - col) as exp(s) / 2^n times the sum of both factors. Returns false, with
-// nothing written, if the normalisers are too far apart or a factor does not fit.
+// nothing written, if related pairs have normalisers of their own, if the normalisers are too far apart, or if a factor
+// does not fit.
 template <class T>
 static bool backward_shared_exp(const LogitRule<T>& whole_rule, const TileColumns<T>& columns,
                                 const BackwardTile<T>& tile) {
@@ -197,7 +199,8 @@ static bool backward_shared_exp(const LogitRule<T>& whole_rule, const TileColumn
     return false;
   for (int64_t r = 0; r < at.rows; ++r) {
     fetch_row(tile, r + kFetchAhead);
-    masked_logits<T>(rule, columns, at, at.row + r, tile.products + r * tile.stride, guide_row(tile, r), masked, nullptr);
+    masked_logits<T>(rule, columns, at, at.row + r, tile.products + r * tile.stride, guide_row(tile, r), masked,
+                     nullptr);
     for (int64_t j = 0; j < at.cols; j += kLanes<T>) {
       const Vec<T> first = load(logits + j);
       Vec<T> g = power.exp_over(first) * (load(col_factor + j) + row_factor[r]);

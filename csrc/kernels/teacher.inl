@@ -1,4 +1,4 @@
-// Sweeps for a teacher: log-sum-exps of our logits s and of the teacher's t, and sums of s weighted by exp(t). Where all
+// Sweeps for a teacher: log-sum-exps of our logits s and of the teacher's t, and sums of s weighted by exp(t). If all
 // sums of a tile are near each other, one exponential of s and one of t serve both directions (shared_exp.inl).
 
 // The teacher's logits of a tile's row, -inf in columns whose bias is, and beyond the row's end.
@@ -65,8 +65,7 @@ static bool forward_teacher_shared(const LogitRule<T>& rule, const TileColumns<T
       tile.weighted_row[r] = total<T>(row[2]) * of_teacher.rest;
     }
     for (int k = 0; k < 3; ++k)
-      for (int64_t j = 0; kCol && j < at.cols; j += kLanes<T>)
-        store(sum[k] + j, load(sum[k] + j) + load(some[k] + j));
+      for (int64_t j = 0; kCol && j < at.cols; j += kLanes<T>) store(sum[k] + j, load(sum[k] + j) + load(some[k] + j));
   }
   for (int64_t j = 0; kCol && j < at.cols; ++j) {
     if (!is_in_range(sum[0][j]) || !is_in_range(sum[1][j])) return false;
@@ -130,7 +129,8 @@ static void forward_teacher(const LogitRule<T>& rule, const ForwardTile<T>& tile
   __builtin_memcpy(tile.weighted_col, weighted_sum, at.cols * sizeof(T));
 }
 
-// The lowest and highest normaliser of a tile's rows and columns; false if they are too far apart for one exponential.
+// Sets `middle` to the middle of the normalisers of a tile's rows and columns. Returns false if they are out of range
+// or too far apart for one exponential.
 template <class T>
 static bool power_between(const Normalised<T>& row, const Normalised<T>& col, const TileBounds& at, T& middle) {
   constexpr T kApart = T(40);
@@ -149,7 +149,7 @@ static bool power_between(const Normalised<T>& row, const Normalised<T>& col, co
   return numbers && most - least <= kApart;
 }
 
-// g_row exp(s - row) + g_col exp(s - col), and the same of the teacher's logits by related_row and related_col.
+// Writes g_row exp(s - row) + g_col exp(s - col) plus the same sum for t with related_row and related_col.
 template <class T, bool kRow, bool kCol>
 static void backward_teacher(const LogitRule<T>& rule, const BackwardTile<T>& tile) {
   const TileBounds& at = tile.at;

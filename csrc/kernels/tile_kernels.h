@@ -9,10 +9,10 @@ namespace fc {
 constexpr int64_t kTileRows = 256;  // rows of a tile, at most; a column's partial sums are merged once per tile
 constexpr int64_t kTileCols = 256;  // columns of a tile, at most
 constexpr int64_t kSweepRows = 16;  // rows of logits held at a time, 16 KB, from their maxima to their exponentials
-constexpr int64_t kMostIds = 5;     // ids of a row or column
+constexpr int64_t kMostIds = 5;     // ids of a row or column: a caller's 4, and one for the target
 
 // What happens to related pairs, those with an equal id: they are excluded; or all others are; or their logits change
-// sign; or they are reduced by themselves, for softplus with their sign changed; or their logits are added up besides.
+// sign; or they are reduced by themselves, for softplus with their sign changed; or they count and are also added up.
 enum class EqualIds { kExclude, kOnly, kNegate, kApart, kAdd };
 
 // How a product becomes a logit, and which logits are excluded. Pointers are to whole (M,) or (N,) vectors.
@@ -58,9 +58,10 @@ struct ForwardTile {
   TileBounds at;
   const T* products;  // (rows, cols), row stride `stride`
   int64_t stride;
-  const T* guide;        // (rows, cols), rows kTileCols apart: the similarities; null: products * scale
-  T* pos;                // (M,) logits of the positives; written where this tile holds them
-  TileSums<T> row, col;  // (rows,), (cols,)
+  // (rows, cols), rows kTileCols apart: a teacher's logits, or what limits are compared with; null: products * scale
+  const T* guide;
+  T* pos;                                // (M,) logits of the positives; written where this tile holds them
+  TileSums<T> row, col;                  // (rows,), (cols,)
   TileSums<T> related_row, related_col;  // of the related pairs, if these are reduced by themselves or added up
   // With a teacher, related_row and related_col are its sums, and these are sums of exp(t - maximum) * s.
   T *weighted_row, *weighted_col;
@@ -80,10 +81,11 @@ struct BackwardTile {
   const T* products;  // (rows, cols), row stride `stride`
   int64_t stride;
   const T* guide;  // as in ForwardTile
-  T* grad;  // (rows, cols), row stride `grad_stride`; may be `products`
+  T* grad;         // (rows, cols), row stride `grad_stride`; may be `products`
   int64_t grad_stride;
-  Normalised<T> row, col;                  // (M,), (N,)
-  Normalised<T> related_row, related_col;  // of the related pairs, if these are reduced by themselves or added up
+  Normalised<T> row, col;  // (M,), (N,)
+  // Of the related pairs, if these are reduced by themselves or added up; with a teacher, of its logits.
+  Normalised<T> related_row, related_col;
 };
 
 // The kernels of one instruction set.

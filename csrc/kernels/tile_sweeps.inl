@@ -97,8 +97,8 @@ static void forward_log_sum_exp(const LogitRule<T>& rule, const ForwardTile<T>& 
     bool any_related = false;
     for (int64_t k = 0; k < count; ++k) {
       const int64_t i = at.row + first + k;
-      masked_logits(rule, columns, at, i, tile.products + (first + k) * tile.stride,
-                    guide_row(tile, first + k), logits[k], pos_of(tile, i));
+      masked_logits(rule, columns, at, i, tile.products + (first + k) * tile.stride, guide_row(tile, first + k),
+                    logits[k], pos_of(tile, i));
       if (rule.adds() && logits[k].has_second) add_related(logits[k], tile, first + k);
       if (kRow) row_max[k] = largest_of_row(logits[k].first, at.cols);
       if (kCol)

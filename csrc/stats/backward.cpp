@@ -46,9 +46,9 @@ Gradients backward(const StatsProblem& problem, const Saved& saved, const Upstre
     products = readable("kept", saved.kept, dtype);
   }
   const Tiling tiling(m, n, kPackedCols<E>, problem.kept_rows, problem.upper);
-  return backward_pass<E>(problem, p, tiling, problem.kept_rows ? products.const_data_ptr<T>() : nullptr, problem.kept_rows,
-                          problem.paired ? gradient("g_pos", upstream.pos, m) : std::nullopt, directions, needs,
-                          problem.x.scalar_type(), problem.y.scalar_type(), interrupt);
+  return backward_pass<E>(problem, p, tiling, problem.kept_rows ? products.const_data_ptr<T>() : nullptr,
+                          problem.kept_rows, problem.paired ? gradient("g_pos", upstream.pos, m) : std::nullopt,
+                          directions, needs, problem.x.scalar_type(), problem.y.scalar_type(), interrupt);
 }
 
 }  // namespace

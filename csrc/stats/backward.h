@@ -34,9 +34,9 @@ struct Directions {
 // `kept_rows` rows; `pos` is the gradient of the positives' logits. If dx is formed, `add_more` is called on its sums
 // before they are multiplied by the scale, to add terms that are not products with G.
 template <class E, class T = SumType<E>>
-Gradients backward_pass(const StatsProblem& problem, const Prepared<E>& p, const Tiling& tiling, const T* kept, int64_t kept_rows,
-                        const OptionalTensor& pos, const Directions<T>& of, const Needs& needs, at::ScalarType x_dtype,
-                        at::ScalarType y_dtype, const Interrupt& interrupt,
+Gradients backward_pass(const StatsProblem& problem, const Prepared<E>& p, const Tiling& tiling, const T* kept,
+                        int64_t kept_rows, const OptionalTensor& pos, const Directions<T>& of, const Needs& needs,
+                        at::ScalarType x_dtype, at::ScalarType y_dtype, const Interrupt& interrupt,
                         const std::function<void(T*)>& add_more = {}) {
   const int64_t n = p.y.rows;
   FeatureGradients<E> gradients(p, tiling, needs);
@@ -56,8 +56,8 @@ Gradients backward_pass(const StatsProblem& problem, const Prepared<E>& p, const
         gradients.add(s, [&](const TileBounds& at, T* tile, int64_t stride) {
           if (!s.kept) multiply_tile(x, y_transposed, at, group.begin, tile, stride);
           tile_kernels<T>().backward(
-              p.rule, {at, s.kept ? kept + kept_offset(at, n) : tile, s.kept ? at.cols : stride, guide.tile(at), tile, stride,
-                       of.row.kernel(), of.col.kernel(), of.related_row.kernel(), of.related_col.kernel()});
+              p.rule, {at, s.kept ? kept + kept_offset(at, n) : tile, s.kept ? at.cols : stride, guide.tile(at), tile,
+                       stride, of.row.kernel(), of.col.kernel(), of.related_row.kernel(), of.related_col.kernel()});
         });
         interrupt();
       }

@@ -106,12 +106,11 @@ void forward_pass(const StatsProblem& problem, const Prepared<E>& p, const Tilin
             T* tile = s.kept ? kept + kept_offset(at, n) : scratch.get();
             const int64_t stride = s.kept ? at.cols : kTileCols;
             multiply_tile(x, y, at, s.cols.begin, tile, stride);
-            tile_kernels<T>().forward(p.rule, {at, tile, stride, guide.tile(at), pos, stats.row.part(tile_col, r),
-                                               stats.col.part(tile_row, c),
-                                               stats.second_row(p.rule.teacher, tile_col, r),
-                                               stats.second_col(p.rule.teacher, tile_row, c),
-                                               stats.teacher_row.weighted(tile_col, r),
-                                               stats.teacher_col.weighted(tile_row, c)});
+            tile_kernels<T>().forward(
+                p.rule,
+                {at, tile, stride, guide.tile(at), pos, stats.row.part(tile_col, r), stats.col.part(tile_row, c),
+                 stats.second_row(p.rule.teacher, tile_col, r), stats.second_col(p.rule.teacher, tile_row, c),
+                 stats.teacher_row.weighted(tile_col, r), stats.teacher_col.weighted(tile_row, c)});
           },
           [&](const TileBounds& at, int64_t tile_row, int64_t tile_col) {
             stats.skip(at, at.row - s.rows.begin, at.col - s.cols.begin, tile_row, tile_col);

@@ -1,4 +1,5 @@
-// A guide: other features of the same rows and columns, whose products decide which pairs a limit excludes.
+// A guide: another model's features of the same rows and columns. Their products are compared with the limits, or are a
+// teacher's logits.
 #pragma once
 #include <ATen/ATen.h>
 
@@ -12,11 +13,12 @@
 
 namespace fc {
 
-// Multiplies the guide's features, in T, one tile at a time. Without a guide there is nothing to multiply.
+// Multiplies the guide's features, in T, one tile at a time. Without a guide it does nothing.
 template <class T>
 class Guide {
  public:
-  Guide(const OptionalTensor& rows, const OptionalTensor& cols, const Tiling& tiling, const at::TensorOptions& options) {
+  Guide(const OptionalTensor& rows, const OptionalTensor& cols, const Tiling& tiling,
+        const at::TensorOptions& options) {
     if (!rows || !cols) return;
     x_.emplace("row_guide", *rows, false);
     y_.emplace("col_guide", *cols, false);

@@ -80,7 +80,9 @@ LossAndGradients from_rows(const StatsProblem& problem, const RowLoss& loss, con
             T* tile = products(at);
             const int64_t r = at.row - rows.begin;
             multiply_tile(x, y_transposed, at, group.begin, tile, stride);
-            tile_kernels<T>().forward(p.rule, {at, tile, stride, guide.tile(at), pos_data, row.part(tile_col, r), {}, {}, {}, nullptr, nullptr});
+            tile_kernels<T>().forward(
+                p.rule,
+                {at, tile, stride, guide.tile(at), pos_data, row.part(tile_col, r), {}, {}, {}, nullptr, nullptr});
           },
           [](const TileBounds&, int64_t, int64_t) {});
       row.merge(0);
@@ -101,7 +103,8 @@ LossAndGradients from_rows(const StatsProblem& problem, const RowLoss& loss, con
       guide.start_group(group);
       const auto logit_gradient = [&](const TileBounds& at, T* tile, int64_t tile_stride) {
         const Normalised<T> by_row{norm.high.data(), norm.low.data(), g_row.const_data_ptr<T>()};
-        tile_kernels<T>().backward(p.rule, {at, products(at), stride, guide.tile(at), tile, tile_stride, by_row, {}, {}, {}});
+        tile_kernels<T>().backward(p.rule,
+                                   {at, products(at), stride, guide.tile(at), tile, tile_stride, by_row, {}, {}, {}});
       };
       gradients.add({rows, group, true}, logit_gradient, s + group.begin, stride);  // G takes the products' place
       interrupt();
@@ -159,8 +162,9 @@ LossAndGradients from_kept_products(const StatsProblem& problem, const RowLoss& 
   const Direction<T> none{Normaliser<T>(0), std::nullopt};
   const auto gradients = [&](const OptionalTensor& g_pos, const Direction<T>& row, const Direction<T>& col,
                              const std::function<void(T*)>& add_more) {
-    return LossAndGradients{losses.sum(), backward_pass<E>(problem, p, tiling, products, m, g_pos, {row, col, none, none}, needs, dtype, dtype,
-                                                           interrupt, add_more)};
+    return LossAndGradients{
+        losses.sum(), backward_pass<E>(problem, p, tiling, products, m, g_pos, {row, col, none, none}, needs, dtype,
+                                       dtype, interrupt, add_more)};
   };
   const Direction<T> row{Normaliser<T>(row_value), g_row};
   if (loss.labels) {

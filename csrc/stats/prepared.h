@@ -50,7 +50,8 @@ inline void check(const StatsProblem& p) {
   }
   if (p.row_limit) check_sizes("row_limit", *p.row_limit, {m});
   if (p.col_limit) check_sizes("col_limit", *p.col_limit, {n});
-  TORCH_CHECK_VALUE(p.row_guide.has_value() == p.col_guide.has_value(), "row_guide, col_guide: expected both or neither");
+  TORCH_CHECK_VALUE(p.row_guide.has_value() == p.col_guide.has_value(),
+                    "row_guide, col_guide: expected both or neither");
   if (p.row_guide) {
     check_sizes("row_guide", *p.row_guide, {m, p.row_guide->size(-1)});
     check_sizes("col_guide", *p.col_guide, {n, p.row_guide->size(-1)});
@@ -81,7 +82,7 @@ struct Prepared {
   Features<E> x, y;
   OptionalTensor targets, col_bias, row_limit, col_limit;
   OptionalTensor row_codes, col_codes;  // (ids, M), (ids, N): ids as dense codes that fit a 32-bit lane
-  bool one_bias = false;                                   // all columns share one bias, and its gradient is one number
+  bool one_bias = false;                // all columns share one bias, and its gradient is one number
   LogitRule<T> rule{};
 
   explicit Prepared(const StatsProblem& p, bool unit = false) : x("x", p.x, unit), y("y", p.y, unit) {

@@ -77,13 +77,15 @@ class RunningStatistic {
   std::vector<double> plain_sum_;
 };
 
-// Holds, for one direction, log-sum-exps of a teacher's logits and sums of ours weighted by their exponentials, in
-// double: a part of a section is merged element by element, in a fixed order.
+// Holds, for one direction and in double, the log-sum-exps of a teacher's logits and the sums of our logits weighted by
+// the exponentials of the teacher's. Parts are merged element by element, in a fixed order.
 template <class T>
 class WeightedStatistic {
  public:
   WeightedStatistic(bool asked, int64_t size)
-      : asked_(asked), max_(asked ? size : 0, -std::numeric_limits<double>::infinity()), sum_(max_.size()),
+      : asked_(asked),
+        max_(asked ? size : 0, -std::numeric_limits<double>::infinity()),
+        sum_(max_.size()),
         weighted_(max_.size()) {}
   void start(int64_t parts, int64_t length) {
     if (!asked_) return;
@@ -110,7 +112,7 @@ class WeightedStatistic {
       whole = higher;
     }
   }
-  // Returns the weighted means, and the log-sum-exps: 0 and -inf where all pairs are excluded.
+  // Returns the weighted means and the log-sum-exps, which are 0 and -inf where all pairs are excluded.
   std::pair<at::Tensor, at::Tensor> value() const {
     const auto size = static_cast<int64_t>(max_.size());
     at::Tensor mean = at::empty({size}, at::kDouble), log = at::empty({size}, at::kDouble);

@@ -13,14 +13,14 @@ namespace fc {
 
 // What the logits are made of and which are excluded; the C++ view of core/spec.py. All tensors are on the CPU.
 struct StatsProblem {
-  at::Tensor x, y;          // (M, D), (N, D), one floating dtype, any strides
-  at::Tensor scale;         // 0-d
-  OptionalTensor targets;   // (M,) int64
-  OptionalTensor col_bias;  // (N,) or ()
-  OptionalTensor row_ids;   // (M,) or (M, K) int64, compared with col_ids
-  OptionalTensor col_ids;   // (N,) or (N, K) int64
-  OptionalTensor row_limit, col_limit;  // (M,), (N,): a pair with scale x . y above it is excluded from that row, column
-  OptionalTensor row_guide, col_guide;  // (M, G), (N, G), whose products are compared with the limits in place of these
+  at::Tensor x, y;                      // (M, D), (N, D), one floating dtype, any strides
+  at::Tensor scale;                     // 0-d
+  OptionalTensor targets;               // (M,) int64
+  OptionalTensor col_bias;              // (N,) or ()
+  OptionalTensor row_ids;               // (M,) or (M, K) int64, compared with col_ids
+  OptionalTensor col_ids;               // (N,) or (N, K) int64
+  OptionalTensor row_limit, col_limit;  // (M,), (N,): excludes pairs with scale x . y above it
+  OptionalTensor row_guide, col_guide;  // (M, G), (N, G), whose products are compared with the limits instead
   bool paired;                          // row i has a positive; otherwise pos has 0 elements
   bool exclude_self;
   bool want_row, want_col;  // the directions that are asked for
@@ -49,11 +49,12 @@ inline bool has_related(const StatsProblem& p) {
   return p.equal_ids == EqualIds::kApart || p.equal_ids == EqualIds::kAdd;
 }
 
-// Returns pos (M,), row (M,) and col (N,) in float64, where a direction that was not asked for has 0 elements; row and
-// col are (M, 2) and (N, 2) if related pairs have statistics of their own, in [:, 1]; with a teacher they are (M, 3) and (N, 3): the log-sum-exp
-// of the logits, their mean by the teacher's softmax, and the log-sum-exp of its logits. And it returns the products
-// x @ y.T of the first `kept_rows` rows, (kept_rows, N) elements in float32 (float64 for float64 features). The products
-// lie tile by tile (`kept_offset`), and only `stats_backward` reads them.
+// Returns pos (M,), row (M,) and col (N,) in float64, where a direction that was not asked for has 0 elements. Row and
+// col are (M, 2) and (N, 2) if related pairs have statistics of their own, in [:, 1]. With a teacher they are (M, 3)
+// and (N, 3): the log-sum-exp of the logits, their mean weighted by the teacher's softmax, and the log-sum-exp of the
+// teacher's logits. It also returns the products x @ y.T of the first `kept_rows` rows, (kept_rows, N)
+// elements in float32 (float64 for float64 features). They lie tile by tile (`kept_offset`), and only `stats_backward`
+// reads them.
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> stats_forward(const StatsProblem& problem,
                                                                          const Interrupt& interrupt);
 

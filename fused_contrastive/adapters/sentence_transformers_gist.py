@@ -15,7 +15,7 @@ from torch import Tensor
 from fused_contrastive.adapters.common import Fused, check_pair, importing, scalar
 from fused_contrastive.core.spec import compute_dtype
 from fused_contrastive.distributed.batch import GlobalBatch
-from fused_contrastive.losses.margins import roundings
+from fused_contrastive.losses.margins import Margins, roundings
 from fused_contrastive.losses.terms import pair_logit
 from fused_contrastive.ops.normalize import normalized
 from fused_contrastive.ops.problem import autocast, log_add
@@ -32,7 +32,7 @@ with importing("sentence-transformers", tested="5.3.0 and 6.2.0", least="5.3"):
 
 
 class _Guided(Fused):
-    """A mix-in: the loss of embeddings by those of the guide. It stands before the library's class."""
+    """A mix-in with the loss of embeddings and the guide's embeddings. It stands before the library's base class."""
 
     temperature: float | Tensor
     margin_strategy: str
@@ -55,7 +55,7 @@ class _Guided(Fused):
         # A negative is left out if the guide finds it more similar than this.
         most = (of_anchors * of_candidates[0]).sum(dim=1)
         most = most - (self.margin if self.margin_strategy == "absolute" else self.margin * most.abs())
-        most = most + roundings(dtype, of_anchors.shape[1])
+        most = most + roundings(Margins(self.margin), dtype, of_anchors.shape[1])
 
         several = self.gather_across_devices and dist.is_available() and dist.is_initialized()
         world, rank = (dist.get_world_size(), dist.get_rank()) if several else (1, 0)
@@ -63,7 +63,7 @@ class _Guided(Fused):
         own = torch.arange(len(anchors), device=anchors.device)
 
         def block(x: Tensor, y: Tensor, of_x: Tensor, of_y: Tensor, gathers: bool) -> tuple[Tensor, Tensor]:
-            """The logits of rows i with columns i, and the sums over the others that the guide leaves."""
+            """The logits of each row's own column, and the log-sums over the others that the guide leaves in."""
             first = rank * len(y) if gathers else 0  # the library assumes as many rows in every process
             stats = contrastive_stats(
                 x, y, scale, targets=own + first, row_limit=most, guide=(of_x, of_y), directions=("row",),
@@ -79,7 +79,7 @@ class _Guided(Fused):
             x, of_x = candidates[0], of_candidates[0]
             parts.append((x, of_x, block(x, x, of_x, of_x, True)[1]))
         for x, of_x, row in parts:
-            itself = pair_logit(scale, x, x)  # the guide leaves it out too, unless the positive is as similar
+            itself = pair_logit(scale, x, x)  # left out by the guide too, unless the positive is as similar
             itself = itself.masked_fill((of_x * of_x).sum(dim=1) > most, -torch.inf).to(row.dtype)
             rest = log_add(rest, log_add(row, itself))
         return cross_entropy(pos, rest, dtype=dtype, backend=self.backend)
@@ -88,8 +88,8 @@ class _Guided(Fused):
 class GISTEmbedLoss(_Guided, losses.GISTEmbedLoss):
     """sentence-transformers' GISTEmbedLoss without the matrices of scores, the model's and the guide's.
 
-    Constructor and call are the library's, all options included. The guide's products are formed in the pass that
-    needs them. The loss is float32 (float64 for float64 embeddings).
+    Constructor and call are the library's, with all options. The guide's products are formed in the same pass. The
+    loss is float32 (float64 for float64 embeddings).
     """
 
     @wraps(losses.GISTEmbedLoss.__init__)  # type: ignore[misc]

@@ -193,7 +193,7 @@ def all_true(name: str, value: Tensor, valid: Tensor, expected: str) -> None:
 
 
 def number(name: str, value: object) -> float:
-    """A finite real number, NumPy's too."""
+    """Returns a finite real number, which may be NumPy's; raises for anything else."""
     if isinstance(value, bool) or not isinstance(value, (int, float, Real)):
         raise TypeError(f"{name}: got {value!r}, expected a number")
     fits(name, value)

@@ -1,4 +1,4 @@
-"""Checks of what the rules are given: ids, and other models' features."""
+"""Checks of the arguments of the rules that decide which pairs count: ids, and other models' features."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from fused_contrastive.core import checks
 from fused_contrastive.core.spec import compute_dtype
 
-MOST_IDS = 4  # that a caller may give a row or column
+MOST_IDS = 4  # of a row or column; the losses may add one for the targets (``spec.MOST_IDS``)
 
 
 def ids(name: str, value: object, length: int, x: Tensor, of: str) -> Tensor:
@@ -31,14 +31,14 @@ def _ids_each(value: Tensor) -> int:
 
 
 def same_ids(row_name: str, row_ids: Tensor, col_name: str, col_ids: Tensor) -> None:
-    """As many ids for a row as for a column."""
+    """Raises unless rows and columns have equally many ids."""
     rows, cols = _ids_each(row_ids), _ids_each(col_ids)
     if rows != cols:
         raise ValueError(f"{col_name}: got {cols} ids a column, expected {rows}, as many as {row_name} has for a row")
 
 
 def guide(value: object, features: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """A guide's features, one tensor for each of ours."""
+    """A guide's features, one tensor for each of the loss's ``features``; see ``features_like``."""
     if not isinstance(value, (tuple, list)) or len(value) != len(features):
         got = f"{len(value)} tensors" if isinstance(value, (tuple, list)) else type(value).__name__
         raise TypeError(f"guide: got {got}, expected a tuple of {len(features)}, one for each set of features")
@@ -46,7 +46,8 @@ def guide(value: object, features: Sequence[Tensor]) -> tuple[Tensor, ...]:
 
 
 def features_like(names: Sequence[str], values: Sequence[object], features: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Another model's features of the same rows, all of one width -> in the compute dtype, without gradient."""
+    """Another model's features, in the shapes of ``features`` but with one width G -> in the compute dtype of
+    ``features``, without gradient."""
     found: list[Tensor] = []
     for name, t, ours in zip(names, values, features, strict=True):
         if not isinstance(t, Tensor):

@@ -17,15 +17,19 @@ class StatsSpec(NamedTuple):
 
     ``S[i, j] = scale * x[i] . y[j] + col_bias[j]``. Excluded from ``row`` and ``col`` are the positive
     ``S[i, t(i)]`` and, with ``exclude_self``, ``S[i, i]``. Without ``paired`` there are no positives, and ``pos`` has 0
-    elements. Pairs with ``row_ids[i] == col_ids[j]``, or with K ids each that agree in any of them, are related. As
-    ``equal_ids`` says, they are excluded too; or all others are ("only"); or their logits change sign ("negate"); or
-    they are reduced by themselves ("apart"): ``row`` is then (M, 2) and ``col`` (N, 2), over the pairs that are not
-    related and over those that are, whose logits change sign if the statistic is softplus; or they count like the
-    others, and their logits are added up besides ("add"), in ``row[:, 1]`` and ``col[:, 1]``.
+    elements. Pairs with ``row_ids[i] == col_ids[j]``, in any place if there are K ids each, are related.
+    ``equal_ids`` says what becomes of related pairs:
 
-    Excluded from row i alone are pairs with ``scale * x[i] . y[j] > row_limit[i]``, and from column j alone those above
-    ``col_limit[j]``. With a guide, ``row_guide[i] . col_guide[j]`` is compared with them instead. Limits and guide have
-    no gradient.
+    - "exclude": they are excluded.
+    - "only": all other pairs are excluded.
+    - "negate": their logits change sign.
+    - "apart": they are reduced by themselves. ``row`` is (M, 2) and ``col`` (N, 2): [:, 0] is over the other pairs,
+      and [:, 1] over the related pairs, whose logits change sign if the statistic is softplus.
+    - "add": they count like the others, and ``row[:, 1]`` and ``col[:, 1]`` are the sums of their logits.
+
+    Pairs with ``scale * x[i] . y[j] > row_limit[i]`` are excluded from row i alone, and pairs above ``col_limit[j]``
+    from column j alone. With a guide, ``row_guide[i] . col_guide[j]`` is compared with the limits instead. Limits and
+    guide have no gradient.
 
     With the statistic "teacher", the guide's products are a teacher's logits T. ``row`` is (M, 3): the log-sum-exp of
     S, the mean of S by softmax(T), and the log-sum-exp of T, which has no gradient; ``col`` is (N, 3) likewise. There
@@ -80,16 +84,21 @@ OF_COLS: dict[str, torch.dtype | None] = {
     "col_limit": None,
     "col_guide": None,
 }
-OF_TWO_DIMENSIONS = ("row_ids", "col_ids", "row_guide", "col_guide")  # these have more elements for a row, or may have
-MOST_IDS = 5  # of a row or column
+OF_TWO_DIMENSIONS = (
+    "row_ids",
+    "col_ids",
+    "row_guide",
+    "col_guide",
+)  # (M, K) or (M, G): a row or column may have several elements
+MOST_IDS = 5  # of a row or column: a caller's 4, and one that relates a row to its target
 
 
 class Forward(NamedTuple):
     """A backend's forward result, in ``statistics_dtype``; a direction that is not requested has 0 elements."""
 
-    pos: Tensor  # (M,) NaN where the logit is +inf
-    row: Tensor  # (M,), or (M, 2) with ``equal_ids`` "apart" or "add"
-    col: Tensor  # (N,), or (N, 2)
+    pos: Tensor  # (M,), NaN where the logit is +inf; (0,) without positives
+    row: Tensor  # (M,), or (M, 2) with ``equal_ids`` "apart" or "add", or (M, 3) with a teacher
+    col: Tensor  # (N,), (N, 2) or (N, 3)
     kept: Tensor  # the products of the first kept_rows rows, for the backward, in a form that the backend chooses
 
 
@@ -129,7 +138,7 @@ def empty(spec: StatsSpec, shape: tuple[int, ...], x: Tensor) -> Tensor:
 
 
 def merged(spec: StatsSpec, a: Tensor, b: Tensor) -> Tensor:
-    """A statistic over two parts of S from those over each."""
+    """The statistic over two parts of S, from its values ``a`` and ``b`` over each part."""
     if spec.statistic == "softplus":
         return a + b
     if spec.equal_ids == "add":
@@ -142,7 +151,7 @@ def merged(spec: StatsSpec, a: Tensor, b: Tensor) -> Tensor:
 
 
 def share_of(part: Tensor, total: Tensor) -> Tensor:
-    """exp(part - total), and 0 where nothing is in the part."""
+    """exp(part - total), and 0 where the part is empty, which may be all of the total."""
     return (part - total.masked_fill(total == -torch.inf, 0)).exp()
 
 

@@ -64,25 +64,27 @@ def clip_loss(
         logit_scale: multiplies the similarities (CLIP's learned temperature, already exponentiated); a number or a
             0-d tensor, which gets a gradient.
         temperature: divides them, instead: 1 / logit_scale.
-        row_ids, col_ids: (N,) integers of the images and of the texts, or (N, K) with K <= 4: equal in any of the K
-            places.
-        equal_ids: "exclude", "mean" or "sum". The last two also take (M, D) images with (N, D) texts, whose positives
-            are the related pairs alone; with M = N, text i is among image i's. What has no positive does not count.
+        row_ids, col_ids: (N,) integers of the images and of the texts, or (N, K) with K <= 4: a pair is related if its
+            ids are equal in any of the K places.
+        equal_ids: "exclude", "mean" or "sum". The last two also take (M, D) images with (N, D) texts, if there is no
+            weight and the reduction is not "none"; the positives are then the related pairs alone. With M = N, text i
+            is one of image i's positives. Images and texts without a positive do not count in the mean.
         absolute_margin: leaves out negatives with a similarity (without scale) above the positive's minus this; -0.1
             leaves out those more than 0.1 above it (Qwen3-Embedding, Zhang et al. 2025, arXiv:2506.05176). Similarities
-            within rounding of the limit count as below it.
-        relative_margin: instead, those above the positive's minus this share of its size: 0.05 leaves out those above
-            95 % (NV-Retriever, Moreira et al. 2024, arXiv:2407.15831).
+            within rounding above the limit count as below it.
+        relative_margin: the same with this share of the positive's absolute value in place of absolute_margin: 0.05
+            leaves out negatives above 95 % of a similarity > 0 (NV-Retriever, Moreira et al. 2024, arXiv:2407.15831).
         guide: (M, G) and (N, G) features of another model, without gradient, whose similarities decide in place of
             ours what a margin leaves out (GISTEmbed, Solatorio 2024, arXiv:2402.16829). Default margin: 0.
-        debias: the share of negatives that are positives in truth, in [0, 1), a number or (N,): it is taken out of the
-            sum over negatives, which stays above its least value for unit vectors (debiased contrastive learning,
-            Chuang et al. 2020, arXiv:2007.00224).
-        hardness: at least 0; weighs each negative by exp(hardness * logit), the weights' mean being 1, in a second pass
-            (Robinson et al. 2021, "Contrastive Learning with Hard Negative Samples", arXiv:2010.04592).
+        debias: the share of the negatives that are in truth positives, in [0, 1), a number, () or (N,). Their estimated
+            part is subtracted from the sum over negatives, which stays at least N exp(-logit_scale) for N negatives,
+            its lowest value for unit vectors (Chuang et al. 2020, "Debiased Contrastive Learning", arXiv:2007.00224).
+        hardness: at least 0; weights each negative by exp(hardness * logit), divided by the mean weight. Above 0 it
+            takes a second pass (Robinson et al. 2021, "Contrastive Learning with Hard Negative Samples",
+            arXiv:2010.04592).
         decoupled: the DCL form.
         label_smoothing: in [0, 1), as in ``F.cross_entropy``: this share of the target is spread over all N. Not
-            together with ids, margins, debias or hardness.
+            together with ids, margins, a guide, debias or hardness.
         weight: (N,) weights of the pairs; the mean is over their sum, as in ``F.cross_entropy``.
         reduction: "mean", "sum" (over the N pairs) or "none" ((N,), the mean of a pair's two directions).
         normalize: L2-normalise first, the guide's features too; rows shorter than 1e-12 get a gradient of zeros.

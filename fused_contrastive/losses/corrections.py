@@ -14,8 +14,8 @@ from fused_contrastive.ops.problem import Problem
 
 
 def check(debias: object, hardness: object, **undefined: object) -> bool:
-    """Whether a correction is asked for. ``undefined`` are options that it is not defined with, because how many
-    negatives they leave is not known; one that is None is not in use."""
+    """Returns whether a correction is asked for. ``undefined`` are options that cannot be combined with it, mostly
+    because they leave an unknown number of negatives; an option that is None is not in use."""
     if checks.number("hardness", hardness) < 0:
         raise ValueError(f"hardness: got {hardness!r}, expected a number, at least 0")
     if isinstance(debias, Tensor):
@@ -33,7 +33,7 @@ def check(debias: object, hardness: object, **undefined: object) -> bool:
 
 
 def checked_debias(debias: float | Tensor | None, x: Tensor) -> Tensor | None:
-    """() or, one per row of x, (M,), without gradient; values in [0, 1)."""
+    """The share as a tensor () or, with one value per row of x, (M,), without gradient. ``check`` checks the values."""
     if debias is None:
         return None
     if not isinstance(debias, Tensor):
@@ -50,10 +50,13 @@ def correction(
     problem: Problem, shape: Shape, debias: Tensor | None, hardness: float, *, keys: int, both: bool,
     own: int | Tensor = 0, excluded: int = 1,
 ) -> Correction:  # fmt: skip
-    """A correction, with the counts of negatives: all columns but ``excluded`` of them, or but the related ones.
+    """A correction with the numbers of negatives.
 
-    own: how many further negatives each row has, a number or (M,).
-    keys, both: see ``related.several_positives``.
+    Without ids, a row's negatives are all columns but ``excluded`` of them; with ids, all columns but its related ones.
+
+    Args:
+        own: how many further negatives each row has, a number or (M,).
+        keys, both: see ``related.several_positives``.
     """
     x = problem.x
     if problem.spec.row_ids is None:

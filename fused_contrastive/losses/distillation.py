@@ -1,4 +1,4 @@
-"""Distillation: the softmax of our similarities learns that of a teacher's, without either matrix."""
+"""Distillation: the softmax of our similarities is trained towards a teacher's, and neither matrix is formed."""
 
 from __future__ import annotations
 
@@ -39,16 +39,16 @@ def distillation_loss(
     backend: BackendName = "auto",
     group: Group = None,
 ) -> Tensor:
-    """Cross-entropy of a teacher's softmax and ours, without the M x N matrices of either.
+    """Cross-entropy between a teacher's softmax and ours, without the M x N matrix of either.
 
     With ``S[i, j] = logit_scale * x_i . y_j`` and ``T[i, j] = teacher_scale * teacher_x_i . teacher_y_j``::
 
         loss_i = -sum over j of softmax(T)[i, j] * log softmax(S)[i, j]
 
-    the softmax over the columns; with ``symmetric``, the mean with the same of columns against rows (open_clip's
-    distillation: Wu et al. 2023, "TinyCLIP", arXiv:2309.12314). ``targets_weight`` w mixes the hard targets into the
-    teacher's: ``(1 - w) softmax(T) + w one_hot(i)`` (ALBEF: Li et al. 2021, arXiv:2107.07651, with a queue as further
-    columns and ``symmetric=False``). No gradient goes to the teacher.
+    where the softmax is over the columns. With ``symmetric``, it is the mean of this loss and the same loss of columns
+    against rows (open_clip's distillation: Wu et al. 2023, "TinyCLIP", arXiv:2309.12314). ``targets_weight`` w mixes
+    the hard targets into the teacher's: ``(1 - w) softmax(T) + w one_hot(i)`` (ALBEF: Li et al. 2021, arXiv:2107.07651,
+    with a queue as further columns and ``symmetric=False``). No gradient goes to the teacher.
 
     Args:
         x: (M, D) float32, float64, bfloat16 or float16; normalise them first, or see ``normalize``.
@@ -58,7 +58,7 @@ def distillation_loss(
         teacher_x, teacher_y: (M, G) and (N, G) features of the teacher, of any width and floating dtype.
         teacher_scale: multiplies the teacher's similarities; a number or a 0-d tensor.
         temperature: divides our similarities, instead: 1 / logit_scale.
-        symmetric: both directions; needs M = N.
+        symmetric: the mean of both directions; needs M = N.
         targets_weight: in [0, 1], the share of the hard targets.
         weight: (M,) weights of the rows (pairs); the mean is over their sum.
         reduction: "mean", "sum" or "none" ((M,)).
@@ -109,7 +109,7 @@ def distillation_loss(
 
 
 def learn_from(problem: Problem, teacher_x: Tensor, teacher_y: Tensor, teacher_scale: float | Tensor) -> None:
-    """Makes a problem one with a teacher, whose features are in the compute dtype; see ``StatsSpec``."""
+    """Adds a teacher, with features in the compute dtype, to a problem; see ``StatsSpec``."""
     if isinstance(teacher_scale, Tensor):
         teacher_scale = teacher_scale.detach().to(teacher_x.dtype)
     problem.spec = problem.spec._replace(row_guide=teacher_x * teacher_scale, col_guide=teacher_y, paired=False)

@@ -74,16 +74,17 @@ def info_nce_loss(
             fewer than K. Padding is ignored, whatever it holds.
         col_bias: (N,), or (N + K,) with shared negatives; added to each column's logits: minus log of the sampling
             probability corrects a sampled softmax (logQ), -inf marks an empty slot of a queue.
-        row_ids, col_ids: (M,) and one per column, integers; or (M, K) and K per column, K <= 4: equal in any of the K
-            places.
-        equal_ids: pairs with equal ids are left out as false negatives ("exclude"), or are positives ("mean", "sum":
-            see ``clip_loss``). The target is a positive too if targets are given or M = N; otherwise there is none.
-            Queries (with ``symmetric``, keys) without a positive do not count.
+        row_ids, col_ids: (M,) and one per column, integers; or (M, K) and K per column, K <= 4: a pair is related if
+            its ids are equal in any of the K places.
+        equal_ids: related pairs are left out as false negatives ("exclude"), or are positives ("mean", "sum": see
+            ``clip_loss``). If targets are given or M = N, a query's target is a positive too; otherwise queries have no
+            target. Queries (and, with ``symmetric``, keys) without a positive do not count in the mean.
         absolute_margin, relative_margin: leave out negatives by their similarity to the query; see ``clip_loss``.
         guide: (M, G), (N, G) and, with negatives, (K, G) or (M, K, G) features of another model; see ``clip_loss``.
         debias, hardness: correct the sum over negatives; see ``clip_loss``. Not together with col_bias.
-        symmetric: the mean with the loss of keys against queries. Needs M = N, but for equal_ids "mean" and "sum", and
-            no targets; negatives are columns of the queries' direction alone.
+        symmetric: the mean with the loss of keys against queries. It takes no targets, and needs M = N; with equal_ids
+            "mean" or "sum" it needs M = N only if the weight, the margin or the result has one element per query.
+            Negatives are columns of the queries' direction alone.
         decoupled: the DCL form.
         margin: subtracted from the positives' logits: a number, at least 0, or a tensor () or (M,), which gets a
             gradient. SimKGC (Wang et al. 2022, arXiv:2203.02167) subtracts from the cosine: margin = scale * 0.02.

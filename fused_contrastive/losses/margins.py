@@ -1,4 +1,4 @@
-"""Margins that leave out negatives which are too similar: limits made of each positive's own similarity."""
+"""Margins: limits, made from each positive's similarity, above which negatives are left out as too similar."""
 
 from __future__ import annotations
 
@@ -16,22 +16,24 @@ from fused_contrastive.ops.own_dots import own_dots
 from fused_contrastive.ops.problem import Problem
 
 
-def roundings(dtype: torch.dtype, d: int) -> float:
+def roundings(margins: Margins, dtype: torch.dtype, d: int) -> float:
     """By how much, times both norms, a similarity may exceed a limit and not count as above it.
 
-    A copy of the positive has its similarity but for the roundings of a sum of d terms, and no margin of 0 may leave
-    out some copies.
+    At a margin of 0 a copy of the positive is at the limit, but for the roundings of a sum of d terms, and counts. At
+    other margins nothing is at the limit but by chance.
     """
+    if margins.absolute or margins.relative:
+        return 0.0
     return float(torch.finfo(dtype).eps * (8 + 4 * d**0.5))
 
 
 class Margins(NamedTuple):
-    """How similar a negative may be: sim(positive) - absolute - relative * |sim(positive)|, where sim is the product of
-    two features without scale and bias, or that of the guide's features."""
+    """How similar a negative may be: sim(positive) - absolute - relative * |sim(positive)|, where sim is the dot
+    product of two features, or of the guide's features, without scale and bias."""
 
     absolute: float = 0.0
     relative: float = 0.0
-    guide: tuple[Tensor, ...] | None = None  # of the rows and of the columns; and (M, K, G) of each row's own negatives
+    guide: tuple[Tensor, ...] | None = None  # of rows, keys and any negatives: (K, G) shared, or (M, K, G) own
 
 
 def checked(
@@ -42,12 +44,12 @@ def checked(
     features: Sequence[Tensor] = (),
     normalize: bool = False,
 ) -> Margins | None:
-    """The margins, None if there are none.
+    """The checked margins; None if neither a margin nor a guide is given.
 
     Args:
-        scale: must be positive, as far as its value is at hand.
-        features: what a guide has features of: the rows, the keys and, if there are any, the negatives.
-        normalize: the guide's features are L2-normalised first.
+        scale: must be positive without a guide; a tensor is checked on a CPU only, and not in a trace.
+        features: of the rows, the keys and, if there are any, the negatives; the guide needs one tensor for each.
+        normalize: L2-normalise the guide's features.
     """
     absolute, relative = (
         0.0 if margin is None else checks.number(name, margin)
@@ -75,9 +77,9 @@ def width(margins: Margins | None) -> int | None:
 
 
 def limit(problem: Problem, shape: Shape, margins: Margins | None, both: bool) -> None:
-    """Sets the limits of rows and, if ``both``, of columns, whose positive is then t(i) = i. They have no gradient.
+    """Sets the limits of rows and, if ``both``, of columns; this needs t(i) = i. Limits have no gradient.
 
-    Shared negatives are the last columns; the guide's features of these come after its keys'.
+    Shared negatives are the last columns, also of the guide, and have no column limit.
     """
     if margins is None:
         return
@@ -93,7 +95,7 @@ def limit(problem: Problem, shape: Shape, margins: Margins | None, both: bool) -
         similarity, x_norm, y_norm = (
             own_dots(a, b[:, None]).squeeze(1) for a, b in ((x, positives), (x, x), (positives, positives))
         )
-        rounding = roundings(similarity.dtype, x.shape[1]) * (x_norm * y_norm).sqrt()
+        rounding = roundings(margins, similarity.dtype, x.shape[1]) * (x_norm * y_norm).sqrt()
         highest = similarity - margins.absolute - margins.relative * similarity.abs()
         limits = scale * (highest + rounding)
         others = limits.new_full((y.shape[0] - limits.shape[0] if both else 0,), torch.inf)
@@ -101,7 +103,7 @@ def limit(problem: Problem, shape: Shape, margins: Margins | None, both: bool) -
 
 
 def above(problem: Problem, margins: Margins, own_logits: Tensor) -> Tensor:
-    """(M, K) bool: which of each row's own negatives are above the row's limit, after ``limit``."""
+    """(M, K) bool: which of each row's own negatives are above the row's limit, which ``limit`` has set."""
     assert problem.spec.row_limit is not None
     similarity = own_logits.detach()
     if margins.guide is not None:

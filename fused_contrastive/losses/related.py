@@ -1,4 +1,5 @@
-"""Several positives: all pairs of a row and a column whose ids are equal, and the row's target."""
+"""Losses with several positives: a row's positives are the columns with an id equal to one of its own, and its
+target."""
 
 from __future__ import annotations
 
@@ -35,7 +36,7 @@ def check(equal_ids: str, row_ids: Tensor | None, **undefined: object) -> None:
 
 
 def check_module(equal_ids: str, absolute_margin: float | None, relative_margin: float | None) -> None:
-    """As ``check`` and ``margins.checked``, for a module, which does not know ids and scale yet."""
+    """The checks of ``check`` and ``margins.checked`` that a module can make without ids and scale."""
     checks.one_of("equal_ids", equal_ids, EQUAL_IDS)
     margins.checked(absolute_margin, relative_margin, None, 1.0)
     for name, margin in (("absolute_margin", absolute_margin), ("relative_margin", relative_margin)):
@@ -44,15 +45,15 @@ def check_module(equal_ids: str, absolute_margin: float | None, relative_margin:
 
 
 def prepare(problem: Problem) -> None:
-    """Makes a problem whose rows' positives are given by ids, before the processes agree on it."""
+    """Takes the positives t(i) out of a problem whose positives come from ids. Call it before ``problem.agree``."""
     problem.spec = problem.spec._replace(paired=False)
 
 
 def ids_with_targets(problem: Problem, shape: Shape, keys: int) -> tuple[Tensor, Tensor]:
-    """The ids of rows and columns, with one more that relates each row to its target.
+    """The ids of rows and columns, with one more place that relates each row to its target, if rows have targets.
 
-    There are targets if the problem has them, and t(i) = i if all rows are as many as all keys, which are this
-    process's first ``keys`` columns and those of the others; or if rows are paired.
+    Targets are the problem's; without these t(i) = i, if the rows are paired or if there are as many rows as keys,
+    counted over all processes. A process's keys are its first ``keys`` columns.
     """
     spec = problem.spec
     row_ids, col_ids = (_in_columns(ids) for ids in (spec.row_ids, spec.col_ids))
@@ -86,22 +87,22 @@ def several_positives(
     weight: Tensor | None = None,
     own_logits: Tensor | None = None,
 ) -> Tensor:
-    """The loss of the rows, or the mean of the rows' and the columns', with P the positives of a row or column::
+    """The loss of the rows, or the mean of the rows' and the columns' losses. With P the positives of a row or column::
 
         mean: -mean over p in P of log(exp S[p] / sum over all of exp S)        (UniCL; SupCon's "out")
         sum:  -log(sum over p in P of exp S[p] / sum over all of exp S)         (MIL-NCE; SupCon's "in")
 
-    ``decoupled`` leaves the positives out of the denominator, ``margin`` is subtracted from their logits. Rows and
+    ``decoupled`` leaves the positives out of the denominator; ``margin`` is subtracted from their logits. Rows and
     columns without a positive have loss 0 and do not count in the mean.
 
     Args:
         problem: one that ``prepare`` has made.
         shape: what ``problem.agree`` returned.
-        reduction: "none" needs as many columns as rows if both directions are asked.
-        keys: see ``relate_targets``.
-        both: also the columns' loss.
+        reduction: "none" needs as many keys as rows with ``both``.
+        keys: how many of this process's columns are keys, from the first on; the others are shared negatives.
+        both: take the mean with the keys' loss.
         weight: (M,) weights of the rows and, with ``both``, of the columns.
-        own_logits: (M, K) further negatives of each row, -inf for none.
+        own_logits: (M, K) logits of further negatives of each row; -inf marks an empty place.
     """
     relate_targets(problem, shape, keys)
     dtype = compute_dtype(problem.x.dtype)
@@ -153,7 +154,7 @@ def several_positives(
 
 
 def weighted_positives(problem: Problem, shape: Shape, reduction: Reduction, weight: Tensor | None) -> Tensor:
-    """SigLIP's loss of the rows, in which the k positives of a row count 1 / k each, after ``relate_targets``."""
+    """SigLIP's loss of the rows, with weight 1 / k for each of a row's k positives, after ``relate_targets``."""
     row_ids, col_ids = problem.spec.row_ids, problem.spec.col_ids
     assert row_ids is not None
     assert col_ids is not None
@@ -164,9 +165,10 @@ def weighted_positives(problem: Problem, shape: Shape, reduction: Reduction, wei
 
 
 def related_counts(ids: Tensor, others: Tensor) -> Tensor:
-    """(M,) with how many of the N ``others`` (N, K) each of ``ids`` (M, K) agrees in any of the K places.
+    """(M,) how many rows of ``others`` (N, K) agree with each row of ``ids`` (M, K) in any of the K places.
 
-    By inclusion and exclusion over sets of places: those who agree in all places of a set have an equal code there.
+    Counted by inclusion and exclusion over sets of places: two rows have equal codes for a set if and only if they
+    agree in all of its places.
     """
     ids, others = _in_columns(ids), _in_columns(others)
     m, n = ids.shape[0], others.shape[0]
@@ -176,7 +178,8 @@ def related_counts(ids: Tensor, others: Tensor) -> Tensor:
     codes = [_codes(*place) for place in zip(ids.T.contiguous(), others.T.contiguous(), strict=True)]
 
     def add(first: int, one: Tensor, other: Tensor, sign: int) -> None:
-        """Adds the sets that extend a set, whose codes are given, by places from ``first`` on."""
+        """Extends a set of places, whose codes are ``one`` and ``other``, by each place from ``first`` on, and adds
+        the counts of the larger sets to the total."""
         nonlocal total
         for k in range(first, len(codes)):
             of_ids, of_others = codes[k]
@@ -195,7 +198,7 @@ def _in_columns(ids: Tensor | None) -> Tensor:
 
 
 def _codes(values: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
-    """The place of each value among the sorted others, -1 if it is none of them; and of each of the others."""
+    """Codes of values and others: the position among the sorted others of the first equal one, -1 if there is none."""
     ordered = others.sort().values
     place = torch.searchsorted(ordered, values)
     found = ordered[place.clamp_max(len(others) - 1)] == values

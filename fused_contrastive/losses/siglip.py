@@ -41,7 +41,7 @@ def siglip_loss(
         loss_i = sum over j of log(1 + exp(-z[i, j] S[i, j]))
 
     (Zhai et al. 2023, "Sigmoid Loss for Language Image Pre-Training", arXiv:2303.15343). Positives are the pairs i = j
-    and, where ids are given, those with ``row_ids[i] == col_ids[j]``; with M images and N texts, the latter alone.
+    and, where ids are given, those with ``row_ids[i] == col_ids[j]``; if M != N, only the latter.
 
     Args:
         image_features: (N, D) float32, float64, bfloat16 or float16; normalise them first.
@@ -50,7 +50,7 @@ def siglip_loss(
         logit_bias: added to all logits, a number or a 0-d tensor, with a gradient; the paper starts at -10.
         temperature: divides the similarities, instead: 1 / logit_scale.
         row_ids, col_ids: (N,) integers of the images and of the texts, or (N, K) with K <= 4; pairs with equal ids, in
-            any of the K places, are positives too. With them there may be M images and N texts.
+            any of the K places, are positives too. With ids there may be M images and N texts, M != N.
         positive_weight: each positive counts once ("one"), or an image's k positives count 1 / k each ("mean").
         weight: (N,) weights of the images; the mean is over their sum.
         reduction: "mean" over the images, as in the paper, "sum" or "none" ((N,)).

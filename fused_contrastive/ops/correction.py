@@ -1,4 +1,4 @@
-"""Corrections of the sum over negatives: for positives hidden among them, and towards the hard ones."""
+"""Corrections of the sum over negatives: for positives hidden among them, and for weights on hard negatives."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from fused_contrastive.ops.problem import Problem, log_add
 
 
 class Correction(NamedTuple):
-    """With N negatives, their sum n, and the exponential p of the positive's logit, in each row and column::
+    """Corrections of n, the sum of exp(s) over the N negatives of a row or column, whose positive has p = exp(s)::
 
         hardness b:  n = N sum exp((1 + b) s) / sum exp(b s)              (Robinson et al. 2021, arXiv:2010.04592)
         debias t:    n = max((n - N t p) / (1 - t), N exp(-scale))        (Chuang et al. 2020, arXiv:2007.00224)
 
-    The second takes the result of the first.
+    Debiasing is applied to the result of the hardness.
     """
 
     hardness: float
-    debias: Tensor | None  # () or (M,); None is no correction, without the least sum
+    debias: Tensor | None  # () or (M,); None: neither the subtraction nor the lower bound N exp(-scale)
     row_count: Tensor  # () or (M,): how many negatives a row has
     col_count: Tensor  # () or (M,): the same for the column of its positive
 
@@ -29,10 +29,11 @@ class Correction(NamedTuple):
 def statistics(
     problem: Problem, shape: Shape, correction: Correction | None, own_logits: Tensor | None, asked: dict[str, Any]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """pos (M,), row (M,) and col, corrected, of the first M columns, or of no column if only rows are asked.
+    """The statistics pos (M,), row (M,) and col, after the correction if there is one.
 
-    A hardness takes two passes, at (1 + hardness) times the scale and at hardness times. ``own_logits`` (M, K) are
-    further negatives of each row, -inf for none.
+    ``col`` is (M,), of the first M columns, or (0,) if only rows are asked for. A hardness takes two passes, at
+    (1 + hardness) and at hardness times the scale. ``own_logits`` (M, K) are further negatives of each row; -inf marks
+    an empty place.
     """
     times = (1.0,) if correction is None or not correction.hardness else (1 + correction.hardness, correction.hardness)
     spec, passes = problem.spec, []

@@ -122,9 +122,9 @@ def contrastive_stats(
         row_ids, col_ids: (M,) and (N,) integers, or (M, K) and (N, K) with K <= 4; pairs with equal ids, in any of the
             K places, are excluded (false negatives, duplicates).
         row_limit, col_limit: (M,) and (N,), without gradient. Pairs with ``scale * x[i] . y[j] > row_limit[i]`` are
-            excluded from row i's sum, and those above ``col_limit[j]`` from column j's; the bias does not count.
-        guide: features of another model, (M, G) and (N, G), without gradient: their products are compared with the
-            limits in place of ``scale * x[i] . y[j]``.
+            excluded from row i's sum, and those above ``col_limit[j]`` from column j's; the bias is not compared.
+        guide: features of another model, (M, G) and (N, G), without gradient. Their products, without a scale, are
+            compared with the limits in place of ``scale * x[i] . y[j]``.
         exclude_self: exclude S[i, i], for x is y.
         directions: which of "row" and "col" to compute.
         memory_budget: bytes of products to keep for the backward. With 0 it computes all of them again: 4 matrix

@@ -157,8 +157,8 @@ MUTANTS = [
     Mutant(
         "equal ids not excluded", "exclude nothing by ids",
         "csrc/kernels/masked_logits.inl",
-        "case EqualIds::kExclude: store(out.first + j, related ? excluded : s); break;",
-        "case EqualIds::kExclude: store(out.first + j, s); break;",
+        "store(out.first + j, related ? excluded : s);\n        break;\n      case EqualIds::kOnly",
+        "store(out.first + j, s);\n        break;\n      case EqualIds::kOnly",
         (f"{STATS}::test_ids_by_hand",), "cpp",
     ),
     Mutant(

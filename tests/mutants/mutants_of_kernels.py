@@ -226,7 +226,7 @@ MUTANTS = [
     Mutant(
         "sums overflow in float16", "G of a related pair, which gains from two parts, is enlarged like any other",
         f"{KERNELS}/launch.py",
-        "FP16_TOP / 2 if p.added else FP16_TOP",
+        "FP16_TOP / 2 if p.added or p.teacher else FP16_TOP",
         "FP16_TOP",
         (f"{RULES}::test_float16_holds_the_largest_gradient_of_a_related_pair",),
     ),
@@ -254,7 +254,7 @@ MUTANTS = [
     Mutant(
         "float16 weights not enlarged", "G is rounded to float16 as it is, and small weights vanish",
         f"{KERNELS}/launch.py",
-        "self.top = FP16_TOP / 2 if p.added else FP16_TOP",
+        "self.top = FP16_TOP / 2 if p.added or p.teacher else FP16_TOP",
         "self.top = 1.0",
         ("tests/ops/test_stats.py::test_small_weights_of_float16_features_do_not_vanish",), "triton",
     ),

@@ -70,8 +70,8 @@ def clip_loss(
             weight and the reduction is not "none"; the positives are then the related pairs alone. With M = N, text i
             is one of image i's positives. Images and texts without a positive do not count in the mean.
         absolute_margin: leaves out negatives with a similarity (without scale) above the positive's minus this; -0.1
-            leaves out those more than 0.1 above it (Qwen3-Embedding, Zhang et al. 2025, arXiv:2506.05176). Similarities
-            within rounding above the limit count as below it.
+            leaves out those more than 0.1 above it (Qwen3-Embedding, Zhang et al. 2025, arXiv:2506.05176). At a margin
+            of 0, similarities within rounding above the limit count as below it.
         relative_margin: the same with this share of the positive's absolute value in place of absolute_margin: 0.05
             leaves out negatives above 95 % of a similarity > 0 (NV-Retriever, Moreira et al. 2024, arXiv:2407.15831).
         guide: (M, G) and (N, G) features of another model, without gradient, whose similarities decide in place of

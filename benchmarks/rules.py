@@ -140,9 +140,7 @@ def _distillation_eager(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
 
 def _distillation_truth(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
     a, b = _teacher(x)
-    return textbook_related.distillation(
-        PRODUCT, x, y, scale, teacher_x=a, teacher_y=b, teacher_scale=TEACHER_SCALE
-    )  # fmt: skip
+    return textbook_related.distillation(PRODUCT, x, y, scale, teacher_x=a, teacher_y=b, teacher_scale=TEACHER_SCALE)
 
 
 # Slack: among millions of similarities some are within rounding of a limit, and may fall on either side of it.
@@ -153,7 +151,10 @@ RULES = {
     "mean": _rule(lambda x: {**_same_id(_captions)(x), "equal_ids": "mean"}, _with_targets(_captions)),
     "sum": _rule(lambda x: {**_same_id(_captions)(x), "equal_ids": "sum"}, _sum_eager),
     "mean, 10 classes": _rule(lambda x: {**_same_id(_classes)(x), "equal_ids": "mean"}, _with_targets(_classes)),
-    "guide": _rule(lambda x: {"guide": _features(len(x), x.device, WIDTH), "absolute_margin": GUIDE_MARGIN}, _masked(_above_of_guide)),
+    "guide": _rule(
+        lambda x: {"guide": _features(len(x), x.device, WIDTH), "absolute_margin": GUIDE_MARGIN},
+        _masked(_above_of_guide),
+    ),
     "distillation": Workload(
         _inputs, _distillation_ours, _distillation_eager, _distillation_truth, square
     ),

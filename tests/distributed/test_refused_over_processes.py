@@ -107,7 +107,7 @@ def bad_values() -> dict[str, list[Any]]:
         "negatives_mask": mask,
         **dict.fromkeys(("image_mask", "text_mask"), mask),
         **dict.fromkeys(("col_bias", "weight", "row_limit", "col_limit"), vector),
-        **dict.fromkeys(("row_ids", "col_ids", "ids"), [*ids, None]),
+        **{key: [*ids, None] for key in ("row_ids", "col_ids", "ids")},
         "labels": [*ids, None, MISSING],
         **dict.fromkeys(("symmetric", "decoupled", "use_all_token_embeds", "decoupled_contrastive_learning"), flag),
         "exclude_self": [*flag, True],

@@ -143,7 +143,6 @@ def _distillation_truth(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
     return textbook_related.distillation(PRODUCT, x, y, scale, teacher_x=a, teacher_y=b, teacher_scale=TEACHER_SCALE)
 
 
-# Slack: among millions of similarities some are within rounding of a limit, and may fall on either side of it.
 RULES = {
     "ids": _rule(_same_id(lambda x: _ids(len(x), x.device, 1)), _masked(_equal(1))),
     "two ids": _rule(_same_id(lambda x: _ids(len(x), x.device, 2)), _masked(_equal(2))),

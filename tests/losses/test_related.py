@@ -238,11 +238,12 @@ def test_bad_guides(guide: object, error: type, text: str) -> None:
             loss(x4, x4, logit_scale=1.0, guide=guide)
 
 
-def test_debias_keeps_the_sum_above_its_least_value(backend: str) -> None:
-    """All negatives are as far as can be, so that the sum would fall below N exp(-scale) without the limit."""
+@pytest.mark.parametrize("share", [0.01, 0.9])
+def test_debias_keeps_the_sum_above_its_least_value(backend: str, share: float) -> None:
+    """All negatives are as far as can be: the sum would fall below N exp(-scale), for a share of 0.9 even below 0."""
     x = F.normalize(torch.ones(4, 3), dim=1)
     found = fc.info_nce_loss(
-        x, torch.cat((x[:1], -x[1:])), logit_scale=2.0, debias=0.9, reduction="none", backend=backend
+        x, torch.cat((x[:1], -x[1:])), logit_scale=2.0, debias=share, reduction="none", backend=backend
     )
     assert found[0].item() == pytest.approx(
         torch.tensor([2.0, torch.tensor(3.0).log().item() - 2.0]).logsumexp(0).item() - 2, abs=1e-6

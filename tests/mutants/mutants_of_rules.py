@@ -45,7 +45,7 @@ MUTANTS = [
         "((is_excluded<T>(second) ? none : by_col) + (is_excluded<T>(first) ? none : by_row));",
         "(by_col + (is_excluded<T>(first) ? none : by_row));",
         (LIMITS,),
-        "many_tiles and float32",
+        "both_directions and float32",
     ),
     Mutant(
         "related pairs by the others' normaliser",

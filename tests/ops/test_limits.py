@@ -24,6 +24,15 @@ def problem(seed: int, m: int, n: int, d: int, dtype: torch.dtype) -> tuple[Tens
     return x, y, torch.randint(0, n, (m,), generator=g), torch.randint(0, m, (n,), generator=g)
 
 
+def limits_on_logits(
+    x: Tensor, y: Tensor, of_rows: Tensor, of_cols: Tensor, dtype: torch.dtype, backend: str
+) -> dict[str, Tensor]:
+    logits = fc.contrastive_stats(x, y, SCALE, targets=of_rows, backend=backend).pos
+    transposed = fc.contrastive_stats(y, x, SCALE, targets=of_cols, backend=backend).pos
+    compute = torch.float64 if dtype == torch.float64 else torch.float32
+    return {"row_limit": logits.to(compute), "col_limit": transposed.to(compute)}
+
+
 def sums_of_weights(x: Tensor, y: Tensor, limits: dict[str, Tensor], backend: str, **options: object) -> list[Tensor]:
     """The sums of each row's and each column's weights, and the statistics."""
     x, y = x.clone().requires_grad_(), y.clone().requires_grad_()
@@ -35,10 +44,7 @@ def sums_of_weights(x: Tensor, y: Tensor, limits: dict[str, Tensor], backend: st
 
 def assert_sums_are_one(seed: int, m: int, n: int, d: int, dtype: torch.dtype, backend: str, **options: object) -> None:
     x, y, of_rows, of_cols = problem(seed, m, n, d, dtype)
-    logits = fc.contrastive_stats(x, y, SCALE, targets=of_rows, backend=backend).pos
-    transposed = fc.contrastive_stats(y, x, SCALE, targets=of_cols, backend=backend).pos
-    compute = torch.float64 if dtype == torch.float64 else torch.float32
-    limits = {"row_limit": logits.to(compute), "col_limit": transposed.to(compute)}
+    limits = limits_on_logits(x, y, of_rows, of_cols, dtype, backend)
     by_row, by_col, row, col = sums_of_weights(x, y, limits, backend, targets=of_rows.roll(1), **options)
     tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-5
     for sums, statistic in ((by_row, row), (by_col, col)):
@@ -58,6 +64,22 @@ def test_no_pair_is_left_out_on_one_side_only(part: int, seed: int) -> None:
 @pytest.mark.parametrize("budget", [0, 100_000, "auto"])
 def test_over_many_tiles(dtype: torch.dtype, budget: int | str, seed: int) -> None:
     assert_sums_are_one(seed, 300, 700, 48, dtype, "cpp", memory_budget=budget)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("budget", [0, "auto"])
+def test_both_directions_at_once_are_the_sum_of_each(dtype: torch.dtype, budget: int | str, seed: int) -> None:
+    """One backward of rows and columns shares their exponential; a pair that one of them leaves out counts once."""
+    x, y, of_rows, of_cols = problem(seed, 300, 700, 48, dtype)
+    limits = limits_on_logits(x, y, of_rows, of_cols, dtype, "cpp")
+    operands = (x.requires_grad_(), y.requires_grad_())
+    _, row, col = fc.contrastive_stats(x, y, SCALE, backend="cpp", memory_budget=budget, **limits)
+    sums = [torch.where(each.isfinite(), each, 0).sum() for each in (row, col)]
+    of_row, of_col, of_both = (
+        torch.autograd.grad(each, operands, retain_graph=True) for each in (*sums, sums[0] + sums[1])
+    )
+    for a, b, both in zip(of_row, of_col, of_both, strict=True):
+        torch.testing.assert_close(both, a + b, rtol=1e-4, atol=1e-6)
 
 
 def test_on_every_backend(backend: str, seed: int) -> None:

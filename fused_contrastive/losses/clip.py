@@ -80,8 +80,7 @@ def clip_loss(
             part is subtracted from the sum over negatives, which stays at least N exp(-logit_scale) for N negatives,
             its lowest value for unit vectors (Chuang et al. 2020, "Debiased Contrastive Learning", arXiv:2007.00224).
         hardness: at least 0; weights each negative by exp(hardness * logit), divided by the mean weight. Above 0 it
-            takes a second pass (Robinson et al. 2021, "Contrastive Learning with Hard Negative Samples",
-            arXiv:2010.04592).
+            takes a second pass (Robinson et al. 2021, arXiv:2010.04592).
         decoupled: the DCL form.
         label_smoothing: in [0, 1), as in ``F.cross_entropy``: this share of the target is spread over all N. Not
             together with ids, margins, a guide, debias or hardness.

@@ -189,12 +189,7 @@ class ClipLoss(nn.Module):
         super().__init__()
         terms.check_module(reduction, memory_budget, backend, decoupled=decoupled, normalize=normalize)
         checks.unit_interval("label_smoothing", label_smoothing)
-        related.check_module(equal_ids, absolute_margin, relative_margin)
-        terms.check_smoothing(label_smoothing, None, absolute_margin is not None or relative_margin is not None)
-        corrections.check(
-            debias, hardness, equal_ids=None if equal_ids == "exclude" else equal_ids, absolute_margin=absolute_margin,
-            relative_margin=relative_margin, label_smoothing=label_smoothing or None,
-        )  # fmt: skip
+        corrections.check_module(equal_ids, absolute_margin, relative_margin, debias, hardness, label_smoothing)
         self.debias = debias
         self.hardness = hardness
         self.equal_ids: related.EqualIds = equal_ids

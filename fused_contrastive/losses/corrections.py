@@ -8,7 +8,7 @@ from torch import Tensor
 from fused_contrastive.core import checks
 from fused_contrastive.core.spec import statistics_dtype
 from fused_contrastive.distributed.shape import Shape
-from fused_contrastive.losses import related
+from fused_contrastive.losses import related, terms
 from fused_contrastive.ops.correction import Correction
 from fused_contrastive.ops.problem import Problem
 
@@ -30,6 +30,23 @@ def check(debias: object, hardness: object, **undefined: object) -> bool:
         if value is not None:
             raise ValueError(f"{name}: got it together with debias or hardness, expected its default")
     return True
+
+
+def check_module(
+    equal_ids: str,
+    absolute_margin: float | None,
+    relative_margin: float | None,
+    debias: object,
+    hardness: object,
+    label_smoothing: float,
+) -> None:
+    """The checks of the options that decide on negatives, which a module can make without ids and scale."""
+    related.check_module(equal_ids, absolute_margin, relative_margin)
+    terms.check_smoothing(label_smoothing, None, absolute_margin is not None or relative_margin is not None)
+    check(
+        debias, hardness, equal_ids=None if equal_ids == "exclude" else equal_ids, absolute_margin=absolute_margin,
+        relative_margin=relative_margin, label_smoothing=label_smoothing or None,
+    )  # fmt: skip
 
 
 def checked_debias(debias: float | Tensor | None, x: Tensor) -> Tensor | None:

@@ -289,12 +289,7 @@ class InfoNCELoss(nn.Module):
         super().__init__()
         terms.scale_of(temperature, None, 0.07)
         _check_options(symmetric, decoupled, margin, label_smoothing, reduction, normalize)
-        related.check_module(equal_ids, absolute_margin, relative_margin)
-        terms.check_smoothing(label_smoothing, None, absolute_margin is not None or relative_margin is not None)
-        corrections.check(
-            debias, hardness, equal_ids=None if equal_ids == "exclude" else equal_ids, absolute_margin=absolute_margin,
-            relative_margin=relative_margin, label_smoothing=label_smoothing or None,
-        )  # fmt: skip
+        corrections.check_module(equal_ids, absolute_margin, relative_margin, debias, hardness, label_smoothing)
         self.debias = debias
         self.hardness = hardness
         terms.check_module(reduction, memory_budget, backend)

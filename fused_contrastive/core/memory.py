@@ -25,7 +25,7 @@ AUTO_SHARE_ELSEWHERE = 16
 # tools/roofline.py, half-precision products are faster to keep than to compute again.
 LEAST_D = 160
 
-CPU_BYTES = 64 << 20  # on a CPU, "auto" keeps at most this many bytes of products and of normalised copies
+CPU_BYTES = 64 << 20  # on a CPU, "auto" keeps at most this many bytes of products and of copies of features
 
 Kept = tuple[tuple[int, ...], torch.dtype]  # shape and dtype of what is kept
 
@@ -50,7 +50,7 @@ def total_memory(device_type: str, index: int | None) -> int:
 def products_to_keep(x: Tensor, columns: int, kept: Callable[..., Kept], budget: int | str, copied: int = 0) -> int:
     """How many rows of the products of x (M, D) with ``columns`` columns fit the budget.
 
-    ``kept`` is the backend's; ``copied`` are the bytes of normalised copies, which "auto" counts on a CPU.
+    ``kept`` is the backend's; ``copied`` are the bytes of copies of features, which "auto" counts on a CPU.
     """
     if budget == "auto":
         if x.device.type == "cuda" and x.dtype.itemsize == 2 and x.shape[1] < LEAST_D:

@@ -79,7 +79,7 @@ def clip_loss(
         debias: the share of the negatives that are in truth positives, in [0, 1), a number, () or (N,). Their estimated
             part is subtracted from the sum over negatives, which stays at least N exp(-logit_scale) for N negatives,
             its lowest value for unit vectors (Chuang et al. 2020, "Debiased Contrastive Learning", arXiv:2007.00224).
-        hardness: at least 0; weights each negative by exp(hardness * logit), divided by the mean weight. Above 0 it
+        hardness: from 0 to 1000; weights each negative by exp(hardness * logit), divided by the mean weight. Above 0 it
             takes a second pass (Robinson et al. 2021, arXiv:2010.04592).
         decoupled: the DCL form.
         label_smoothing: in [0, 1), as in ``F.cross_entropy``: this share of the target is spread over all N. Not

@@ -12,12 +12,14 @@ from fused_contrastive.losses import related, terms
 from fused_contrastive.ops.correction import Correction
 from fused_contrastive.ops.problem import Problem
 
+MOST_HARDNESS = 1000.0  # the difference of two passes, at hardness times the logits, loses as many of float32's digits
+
 
 def check(debias: object, hardness: object, **undefined: object) -> bool:
     """Returns whether a correction is asked for. ``undefined`` are options that cannot be combined with it, mostly
     because they leave an unknown number of negatives; an option that is None is not in use."""
-    if checks.number("hardness", hardness) < 0:
-        raise ValueError(f"hardness: got {hardness!r}, expected a number, at least 0")
+    if not 0 <= checks.number("hardness", hardness) <= MOST_HARDNESS:
+        raise ValueError(f"hardness: got {hardness!r}, expected a number from 0 to {MOST_HARDNESS:g}")
     if isinstance(debias, Tensor):
         if not debias.is_floating_point():
             raise TypeError(f"debias: got dtype {debias.dtype}, expected a floating dtype")

@@ -91,8 +91,10 @@ def distillation_loss(
     if weight is not None:
         weight = checks.vector("weight", weight, x.shape[0], x, of="one per row", integer=False)
     problem = Problem(x, y, scale, memory_budget=memory_budget, backend=backend, normalize=normalize)
-    of_rows, of_cols = map(unit_rows, teacher) if normalize else teacher
-    learn_from(problem, of_rows, of_cols, factor)
+    if normalize:
+        teacher = tuple(map(unit_rows, teacher))
+        problem.count_copies(teacher[1])
+    learn_from(problem, teacher[0], teacher[1], factor)
     options = {
         "symmetric": symmetric, "targets_weight": targets_weight, "reduction": reduction, "normalize": normalize,
         "weight": weight is not None,
@@ -112,7 +114,9 @@ def learn_from(problem: Problem, teacher_x: Tensor, teacher_y: Tensor, teacher_s
     """Adds a teacher, with features in the compute dtype, to a problem; see ``StatsSpec``."""
     if isinstance(teacher_scale, Tensor):
         teacher_scale = teacher_scale.detach().to(teacher_x.dtype)
-    problem.spec = problem.spec._replace(row_guide=teacher_x * teacher_scale, col_guide=teacher_y, paired=False)
+    scaled = teacher_x * teacher_scale
+    problem.count_copies(scaled)
+    problem.spec = problem.spec._replace(row_guide=scaled, col_guide=teacher_y, paired=False)
 
 
 def _partners(problem: Problem, shape: Shape) -> Tensor:

@@ -83,6 +83,7 @@ def limit(problem: Problem, shape: Shape, margins: Margins | None, both: bool) -
     """
     if margins is None:
         return
+    copied = problem.normalize  # the guide's features as well
     problem.unit()
     with torch.no_grad():
         x, y, scale = problem.x.detach(), problem.y.detach(), problem.spec.scale.detach()
@@ -90,6 +91,8 @@ def limit(problem: Problem, shape: Shape, margins: Margins | None, both: bool) -
             x, *of_columns = margins.guide
             y, *shared = (t for t in of_columns if t.dim() == 2)
             y, scale = torch.cat((y, *shared)) if shared else y, torch.ones_like(scale)
+            if copied:
+                problem.count_copies(x, y)
             problem.spec = problem.spec._replace(row_guide=x, col_guide=y)
         positives = _positives(y, problem.spec.targets, shape, x.shape[0])
         similarity, x_norm, y_norm = (

@@ -32,7 +32,7 @@ class Problem:
         checks.memory_budget(memory_budget)
         self.x, self.y, self.normalize = x, y, normalize
         self.views = views or (x,)
-        self.copied_bytes = 0  # of normalised copies
+        self.copied_bytes = 0  # of copies of features that live as long as the products that the budget keeps
         scale = scalar_tensor(checks.scalar_beside("scale", scale, x), x)
         self.spec = StatsSpec(scale, targets, col_bias, row_ids, col_ids)
         self.memory_budget, self.backend = memory_budget, dispatch.resolve(backend, x.device, x.dtype)
@@ -61,9 +61,11 @@ class Problem:
             self.x = normalized(*self.views, backend=name)
             self.y = self.x if same else normalized(self.y, backend=name)
             self.normalize, self.views = False, ()
-            self.copied_bytes = sum(
-                t.shape[0] * t.shape[1] * t.itemsize for t in ((self.x,) if same else (self.x, self.y))
-            )
+            self.count_copies(*((self.x,) if same else (self.x, self.y)))
+
+    def count_copies(self, *copies: Tensor) -> None:
+        """Counts (rows, D) copies of features, of which "auto" takes the bytes off the budget on a CPU."""
+        self.copied_bytes += sum(t.shape[0] * t.shape[1] * t.itemsize for t in copies)
 
     def run(self, shape: Shape, **asked: Any) -> tuple[Tensor, Tensor, Tensor]:
         """pos, row and col; ``asked`` are fields of the StatsSpec."""

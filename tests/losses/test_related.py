@@ -261,6 +261,7 @@ def test_corrections_of_nothing_change_nothing(backend: str) -> None:
     ("text", "error", "options"),
     [
         ("hardness: got -1", ValueError, {"hardness": -1}),
+        ("hardness: got 1e+38", ValueError, {"hardness": 1e38}),
         ("hardness: got inf", ValueError, {"hardness": float("inf")}),
         ("hardness: got '1'", TypeError, {"hardness": "1"}),
         ("debias: got 1.0, expected a number in [0, 1)", ValueError, {"debias": 1.0}),

@@ -1,4 +1,5 @@
-"""The tests marked ``every_level`` also pass at each vector level below this CPU's own, in a process for each level."""
+"""The tests marked ``every_level`` also pass at the vector levels below this CPU's own, in a process for each level: at
+the lowest and the next lower one, with --full at all."""
 
 from __future__ import annotations
 
@@ -22,9 +23,12 @@ FILES = [path for path in (ROOT / "tests").glob("*/**/test_*.py") if "mark.every
 
 
 @pytest.mark.parametrize("level", LEVELS)
-def test_lower_levels_pass_the_same_tests(level: str, seed: int) -> None:
-    if LEVELS.index(level) >= LEVELS.index(cpp.vector_level()):
+def test_lower_levels_pass_the_same_tests(level: str, seed: int, full: bool) -> None:
+    lower = LEVELS[: LEVELS.index(cpp.vector_level())]
+    if level not in lower:
         pytest.skip(f"this CPU has {cpp.vector_level()}, which the other tests use")
+    if not full and level not in (lower[0], lower[-1]):
+        pytest.skip("--full runs the levels between the lowest and the next lower one")
     environment = {**os.environ, ASKED: level, "FUSED_CONTRASTIVE_TEST_SEED": str(seed)}
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "every_level"]
     command += ["-k", "not reference and not triton", *FILES]

@@ -81,13 +81,13 @@ def checked(turn: Turn, loss: str, dtype: str, kept: int | str) -> Entry:
     """For one loss, the largest share of its allowed error that the value or a gradient uses."""
     import torch
 
-    from benchmarks.check import evaluate, last_truth
+    from benchmarks.check import evaluate, last_truths
     from benchmarks.workloads import WORKLOADS, BenchProblem
 
     n, d = (20, 20) if turn.toy else (2100, 512)
     if loss == "max_sim":
         n, d = (2, 16) if turn.toy else (96, 128)
-    truth = last_truth(BenchProblem(loss, n, d, dtype.replace("tf32", "fp32"), turn.device))
+    truth = last_truths(BenchProblem(loss, n, d, dtype.replace("tf32", "fp32"), turn.device))
     ours = functools.partial(WORKLOADS[loss].ours, backend="triton", memory_budget=kept)
     results, again = evaluate(ours, truth.leaves), evaluate(ours, truth.leaves)
     shares = {name: error / truth.allowed[name] for name, error in truth.errors(results).items()}

@@ -191,6 +191,19 @@ def test_rankings(backend: str) -> None:
     prompts = features(6, 3, 8, seed=2)
     for run in (
         lambda: fc.rank(x, y, 5, scale=2.0, backend=backend),
+        lambda: fc.rank(
+            x,
+            y,
+            5,
+            targets=targets,
+            exclude_ids=(targets % 3, whole_numbers(3, 14)),
+            max_score=2.0,
+            relative_margin=0.1,
+            backend=backend,
+        ),
+        lambda: fc.sample_negatives(
+            x, y, 2.0, 3, targets=targets, generator=torch.Generator("cpu").manual_seed(1), backend=backend
+        ),
         lambda: fc.target_ranks(x, y[: len(x)], backend=backend),
         lambda: fc.target_ranks(x, y, targets=targets, backend=backend),
         lambda: fc.recall_at_k(x, y, (1, 5), targets=targets, backend=backend),

@@ -43,7 +43,7 @@ class Exclusions(NamedTuple):
             for absolute, relative in margins:
                 highest = limits.highest(positive, rounding, absolute, relative)
                 limit = torch.minimum(limit, highest.masked_fill(target < 0, torch.inf))
-        return limit.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+        return limit.masked_fill(limit.isnan(), -torch.inf)
 
     def mask(self, scores: Tensor, limit: Tensor | None, rows: slice, columns: slice) -> None:
         """Sets the excluded ones of a block of scores (m, n) to -inf."""

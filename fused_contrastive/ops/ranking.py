@@ -121,7 +121,7 @@ def ranked(
     chosen = dispatch.resolve(backend, queries.device, queries.dtype)
     plainly = is_plain(queries, candidates, scale, *excluded, seed) and not queries.is_meta
     run = _rank if plainly else torch.ops.fused_contrastive.rank
-    return run(queries, candidates, k, scale, *excluded, seed, chosen)  # type: ignore[no-any-return]
+    return run(queries, candidates, k, scale, *excluded, seed, chosen)
 
 
 def _rank(queries: Tensor, candidates: Tensor, k: int, scale: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:

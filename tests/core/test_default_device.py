@@ -189,19 +189,11 @@ def test_max_sim(budget: object, backend: str) -> None:
 
 def test_rankings(backend: str) -> None:
     x, y, targets = features(9, 8), features(14, 8, seed=1), whole_numbers(14, 9)
+    rules = {"targets": targets, "exclude_ids": (targets % 3, whole_numbers(3, 14)), "relative_margin": 0.1}
     prompts = features(6, 3, 8, seed=2)
     for run in (
         lambda: fc.rank(x, y, 5, scale=2.0, backend=backend),
-        lambda: fc.rank(
-            x,
-            y,
-            5,
-            targets=targets,
-            exclude_ids=(targets % 3, whole_numbers(3, 14)),
-            max_score=2.0,
-            relative_margin=0.1,
-            backend=backend,
-        ),
+        lambda: fc.rank(x, y, 5, backend=backend, **rules),
         lambda: fc.sample_negatives(
             x, y, 2.0, 3, targets=targets, generator=torch.Generator("cpu").manual_seed(1), backend=backend
         ),

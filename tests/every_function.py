@@ -12,7 +12,10 @@ import fused_contrastive as fc
 
 _generator = torch.Generator().manual_seed(0)
 X, Y, TOKENS = (torch.randn(*shape, generator=_generator) for shape in ((6, 4), (6, 4), (6, 3, 4)))
-RESULTS = ("ContrastiveStats", "Deviation", "Diagnosis", "MaxSimScores", "Ranking", "SigmoidStats", "Verification")
+RESULTS = (
+    "ContrastiveStats", "Deviation", "Diagnosis", "MaxSimScores", "Ranking", "SampledNegatives", "SigmoidStats",
+    "Verification",
+)  # fmt: skip
 OTHERS = ("GlobalBatch", "verify_against_reference")  # neither takes tensors
 PUBLIC: dict[str, Any] = {name: getattr(fc, name) for name in fc.__all__}
 _RETRIEVAL = {"queries": X, "candidates": Y, "targets": torch.arange(6).roll(1)}
@@ -36,6 +39,7 @@ FUNCTIONS: dict[str, dict[str, Any]] = {
     "nt_xent_loss": {"z1": X, "z2": Y, "normalize": True},
     "rank": {"queries": X, "candidates": Y, "k": 3, "scale": 2.0},
     "recall_at_k": _RETRIEVAL,
+    "sample_negatives": {"x": X, "y": Y, "scale": 1.0},
     "self_stats": {"x": X, "scale": 1.0},
     "siglip_loss": {**_PAIRS, "logit_bias": -1.0},
     "sigmoid_stats": {"x": X, "y": Y, "scale": 1.0},

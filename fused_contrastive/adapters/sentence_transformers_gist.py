@@ -15,8 +15,8 @@ from torch import Tensor
 from fused_contrastive.adapters.common import Fused, check_pair, importing, scalar
 from fused_contrastive.core.spec import compute_dtype
 from fused_contrastive.distributed.batch import GlobalBatch
-from fused_contrastive.losses.margins import Margins, roundings
 from fused_contrastive.losses.terms import pair_logit
+from fused_contrastive.ops.limits import highest, similarities
 from fused_contrastive.ops.normalize import normalized
 from fused_contrastive.ops.problem import autocast, log_add
 from fused_contrastive.ops.row_loss import cross_entropy
@@ -53,9 +53,8 @@ class _Guided(Fused):
         documents, of_documents = torch.cat(candidates), torch.cat(of_candidates)
         scale = 1.0 / scalar(self.temperature)
         # A negative is left out if the guide finds it more similar than this.
-        most = (of_anchors * of_candidates[0]).sum(dim=1)
-        most = most - (self.margin if self.margin_strategy == "absolute" else self.margin * most.abs())
-        most = most + roundings(Margins(self.margin), dtype, of_anchors.shape[1])
+        absolute, relative = (self.margin if self.margin_strategy == name else 0.0 for name in ("absolute", "relative"))
+        most = highest(*similarities(of_anchors, of_candidates[0]), absolute, relative)
 
         several = self.gather_across_devices and dist.is_available() and dist.is_initialized()
         world, rank = (dist.get_world_size(), dist.get_rank()) if several else (1, 0)

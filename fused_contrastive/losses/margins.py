@@ -12,19 +12,9 @@ from fused_contrastive.core import checks, rule_checks
 from fused_contrastive.core.modes import is_plain
 from fused_contrastive.core.unit import unit_rows
 from fused_contrastive.distributed.shape import LocalShape, Shape
+from fused_contrastive.ops.limits import highest, similarities
 from fused_contrastive.ops.own_dots import own_dots
 from fused_contrastive.ops.problem import Problem
-
-
-def roundings(margins: Margins, dtype: torch.dtype, d: int) -> float:
-    """By how much, times both norms, a similarity may exceed a limit and not count as above it.
-
-    At a margin of 0 a copy of the positive is at the limit, but for the roundings of a sum of d terms, and counts. At
-    other margins nothing is at the limit but by chance.
-    """
-    if margins.absolute or margins.relative:
-        return 0.0
-    return float(torch.finfo(dtype).eps * (8 + 4 * d**0.5))
 
 
 class Margins(NamedTuple):
@@ -95,12 +85,7 @@ def limit(problem: Problem, shape: Shape, margins: Margins | None, both: bool) -
                 problem.count_copies(x, y)
             problem.spec = problem.spec._replace(row_guide=x, col_guide=y)
         positives = _positives(y, problem.spec.targets, shape, x.shape[0])
-        similarity, x_norm, y_norm = (
-            own_dots(a, b[:, None]).squeeze(1) for a, b in ((x, positives), (x, x), (positives, positives))
-        )
-        rounding = roundings(margins, similarity.dtype, x.shape[1]) * (x_norm * y_norm).sqrt()
-        highest = similarity - margins.absolute - margins.relative * similarity.abs()
-        limits = scale * (highest + rounding)
+        limits = scale * highest(*similarities(x, positives), margins.absolute, margins.relative)
         others = limits.new_full((y.shape[0] - limits.shape[0] if both else 0,), torch.inf)
     problem.spec = problem.spec._replace(row_limit=limits, col_limit=torch.cat((limits, others)) if both else None)
 

@@ -123,6 +123,31 @@ def ranking(queries: Tensor, candidates: Tensor, backend: str) -> None:
     dispatch.check(backend, queries.device, queries.dtype)
 
 
+def excluded(
+    queries: Tensor, candidates: Tensor, targets: Tensor | None, query_ids: Tensor | None,
+    candidate_ids: Tensor | None, max_score: float | None, absolute_margin: float | None,
+    relative_margin: float | None, seed: Tensor | None,
+) -> None:  # fmt: skip
+    """Checks the other operands of rank, but for the values of the targets."""
+    m, n = queries.shape[0], candidates.shape[0]
+    places = () if targets is None else targets.shape[1:]
+    if targets is not None and (len(places) != 1 or places[0] == 0):
+        raise ValueError(f"targets: got shape {tuple(targets.shape)}, expected (M, P) with P >= 1")
+    _vector("targets", targets, (m, *places), queries, torch.int64)
+    if (query_ids is None) != (candidate_ids is None):
+        raise ValueError("query_ids, candidate_ids: got only one of them, expected both or neither")
+    count = () if query_ids is None else query_ids.shape[1:2]
+    _vector("query_ids", query_ids, (m, *count), queries, torch.int64)
+    _vector("candidate_ids", candidate_ids, (n, *count), queries, torch.int64)
+    margins = {"absolute_margin": absolute_margin, "relative_margin": relative_margin}
+    for name, value in {"max_score": max_score, **margins}.items():
+        if value is not None:
+            checks.held(name, checks.number(name, value), queries)
+            if name in margins and targets is None:
+                raise ValueError(f"targets: got None with {name}, expected a tensor of shape (M, P)")
+    _vector("seed", seed, (), queries, torch.int64)
+
+
 def _vector(name: str, t: Tensor | None, shape: tuple[int, ...], x: Tensor, dtype: torch.dtype | None = None) -> None:
     """Checks an optional operand; ``dtype`` None means any floating dtype."""
     if t is None:

@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 
 from fused_contrastive.backends.contract import Backend
-from fused_contrastive.core import checks
+from fused_contrastive.core import checks, gumbel
 from fused_contrastive.core.forks import guarded
 from fused_contrastive.core.modes import is_plain
 from fused_contrastive.core.order import ahead
 from fused_contrastive.core.spec import BackendName, autocast_enabled, compute_dtype
-from fused_contrastive.ops import dispatch, operands
+from fused_contrastive.ops import dispatch, exclusions, operands
+from fused_contrastive.ops.exclusions import Exclusions
 from fused_contrastive.ops.schema import library
 from fused_contrastive.ops.transforms import register_constant
 
@@ -36,8 +37,8 @@ class Ranking(NamedTuple):
     """The best k candidates of each query, best first.
 
     Attributes:
-        scores: (M, k).
-        indices: (M, k) int64, rows of the candidates.
+        scores: (M, k); -inf in places without a candidate.
+        indices: (M, k) int64, rows of the candidates; -1 in places without one, which are a row's last.
     """
 
     scores: Tensor
@@ -51,6 +52,11 @@ def rank(
     k: int,
     *,
     scale: float | Tensor | None = None,
+    targets: Tensor | None = None,
+    exclude_ids: tuple[Tensor, Tensor] | None = None,
+    max_score: float | None = None,
+    absolute_margin: float | None = None,
+    relative_margin: float | None = None,
     backend: BackendName = "auto",
 ) -> Ranking:
     """The k candidates with the largest inner product, for each query, without the M x N matrix.
@@ -64,11 +70,26 @@ def rank(
     give the same ranking everywhere. Products are rounded as the vendor's GEMM rounds them: the scores of two
     candidates with the same features may differ in the last bit, at the edges of its tiles.
 
+    To mine hard negatives, ``targets``, ``exclude_ids``, ``max_score`` and the margins leave candidates out (ANCE,
+    Xiong et al. 2020, arXiv:2007.00808; NV-Retriever, Moreira et al. 2024, arXiv:2407.15831). If any of these is given,
+    candidates with a score of -inf or NaN are left out too, and a row of which fewer than k candidates are left ends
+    with indices of -1 and scores of -inf. All limits are of the scores returned, scaled, and a candidate with just that
+    score stays.
+
     Args:
         queries: (M, D) float32, float64, bfloat16 or float16.
         candidates: (N, D), same dtype and device.
         k: how many, from 1 to N.
         scale: multiplies the inner products; a number or a 0-d tensor. A negative one reverses the order.
+        targets: (M,) or (M, P) integers, the right answers to each query, with -1 in the places that a row does not
+            need; they are left out. Default: none; with a margin, candidate i for query i, which needs M = N.
+        exclude_ids: integers of the queries, (M,) or (M, K) with K <= 4, and of the candidates, (N,) or (N, K): a
+            candidate is left out if it has the query's integer in any of the K places.
+        max_score: candidates with a larger score are left out.
+        absolute_margin: candidates with a score above the right answer's minus this are left out, those of its worst
+            right answer if a query has several. At a margin of 0 copies of it stay, whatever the rounding; a score of
+            it that is NaN or infinite leaves out all. A query without right answers has no such limit.
+        relative_margin: likewise, with this share of the absolute value of the right answer's score.
         backend: see ``contrastive_stats``.
 
     Returns:
@@ -86,24 +107,49 @@ def rank(
         if not isinstance(scale, Tensor):
             checks.held("scale", scale, queries)
             scale = queries.new_full((), scale, dtype=compute_dtype(queries.dtype))
+    excluded = exclusions.checked(
+        queries, candidates, targets, exclude_ids, max_score, absolute_margin, relative_margin
+    )  # fmt: skip
+    return Ranking(*ranked(queries, candidates, k, scale, excluded, None, backend))
+
+
+def ranked(
+    queries: Tensor, candidates: Tensor, k: int, scale: Tensor | None, excluded: Exclusions, seed: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """``rank`` with its arguments checked; with a seed, () int64, scores have Gumbel noise added to them."""
     chosen = dispatch.resolve(backend, queries.device, queries.dtype)
-    run = _rank if is_plain(queries, candidates, scale) else torch.ops.fused_contrastive.rank
-    return Ranking(*run(queries, candidates, k, scale, chosen))
+    plainly = is_plain(queries, candidates, scale, *excluded, seed) and not queries.is_meta
+    run = _rank if plainly else torch.ops.fused_contrastive.rank
+    return run(queries, candidates, k, scale, *excluded, seed, chosen)
 
 
-def _rank(queries: Tensor, candidates: Tensor, k: int, scale: Tensor | None, backend: str) -> tuple[Tensor, Tensor]:
-    chosen, m = dispatch.BACKENDS[backend], queries.shape[0]
+def _rank(queries: Tensor, candidates: Tensor, k: int, scale: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
+    """``rest``: the fields of Exclusions, the seed, the backend."""
+    *fields, seed, backend = rest
+    excluded, chosen, m = Exclusions(*fields), dispatch.BACKENDS[backend], queries.shape[0]
+    if excluded.targets is not None:
+        right = (excluded.targets >= -1) & (excluded.targets < len(candidates))
+        checks.all_true("targets", excluded.targets, right, f"0 to {len(candidates) - 1} (N - 1), or -1 for none")
     with plain(queries):
         walk = _Walk(queries, candidates)
+        keys = None if seed is None else gumbel.row_keys(seed, m)
         values = queries.new_empty((m, k), dtype=compute_dtype(queries.dtype))
         indices = queries.new_empty((m, k), dtype=torch.int64)
         for rows in walk.rows:
-            some = queries[rows]
+            some, limit = queries[rows], excluded.limit(queries, candidates, scale, rows)
             for columns in walk.columns:
                 scores = walk.scores(some, columns)
                 if scale is not None:
                     scores *= scale
+                excluded.mask(scores, limit, rows, columns)
+                if keys is not None:
+                    gumbel.add_gumbel(scores, keys[rows], columns.start)
                 chosen.merge_top_k(scores, columns.start, values[rows], indices[rows])
+        if excluded.any() or seed is not None:
+            nothing = ~(values > -torch.inf)
+            values.masked_fill_(nothing, -torch.inf)
+            indices.masked_fill_(nothing, -1)
     return values, indices
 
 
@@ -169,20 +215,27 @@ def _target_ranks(queries: Tensor, candidates: Tensor, targets: Tensor, exclude_
         return torch.empty_like(counts).index_copy_(0, order, counts)
 
 
-library.define("rank(Tensor queries, Tensor candidates, SymInt k, Tensor? scale, str backend) -> (Tensor, Tensor)")
+library.define(
+    "rank(Tensor queries, Tensor candidates, SymInt k, Tensor? scale, Tensor? targets, Tensor? query_ids, "
+    "Tensor? candidate_ids, float? max_score, float? absolute_margin, float? relative_margin, Tensor? seed, "
+    "str backend) -> (Tensor, Tensor)"
+)
 library.define(
     "target_ranks(Tensor queries, Tensor candidates, Tensor targets, bool exclude_self, str backend) -> Tensor"
 )
 
 
-def _rank_operator(queries: Tensor, candidates: Tensor, k: int, *rest: Any) -> tuple[Tensor, Tensor]:
+def _rank_operator(
+    queries: Tensor, candidates: Tensor, k: int, scale: Tensor | None, *rest: Any
+) -> tuple[Tensor, Tensor]:
     """For callers by torch.ops, whose operands nothing has checked."""
-    scale, backend = rest
+    *others, backend = rest
     operands.ranking(queries, candidates, backend)
     checks.count("k", k, candidates.shape[0], "N, the number of candidates")
     if scale is not None:
         checks.scalar("scale", scale)
-    return _rank(queries, candidates, k, scale, backend)
+    operands.excluded(queries, candidates, *others)
+    return _rank(queries, candidates, k, scale, *rest)
 
 
 def _target_ranks_operator(
@@ -203,7 +256,7 @@ register_constant("target_ranks")
 
 
 @torch.library.register_fake("fused_contrastive::rank", lib=library)
-def _fake_rank(queries, candidates, k, scale, backend):  # type: ignore[no-untyped-def]
+def _fake_rank(queries, candidates, k, *rest):  # type: ignore[no-untyped-def]
     shape = (queries.shape[0], k)
     return queries.new_empty(shape, dtype=compute_dtype(queries.dtype)), queries.new_empty(shape, dtype=torch.int64)
 
@@ -221,20 +274,15 @@ def _check_self(exclude_self: bool, m: int, n: int) -> None:
 def _checked_targets(targets: Tensor | None, queries: Tensor, n: int, exclude_self: bool) -> Tensor:
     """(M, P) int64, whose values are not checked here."""
     m = queries.shape[0]
-
-    def shape() -> str:
-        return f"an integer tensor of shape ({m},) or ({m}, P)"
-
     if targets is None:
         if m != n or exclude_self:
             came = "with exclude_self=True" if exclude_self else f"for {m} queries and {n} candidates"
-            raise ValueError(f"targets: got None {came}, expected the candidates that belong to each query: {shape()}")
+            raise ValueError(
+                f"targets: got None {came}, expected the candidates that belong to each query: "
+                f"{exclusions.shape_of_targets(m)}"
+            )
         return torch.arange(m, device=queries.device)[:, None]
-    targets = checks.integers("targets", targets, shape)
-    checks.same_device("targets", targets, "queries", queries)
-    if targets.dim() not in (1, 2) or targets.shape[0] != m or 0 in targets.shape:
-        raise ValueError(f"targets: got shape {tuple(targets.shape)}, expected {shape()}")
-    return targets if targets.dim() == 2 else targets[:, None]
+    return exclusions.checked_targets(targets, queries)
 
 
 def _answers(targets: Tensor, n: int, exclude_self: bool) -> Tensor:

@@ -73,6 +73,7 @@ def test_everything_public(name: str) -> None:
     """The default is set for the whole process; a call makes its tensors on the device of its inputs."""
 
     def run() -> object:
+        torch.manual_seed(0)  # of what is drawn
         found = call(name)
         found = [astuple(d)[1:] for d in found.deviations] if name == "verify" else found
         return astuple(found) if name == "diagnose" else found
@@ -188,9 +189,14 @@ def test_max_sim(budget: object, backend: str) -> None:
 
 def test_rankings(backend: str) -> None:
     x, y, targets = features(9, 8), features(14, 8, seed=1), whole_numbers(14, 9)
+    rules = {"targets": targets, "exclude_ids": (targets % 3, whole_numbers(3, 14)), "relative_margin": 0.1}
     prompts = features(6, 3, 8, seed=2)
     for run in (
         lambda: fc.rank(x, y, 5, scale=2.0, backend=backend),
+        lambda: fc.rank(x, y, 5, backend=backend, **rules),
+        lambda: fc.sample_negatives(
+            x, y, 2.0, 3, targets=targets, generator=torch.Generator("cpu").manual_seed(1), backend=backend
+        ),
         lambda: fc.target_ranks(x, y[: len(x)], backend=backend),
         lambda: fc.target_ranks(x, y, targets=targets, backend=backend),
         lambda: fc.recall_at_k(x, y, (1, 5), targets=targets, backend=backend),

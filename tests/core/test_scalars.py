@@ -66,6 +66,8 @@ X, TOKENS = torch.ones(4, 3), torch.ones(4, 2, 3)
 NUMBERS: dict[str, tuple[str, Callable[[int], object]]] = {
     "stats": ("scale", lambda s: fc.contrastive_stats(X, X, s)),
     "rank": ("scale", lambda s: fc.rank(X, X, 2, scale=s)),
+    "rank's limit": ("max_score", lambda s: fc.rank(X, X, 2, max_score=s)),
+    "sample": ("scale", lambda s: fc.sample_negatives(X, X, s)),
     "diagnose": ("scale", lambda s: fc.diagnose(X, X, s)),
     "clip": ("logit_scale", lambda s: fc.clip_loss(X, X, s)),
     "clip by temperature": ("temperature", lambda s: fc.clip_loss(X, X, temperature=s)),

@@ -178,6 +178,7 @@ PUBLIC = {
     "nt_xent_loss": "lambda: fc.nt_xent_loss(x, y, normalize=False)",
     "rank": "lambda: fc.rank(x, y, 5)",
     "recall_at_k": "lambda: fc.recall_at_k(x, y)",
+    "sample_negatives": "lambda: fc.sample_negatives(x, y, 0.1)",
     "self_stats": "lambda: fc.self_stats(x, 0.1)",
     "siglip_loss": "lambda: fc.siglip_loss(x, y, 0.1)",
     "sigmoid_stats": "lambda: fc.sigmoid_stats(x, y, 0.1)",

@@ -32,6 +32,10 @@ def test_false_negatives() -> None:
     assert run_page("docs/false-negatives.md") >= 10
 
 
+def test_hard_negatives() -> None:
+    assert run_page("docs/hard-negatives.md") >= 6
+
+
 def test_distributed() -> None:
     assert run_page("docs/distributed.md") >= 1
 

@@ -9,6 +9,8 @@ LOSSES = "tests/losses/test_losses.py::test_budget"
 RELATED = "tests/losses/test_related.py"
 LIMITS = "tests/ops/test_limits.py"
 DISTILLATION = "tests/losses/test_distillation.py"
+MINED = "tests/ops/test_mined.py"
+SAMPLED = "tests/ops/test_sample_negatives.py"
 
 MUTANTS = [
     Mutant(
@@ -104,18 +106,18 @@ MUTANTS = [
     Mutant(
         "copies above the limit",
         "no rounding is allowed for",
-        f"{PACKAGE}/losses/margins.py",
-        "(8 + 4 * d**0.5)",
-        "(0 * d)",
+        f"{PACKAGE}/ops/limits.py",
+        "(8 + 4 * x.shape[1] ** 0.5)",
+        "(0 * x.shape[1])",
         (f"{RELATED}::test_copies_count_at_margin_0_for_any_width",),
         "cpp",
     ),
     Mutant(
         "relative to the signed similarity",
         "a negative positive's relative margin has the other sign",
-        f"{PACKAGE}/losses/margins.py",
-        "margins.relative * similarity.abs()",
-        "margins.relative * similarity",
+        f"{PACKAGE}/ops/limits.py",
+        "relative * positive.abs()",
+        "relative * positive",
         (LOSSES,),
         "reference and float32 and relative",
     ),
@@ -136,5 +138,41 @@ MUTANTS = [
         "normaliser = (hard + log_count)",
         (LOSSES,),
         "reference and float32 and hardness",
+    ),
+    Mutant(
+        "last answer's limit",
+        "the margin is below the last of several right answers, not below the worst",
+        f"{PACKAGE}/ops/exclusions.py",
+        "limit = torch.minimum(limit, highest.masked_fill(target < 0, torch.inf))",
+        "limit = highest.masked_fill(target < 0, torch.inf)",
+        (f"{MINED}::test_what_is_left_out",),
+        "cpp",
+    ),
+    Mutant(
+        "answers are mined",
+        "right answers stay among the candidates",
+        f"{PACKAGE}/ops/exclusions.py",
+        "torch.where(inside, -torch.inf, torch.inf)",
+        "torch.where(inside, torch.inf, torch.inf)",
+        (f"{MINED}::test_what_is_left_out",),
+        "cpp and answers",
+    ),
+    Mutant(
+        "noise of the block",
+        "the noise begins anew in every block of columns",
+        f"{PACKAGE}/ops/ranking.py",
+        "gumbel.add_gumbel(scores, keys[rows], columns.start)",
+        "gumbel.add_gumbel(scores, keys[rows], 0)",
+        (f"{SAMPLED}::test_only_the_seed_decides",),
+        "cpp",
+    ),
+    Mutant(
+        "uniform noise",
+        "one of the two logarithms of the noise is missing",
+        f"{PACKAGE}/core/gumbel.py",
+        ".log1p_().neg_().log_()",
+        ".neg_().log_()",
+        (f"{SAMPLED}::test_a_million_draws_have_the_softmax_s_distribution",),
+        "reference",
     ),
 ]

@@ -72,6 +72,7 @@ def test_rankings(backend: str) -> None:
     for run in (
         lambda: fc.rank(x, y, 3, backend=backend),
         lambda: fc.target_ranks(x, y, targets=targets, backend=backend),
+        lambda: fc.sample_negatives(x, y, 2.0, directions=("col",), backend=backend),
     ):
         with FlopCounterMode(display=False) as counter:
             run()

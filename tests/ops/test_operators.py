@@ -155,10 +155,20 @@ def test_what_only_the_kernels_read_is_checked_there() -> None:
         OPS.max_sim_backward(*{**tokens, "argmax_x": torch.full((3, 2, 4), 200, dtype=torch.uint8)}.values())
 
 
+NO_RULES = (None,) * 7  # the fields of Exclusions, and the seed
+
+
 @pytest.mark.parametrize("arguments", [
-    ("rank", features(N, D), features(N, D + 1), 2, None),
-    ("rank", features(N, D), features(N, D), 0, None),
-    ("rank", features(N, D), features(N, D), N + 1, None),
+    ("rank", features(N, D), features(N, D + 1), 2, None, *NO_RULES),
+    ("rank", features(N, D), features(N, D), 0, None, *NO_RULES),
+    ("rank", features(N, D), features(N, D), N + 1, None, *NO_RULES),
+    ("rank", features(N, D), features(N, D), 2, None, ints(N), *NO_RULES[1:]),
+    ("rank", features(N, D), features(N, D), 2, None, ints(N)[:, None] - 2, *NO_RULES[1:]),
+    ("rank", features(N, D), features(N, D), 2, None, None, ints(N), *NO_RULES[2:]),
+    ("rank", features(N, D), features(N, D), 2, None, None, ints(N), ints(N + 1), *NO_RULES[3:]),
+    ("rank", features(N, D), features(N, D), 2, None, None, None, None, float("nan"), None, None, None),
+    ("rank", features(N, D), features(N, D), 2, None, None, None, None, None, 0.5, None, None),
+    ("rank", features(N, D), features(N, D), 2, None, *NO_RULES[1:], ints(1)),
     ("target_ranks", features(N, D), features(N, D), ints(N), False),
     ("target_ranks", features(N, D), features(N, D), ints(1)[:, None], False),
     ("target_ranks", features(N, D), features(N, D), ints(N)[:, None] + 10**12, False),
@@ -167,5 +177,8 @@ def test_what_only_the_kernels_read_is_checked_there() -> None:
 @on_cpu
 def test_rankings(arguments: tuple[Any, ...], backend: str) -> None:
     name, *operands = arguments
-    with pytest.raises((TypeError, ValueError), match=r"^(queries|candidates|k|targets|exclude_self): "):
+    with pytest.raises(
+        (TypeError, ValueError),
+        match=r"^(queries|candidates|k|targets|exclude_self|query_ids|candidate_ids|max_score|seed)[:,] ",
+    ):
         getattr(OPS, name)(*operands, backend)

@@ -117,6 +117,8 @@ def max_sim(t: int, p: int, d: int, direction: str, masked: bool) -> Call:
 def ranking(kind: Kind, kept: str) -> None:
     x, y, targets = torch.randn(300, 64).to(kind.dtype), torch.randn(700, 64).to(kind.dtype), torch.randint(700, (300,))
     fc.rank(x, y, 5, backend="triton")
+    fc.rank(x, y, 5, targets=targets, max_score=3.0, relative_margin=0.05, backend="triton")
+    fc.sample_negatives(x, y, 2.0, targets=targets, backend="triton")
     fc.target_ranks(x, y, targets=targets, backend="triton")
     fc.recall_at_k(x, y, targets=targets[:, None], backend="triton")
     fc.median_rank(x, y, targets=targets, backend="triton")

@@ -9,9 +9,8 @@ from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any, ParamSpec, TypeVar
 
-from typing_extensions import Self
-
 import torch
+from typing_extensions import Self
 
 from fused_contrastive.core import compiler
 from fused_contrastive.core.contexts import Entry, Scoped

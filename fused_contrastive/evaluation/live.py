@@ -26,6 +26,14 @@ EQUAL = 1e-4  # squared distance of unit vectors below which a loss cannot tell 
 # Options that change the least loss, or the loss of equal logits; and losses that have other targets.
 CHANGING = ("absolute_margin", "relative_margin", "guide", "debias", "hardness", "margin", "decoupled")
 OTHER_TARGETS = ("distillation_loss", "x_clip_loss")
+NAMES = {  # of two sets of features; the first of several views
+    "clip_loss": ("image_features", "text_features"),
+    "distillation_loss": ("x", "y"),
+    "info_nce_loss": ("query", "key"),
+    "siglip_loss": ("image_features", "text_features"),
+    "x_clip_loss": ("text_latents", "image_latents"),
+}
+SYMMETRIC = ("clip_loss", "x_clip_loss")
 DEFAULT_TEMPERATURES = {
     "info_nce_loss": info_nce.DEFAULT_TEMPERATURE,
     "nt_xent_loss": nt_xent.DEFAULT_TEMPERATURE,
@@ -93,31 +101,25 @@ def described(name: str, given: Mapping[str, Any], processes: int) -> Call | Non
         directions = [
             _within(features["features"], given["labels"].repeat_interleave(z.shape[1] if z.dim() == 3 else 1))
         ]
-    elif name == "x_clip_loss":
-        features = {key: given[key] for key in ("text_latents", "image_latents")}
-        if given["use_all_token_embeds"]:
-            return None
-        features = {key: each if each.dim() == 2 else each[0] for key, each in features.items()}
-        directions = _between(given, *features.values(), both=True)
-    elif name in ("clip_loss", "siglip_loss", "info_nce_loss", "distillation_loss"):
-        names = {"info_nce_loss": ("query", "key"), "distillation_loss": ("x", "y")}
-        features = {key: given[key] for key in names.get(name, ("image_features", "text_features"))}
-        directions = _between(given, *features.values(), both=given.get("symmetric", name == "clip_loss"))
+    elif name in NAMES and not given.get("use_all_token_embeds", False):
+        features = {key: given[key] if given[key].dim() == 2 else given[key][0] for key in NAMES[name]}
+        x, y = features.values()
+        directions = _between(given, x, y, given.get("symmetric", name in SYMMETRIC))
     else:
         return None
     if not all(len(d.rows) and len(d.columns) for d in directions):
         return None
     if processes > 1 and (given.get("targets") is not None or len({len(each) for each in features.values()}) > 1):
         return None
-    x = directions[0].rows
+    default = DEFAULT_TEMPERATURES.get(name)
+    changed = [key for key in CHANGING if isinstance(given.get(key), Tensor) or given.get(key)]
     return Call(
         features,
         directions,
-        terms.scale_of(given["temperature"], given["logit_scale"], DEFAULT_TEMPERATURES.get(name), x),
-        normalize=given.get("normalize", False) is not False,
+        terms.scale_of(given["temperature"], given["logit_scale"], default, directions[0].rows),
+        normalize=given.get("normalize", False) is not False,  # None is True for nt_xent_loss
         sigmoid=name == "siglip_loss",
-        plain=name not in OTHER_TARGETS
-        and all(not isinstance(given.get(key), Tensor) and not given.get(key) for key in CHANGING),
+        plain=not changed and name not in OTHER_TARGETS,
         processes=processes,
     )
 
@@ -128,18 +130,19 @@ def _within(z: Tensor, ids: Tensor) -> Direction:
 
 def _between(given: Mapping[str, Any], x: Tensor, y: Tensor, both: bool) -> list[Direction]:
     """x against y, and where ``both``, y against x."""
-    keys, negatives, targets = len(y), given.get("negatives"), given.get("targets")
+    keys, targets = len(y), given.get("targets")
+    negatives: Tensor | None = given.get("negatives")
     ids = given.get("row_ids"), given.get("col_ids")
     related_positive = ids[0] is not None and given.get("equal_ids") != "exclude"  # SigLIP has no such option
     if targets is None and (len(x) == keys or not related_positive):
         targets = torch.arange(len(x), device=x.device)
-    shared = negatives is not None and negatives.dim() == 2
-    columns = torch.cat((y, negatives)) if shared else y
+    own = negatives if negatives is not None and negatives.dim() == 3 else None
+    columns = y if own is not None or negatives is None else torch.cat((y, negatives))
     bias = given.get("col_bias", given.get("logit_bias"))
     forth = Direction(
         x, columns, targets, *ids, related_positive,
         bias=bias.to(x.device) if isinstance(bias, Tensor) else bias or 0.0,
-        own=None if shared else negatives, own_mask=given.get("negatives_mask"),
+        own=own, own_mask=given.get("negatives_mask"),
     )  # fmt: skip
     if not both:
         return [forth]

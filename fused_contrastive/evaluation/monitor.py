@@ -20,7 +20,8 @@ from fused_contrastive.evaluation.live import HARDEST, ROWS, Call, described, me
 
 COLLAPSED = 1e-3  # mean of 1 - cosine over all pairs of rows
 STUCK = 0.02  # how near the loss is to that of equal logits, relatively
-LARGEST_SCALE, LARGEST_SIGMOID_SCALE = 101.0, 200.0  # CLIP's limit of 100, rounded; SigLIP learns up to 120
+LARGEST_SCALE, LARGEST_SIGMOID_SCALE = 100, 200  # CLIP's limit; SigLIP learns up to 120
+ROUNDING = 1.01  # of a scale in bfloat16
 # In how many checks in a row a cause must be found. Encoders may begin with features that are nearly alike.
 PATIENCE = {"nan": 1, "zero": 1, "collapse": 2, "stuck": 10, "duplicates": 1, "scale": 1}
 LOGGED = (
@@ -183,7 +184,7 @@ def _measures(name: str, found: dict[str, dict[str, float]]) -> dict[str, float]
 def _causes(
     name: str, call: Call, found: dict[str, dict[str, float]], given: dict[str, Any]
 ) -> Iterator[tuple[str, str]]:
-    """What is wrong, as (cause, text)."""
+    """What is wrong, as (cause, text); no cause that follows from another one."""
     at = found[""]
     known = f"{'the loss of equal logits' if call.sigmoid else 'log N'} = {at['equal_logits']:.4g}"
     sizes = {argument: len(features) for argument, features in call.features.items()}
@@ -192,75 +193,61 @@ def _causes(
         return ", ".join(f"{a}: {found[a][key]:.0f} of {n} rows" for a, n in sizes.items() if found[a][key])
 
     if where := rows("nan_rows"):
-        yield (
-            "nan",
-            (
-                f"{where} have NaN or infinite numbers, so that the loss and all gradients become NaN. Find the operation "
-                "by torch.autograd.set_detect_anomaly(True); try a lower learning rate, clipped gradients, and bfloat16 in "
-                "place of float16."
-            ),
+        text = (
+            f"{where} have NaN or infinite numbers, so that the loss and all gradients become NaN. Find the operation "
+            "by torch.autograd.set_detect_anomaly(True); try a lower learning rate, clipped gradients, and bfloat16 in "
+            "place of float16."
         )
+        yield "nan", text
         return
     if where := rows("zero_rows"):
-        yield (
-            "zero",
-            (
-                f"{where} are zeros, whose similarity to every row is 0, and to which normalisation passes no gradient. "
-                "Look for dead units, empty inputs and padding in the batch."
-            ),
+        text = (
+            f"{where} are zeros, whose similarity to every row is 0, and to which normalisation passes no gradient. "
+            "Look for dead units, empty inputs and padding in the batch."
         )
-    if alike := [a for a, n in sizes.items() if n > 1 and found[a]["spread"] < COLLAPSED]:
-        yield (
-            "collapse",
-            (
-                f"{', '.join(alike)}: all rows are alike (the mean cosine of two is above {1 - COLLAPSED}), so that the "
-                f"loss cannot fall below {known}. Look for an encoder that ignores its input; try a lower learning rate or "
-                "a longer warm-up, normalisation before the projection, and a smaller temperature, which spreads the rows."
-            ),
+        yield "zero", text
+    if alike := [argument for argument, n in sizes.items() if n > 1 and found[argument]["spread"] < COLLAPSED]:
+        text = (
+            f"{', '.join(alike)}: all rows are alike (the mean cosine of two is above {1 - COLLAPSED}), so that the "
+            f"loss cannot fall below {known}. Look for an encoder that ignores its input; try a lower learning rate or "
+            "a longer warm-up, normalisation before the projection, and a smaller temperature, which spreads the rows."
         )
+        yield "collapse", text
         return
-    scales = list(_scale(call, at["scale"], given, all(not found[argument]["off_norm"] for argument in call.features)))
-    yield from scales
-    if not scales and call.plain and abs(at["loss"] / at["equal_logits"] - 1) < STUCK:
-        yield (
-            "stuck",
-            (
-                f"loss stuck at {known}, in {PATIENCE['stuck']} checks in a row: negatives score like the positives, and "
-                "nothing is learned. Check that row i of one input belongs to row i of the other (is only one of them "
-                "shuffled?), that gradients reach the encoders, and that learning rate and logit scale are not too small."
-            ),
+    if text := _of_scale(call, at["scale"], given, not rows("off_norm")):
+        yield "scale", text
+    elif call.plain and abs(at["loss"] / at["equal_logits"] - 1) < STUCK:
+        text = (
+            f"loss stuck at {known}, in {PATIENCE['stuck']} checks in a row: negatives score like the positives, and "
+            "nothing is learned. Check that row i of one input belongs to row i of the other (is only one of them "
+            "shuffled?), that gradients reach the encoders, and that learning rate and scale are not too small."
         )
+        yield "stuck", text
     if at["duplicates_floor"] > 0:
-        yield (
-            "duplicates",
-            (
-                f"{at['duplicates']:.1%} of the rows have a negative that equals their positive: the loss cannot fall below "
-                f"{at['duplicates_floor']:.4g} on such batches, and equal items are pushed apart. Give equal items equal ids "
-                "(row_ids, col_ids, or labels), or draw batches without repeated items."
-            ),
+        text = (
+            f"{at['duplicates']:.1%} of the rows have a negative that equals their positive: the loss cannot fall "
+            f"below {at['duplicates_floor']:.4g} on such batches, and equal items are pushed apart. Give equal items "
+            "equal ids (row_ids, col_ids, or labels), or draw batches without repeated items."
         )
+        yield "duplicates", text
 
 
-def _scale(call: Call, scale: float, given: dict[str, Any], unit: bool) -> Iterator[tuple[str, str]]:
+def _of_scale(call: Call, scale: float, given: dict[str, Any], of_norm_1: bool) -> str:
+    """What is wrong with the scale, or nothing."""
     name = "logit_scale" if given["logit_scale"] is not None else "1 / temperature"
     most = LARGEST_SIGMOID_SCALE if call.sigmoid else LARGEST_SCALE
     if not 0 < scale < math.inf:
-        yield (
-            "scale",
-            (
-                f"{name}: got {scale:.4g}, expected a finite number above 0: with this one, similar pairs are pushed apart, "
-                "or the loss is no number. Learn its logarithm, as CLIP does, and pass log_scale.exp()."
-            ),
+        return (
+            f"{name}: got {scale:.4g}, expected a finite number above 0: with this one, positives are pushed apart, or "
+            "the loss is no number. Learn its logarithm, as CLIP does, and pass log_scale.exp()."
         )
-    elif unit or call.normalize:
-        if scale > most:
-            yield (
-                "scale",
-                (
-                    f"{name}: got {scale:.4g}, expected at most {round(most, -2):.0f} with features of norm 1: nearly all of "
-                    f"the gradient is of the {HARDEST} hardest negatives or fewer, wrong pairs and duplicates among them. "
-                    "Clamp the learned scale as CLIP does, log_scale.data.clamp_(max=math.log(100)), without weight decay."
-                ),
-            )
-        elif (hint := hints.hint({}, name, scale)) is not None:
-            yield "scale", hint.text
+    if not (of_norm_1 or call.normalize):
+        return ""
+    if scale > ROUNDING * most:
+        return (
+            f"{name}: got {scale:.4g}, expected at most {most} with features of norm 1: nearly all of the gradient is "
+            f"of the {HARDEST} hardest negatives or fewer, wrong pairs and duplicates among them. Clamp a learned "
+            "scale as CLIP does, log_scale.data.clamp_(max=math.log(100)), and learn it without weight decay."
+        )
+    hint = hints.hint({}, name, scale)
+    return "" if hint is None else hint.text

@@ -81,7 +81,7 @@ class Call(NamedTuple):
     scale: float | Tensor
     normalize: bool
     sigmoid: bool  # each pair has a loss of its own: SigLIP
-    plain: bool  # the loss that ``_equal_logits`` is about
+    usual: bool  # the loss that ``_equal_logits`` is about
     processes: int  # each of which has as many columns
 
 
@@ -119,7 +119,7 @@ def described(name: str, given: Mapping[str, Any], processes: int) -> Call | Non
         terms.scale_of(given["temperature"], given["logit_scale"], default, directions[0].rows),
         normalize=given.get("normalize", False) is not False,  # None is True for nt_xent_loss
         sigmoid=name == "siglip_loss",
-        plain=not changed and name not in OTHER_TARGETS,
+        usual=not changed and name not in OTHER_TARGETS,
         processes=processes,
     )
 
@@ -151,10 +151,10 @@ def _between(given: Mapping[str, Any], x: Tensor, y: Tensor, both: bool) -> list
     return [forth, Direction(y, x, targets, of_keys, ids[0], related_positive)]
 
 
-def measured(call: Call, loss: Tensor, start: int) -> dict[str, dict[str, float]]:
+def measured(call: Call, loss: Tensor, check: int) -> dict[str, dict[str, float]]:
     """Numbers of each argument by its name, and under "" those of the call, with one wait for the device.
 
-    Rows are counted everywhere; all else is of a block of rows, in each direction, that begins at row ``start``.
+    Rows are counted everywhere; all else is of one block of rows in each direction, another one at the next ``check``.
     """
     x = call.directions[0].rows
     found: dict[tuple[str, str], Tensor] = {}
@@ -162,7 +162,7 @@ def measured(call: Call, loss: Tensor, start: int) -> dict[str, dict[str, float]
         for name, features in call.features.items():
             for key, value in _rows(features).items():
                 found[name, key] = value
-        of_directions = [_direction(call, direction, start) for direction in call.directions]
+        of_directions = [_direction(call, direction, check) for direction in call.directions]
         for key in of_directions[0]:
             found["", key] = torch.stack([each[key] for each in of_directions]).mean()
         dtype = statistics_dtype(x.device)
@@ -187,11 +187,11 @@ def _rows(features: Tensor) -> dict[str, Tensor]:
     }
 
 
-def _direction(call: Call, direction: Direction, start: int) -> dict[str, Tensor]:
+def _direction(call: Call, direction: Direction, check: int) -> dict[str, Tensor]:
     """Means over a block of the rows."""
     rows, columns = (t.to(compute_dtype(t.dtype)) for t in (direction.rows, direction.columns))
     count = min(ROWS, len(rows), max(1, PAIRS // len(columns)))
-    picked = torch.arange(start, start + count, device=rows.device) % len(rows)
+    picked = torch.arange(check * count, (check + 1) * count, device=rows.device) % len(rows)
     positive, negative = direction.pairs(picked)
     has_positive, some = positive.any(dim=1), positive.to(torch.uint8).argmax(dim=1)  # (R,), the first one
     unit_rows, unit_columns = F.normalize(rows[picked], dim=1), F.normalize(columns, dim=1)
@@ -228,7 +228,7 @@ def _direction(call: Call, direction: Direction, start: int) -> dict[str, Tensor
         "alignment": mean(distances),
         "uniformity": (mean(exponents.exp_().sum(dim=1)) / mean(negative.sum(dim=1))).log(),
         "duplicates": mean(equal > 0),
-        "duplicates_floor": mean(floors) * call.plain,
+        "duplicates_floor": mean(floors) * call.usual,
         "equal_logits": mean(_equal_logits(choices, call.sigmoid)),
     }
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from fused_contrastive.core import checks, hints, observing, warn
 from fused_contrastive.core.modes import is_plain
 from fused_contrastive.distributed.batch import GlobalBatch
-from fused_contrastive.evaluation.live import HARDEST, ROWS, Call, described, measured
+from fused_contrastive.evaluation.live import HARDEST, Call, described, measured
 
 COLLAPSED = 1e-3  # mean of 1 - cosine over all pairs of rows
 STUCK = 0.02  # how near the loss is to that of equal logits, relatively
@@ -113,7 +113,7 @@ class monitor(observing.Observing):  # noqa: N801
     def __str__(self) -> str:
         lines = [f"{self.calls} calls, {self.checked} measured, {len(self.warnings)} warnings"]
         for name, found in self.measures.items():
-            shown = (f"{key} {found[f'{name}/{key}']:.4g}" for key in LOGGED if f"{name}/{key}" in found)
+            shown = (f"{key} {found[f'{name}/{key}']:.4g}" for key in LOGGED)
             lines.append(f"{name}: {', '.join(shown)}")
         return "\n".join([*lines, *self.warnings.values()])
 
@@ -143,9 +143,9 @@ class monitor(observing.Observing):  # noqa: N801
             call = described(name, given, processes)
             if call is None:
                 return
-            loss = result[0] if isinstance(result, tuple) else result
+            loss = result[0] if isinstance(result, tuple) else result  # a tuple has further results
             loss = loss / (processes * len(call.directions[0].rows)) if given.get("reduction") == "sum" else loss
-            found = measured(call, loss, (number - 1) // self.every * ROWS)
+            found = measured(call, loss, (number - 1) // self.every)
         causes = dict(_causes(name, call, found, given))
         told = []
         with self._lock:
@@ -216,7 +216,7 @@ def _causes(
         return
     if text := _of_scale(call, at["scale"], given, not rows("off_norm")):
         yield "scale", text
-    elif call.plain and abs(at["loss"] / at["equal_logits"] - 1) < STUCK:
+    elif call.usual and abs(at["loss"] / at["equal_logits"] - 1) < STUCK:
         text = (
             f"loss stuck at {known}, in {PATIENCE['stuck']} checks in a row: negatives score like the positives, and "
             "nothing is learned. Check that row i of one input belongs to row i of the other (is only one of them "

@@ -449,6 +449,9 @@ def test_reductions_and_modes() -> None:
             fc.clip_loss(x, y, 10.0, reduction=reduction)
         assert m.measures["clip_loss"]["clip_loss/loss"] == pytest.approx(loss, rel=1e-6)
     expected = m.measures["clip_loss"]
+    with no_warning(), fc.monitor() as m, torch.device("meta"):  # the default for new tensors
+        fc.clip_loss(x, y, 10.0, reduction="none")
+    assert m.measures["clip_loss"] == expected
     with no_warning(), fc.monitor() as m, torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
         fc.clip_loss(x, y, 10.0)  # measured as it is given, and not rounded
     found = m.measures["clip_loss"]

@@ -9,8 +9,9 @@ composed of words that training has seen: "woman firefighter dark skin tone" is 
 skin tone" are not.
 
 Two copies of one model train in lockstep on the same batches, one with ``fused_contrastive.clip_loss``, one with the
-loss as usually written, so that their curves, times and memory can be compared. Exits with 1 if the held-out recall@1
-is below ten times chance, or if the two loss curves differ by more than rounding.
+loss as usually written, so that their curves, times and memory can be compared. ``fused_contrastive.monitor`` watches
+the first. Exits with 1 if the held-out recall@1 is below ten times chance, or if the two loss curves differ by more
+than rounding.
 """
 
 from __future__ import annotations
@@ -31,11 +32,13 @@ try:
     import emoji_report
     import emoji_train
     from emoji_model import FEATURES
+    from fused_contrastive import monitor
 except ModuleNotFoundError as error:
     sys.exit(f"emoji_clip: the package {error.name!r} is missing; install it with: pip install fused_contrastive[demo]")
 
 HELD_OUT_SHARE = 0.1
 LARGE_BATCH = 16384
+MEASURED = 20  # the monitor measures every so many steps
 
 
 def options() -> argparse.Namespace:
@@ -66,14 +69,17 @@ def train_with_progress(
         TextColumn("{task.description}"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console) as progress:
+    measures: list[dict[str, float]] = []
+    with Progress(*columns, console=console) as progress, monitor(every=MEASURED, log=measures.append) as watch:
         task = progress.add_task("", total=chosen.steps)
 
         def report(runs: dict[str, emoji_train.Run]) -> None:
             losses = ", ".join(f"{name} {run.losses[-1]:.5f}" for name, run in runs.items())
             progress.update(task, advance=1, description=f"loss: {losses}")
 
-        return emoji_train.train(pairs, split, chosen.steps, chosen.batch, chosen.seed, report)
+        runs = emoji_train.train(pairs, split, chosen.steps, chosen.batch, chosen.seed, report)
+    console.print(emoji_report.monitor_table(measures, MEASURED, len(watch.warnings)))
+    return runs
 
 
 def measure_costs(console: Console, rows: int, threads: int) -> emoji_report.Costs:

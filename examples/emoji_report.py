@@ -19,6 +19,7 @@ from emoji_data import CREDIT, Pairs, picture
 from emoji_train import Recall, Run, features
 
 COMPARED_STEPS = 50
+MONITORED = ("loss", "temperature", "top1", "hardest_share", "alignment", "uniformity")
 MOST_DEVIATION = 1e-4  # largest relative difference of the losses over the first COMPARED_STEPS steps
 LEAST_GAIN = 10  # least recall@1, as a multiple of chance
 CARDS = (4, 3)  # rows and columns of the picture
@@ -79,6 +80,17 @@ def curve_table(runs: dict[str, Run]) -> Table:
     table.add_section()
     table.add_row(f"max relative difference, steps 1-{first}", f"{deviation(runs, first):.1e}", "")
     table.add_row(f"max relative difference, steps 1-{steps}", f"{deviation(runs, steps):.1e}", "")
+    return table
+
+
+def monitor_table(measures: list[dict[str, float]], every: int, warnings: int) -> Table:
+    """What ``fused_contrastive.monitor`` measured at steps 1, every + 1, ... of the fused training."""
+    table = Table(title=f"The monitor of the fused training: {warnings} warnings")
+    table.add_column("step", justify="right")
+    for key in MONITORED:
+        table.add_column(key.replace("_", " "), justify="right")
+    for check, found in enumerate(measures):
+        table.add_row(str(check * every + 1), *(f"{found[f'clip_loss/{key}']:.3f}" for key in MONITORED))
     return table
 
 

@@ -3,6 +3,7 @@
 from fused_contrastive.core.budget import Deviation
 from fused_contrastive.distributed.batch import GlobalBatch
 from fused_contrastive.evaluation.diagnosis import Diagnosis, diagnose
+from fused_contrastive.evaluation.monitor import monitor
 from fused_contrastive.evaluation.retrieval import median_rank, recall_at_k
 from fused_contrastive.evaluation.zero_shot import zero_shot
 from fused_contrastive.losses.clip import ClipLoss, clip_loss
@@ -50,6 +51,7 @@ __all__ = [
     "info_nce_loss",
     "max_sim",
     "median_rank",
+    "monitor",
     "nt_xent_loss",
     "rank",
     "recall_at_k",

@@ -18,7 +18,7 @@ def outside(function: F) -> F:
     """Like ``torch.compiler.disable``: the function runs between two graphs; with fullgraph=True, that is an error."""
     function._torchdynamo_disable = True  # type: ignore[attr-defined]
     function._torchdynamo_disable_msg = (  # type: ignore[attr-defined]
-        "fused_contrastive.verify or verify_against_reference is active in this process and calls losses outside of "
-        "graphs; compile without fullgraph=True to verify"
+        "fused_contrastive's verify, verify_against_reference or monitor(compiled=True) is active in this process and "
+        "calls losses outside of graphs; compile without fullgraph=True"
     )
     return function

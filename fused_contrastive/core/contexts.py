@@ -68,8 +68,9 @@ class Scoped(Generic[T]):
 
     @contextmanager
     def without_last(self) -> Iterator[None]:
-        """Hides the innermost entry of this context."""
-        token = self._here.set(self.entries[:-1])
+        """Hides the innermost entry of this context, and others of the same value."""
+        *outer, last = self.entries
+        token = self._here.set(tuple(entry for entry in outer if entry.value != last.value))
         try:
             yield
         finally:

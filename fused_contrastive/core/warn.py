@@ -21,8 +21,13 @@ def once(kind: str, text: str, category: type[Warning] = UserWarning) -> None:
     """Gives each kind of warning once; under torch.compile, while it traces."""
     if kind in _told:
         return
+    at_caller(text, category)
+    _told.add(kind)
+
+
+def at_caller(text: str, category: type[Warning] = UserWarning) -> None:
+    """Warns at the innermost line that is neither this package's nor torch's."""
     level, frame = 2, sys._getframe(1)
     while frame.f_back is not None and frame.f_code.co_filename.startswith(_OURS):
         level, frame = level + 1, frame.f_back
     warnings.warn(text, category, stacklevel=level)
-    _told.add(kind)

@@ -133,8 +133,13 @@ def diagnose(x: Tensor, y: Tensor, scale: float | Tensor, *, k: int = 10) -> Dia
 
 
 def _spread(unit: Tensor, rows: slice) -> Tensor:
-    """The sum of exp(-2 |a_i - a_j|^2) over some rows i and all j != i; -2 |a - b|^2 = 4 a.b - 2 |a|^2 - 2 |b|^2."""
-    squares = unit.square().sum(dim=1)
-    exponents = (unit[rows] @ unit.T).mul_(4).sub_(2 * squares).sub_(2 * squares[rows, None])
+    """The sum of exp(-2 |a_i - a_j|^2) over some rows i and all j != i."""
+    exponents = uniformity_exponents(unit[rows], unit)
     exponents.diagonal(rows.start).fill_(-torch.inf)
     return exponents.exp_().sum(dtype=statistics_dtype(unit.device))
+
+
+def uniformity_exponents(a: Tensor, b: Tensor) -> Tensor:
+    """(R, N) -2 |a_i - b_j|^2 = 4 a_i.b_j - 2 |a_i|^2 - 2 |b_j|^2."""
+    squares_a, squares_b = a.square().sum(dim=1), b.square().sum(dim=1)
+    return (a @ b.T).mul_(4).sub_(2 * squares_b).sub_(2 * squares_a[:, None])

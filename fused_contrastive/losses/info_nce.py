@@ -19,6 +19,8 @@ from fused_contrastive.ops.own_dots import own_dots
 from fused_contrastive.ops.problem import Problem, autocast, checked_bias, checked_pair_of_ids
 from fused_contrastive.ops.row_loss import row_loss
 
+DEFAULT_TEMPERATURE = 0.07
+
 
 @observed
 @collective
@@ -108,7 +110,7 @@ def info_nce_loss(
     query, key = autocast(query), autocast(key)
     checks.feature_pair("query", query, "key", key, call.spread)
     _check_options(symmetric, decoupled, margin, label_smoothing, reduction, normalize)
-    scale = terms.scale_of(temperature, logit_scale, 0.07, query)
+    scale = terms.scale_of(temperature, logit_scale, DEFAULT_TEMPERATURE, query)
     related.check(
         equal_ids, row_ids, absolute_margin=absolute_margin, relative_margin=relative_margin, guide=guide
     )  # fmt: skip
@@ -287,7 +289,7 @@ class InfoNCELoss(nn.Module):
         group: Group = None,
     ) -> None:
         super().__init__()
-        terms.scale_of(temperature, None, 0.07)
+        terms.scale_of(temperature, None, DEFAULT_TEMPERATURE)
         _check_options(symmetric, decoupled, margin, label_smoothing, reduction, normalize)
         corrections.check_module(equal_ids, absolute_margin, relative_margin, debias, hardness, label_smoothing)
         self.debias = debias

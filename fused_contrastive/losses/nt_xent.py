@@ -18,6 +18,8 @@ from fused_contrastive.ops.problem import Problem, autocast, log_add
 from fused_contrastive.ops.row_dots import RowMap
 from fused_contrastive.ops.row_loss import row_loss
 
+DEFAULT_TEMPERATURE = 0.5
+
 
 @observed
 @collective
@@ -80,7 +82,7 @@ def nt_xent_loss(
     checks.boolean("decoupled", decoupled)
     normalize = _normalize(normalize)
     checks.one_of("reduction", reduction, REDUCTIONS)
-    scale = terms.scale_of(temperature, logit_scale, 0.5, everything[0])
+    scale = terms.scale_of(temperature, logit_scale, DEFAULT_TEMPERATURE, everything[0])
 
     n, count = z1.shape[0], len(everything)
     corrected = corrections.check(debias, hardness, views=views if count > 2 else None)
@@ -154,7 +156,7 @@ class NTXentLoss(nn.Module):
         group: Group = None,
     ) -> None:
         super().__init__()
-        terms.scale_of(temperature, None, 0.5)
+        terms.scale_of(temperature, None, DEFAULT_TEMPERATURE)
         normalize = _normalize(normalize)
         terms.check_module(reduction, memory_budget, backend, decoupled=decoupled)
         corrections.check(debias, hardness)

@@ -19,6 +19,7 @@ from fused_contrastive.ops.row_loss import cross_entropy, in_the_forward
 
 VARIANTS = ("out", "in")
 NO_POSITIVE = ("skip", "zero", "nan")
+DEFAULT_TEMPERATURE = 0.1
 
 
 @observed
@@ -75,7 +76,7 @@ def supcon_loss(
     checks.one_of("no_positive", no_positive, NO_POSITIVE)
     checks.one_of("reduction", reduction, REDUCTIONS)
     checks.boolean("normalize", normalize)
-    scale = terms.scale_of(temperature, logit_scale, 0.1, features)
+    scale = terms.scale_of(temperature, logit_scale, DEFAULT_TEMPERATURE, features)
     z = features.flatten(0, 1) if features.dim() == 3 else features
     labels = labels.repeat_interleave(count) if count > 1 else labels
     problem = Problem(z, z, scale, memory_budget=memory_budget, backend=backend, normalize=normalize)
@@ -146,7 +147,7 @@ class SupConLoss(nn.Module):
         group: Group = None,
     ) -> None:
         super().__init__()
-        terms.scale_of(temperature, None, 0.1)
+        terms.scale_of(temperature, None, DEFAULT_TEMPERATURE)
         checks.one_of("variant", variant, VARIANTS)
         checks.one_of("no_positive", no_positive, NO_POSITIVE)
         terms.check_module(reduction, memory_budget, backend, normalize=normalize)

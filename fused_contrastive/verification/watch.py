@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import threading
-import warnings
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal
 
 import torch
 
-from fused_contrastive.core import checks, observing
-from fused_contrastive.core.contexts import Entry
+from fused_contrastive.core import checks, observing, warn
 from fused_contrastive.verification.compare import Verification, compare
 
 ON_BREACH = ("warn", "raise")
 
 
-class verify_against_reference(AbstractContextManager["verify_against_reference"]):  # noqa: N801
+class verify_against_reference(observing.Observing):  # noqa: N801
     """In this block, every so many calls of this package's losses are checked on their live tensors.
 
     Calls are those of the block's own thread, and of asyncio's tasks that begin in it, until it ends. Other threads'
@@ -53,31 +48,12 @@ class verify_against_reference(AbstractContextManager["verify_against_reference"
     """
 
     def __init__(self, every: int = 100, on_breach: Literal["warn", "raise"] = "warn", save: str | None = None) -> None:
+        super().__init__()
         checks.at_least_1("every", every)
         checks.one_of("on_breach", on_breach, ON_BREACH)
         self.every, self.on_breach, self.save = every, on_breach, save
         self.calls = self.checked = self.breaches = 0
         self.worst: Verification | None = None
-        self._entries: list[Entry[observing.Observer]] = []
-        self._lock = threading.Lock()
-
-    def __enter__(self) -> verify_against_reference:
-        self._entries.append(observing.add(self._observe))
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        with self._lock:
-            if not self._entries:
-                raise RuntimeError(
-                    "verify_against_reference: got an exit from a block that has been left already, expected one for "
-                    "each time that it is entered"
-                )
-            here = [entry for entry in observing.here() if entry in self._entries]
-            entry = (here or self._entries)[-1]  # an entry of this context, or else one that another context made
-            self._entries.remove(entry)
-        observing.remove(entry)
 
     def __str__(self) -> str:
         if self.worst is None:
@@ -89,7 +65,7 @@ class verify_against_reference(AbstractContextManager["verify_against_reference"
         )
 
     def _observe(self, function: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]) -> Any:
-        result = function(*args, **options)
+        result = observing.call(function, args, options)
         with self._lock:
             self.calls += 1
             call = self.calls
@@ -111,7 +87,7 @@ class verify_against_reference(AbstractContextManager["verify_against_reference"
             message += f"\nto repeat: python {self._saved(call, function, args, options)}"
         if self.on_breach == "raise":
             raise RuntimeError(message)
-        warnings.warn(message, stacklevel=5)
+        warn.at_caller(message)
 
     def _saved(self, call: int, function: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]) -> Path:
         folder = Path(str(self.save))

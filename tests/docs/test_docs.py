@@ -86,7 +86,7 @@ def test_ratios_are_the_benchmark_s() -> None:
         assert f"{min(ratios):.2f} to {max(ratios):.2f} times" in text
 
 
-@pytest.mark.parametrize("page", ["mathematics", "cost", "verify"])
+@pytest.mark.parametrize("page", ["mathematics", "cost", "monitor", "verify"])
 def test_understanding(page: str) -> None:
     assert run_page(f"docs/{page}.md") >= 2
 

@@ -166,6 +166,27 @@ MUTANTS = [
         ("tests/evaluation/test_retrieval.py::test_recall_and_median",), "cpp",
     ),
     Mutant(
+        "one block of rows", "the monitor measures the first rows of a large batch at each check",
+        f"{PACKAGE}/evaluation/live.py",
+        "torch.arange(check * count, (check + 1) * count,",
+        "torch.arange(count,",
+        ("tests/evaluation/test_monitor.py::test_large_batches_are_sampled_block_by_block",),
+    ),
+    Mutant(
+        "false negatives measured", "the monitor counts pairs that the loss leaves out",
+        f"{PACKAGE}/evaluation/live.py",
+        "left_out = left_out | related",
+        "pass",
+        ("tests/evaluation/test_monitor.py::test_ids",),
+    ),
+    Mutant(
+        "not in a row", "the monitor adds up a fault's checks over a training",
+        f"{PACKAGE}/evaluation/monitor.py",
+        "+ 1 if cause in causes else 0",
+        "+ (cause in causes)",
+        ("tests/evaluation/test_monitor.py::test_an_initial_collapse_or_a_slow_start_is_no_fault",),
+    ),
+    Mutant(
         "zero-shot's prompts", "the mean of a class's prompts is not normalised",
         f"{PACKAGE}/evaluation/zero_shot.py",
         "            if normalize:\n                classes = F.normalize(classes, dim=-1)\n",

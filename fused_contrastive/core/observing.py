@@ -53,7 +53,10 @@ def observed(function: Callable[P, R]) -> Callable[P, R]:
     return wrapper
 
 
-@compiler.outside
+@compiler.outside(
+    "verify or verify_against_reference is active in this process and calls losses outside of graphs; compile without "
+    "fullgraph=True to verify"
+)
 def _call(function: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]) -> Any:
     for observers in (_of_eager, _observers):
         if entries := observers.entries:

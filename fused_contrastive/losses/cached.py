@@ -149,8 +149,10 @@ class _Tower:
 
         ``reduced``: the replicas that have their last chunk here, after which their gradients are reduced.
         """
-        self.buffers_before.restore()
         places = [k for k, gradient in enumerate(upstream) if gradient is not None]
+        if not places:
+            return [None] * len(rows)
+        self.buffers_before.restore()
         chunks = zip(self.chunks(rows), self.chunks([g for g in upstream if g is not None]), strict=True)
         found: list[list[Tensor]] = []
         for k, (chunk, gradients) in enumerate(chunks):
@@ -158,7 +160,9 @@ class _Tower:
             last = k == len(self.random_states) - 1
             with ExitStack() as stack:
                 for replica in self.replicas:
-                    if not (last and replica in reduced):
+                    # A static graph is recorded in the first backward of all, which must be reduced.
+                    starts = replica.static_graph and not replica._static_graph_delay_allreduce_enqueued
+                    if not (starts or (last and replica in reduced)):
                         stack.enter_context(replica.no_sync())
                 self.random_states[k].restore()
                 with torch.enable_grad(), autocast.again():
@@ -166,7 +170,7 @@ class _Tower:
                 pairs = zip((outputs[place] for place in places), gradients, strict=True)
                 learned = [(output, gradient) for output, gradient in pairs if output.requires_grad]
                 if learned:
-                    torch.autograd.backward(*zip(*learned, strict=True))
+                    torch.autograd.backward([t for t, _ in learned], [gradient for _, gradient in learned])
             found.append([torch.zeros_like(t) if t.grad is None else t.grad for t in leaves if t.requires_grad])
         of_asked = iter([torch.cat(each) for each in zip(*found, strict=True)])
         return [next(of_asked) if needed else None for needed in asked]
@@ -214,7 +218,7 @@ class _Encode(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
         if torch.is_grad_enabled():
             raise RuntimeError("cached: got a backward with create_graph=True, expected one without")
-        if not torch.autograd._is_checkpoint_valid():  # type: ignore[attr-defined]
+        if not torch.autograd._is_checkpoint_valid():
             raise RuntimeError(
                 "cached: got torch.autograd.grad() or backward(inputs=...), expected backward() without inputs, which "
                 "adds to the grad of the encoders' parameters"
@@ -223,17 +227,14 @@ class _Encode(torch.autograd.Function):
         counts = [len(tower.tensors) for tower in towers]
         rows, asked = _parts(ctx.saved_tensors, counts), _parts(ctx.needs_input_grad[2:], counts)
         upstream = _parts(gradients, [tower.outputs for tower in towers])
-        learning = [any(gradient is not None for gradient in each) for each in upstream]
-        last = {replica: k for k, tower in enumerate(towers) for replica in tower.replicas if learning[k]}
+        learning = [tower for tower, own in zip(towers, upstream, strict=True) if any(g is not None for g in own)]
+        last = {replica: tower for tower in learning for replica in tower.replicas}
         random_state, buffers = RandomState(), Buffers([b for tower in towers for b in tower.buffers])
         of_inputs: list[Tensor | None] = []
         try:
-            for k, tower in enumerate(towers):
-                if learning[k]:
-                    reduced = [replica for replica in tower.replicas if last[replica] == k]
-                    of_inputs += tower.second_run(rows[k], asked[k], upstream[k], ctx.autocast, reduced)
-                else:
-                    of_inputs += [None] * counts[k]
+            for tower, *own in zip(towers, rows, asked, upstream, strict=True):
+                reduced = [replica for replica in tower.replicas if last.get(replica) is tower]
+                of_inputs += tower.second_run(*own, ctx.autocast, reduced)
         finally:
             random_state.restore()
             buffers.restore()

@@ -32,6 +32,10 @@ def test_false_negatives() -> None:
     assert run_page("docs/false-negatives.md") >= 10
 
 
+def test_large_batches() -> None:
+    assert run_page("docs/large-batches.md") >= 4
+
+
 def test_distributed() -> None:
     assert run_page("docs/distributed.md") >= 1
 

@@ -6,6 +6,7 @@ from fused_contrastive.evaluation.diagnosis import Diagnosis, diagnose
 from fused_contrastive.evaluation.monitor import monitor
 from fused_contrastive.evaluation.retrieval import median_rank, recall_at_k
 from fused_contrastive.evaluation.zero_shot import zero_shot
+from fused_contrastive.losses.cached import cached
 from fused_contrastive.losses.clip import ClipLoss, clip_loss
 from fused_contrastive.losses.distillation import DistillationLoss, distillation_loss
 from fused_contrastive.losses.filip import FilipLoss, filip_loss
@@ -43,6 +44,7 @@ __all__ = [
     "SigmoidStats",
     "SupConLoss",
     "Verification",
+    "cached",
     "clip_loss",
     "contrastive_stats",
     "diagnose",

@@ -16,7 +16,7 @@ RESULTS = (
     "ContrastiveStats", "Deviation", "Diagnosis", "MaxSimScores", "Metrics", "Ranking", "SampledNegatives",
     "SigmoidStats", "Verification",
 )  # fmt: skip
-OTHERS = ("GlobalBatch", "monitor", "verify_against_reference")  # neither takes tensors
+OTHERS = ("GlobalBatch", "cached", "monitor", "verify_against_reference")  # none takes tensors by themselves
 PUBLIC: dict[str, Any] = {name: getattr(fc, name) for name in fc.__all__}
 _RETRIEVAL = {"queries": X, "candidates": Y, "targets": torch.arange(6).roll(1)}
 _PAIRS = {"image_features": X, "text_features": Y, "logit_scale": 1.0}

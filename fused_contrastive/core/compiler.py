@@ -14,11 +14,12 @@ def constant(function: F) -> F:
     return function
 
 
-def outside(function: F) -> F:
+def outside(reason: str) -> Callable[[F], F]:
     """Like ``torch.compiler.disable``: the function runs between two graphs; with fullgraph=True, that is an error."""
-    function._torchdynamo_disable = True  # type: ignore[attr-defined]
-    function._torchdynamo_disable_msg = (  # type: ignore[attr-defined]
-        "fused_contrastive's verify, verify_against_reference or monitor(compiled=True) is active in this process and "
-        "calls losses outside of graphs; compile without fullgraph=True"
-    )
-    return function
+
+    def mark(function: F) -> F:
+        function._torchdynamo_disable = True  # type: ignore[attr-defined]
+        function._torchdynamo_disable_msg = f"fused_contrastive.{reason}"  # type: ignore[attr-defined]
+        return function
+
+    return mark

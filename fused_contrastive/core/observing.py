@@ -52,7 +52,10 @@ def observed(function: Callable[P, R]) -> Callable[P, R]:
     return wrapper
 
 
-@compiler.outside
+@compiler.outside(
+    "verify, verify_against_reference or monitor(compiled=True) is active in this process and calls losses outside of "
+    "graphs; compile without fullgraph=True"
+)
 def call(function: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]) -> Any:
     """Calls the innermost observer of this context, or else the loss."""
     for observers in (_of_eager, _observers):

@@ -36,6 +36,10 @@ def test_hard_negatives() -> None:
     assert run_page("docs/hard-negatives.md") >= 6
 
 
+def test_large_batches() -> None:
+    assert run_page("docs/large-batches.md") >= 4
+
+
 def test_distributed() -> None:
     assert run_page("docs/distributed.md") >= 1
 

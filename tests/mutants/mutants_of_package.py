@@ -7,6 +7,7 @@ from mutant import Mutant
 PACKAGE = "fused_contrastive"
 LOSSES = "tests/losses/test_losses.py::test_budget"
 CPP = "cpp and float32"
+CACHED = "tests/losses/test_cached.py"
 WHOLE = "tests/distributed/test_distributed.py::test_whole_batch"
 
 MUTANTS = [
@@ -235,5 +236,40 @@ MUTANTS = [
         "    if _transforms_active():\n        return False\n",
         "",
         ("tests/core/test_modes.py",), "cpp and clip",
+    ),
+    Mutant(
+        "other dropout masks", "a chunk's second run draws new numbers",
+        f"{PACKAGE}/losses/cached.py",
+        "self.random_states[k].restore()",
+        "RandomState()",
+        (f"{CACHED}::test_gradients_with_dropout",),
+    ),
+    Mutant(
+        "autocast lost in the backward", "chunks are encoded again in the backward's autocast",
+        f"{PACKAGE}/losses/cached.py",
+        "with torch.enable_grad(), autocast.again():",
+        "with torch.enable_grad():",
+        (f"{CACHED}::test_autocast_and_scaler",),
+    ),
+    Mutant(
+        "casts without a graph", "the first run's half weights stay in autocast's cache",
+        f"{PACKAGE}/losses/cached.py",
+        "torch.clear_autocast_cache()",
+        "...",
+        (f"{CACHED}::test_weights_cast_without_a_graph_are_not_kept",),
+    ),
+    Mutant(
+        "buffers change twice", "what the second run changes stays",
+        f"{PACKAGE}/losses/cached.py",
+        "            buffers.restore()",
+        "            ...",
+        (f"{CACHED}::test_buffers_change_once",),
+    ),
+    Mutant(
+        "reduced after every chunk", "DDP's no_sync is not entered",
+        f"{PACKAGE}/losses/cached.py",
+        "if not (starts or (last and replica in reduced)):",
+        "if False:",
+        ("tests/distributed/test_cached_processes.py::test_training",), "even or empty",
     ),
 ]  # fmt: skip

@@ -27,13 +27,22 @@ def cross_entropy(
     pos: Tensor, normalisers: Sequence[Tensor], decoupled: bool, reduction: str, dtype: torch.dtype
 ) -> Tensor: ...
 def max_sim_forward(
-    x: Tensor, y: Tensor, x_lengths: Tensor | None, y_lengths: Tensor | None, both: bool, kept_rows: int
+    x: Tensor,
+    y: Tensor,
+    x_lengths: Tensor | None,
+    y_lengths: Tensor | None,
+    both: bool,
+    own: int,
+    smooth: float,
+    kept_rows: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...
 def max_sim_backward(
     x: Tensor,
     y: Tensor,
     x_lengths: Tensor | None,
     y_lengths: Tensor | None,
+    own: int,
+    smooth: float,
     argmax_x: Tensor,
     argmax_y: Tensor,
     g_x: Tensor | None,

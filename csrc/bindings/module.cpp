@@ -113,21 +113,23 @@ at::Tensor normalize(const std::vector<at::Tensor>& views) {
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> max_sim_forward(at::Tensor x, at::Tensor y,
                                                                            fc::OptionalTensor x_lengths,
                                                                            fc::OptionalTensor y_lengths, bool both,
+                                                                           int64_t own, double smooth,
                                                                            int64_t kept_rows) {
   const auto interrupt = python_interrupt();
   py::gil_scoped_release release;
   const at::NoGradGuard no_grad;
-  return fc::max_sim_forward({x, y, x_lengths, y_lengths, both}, kept_rows, interrupt);
+  return fc::max_sim_forward({x, y, x_lengths, y_lengths, both, own, smooth}, kept_rows, interrupt);
 }
 
 std::array<at::Tensor, 2> max_sim_backward(at::Tensor x, at::Tensor y, fc::OptionalTensor x_lengths,
-                                           fc::OptionalTensor y_lengths, at::Tensor argmax_x, at::Tensor argmax_y,
-                                           fc::OptionalTensor g_x, fc::OptionalTensor g_y, std::array<bool, 2> needs) {
+                                           fc::OptionalTensor y_lengths, int64_t own, double smooth,
+                                           at::Tensor argmax_x, at::Tensor argmax_y, fc::OptionalTensor g_x,
+                                           fc::OptionalTensor g_y, std::array<bool, 2> needs) {
   const auto interrupt = python_interrupt();
   py::gil_scoped_release release;
   const at::NoGradGuard no_grad;
-  return fc::max_sim_backward({x, y, x_lengths, y_lengths, g_y.has_value()}, argmax_x, argmax_y, g_x, g_y, needs,
-                              interrupt);
+  return fc::max_sim_backward({x, y, x_lengths, y_lengths, g_y.has_value(), own, smooth}, argmax_x, argmax_y, g_x, g_y,
+                              needs, interrupt);
 }
 
 void merge_top_k(const at::Tensor& scores, int64_t first_column, const at::Tensor& values, const at::Tensor& indices) {

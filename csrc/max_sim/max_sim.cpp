@@ -12,6 +12,7 @@
 #include "common/integers.h"
 #include "kernels/max_sim_kernels.h"
 #include "max_sim/argmax.h"
+#include "max_sim/by_item.h"
 #include "max_sim/sweep.h"
 #include "max_sim/tokens.h"
 
@@ -19,22 +20,24 @@ namespace fc {
 namespace {
 
 constexpr int64_t kArgmaxBytes = 8 << 20;         // of argmaxima that the backward finds again at a time
-constexpr int64_t kWork = int64_t{1} << 31;       // multiplications of the backward between two interrupts
 constexpr int64_t kGradientElements = 64 * 1024;  // gradients that one task adds to, which stay in its cache
 
 template <class T>
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> forward(const TokenProblem& p, int64_t kept_rows,
                                                                    const Interrupt& interrupt) {
   constexpr auto dtype = c10::CppTypeToScalarType<T>::value;
-  const TokenSide x("x", p.x, p.x_lengths, dtype), y("y", p.y, p.y_lengths, dtype);
-  const int64_t m = x.items, n = y.items;
+  const TokenSide x("x", p.x, p.x_lengths, dtype, !p.by_item()), y("y", p.y, p.y_lengths, dtype, !p.by_item());
+  const int64_t m = x.items, n = p.columns();
   const at::Tensor x_sums = at::empty({m, n}, dtype), y_sums = at::empty({p.both ? m : 0, p.both ? n : 0}, dtype);
   const MaximaOutput<T> out_x{x_sums.mutable_data_ptr<T>(), n, {empty_argmax(kept_rows, n, x, y)}};
   const MaximaOutput<T> out_y{
       y_sums.mutable_data_ptr<T>(),
       n,
       {p.both ? empty_argmax(kept_rows, n, y, x) : at::empty({0, 0, 0}, index_dtype(x.length))}};
-  Sweep<T>(x, y, 0, m, &out_x, p.both ? &out_y : nullptr).run(interrupt);
+  if (p.by_item())
+    maxima_by_item(p, x, y, 0, m, out_x, interrupt);
+  else
+    Sweep<T>(x, y, 0, m, &out_x, p.both ? &out_y : nullptr).run(interrupt);
   return {x_sums, y_sums, out_x.argmax.tensor, out_y.argmax.tensor};
 }
 
@@ -44,7 +47,8 @@ struct ArgmaxDirection {
   at::Tensor grad;
   Argmax argmax;
 
-  // `kept` has the argmaxima of the first rows: for each token of `own`, which token of `other` it was.
+  ArgmaxDirection() = default;
+  // `kept` has the argmaxima of the first rows: for each token of `own`, which token of `other` it was. n is C.
   ArgmaxDirection(const char* name, const OptionalTensor& g, const at::Tensor& kept, int64_t m, int64_t n,
                   const TokenSide& own, const TokenSide& other) {
     if (!g) return;
@@ -61,8 +65,9 @@ struct ArgmaxDirection {
   T g(int64_t m, int64_t n) const { return grad.const_data_ptr<T>()[m * grad.size(1) + n]; }
 };
 
-// Adds the part of the pair (m, n) to `out`, the gradient of an item with `own` tokens; `in` has the `other` tokens of
-// the other item. `by_own` holds for each own token an index into `in`, `by_other` for each other token one into `out`.
+// Adds the part of the pair with the score (m, n) to `out`, the gradient of an item with `own` tokens; `in` has the
+// `other` tokens of the other item. `by_own` holds for each own token an index into `in`, `by_other` for each other
+// token one into `out`.
 template <class T>
 void add_pair(int64_t m, int64_t n, T* out, int64_t own, const T* in, int64_t other, int64_t d,
               const ArgmaxDirection<T>& by_own, const ArgmaxDirection<T>& by_other, int32_t* index) {
@@ -111,16 +116,51 @@ void accumulate(const TokenSide& x, const TokenSide& y, int64_t first, int64_t l
     });
 }
 
+// The same where each item of x has `own` items of y.
+template <class T>
+void accumulate_own(const TokenSide& x, const TokenSide& y, int64_t own, int64_t first, int64_t last,
+                    const ArgmaxDirection<T>& of_x, T* dx, T* dy) {
+  const int64_t d = x.dim();
+  const ArgmaxDirection<T> none;
+  if (dx)
+    for_each_group(last - first, x.length * d, [&](int64_t begin, int64_t end) {
+      std::vector<int32_t> index(x.length);
+      for (int64_t m = first + begin; m < first + end; ++m)
+        for (int64_t k = 0, n = m * own; k < own; ++k, ++n)
+          add_pair(m, k, dx + x.start[m] * d, x.count(m), y.item<T>(n), y.count(n), d, of_x, none, index.data());
+    });
+  if (dy)
+    for_each_group((last - first) * own, y.length * d, [&](int64_t begin, int64_t end) {
+      std::vector<int32_t> index(x.length);
+      for (int64_t n = first * own + begin; n < first * own + end; ++n) {
+        const int64_t m = n / own;
+        add_pair(m, n % own, dy + y.start[n] * d, y.count(n), x.item<T>(m), x.count(m), d, none, of_x, index.data());
+      }
+    });
+}
+
 template <class T>
 std::array<at::Tensor, 2> backward(const TokenProblem& p, const at::Tensor& argmax_x, const at::Tensor& argmax_y,
                                    const OptionalTensor& g_x, const OptionalTensor& g_y, std::array<bool, 2> needs,
                                    const Interrupt& interrupt) {
   constexpr auto dtype = c10::CppTypeToScalarType<T>::value;
-  const TokenSide x("x", p.x, p.x_lengths, dtype), y("y", p.y, p.y_lengths, dtype);
-  const int64_t m = x.items, n = y.items, longest = std::max(x.length, y.length);
+  const TokenSide x("x", p.x, p.x_lengths, dtype, !p.by_item()), y("y", p.y, p.y_lengths, dtype, !p.by_item());
+  const int64_t m = x.items, n = p.columns(), longest = std::max(x.length, y.length);
   const at::Tensor dx = needs[0] ? at::zeros_like(x.tokens) : at::Tensor();
   const at::Tensor dy = needs[1] ? at::zeros_like(y.tokens) : at::Tensor();
+  T *const dx_data = needs[0] ? dx.mutable_data_ptr<T>() : nullptr, *const dy_data =
+                                                                        needs[1] ? dy.mutable_data_ptr<T>() : nullptr;
+  const auto unpacked = [&] {
+    std::array<at::Tensor, 2> grads;
+    if (needs[0]) grads[0] = x.unpack(dx, p.x);
+    if (needs[1]) grads[1] = y.unpack(dy, p.y);
+    return grads;
+  };
   ArgmaxDirection<T> of_x("g_x", g_x, argmax_x, m, n, x, y), of_y("g_y", g_y, argmax_y, m, n, y, x);
+  if (p.smooth) {
+    if (of_x.asked()) smooth_backward(p, x, y, of_x.grad.template const_data_ptr<T>(), dx_data, dy_data, interrupt);
+    return unpacked();
+  }
   const int64_t kept_x = of_x.asked() ? argmax_x.size(0) : m, kept_y = of_y.asked() ? argmax_y.size(0) : m;
   const int64_t kept = std::min(kept_x, kept_y);
 
@@ -133,16 +173,18 @@ std::array<at::Tensor, 2> backward(const TokenProblem& p, const at::Tensor& argm
       if (of_x.asked()) of_x.argmax = {empty_argmax(last - first, n, x, y), first};
       if (of_y.asked()) of_y.argmax = {empty_argmax(last - first, n, y, x), first};
       const MaximaOutput<T> out_x{nullptr, n, of_x.argmax}, out_y{nullptr, n, of_y.argmax};
-      Sweep<T>(x, y, first, last, of_x.asked() ? &out_x : nullptr, of_y.asked() ? &out_y : nullptr).run(interrupt);
+      if (p.by_item())
+        maxima_by_item(p, x, y, first, last, out_x, interrupt);
+      else
+        Sweep<T>(x, y, first, last, of_x.asked() ? &out_x : nullptr, of_y.asked() ? &out_y : nullptr).run(interrupt);
     }
-    accumulate<T>(x, y, first, last, of_x, of_y, needs[0] ? dx.mutable_data_ptr<T>() : nullptr,
-                  needs[1] ? dy.mutable_data_ptr<T>() : nullptr);
+    if (p.own)
+      accumulate_own(x, y, p.own, first, last, of_x, dx_data, dy_data);
+    else
+      accumulate(x, y, first, last, of_x, of_y, dx_data, dy_data);
     interrupt();
   }
-  std::array<at::Tensor, 2> grads;
-  if (needs[0]) grads[0] = x.unpack(dx, p.x);
-  if (needs[1]) grads[1] = y.unpack(dy, p.y);
-  return grads;
+  return unpacked();
 }
 
 void check(const TokenProblem& p) {
@@ -153,6 +195,10 @@ void check(const TokenProblem& p) {
                      ", expected a floating dtype");
   }
   check_dtype("y", p.y, p.x.scalar_type());
+  TORCH_CHECK_VALUE(p.own >= 0 && (p.own == 0 || p.y.size(0) == p.x.size(0) * p.own), "own: got ", p.own, " for ",
+                    p.x.size(0), " and ", p.y.size(0), " items, expected 0, or as many items of y as x has, times own");
+  TORCH_CHECK_VALUE(p.smooth >= 0, "smooth: got ", p.smooth, ", expected at least 0");
+  TORCH_CHECK_VALUE(!p.both || !p.by_item(), "both: got true with own or smooth, expected false");
 }
 
 }  // namespace

@@ -50,6 +50,10 @@ class ItemPanels {
     T* at = resize(k, n);
     for (int64_t j = 0; j < n; j += width(), at += k * width()) {
       const int64_t columns = std::min(width(), n - j);
+      if (kernels().multiply) {
+        kernels().pack(rows + j, n, k, columns, at);
+        continue;
+      }
       for (int64_t s = 0; s < k; ++s)
         for (int64_t c = 0; c < width(); ++c) at[s * width() + c] = c < columns ? rows[s * n + j + c] : T(0);
     }

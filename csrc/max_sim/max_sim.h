@@ -11,11 +11,13 @@
 
 namespace fc {
 
-// The C++ view of core/tokens.py. All tensors are on the CPU.
+// The C++ view of core/tokens.py's TokenSpec. All tensors are on the CPU.
 struct TokenProblem {
   at::Tensor x, y;           // (M, T, D), (N, P, D), one floating dtype, any strides; N = M * own if `own` is not 0
-  OptionalTensor x_lengths;  // (M,) int64: how many tokens of each item, from its first, are real; absent: all
+  OptionalTensor x_lengths;  // (M,) int64: how many tokens of each item are real; absent: all
   OptionalTensor y_lengths;  // (N,)
+  OptionalTensor x_order;    // (M, T) int64: an order of each item's tokens, the real ones first; absent: as they are
+  OptionalTensor y_order;    // (N, P)
   bool both;                 // whether the maxima of y's tokens over x's are needed too
   int64_t own;               // 0: all pairs; else only items [m * own, (m + 1) * own) of y are scored for item m of x
   double smooth;             // tau: tau * log(sum exp(s / tau)) in place of the maximum; 0: the maximum

@@ -11,7 +11,7 @@ from torch import Tensor
 from fused_contrastive.core.order import ahead
 from fused_contrastive.core.reduction import Reduction, reduce
 from fused_contrastive.core.spec import compute_dtype
-from fused_contrastive.core.tokens import MaxSimForward, MaxSimUpstream, TokenSpec, argmaxima, real
+from fused_contrastive.core.tokens import MaxSimForward, MaxSimUpstream, TokenSpec, argmaxima, moved, put_back, real
 from fused_contrastive.core.unit import unit_rows
 
 CHUNK_PRODUCTS = 2**24  # products of tokens that max_sim holds at a time
@@ -36,6 +36,7 @@ class _Maxima:
 
     def __init__(self, spec: TokenSpec, x: Tensor, y: Tensor) -> None:
         self.spec, self.columns = spec, spec.own or y.shape[0]
+        x, y = moved(spec, x, y)
         self.x_real, y_real = _real(spec.x_lengths, x), _real(spec.y_lengths, y)  # (M, T), (N, P)
         self.x, y = x.to(compute_dtype(x.dtype)), y.to(compute_dtype(x.dtype))
         if spec.x_lengths is not None:
@@ -142,7 +143,10 @@ def max_sim_backward(
         dy[of] += (flat.transpose(1, 2) @ maxima.x[rows].reshape(len(flat), -1, x.shape[2])).view_as(dy[of])
     # Tokens that are not real have got 0 times their partner, which is NaN where that is inf.
     dx, dy = dx.masked_fill_(~maxima.x_real[..., None], 0), dy.masked_fill_(~maxima.y_real[..., None], 0)
-    return dx.to(x.dtype) if needs[0] else None, dy.to(y.dtype).view_as(y) if needs[1] else None
+    return (
+        put_back(dx.to(x.dtype), spec.x_order) if needs[0] else None,
+        put_back(dy.to(y.dtype).view_as(y), spec.y_order) if needs[1] else None,
+    )
 
 
 def merge_top_k(scores: Tensor, first_column: int, values: Tensor, indices: Tensor) -> None:

@@ -9,7 +9,9 @@ from torch import Tensor
 
 
 class TokenSpec(NamedTuple):
-    """Which tokens are real and what is requested. An item's real tokens come first; what follows may hold anything.
+    """Which tokens are real and what is requested. Tokens that are not real may hold anything.
+
+    Argmaxima count the real tokens of an item alone.
 
     With ``own`` = K, y has M * K items and item m of x is scored against its own, m * K to m * K + K - 1. A score's row
     is an item of x, its column one of C items of y: all N, or the K own ones. With ``own`` or ``smooth``, ``both`` is
@@ -22,6 +24,8 @@ class TokenSpec(NamedTuple):
     kept_rows: int  # how many items of x, from the first on, have their argmaxima kept for the backward
     own: int = 0  # how many items of y each item of x is scored against; 0: all
     smooth: float = 0.0  # tau: tau * logsumexp(s / tau) in place of the maximum of s; 0: the maximum
+    x_order: Tensor | None = None  # (M, T) int64, an order of each item's tokens in which the real ones come first, as
+    y_order: Tensor | None = None  # (N, P) they stand among themselves; None: they come first already
 
 
 class MaxSimForward(NamedTuple):
@@ -62,6 +66,11 @@ def bytes_of_row(columns: int, x: Tensor, y: Tensor, both: bool) -> int:
     """How many bytes ``argmaxima`` takes for one item of x."""
     t, p = x.shape[-2], y.shape[-2]
     return columns * (t * index_dtype(p).itemsize + (p * index_dtype(t).itemsize if both else 0))
+
+
+def moved(spec: TokenSpec, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """The tokens of both sides, the real ones first."""
+    return valid_first(x, spec.x_order), valid_first(y, spec.y_order)
 
 
 def valid_first(tokens: Tensor, order: Tensor | None) -> Tensor:

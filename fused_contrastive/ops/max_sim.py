@@ -27,8 +27,6 @@ from fused_contrastive.core.tokens import (
     argmaxima,
     bytes_of_row,
     ordered,
-    put_back,
-    valid_first,
 )
 from fused_contrastive.ops import dispatch, operands
 from fused_contrastive.ops.problem import autocast
@@ -50,23 +48,22 @@ library.define(
 
 def _prepared(
     x: Tensor, y: Tensor, x_mask: Tensor | None, y_mask: Tensor | None, both: bool, smooth: float, kept_rows: int
-) -> tuple[TokenSpec, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """The problem as a backend takes it, and the orders of the tokens."""
+) -> tuple[TokenSpec, Tensor]:
+    """The problem and y as a backend takes them."""
     own = y.shape[1] if y.dim() == 4 else 0
     if own:
         y, y_mask = y.flatten(0, 1), None if y_mask is None else y_mask.flatten(0, 1)
     (x_order, x_lengths), (y_order, y_lengths) = ordered(x_mask), ordered(y_mask)
-    spec = TokenSpec(x_lengths, y_lengths, both, kept_rows, own, smooth)
-    return spec, valid_first(x, x_order), valid_first(y, y_order), x_order, y_order
+    return TokenSpec(x_lengths, y_lengths, both, kept_rows, own, smooth, x_order, y_order), y
 
 
 def _forward(
     x: Tensor, y: Tensor, x_mask: Tensor | None, y_mask: Tensor | None, both: bool, smooth: float, kept_rows: int,
     backend: str,
 ) -> MaxSimForward:  # fmt: skip
-    spec, xs, ys, _, _ = _prepared(x, y, x_mask, y_mask, both, smooth, kept_rows)
+    spec, items = _prepared(x, y, x_mask, y_mask, both, smooth, kept_rows)
     with without_autocast(x):
-        return dispatch.BACKENDS[backend].max_sim_forward(spec, xs, ys)
+        return dispatch.BACKENDS[backend].max_sim_forward(spec, x, items)
 
 
 def _backward_of_sums(
@@ -75,21 +72,18 @@ def _backward_of_sums(
     backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Calls the backend. An operator must return tensors, so a gradient that is not needed has 0 elements."""
-    spec, xs, ys, x_order, y_order = _prepared(x, y, x_mask, y_mask, both, smooth, kept_rows)
+    spec, items = _prepared(x, y, x_mask, y_mask, both, smooth, kept_rows)
     nothing = x.new_empty(0)
     with without_autocast(x):
         dx, dy = dispatch.BACKENDS[backend].max_sim_backward(
             spec,
-            xs,
-            ys,
+            x,
+            items,
             saved=MaxSimForward(nothing, nothing, argmax_x, argmax_y),
             upstream=MaxSimUpstream(g_x, g_y if both else None),
             needs=(needs[0], needs[1]),
         )
-    return (
-        x.new_empty(0) if dx is None else put_back(dx, x_order),
-        x.new_empty(0) if dy is None else put_back(dy, y_order).view(y.shape),
-    )
+    return x.new_empty(0) if dx is None else dx, x.new_empty(0) if dy is None else dy.view(y.shape)
 
 
 def _forward_operator(*arguments: Any) -> MaxSimForward:

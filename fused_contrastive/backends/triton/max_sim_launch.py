@@ -16,6 +16,8 @@ from fused_contrastive.core.tokens import (
     TokenSpec,
     argmaxima,
     bytes_of_row,
+    moved,
+    put_back,
     real,
 )
 
@@ -79,6 +81,7 @@ class _Prepared:
 
     def __init__(self, spec: TokenSpec, x: Tensor, y: Tensor) -> None:
         self.spec = spec
+        x, y = moved(spec, x, y)
         (self.m, self.t, self.d), (self.n, self.p, _) = x.shape, y.shape
         source, on = products_from(x), device.of(x.device)
         self.tiles = tiles(on.architecture, source)
@@ -181,7 +184,10 @@ def backward(
                     argmax_x = argmax_x.new_empty(argmax_x.shape, dtype=torch.float32)
                 p.maxima(begin, end, None, None, argmax_x, argmax_y if both else None, begin, end, both)
             _add(p, begin, end, g_x, g_y, argmax_x, argmax_y, dx, dy)
-    return None if dx is None else dx.to(x.dtype), None if dy is None else dy.to(y.dtype)
+    return (
+        None if dx is None else put_back(dx.to(x.dtype), spec.x_order),
+        None if dy is None else put_back(dy.to(y.dtype), spec.y_order),
+    )
 
 
 def _add(

@@ -27,7 +27,7 @@ from benchmarks.implementations import (
     info_nce_by,
     register,
 )
-from benchmarks.workloads import SCALE, TEMPERATURE, BenchProblem, Loss, labels, scores_loss
+from benchmarks.workloads import SCALE, TEMPERATURE, BenchProblem, Loss, first_of_own, labels, scores_loss
 
 GPU = ("cuda",)
 
@@ -188,3 +188,17 @@ def _(_: BenchProblem) -> Loss:
     from late_interaction_kernels import maxsim
 
     return lambda x, y: scores_loss(maxsim(x, y, backward="unified"))
+
+
+@register("late_interaction_kernels", "max_sim_own", devices=GPU)
+def _(_: BenchProblem) -> Loss:
+    from late_interaction_kernels import maxsim
+
+    return lambda x, y: first_of_own(maxsim(x, y))
+
+
+@register("pylate colbert_kd_scores", "max_sim_own")
+def _(_: BenchProblem) -> Loss:
+    from pylate.scores import colbert_kd_scores
+
+    return lambda x, y: first_of_own(colbert_kd_scores(x, y))

@@ -54,6 +54,7 @@ def cpu() -> Suite:
         *_seconds(_each(MATRIX[1:], [4096], 512), 20),
         *_seconds(_each(["clip"], [1024, 4096], 512, ["bf16"]), 20),
         *_seconds(_each(["max_sim"], [256], 128), 10),
+        *_seconds(_each(["max_sim_own"], [32], 128), 5),
     ]
     weighed = [*_each(["clip"], [1024, 4096, 8192], 512), *_each(MATRIX[1:], [4096], 512)]
     weighed += _each(["clip"], [4096], 512, ["bf16"])

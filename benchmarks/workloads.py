@@ -22,6 +22,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SCALE = 14.3  # CLIP's at the start of training
 TEMPERATURE = 1 / SCALE
 T, P = 32, 49  # tokens of a caption, patches of an image
+OWN, OWN_P = 8, 180  # documents of each query, and their tokens, as ColBERT's
 PER_LABEL = 4  # samples with one label, for SupCon
 
 
@@ -165,6 +166,29 @@ def _max_sim_truth(x: Tensor, y: Tensor) -> Tensor:
     return scores_loss(torch.cat(scores))
 
 
+def _own_tokens(problem: BenchProblem) -> dict[str, Tensor]:
+    return _features(problem, True, x=(problem.n, T), y=(problem.n, OWN, OWN_P))
+
+
+def first_of_own(scores: Tensor) -> Tensor:
+    """The cross-entropy of (M, K) scores of each query's own documents, the first of which is the positive."""
+    return F.cross_entropy(scores, torch.zeros_like(rows(scores)))
+
+
+def _max_sim_own_ours(x: Tensor, y: Tensor, **options: Any) -> Tensor:
+    return first_of_own(fc.max_sim(x, y, **options))
+
+
+def max_sim_own_eager(x: Tensor, y: Tensor) -> Tensor:
+    return first_of_own(torch.einsum("mtd,mkpd->mktp", x, y).amax(dim=3).sum(dim=2))
+
+
+def _max_sim_own_truth(x: Tensor, y: Tensor) -> Tensor:
+    """The same query by query, by torch.matmul."""
+    scores = [torch.stack([(a @ b.T).max(dim=1).values.sum() for b in own]) for a, own in zip(x, y, strict=True)]
+    return first_of_own(torch.stack(scores))
+
+
 PRODUCT = oracle.LOGITS["product"]
 _FIXED = torch.tensor(TEMPERATURE, dtype=torch.float64)
 
@@ -192,5 +216,9 @@ WORKLOADS = {
     # Among millions of products some tie within float32's rounding, and the gradient goes to the other token.
     "max_sim": Workload(
         _tokens, _max_sim_ours, max_sim_eager, _max_sim_truth, lambda p: (p.n * T, p.d, p.n * P), slack=1e-2
+    ),
+    "max_sim_own": Workload(
+        _own_tokens, _max_sim_own_ours, max_sim_own_eager, _max_sim_own_truth,
+        lambda p: (p.n * T, p.d, OWN * OWN_P), slack=1e-2,
     ),
 }  # fmt: skip

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from fused_contrastive.core.spec import Needs, RowLoss, StatsSpec
+from fused_contrastive.core.tokens import TokenSpec
 
 parallel: bool
 
@@ -26,14 +27,11 @@ def normalize(views: Sequence[Tensor]) -> Tensor: ...
 def cross_entropy(
     pos: Tensor, normalisers: Sequence[Tensor], decoupled: bool, reduction: str, dtype: torch.dtype
 ) -> Tensor: ...
-def max_sim_forward(
-    x: Tensor, y: Tensor, x_lengths: Tensor | None, y_lengths: Tensor | None, both: bool, kept_rows: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...
+def max_sim_forward(x: Tensor, y: Tensor, spec: TokenSpec) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...
 def max_sim_backward(
     x: Tensor,
     y: Tensor,
-    x_lengths: Tensor | None,
-    y_lengths: Tensor | None,
+    spec: TokenSpec,
     argmax_x: Tensor,
     argmax_y: Tensor,
     g_x: Tensor | None,

@@ -136,16 +136,17 @@ def with_rule(source: str, rule: str) -> None:
         step(sums if rule == "apart" else sums._replace(equal_ids="negate"), dtype)
 
 
-def late_interaction(source: str, tokens: int, masked: bool) -> None:
-    """max_sim's kernels for items of so many tokens; masked: lengths, both directions, gradients of both."""
+def late_interaction(source: str, tokens: int, masked: bool, own: int = 0, smooth: float = 0.0) -> None:
+    """max_sim's kernels for items of so many tokens; masked: lengths, and both directions where they can be."""
     dtype = torch.bfloat16 if source == "half" else torch.float32
     torch.set_float32_matmul_precision("high" if source == "tf32" else "highest")
-    x, y = (torch.zeros(4, size, D, dtype=dtype) for size in (tokens, 40))
-    lengths = [torch.full((4,), size) for size in (tokens, 40)] if masked else [None, None]
-    spec = TokenSpec(*lengths, both=masked, kept_rows=4)
+    x, y = torch.zeros(4, tokens, D, dtype=dtype), torch.zeros(4 * (own or 1), 40, D, dtype=dtype)
+    lengths = [torch.full((len(t),), t.shape[1]) for t in (x, y)] if masked else [None, None]
+    both = masked and not own and not smooth
+    spec = TokenSpec(*lengths, both, 0 if smooth else 4, own, smooth)
     saved = max_sim_launch.forward(spec, x, y)
-    g = torch.zeros(4, 4)
-    upstream = MaxSimUpstream(g, g if masked else None)
+    g = torch.zeros(4, own or 4)
+    upstream = MaxSimUpstream(g, g if both else None)
     max_sim_launch.backward(spec, x, y, saved, upstream, (masked, True))
 
 
@@ -169,6 +170,11 @@ def measure(
                 for tokens, masked in ((32, False), (32, True), (128, True), (200, True)):
                     late_interaction(source, tokens, masked)
                     yield from rows(compiled, arch, source, f"{tokens} tokens{', every' if masked else ''}")
+                for own, smooth in ((2, 0.0), (2, 0.1), (0, 0.1)):
+                    late_interaction(source, 32, True, own, smooth)
+                    yield from rows(
+                        compiled, arch, source, f"32 tokens{', own' if own else ''}{', smooth' if smooth else ''}"
+                    )
 
 
 def rows(compiled: dict[str, Any], arch: str, source: str, options: str) -> Iterator[dict[str, Any]]:

@@ -110,24 +110,37 @@ at::Tensor normalize(const std::vector<at::Tensor>& views) {
   return fc::normalize(views);
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> max_sim_forward(at::Tensor x, at::Tensor y,
-                                                                           fc::OptionalTensor x_lengths,
-                                                                           fc::OptionalTensor y_lengths, bool both,
-                                                                           int64_t kept_rows) {
-  const auto interrupt = python_interrupt();
-  py::gil_scoped_release release;
-  const at::NoGradGuard no_grad;
-  return fc::max_sim_forward({x, y, x_lengths, y_lengths, both}, kept_rows, interrupt);
+// Makes a TokenProblem from the TokenSpec of core/tokens.py.
+fc::TokenProblem token_problem_of(const at::Tensor& x, const at::Tensor& y, const py::handle& spec) {
+  const auto tensor = [&](const char* name) { return spec.attr(name).cast<fc::OptionalTensor>(); };
+  return {x,
+          y,
+          tensor("x_lengths"),
+          tensor("y_lengths"),
+          tensor("x_order"),
+          tensor("y_order"),
+          spec.attr("both").cast<bool>(),
+          spec.attr("own").cast<int64_t>(),
+          spec.attr("smooth").cast<double>()};
 }
 
-std::array<at::Tensor, 2> max_sim_backward(at::Tensor x, at::Tensor y, fc::OptionalTensor x_lengths,
-                                           fc::OptionalTensor y_lengths, at::Tensor argmax_x, at::Tensor argmax_y,
-                                           fc::OptionalTensor g_x, fc::OptionalTensor g_y, std::array<bool, 2> needs) {
+auto max_sim_forward(const at::Tensor& x, const at::Tensor& y, const py::object& spec) {
+  const fc::TokenProblem problem = token_problem_of(x, y, spec);
+  const auto kept_rows = spec.attr("kept_rows").cast<int64_t>();
   const auto interrupt = python_interrupt();
   py::gil_scoped_release release;
   const at::NoGradGuard no_grad;
-  return fc::max_sim_backward({x, y, x_lengths, y_lengths, g_y.has_value()}, argmax_x, argmax_y, g_x, g_y, needs,
-                              interrupt);
+  return fc::max_sim_forward(problem, kept_rows, interrupt);
+}
+
+auto max_sim_backward(const at::Tensor& x, const at::Tensor& y, const py::object& spec, const at::Tensor& argmax_x,
+                      const at::Tensor& argmax_y, const fc::OptionalTensor& g_x, const fc::OptionalTensor& g_y,
+                      std::array<bool, 2> needs) {
+  const fc::TokenProblem problem = token_problem_of(x, y, spec);
+  const auto interrupt = python_interrupt();
+  py::gil_scoped_release release;
+  const at::NoGradGuard no_grad;
+  return fc::max_sim_backward(problem, argmax_x, argmax_y, g_x, g_y, needs, interrupt);
 }
 
 void merge_top_k(const at::Tensor& scores, int64_t first_column, const at::Tensor& values, const at::Tensor& indices) {

@@ -136,6 +136,36 @@ static void scatter(T* out, const T* in, const int32_t* index, int64_t count, in
 }
 
 template <class T>
+static void column_sums(const T* products, int64_t stride, int64_t rows, int64_t cols, T inverse, T* top, T* sum) {
+  constexpr int64_t kPart = 64;  // rows of a partial sum: long sums of float32 would round too often
+  for (int64_t j = 0; j < cols; j += kLanes<T>) {
+    Vec<T> most = load_row(products, j, cols), total{};
+    for (int64_t i = 1; i < rows; ++i) most = maximum<T>(most, load_row(products + i * stride, j, cols));
+    const Vec<T> reference = finite_reference<T>(most);
+    for (int64_t first = 0; first < rows; first += kPart) {
+      Vec<T> part{};
+      for (int64_t i = first; i < smaller(first + kPart, rows); ++i)
+        part += exp_nonpositive<T>((load_row(products + i * stride, j, cols) - reference) * inverse);
+      total += part;
+    }
+    store_row(top, j, cols, most);
+    store_row(sum, j, cols, total);
+  }
+}
+
+template <class T>
+static void column_weights(T* products, int64_t stride, int64_t rows, int64_t cols, T inverse, const T* top,
+                           const T* factor) {
+  for (int64_t j = 0; j < cols; j += kLanes<T>) {
+    const Vec<T> reference = finite_reference<T>(load_row(top, j, cols)), g = load_row(factor, j, cols);
+    for (int64_t i = 0; i < rows; ++i) {
+      T* row = products + i * stride;
+      store_row(row, j, cols, g * exp_nonpositive<T>((load_row(row, j, cols) - reference) * inverse));
+    }
+  }
+}
+
+template <class T>
 static MaxSimKernels<T> max_sim_kernel_table() {
-  return {column_maxima<T>, row_maxima<T>, gather<T>, scatter<T>};
+  return {column_maxima<T>, row_maxima<T>, gather<T>, scatter<T>, column_sums<T>, column_weights<T>};
 }

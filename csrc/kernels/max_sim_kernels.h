@@ -17,8 +17,14 @@ struct MaxSimKernels {
                      int32_t* index);
   // out[i] += g * in[index[i]], for `count` rows d long
   void (*gather)(T* out, const T* in, const int32_t* index, int64_t count, int64_t d, T g);
-  // out[index[i]] += g * in[i]
+  // out[index[i]] += g * in[i], likewise
   void (*scatter)(T* out, const T* in, const int32_t* index, int64_t count, int64_t d, T g);
+  // Sets top[j] to the maximum of column j and sum[j] to its sum of exp(inverse * (s - top[j])), where a top of -inf
+  // counts as 0. The sum is NaN where a product is NaN or +inf.
+  void (*column_sums)(const T* products, int64_t stride, int64_t rows, int64_t cols, T inverse, T* top, T* sum);
+  // Replaces each product of column j by factor[j] * exp(inverse * (s - top[j])).
+  void (*column_weights)(T* products, int64_t stride, int64_t rows, int64_t cols, T inverse, const T* top,
+                         const T* factor);
 };
 
 template <class T>

@@ -6,12 +6,14 @@
 #include <ATen/Parallel.h>
 
 #include <algorithm>
+#include <optional>
 #include <vector>
 
 #include "common/input.h"
 #include "common/integers.h"
 #include "kernels/max_sim_kernels.h"
 #include "max_sim/argmax.h"
+#include "max_sim/by_item.h"
 #include "max_sim/sweep.h"
 #include "max_sim/tokens.h"
 
@@ -19,23 +21,46 @@ namespace fc {
 namespace {
 
 constexpr int64_t kArgmaxBytes = 8 << 20;         // of argmaxima that the backward finds again at a time
-constexpr int64_t kWork = int64_t{1} << 31;       // multiplications of the backward between two interrupts
 constexpr int64_t kGradientElements = 64 * 1024;  // gradients that one task adds to, which stay in its cache
+
+// An empty result of the direction y, where it is not requested.
+at::Tensor no_argmax(int64_t size) {
+  return at::empty({0, 0, 0}, index_dtype(size));
+}
+
+template <class T>
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> forward_by_item(const TokenProblem& p, int64_t kept_rows,
+                                                                           const Interrupt& interrupt) {
+  constexpr auto dtype = c10::CppTypeToScalarType<T>::value;
+  const Pairs pairs(p);
+  const at::Tensor sums = at::empty({pairs.x.items, pairs.columns}, dtype);
+  const at::Tensor argmax = at::empty({kept_rows, pairs.columns, pairs.x.length}, index_dtype(pairs.y.length));
+  maxima_by_item<T>(pairs, p.smooth, 0, pairs.x.items, {sums.mutable_data_ptr<T>(), pairs.columns, {argmax}},
+                    interrupt);
+  return {sums, at::empty({0, 0}, dtype), argmax, no_argmax(pairs.x.length)};
+}
 
 template <class T>
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> forward(const TokenProblem& p, int64_t kept_rows,
                                                                    const Interrupt& interrupt) {
   constexpr auto dtype = c10::CppTypeToScalarType<T>::value;
-  const TokenSide x("x", p.x, p.x_lengths, dtype), y("y", p.y, p.y_lengths, dtype);
+  const TokenSide x("x", p.x, p.x_lengths, p.x_order, dtype), y("y", p.y, p.y_lengths, p.y_order, dtype);
   const int64_t m = x.items, n = y.items;
   const at::Tensor x_sums = at::empty({m, n}, dtype), y_sums = at::empty({p.both ? m : 0, p.both ? n : 0}, dtype);
   const MaximaOutput<T> out_x{x_sums.mutable_data_ptr<T>(), n, {empty_argmax(kept_rows, n, x, y)}};
   const MaximaOutput<T> out_y{
-      y_sums.mutable_data_ptr<T>(),
-      n,
-      {p.both ? empty_argmax(kept_rows, n, y, x) : at::empty({0, 0, 0}, index_dtype(x.length))}};
+      y_sums.mutable_data_ptr<T>(), n, {p.both ? empty_argmax(kept_rows, n, y, x) : no_argmax(x.length)}};
   Sweep<T>(x, y, 0, m, &out_x, p.both ? &out_y : nullptr).run(interrupt);
   return {x_sums, y_sums, out_x.argmax.tensor, out_y.argmax.tensor};
+}
+
+// Raises unless `kept` has the argmaxima of the first rows; (M, C) are the sizes of the scores.
+void check_kept(const at::Tensor& kept, int64_t m, int64_t columns, int64_t tokens, int64_t others) {
+  TORCH_CHECK_VALUE(kept.dim() == 3 && kept.size(0) <= m, "argmaxima: got shape ", kept.sizes(),
+                    ", expected 3 dimensions and at most ", m, " rows");
+  if (kept.size(0) == 0) return;
+  check_sizes("argmaxima", kept, {kept.size(0), columns, tokens});
+  check_dtype("argmaxima", kept, index_dtype(others));
 }
 
 // One direction of the backward: its gradient (M, N), and the argmaxima of some rows.
@@ -50,12 +75,8 @@ struct ArgmaxDirection {
     if (!g) return;
     check_sizes(name, *g, {m, n});
     grad = readable(name, *g, c10::CppTypeToScalarType<T>::value);
-    TORCH_CHECK_VALUE(kept.dim() == 3 && kept.size(0) <= m, "argmaxima: got shape ", kept.sizes(),
-                      ", expected 3 dimensions and at most ", m, " rows");
-    if (kept.size(0) == 0) return;
-    check_sizes("argmaxima", kept, {kept.size(0), n, own.length});
-    check_dtype("argmaxima", kept, index_dtype(other.length));
-    argmax = {readable("argmaxima", kept, kept.scalar_type())};
+    check_kept(kept, m, n, own.length, other.length);
+    if (kept.size(0)) argmax = {readable("argmaxima", kept, kept.scalar_type())};
   }
   bool asked() const { return grad.defined(); }
   T g(int64_t m, int64_t n) const { return grad.const_data_ptr<T>()[m * grad.size(1) + n]; }
@@ -112,11 +133,40 @@ void accumulate(const TokenSide& x, const TokenSide& y, int64_t first, int64_t l
 }
 
 template <class T>
+std::array<at::Tensor, 2> backward_by_item(const TokenProblem& p, const at::Tensor& argmax, const at::Tensor& g_x,
+                                           std::array<bool, 2> needs, const Interrupt& interrupt) {
+  const Pairs pairs(p);
+  const int64_t m = pairs.x.items, columns = pairs.columns, tokens = pairs.x.length;
+  check_sizes("g_x", g_x, {m, columns});
+  check_kept(argmax, m, columns, tokens, pairs.y.length);
+  const at::Tensor grad = readable("g_x", g_x, c10::CppTypeToScalarType<T>::value);
+  const T* g = grad.const_data_ptr<T>();
+  std::optional<ItemGradients<T>> x_gradients, y_gradients;
+  const ItemGradients<T>* dx = needs[0] ? &x_gradients.emplace(pairs.x) : nullptr;
+  const ItemGradients<T>* dy = needs[1] ? &y_gradients.emplace(pairs.y) : nullptr;
+  if (p.smooth) {
+    smooth_gradients(pairs, p.smooth, g, dx, dy, interrupt);
+  } else {
+    const int64_t kept = argmax.size(0);
+    const Argmax of_kept{readable("argmaxima", argmax, argmax.scalar_type())};
+    gradients_of_own(pairs, 0, kept, of_kept, g, dx, dy);
+    const int64_t step = std::max<int64_t>(1, kArgmaxBytes / std::max<int64_t>(1, columns * tokens * 4));
+    for (int64_t first = kept, last; first < m; first = last) {
+      last = std::min(m, first + step);
+      const Argmax found{at::empty({last - first, columns, tokens}, index_dtype(pairs.y.length)), first};
+      maxima_by_item<T>(pairs, 0, first, last, {nullptr, columns, found}, interrupt);
+      gradients_of_own(pairs, first, last, found, g, dx, dy);
+    }
+  }
+  return {dx ? dx->tensor() : at::Tensor(), dy ? dy->tensor() : at::Tensor()};
+}
+
+template <class T>
 std::array<at::Tensor, 2> backward(const TokenProblem& p, const at::Tensor& argmax_x, const at::Tensor& argmax_y,
                                    const OptionalTensor& g_x, const OptionalTensor& g_y, std::array<bool, 2> needs,
                                    const Interrupt& interrupt) {
   constexpr auto dtype = c10::CppTypeToScalarType<T>::value;
-  const TokenSide x("x", p.x, p.x_lengths, dtype), y("y", p.y, p.y_lengths, dtype);
+  const TokenSide x("x", p.x, p.x_lengths, p.x_order, dtype), y("y", p.y, p.y_lengths, p.y_order, dtype);
   const int64_t m = x.items, n = y.items, longest = std::max(x.length, y.length);
   const at::Tensor dx = needs[0] ? at::zeros_like(x.tokens) : at::Tensor();
   const at::Tensor dy = needs[1] ? at::zeros_like(y.tokens) : at::Tensor();
@@ -153,6 +203,10 @@ void check(const TokenProblem& p) {
                      ", expected a floating dtype");
   }
   check_dtype("y", p.y, p.x.scalar_type());
+  TORCH_CHECK_VALUE(p.own >= 0 && (p.own == 0 || p.y.size(0) == p.x.size(0) * p.own), "own: got ", p.own, " for ",
+                    p.x.size(0), " and ", p.y.size(0), " items, expected 0, or as many items of y as x has, times own");
+  TORCH_CHECK_VALUE(p.smooth >= 0, "smooth: got ", p.smooth, ", expected at least 0");
+  TORCH_CHECK_VALUE(!p.both || !p.by_item(), "both: got true with own or smooth, expected false");
 }
 
 }  // namespace
@@ -163,8 +217,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> max_sim_forward(const
   check(problem);
   TORCH_CHECK_VALUE(kept_rows >= 0 && kept_rows <= problem.x.size(0), "kept_rows: got ", kept_rows, ", expected 0 to ",
                     problem.x.size(0));
-  return problem.x.scalar_type() == at::kDouble ? forward<double>(problem, kept_rows, interrupt)
-                                                : forward<float>(problem, kept_rows, interrupt);
+  const bool wide = problem.x.scalar_type() == at::kDouble;
+  if (problem.by_item())
+    return wide ? forward_by_item<double>(problem, kept_rows, interrupt)
+                : forward_by_item<float>(problem, kept_rows, interrupt);
+  return wide ? forward<double>(problem, kept_rows, interrupt) : forward<float>(problem, kept_rows, interrupt);
 }
 
 std::array<at::Tensor, 2> max_sim_backward(const TokenProblem& problem, const at::Tensor& argmax_x,
@@ -172,9 +229,14 @@ std::array<at::Tensor, 2> max_sim_backward(const TokenProblem& problem, const at
                                            const OptionalTensor& g_y, std::array<bool, 2> needs,
                                            const Interrupt& interrupt) {
   check(problem);
-  return problem.x.scalar_type() == at::kDouble
-             ? backward<double>(problem, argmax_x, argmax_y, g_x, g_y, needs, interrupt)
-             : backward<float>(problem, argmax_x, argmax_y, g_x, g_y, needs, interrupt);
+  const bool wide = problem.x.scalar_type() == at::kDouble;
+  if (problem.by_item()) {
+    TORCH_CHECK_VALUE(g_x && !g_y, "g_x, g_y: expected a gradient of the direction x alone");
+    return wide ? backward_by_item<double>(problem, argmax_x, *g_x, needs, interrupt)
+                : backward_by_item<float>(problem, argmax_x, *g_x, needs, interrupt);
+  }
+  return wide ? backward<double>(problem, argmax_x, argmax_y, g_x, g_y, needs, interrupt)
+              : backward<float>(problem, argmax_x, argmax_y, g_x, g_y, needs, interrupt);
 }
 
 }  // namespace fc

@@ -1,5 +1,5 @@
-// Tokens of late interaction as its kernels read them: the real ones alone (those within an item's length), packed item
-// after item and cut into blocks.
+// Tokens of late interaction as the sweep over all pairs reads them: the real ones alone, packed item after item and
+// cut into blocks.
 #pragma once
 #include <ATen/ATen.h>
 
@@ -11,27 +11,48 @@
 
 namespace fc {
 
-// The real tokens of all items of x, or of y, in the compute dtype.
+// How many tokens of each item are real, and where they lie.
+struct RealTokens {
+  std::vector<int64_t> count;  // (items,)
+  at::Tensor order;            // (items, length) int64, the real tokens of each item first; undefined: as they lie
+
+  RealTokens(const at::Tensor& x, const OptionalTensor& lengths, const OptionalTensor& ordered)
+      : count(x.size(0), x.size(1)) {
+    const int64_t items = x.size(0), length = x.size(1);
+    if (lengths) {
+      check_sizes("lengths", *lengths, {items});
+      const at::Tensor checked = indices("lengths", *lengths, length + 1);
+      count.assign(checked.const_data_ptr<int64_t>(), checked.const_data_ptr<int64_t>() + items);
+    }
+    if (ordered) {
+      check_sizes("order", *ordered, {items, length});
+      order = indices("order", *ordered, length);
+    }
+  }
+};
+
+// The real tokens of all items of x, or of y, packed, in the compute dtype.
 struct TokenSide {
   at::Tensor tokens;           // (real, D)
   std::vector<int64_t> start;  // (items + 1,) where each item's tokens begin
   int64_t items, length;       // length: T or P, tokens per item, real or not
   at::Tensor places;           // (real,) index of each token among all tokens; undefined if all are real
 
-  TokenSide(const char* name, const at::Tensor& x, const OptionalTensor& lengths, at::ScalarType dtype)
+  TokenSide(const char* name, const at::Tensor& x, const OptionalTensor& lengths, const OptionalTensor& order,
+            at::ScalarType dtype)
       : items(x.size(0)), length(x.size(1)) {
+    const RealTokens real(x, lengths, order);
     const at::Tensor all = readable(name, x, x.scalar_type()).view({items * length, x.size(2)});
-    start.push_back(0);
     if (lengths) {
-      check_sizes("lengths", *lengths, {items});
-      const at::Tensor count = indices("lengths", *lengths, length + 1);
-      places = at::arange(length).lt(count.unsqueeze(1)).flatten().nonzero().squeeze(1);
+      const at::Tensor within = at::arange(length).lt(at::tensor(real.count).unsqueeze(1));
+      const at::Tensor at = real.order.defined() ? real.order : at::arange(length).expand({items, length});
+      places = (at + at::arange(items).mul(length).unsqueeze(1)).masked_select(within);
       tokens = all.index_select(0, places).to(dtype);
-      for (int64_t i = 0; i < items; ++i) start.push_back(start[i] + count.const_data_ptr<int64_t>()[i]);
     } else {
       tokens = all.to(dtype).contiguous();
-      for (int64_t i = 0; i < items; ++i) start.push_back(start[i] + length);
     }
+    start.push_back(0);
+    for (int64_t i = 0; i < items; ++i) start.push_back(start[i] + real.count[i]);
   }
   int64_t count(int64_t item) const { return start[item + 1] - start[item]; }
   int64_t dim() const { return tokens.size(1); }

@@ -111,16 +111,14 @@ class Cpp(Backend):
 
     def max_sim_forward(self, spec: TokenSpec, x: Tensor, y: Tensor) -> MaxSimForward:
         forks.guard()
-        return MaxSimForward(*_C.max_sim_forward(x, y, spec.x_lengths, spec.y_lengths, spec.both, spec.kept_rows))
+        return MaxSimForward(*_C.max_sim_forward(x, y, spec))
 
     def max_sim_backward(
         self, spec: TokenSpec, x: Tensor, y: Tensor, saved: MaxSimForward, upstream: MaxSimUpstream,
         needs: tuple[bool, bool],
     ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
         forks.guard()
-        return _C.max_sim_backward(
-            x, y, spec.x_lengths, spec.y_lengths, saved.argmax_x, saved.argmax_y, upstream.x, upstream.y, needs
-        )
+        return _C.max_sim_backward(x, y, spec, saved.argmax_x, saved.argmax_y, *upstream, needs)
 
     def merge_top_k(self, scores: Tensor, first_column: int, values: Tensor, indices: Tensor) -> None:
         forks.guard()

@@ -11,7 +11,7 @@ from torch import Tensor
 from fused_contrastive.core.order import ahead
 from fused_contrastive.core.reduction import Reduction, reduce
 from fused_contrastive.core.spec import compute_dtype
-from fused_contrastive.core.tokens import MaxSimForward, MaxSimUpstream, TokenSpec, argmaxima, real
+from fused_contrastive.core.tokens import MaxSimForward, MaxSimUpstream, TokenSpec, argmaxima, moved, put_back, real
 from fused_contrastive.core.unit import unit_rows
 
 CHUNK_PRODUCTS = 2**24  # products of tokens that max_sim holds at a time
@@ -32,38 +32,80 @@ def _real(lengths: Tensor | None, tokens: Tensor) -> Tensor:
 
 
 class _Maxima:
-    """Late interaction of x (M, T, D) and y (N, P, D), one chunk of x's items at a time."""
+    """Late interaction of x (M, T, D) and y (N, P, D), one chunk of R of x's items at a time, each with C of y's."""
 
     def __init__(self, spec: TokenSpec, x: Tensor, y: Tensor) -> None:
-        self.x, self.y = x.to(compute_dtype(x.dtype)), y.to(compute_dtype(x.dtype))
-        self.x_real, self.y_real = _real(spec.x_lengths, x), _real(spec.y_lengths, y)  # (M, T), (N, P)
+        self.spec, self.columns = spec, spec.own or y.shape[0]
+        x, y = moved(spec, x, y)
+        self.x_real, y_real = _real(spec.x_lengths, x), _real(spec.y_lengths, y)  # (M, T), (N, P)
+        self.x, y = x.to(compute_dtype(x.dtype)), y.to(compute_dtype(x.dtype))
+        if spec.x_lengths is not None:
+            self.x = self.x.masked_fill(~self.x_real[..., None], 0)
+        if spec.y_lengths is not None:
+            y = y.masked_fill(~y_real[..., None], 0)
+        # Each item's own ones, (M, K, P, D), or the same for all, (1, N, P, D)
+        sizes = len(x) if spec.own else 1, self.columns
+        self.y, self.y_real = y.unflatten(0, sizes), y_real.unflatten(0, sizes)
 
     def chunks(self) -> list[slice]:
-        (m, t, _), (n, p, _) = self.x.shape, self.y.shape
-        size = max(1, CHUNK_PRODUCTS // (n * t * p))
+        m, t, _ = self.x.shape
+        size = max(1, CHUNK_PRODUCTS // (self.columns * t * self.y.shape[2]))
         return [slice(i, min(i + size, m)) for i in range(0, m, size)]
 
-    def products(self, rows: slice) -> Tensor:  # (R, N, T, P)
-        flat = self.x[rows].flatten(0, 1) @ self.y.flatten(0, 1).T
-        return flat.view(-1, self.x.shape[1], *self.y.shape[:2]).transpose(1, 2)
+    def of(self, rows: slice) -> slice:
+        """Which rows of ``y`` belong to items of x."""
+        return rows if self.spec.own else slice(None)
+
+    def products(self, rows: slice) -> Tensor:  # (R, C, T, P)
+        x, y = self.x[rows], self.y[self.of(rows)].flatten(1, 2)
+        flat = x @ y.transpose(1, 2) if self.spec.own else (x.flatten(0, 1) @ y[0].T).view(*x.shape[:2], -1)
+        return flat.unflatten(2, (self.columns, -1)).transpose(1, 2)
 
     def over_y(self, products: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
-        """Sums (R, N) and argmaxima (R, N, T) of the direction x."""
-        value, index = products.masked_fill(~self.y_real[None, :, None], -torch.inf).max(dim=3)
-        return value.masked_fill(~self.x_counts(rows), 0).sum(dim=2), index
+        """Sums (R, C) and argmaxima (R, C, T) of the direction x; with ``smooth`` weights (R, C, T, P)."""
+        masked = products.masked_fill(~self.y_real[self.of(rows), :, None], -torch.inf)
+        if self.spec.smooth:
+            top = masked.amax(dim=3, keepdim=True)
+            weights = ((masked - top.masked_fill(top == -torch.inf, 0)) / self.spec.smooth).exp()
+            total = weights.sum(dim=3, keepdim=True)
+            value = (top + self.spec.smooth * total.log()).squeeze(3)
+            found = weights / total.masked_fill(total == 0, 1)
+        else:
+            value, found = masked.max(dim=3)
+        return value.masked_fill(~self.x_counts(rows), 0).sum(dim=2), found
 
     def over_x(self, products: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
-        """Sums (R, N) and argmaxima (R, N, P) of the direction y."""
+        """Sums (R, C) and argmaxima (R, C, P) of the direction y."""
         value, index = products.masked_fill(~self.x_real[rows, None, :, None], -torch.inf).max(dim=2)
         return value.masked_fill(~self.y_counts(rows), 0).sum(dim=2), index
 
     def x_counts(self, rows: slice) -> Tensor:
-        """Which tokens of x have a maximum, (R, N, T): real ones, where y has any."""
-        return self.x_real[rows, None] & self.y_real.any(dim=1)[None, :, None]
+        """Which tokens of x have a maximum, (R, C, T): real ones, where y has any."""
+        return self.x_real[rows, None] & self.y_real[self.of(rows)].any(dim=2)[..., None]
 
     def y_counts(self, rows: slice) -> Tensor:
-        """Which tokens of y have a maximum, (R, N, P)."""
-        return self.y_real[None] & self.x_real[rows].any(dim=1)[:, None, None]
+        """Which tokens of y have a maximum, (R, C, P)."""
+        return self.y_real[self.of(rows)] & self.x_real[rows].any(dim=1)[:, None, None]
+
+    def gradient_of_products(self, rows: slice, saved: MaxSimForward, upstream: MaxSimUpstream) -> Tensor:
+        """(R, C, T, P)"""
+        kept = rows.stop <= self.spec.kept_rows
+        products = None if kept else self.products(rows)
+        t, p = self.x.shape[1], self.y.shape[2]
+        grad = self.x.new_zeros(rows.stop - rows.start, self.columns, t, p)
+        if upstream.x is not None:
+            g, counts = upstream.x[rows, :, None, None], self.x_counts(rows)[..., None]
+            found = saved.argmax_x[rows] if products is None else self.over_y(products, rows)[1]
+            if self.spec.smooth:
+                grad += torch.where(counts, g * found, 0)
+            else:
+                at = found[..., None] == torch.arange(p, device=g.device)
+                grad += torch.where(at & counts, g, 0)
+        if upstream.y is not None:
+            found = saved.argmax_y[rows] if products is None else self.over_x(products, rows)[1]
+            at = found[:, :, None] == torch.arange(t, device=grad.device)[:, None]
+            grad += torch.where(at & self.y_counts(rows)[:, :, None], upstream.y[rows, :, None, None], 0)
+        return grad
 
 
 def normalize(*views: Tensor) -> Tensor:
@@ -72,13 +114,14 @@ def normalize(*views: Tensor) -> Tensor:
 
 def max_sim_forward(spec: TokenSpec, x: Tensor, y: Tensor) -> MaxSimForward:
     maxima = _Maxima(spec, x, y)
-    shape = (x.shape[0], y.shape[0])
+    shape = (x.shape[0], maxima.columns)
     x_sums, y_sums = maxima.x.new_empty(shape), maxima.x.new_empty(shape if spec.both else (0, 0))
-    argmax_x, argmax_y = argmaxima(spec.kept_rows, x, y, spec.both)
+    argmax_x, argmax_y = argmaxima(spec.kept_rows, maxima.columns, x, y, spec.both)
     for rows in maxima.chunks():
         products = maxima.products(rows)
         x_sums[rows], index = maxima.over_y(products, rows)
-        argmax_x[rows] = index[: argmax_x[rows].shape[0]].to(argmax_x.dtype)
+        if not spec.smooth:
+            argmax_x[rows] = index[: argmax_x[rows].shape[0]].to(argmax_x.dtype)
         if spec.both:
             y_sums[rows], index = maxima.over_x(products, rows)
             argmax_y[rows] = index[: argmax_y[rows].shape[0]].to(argmax_y.dtype)
@@ -89,26 +132,21 @@ def max_sim_backward(
     spec: TokenSpec, x: Tensor, y: Tensor, saved: MaxSimForward, upstream: MaxSimUpstream, needs: tuple[bool, bool]
 ) -> tuple[Tensor | None, Tensor | None]:
     maxima = _Maxima(spec, x, y)
-    t, (n, p, _) = x.shape[1], y.shape
     dx, dy = torch.zeros_like(maxima.x), torch.zeros_like(maxima.y)
     for rows in maxima.chunks():
-        kept = rows.stop <= spec.kept_rows
-        products = None if kept else maxima.products(rows)
-        grad = x.new_zeros(rows.stop - rows.start, n, t, p, dtype=dx.dtype)  # of products; 0 except at maxima
-        if upstream.x is not None:
-            index = saved.argmax_x[rows] if products is None else maxima.over_y(products, rows)[1]
-            at = index[..., None] == torch.arange(p, device=x.device)
-            grad += torch.where(at & maxima.x_counts(rows)[..., None], upstream.x[rows, :, None, None], 0)
-        if upstream.y is not None:
-            index = saved.argmax_y[rows] if products is None else maxima.over_x(products, rows)[1]
-            at = index[:, :, None] == torch.arange(t, device=x.device)[:, None]
-            grad += torch.where(at & maxima.y_counts(rows)[:, :, None], upstream.y[rows, :, None, None], 0)
-        flat = grad.transpose(1, 2).reshape(-1, n * p)  # (R T, N P)
-        dx[rows] = (flat @ maxima.y.flatten(0, 1)).view_as(dx[rows])
-        dy += (flat.T @ maxima.x[rows].flatten(0, 1)).view_as(dy)
+        grad = maxima.gradient_of_products(rows, saved, upstream)
+        flat = grad.transpose(1, 2).flatten(2, 3)  # (R, T, C P)
+        if not spec.own:
+            flat = flat.flatten(0, 1)[None]  # (1, R T, N P)
+        of = maxima.of(rows)
+        dx[rows] = (flat @ maxima.y[of].flatten(1, 2)).view_as(dx[rows])
+        dy[of] += (flat.transpose(1, 2) @ maxima.x[rows].reshape(len(flat), -1, x.shape[2])).view_as(dy[of])
     # Tokens that are not real have got 0 times their partner, which is NaN where that is inf.
     dx, dy = dx.masked_fill_(~maxima.x_real[..., None], 0), dy.masked_fill_(~maxima.y_real[..., None], 0)
-    return dx.to(x.dtype) if needs[0] else None, dy.to(y.dtype) if needs[1] else None
+    return (
+        put_back(dx.to(x.dtype), spec.x_order) if needs[0] else None,
+        put_back(dy.to(y.dtype).view_as(y), spec.y_order) if needs[1] else None,
+    )
 
 
 def merge_top_k(scores: Tensor, first_column: int, values: Tensor, indices: Tensor) -> None:

@@ -270,15 +270,19 @@ def tokens(name: str, value: object, empty: bool = False) -> None:
     _floating(name, value, 3, "(items, tokens, D)", "every size >= 1", empty)
 
 
-def token_pair(x_name: str, x: Tensor, y_name: str, y: Tensor, empty: bool = False) -> None:
-    """Two sets of tokens that can be multiplied."""
+def token_pair(x_name: str, x: Tensor, y_name: str, y: Tensor, empty: bool = False, own: bool = False) -> None:
+    """Two sets of tokens that can be multiplied; ``own`` allows (M, K, tokens, D) for y, K items for each one of x."""
     tokens(x_name, x, empty)
-    tokens(y_name, y, empty)
+    if own and isinstance(y, Tensor) and y.dim() == 4:
+        _floating(y_name, y, 4, "(M, K, tokens, D)", "every size >= 1", empty)
+        same_rows(x_name, x, y_name, y)
+    else:
+        tokens(y_name, y, empty)
     same_device(y_name, y, x_name, x)
     if x.dtype != y.dtype:
         raise TypeError(f"{y_name}: got dtype {y.dtype}, expected {x.dtype}, the dtype of {x_name}")
-    if x.shape[2] != y.shape[2]:
-        raise ValueError(f"{y_name}: got D = {y.shape[2]}, expected {x.shape[2]}, the D of {x_name}")
+    if x.shape[-1] != y.shape[-1]:
+        raise ValueError(f"{y_name}: got D = {y.shape[-1]}, expected {x.shape[-1]}, the D of {x_name}")
 
 
 def mask(name: str, value: object, shape: Sequence[int], of_name: str, of: Tensor) -> Tensor:
@@ -315,6 +319,16 @@ def count(name: str, value: object, most: int, of: str) -> None:
         raise TypeError(f"{name}: got {value!r}, expected an integer from 1 to {most} ({of})")
     if not 1 <= value <= most:
         raise ValueError(f"{name}: got {_shown(value)}, expected an integer from 1 to {most} ({of})")
+
+
+def temperature_of_products(name: str, value: object, x: Tensor) -> None:
+    """A number above 0 that the products' dtype can divide by, as it can multiply by its inverse."""
+    value, most = number(name, value), largest(x)
+    if not 1 / most <= value <= most:
+        raise ValueError(
+            f"{name}: got {_shown(value)}, expected a number from {1 / most:.2g} to {most:.2g}, whose inverse "
+            f"{compute_dtype(x.dtype)} holds too"
+        )
 
 
 def positive(name: str, value: float) -> None:

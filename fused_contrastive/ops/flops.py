@@ -40,15 +40,17 @@ def _stats_backward(
 
 
 def _max_sim_forward(x: Shape, y: Shape, *_: Any, **__: Any) -> int:
-    return 2 * x[0] * x[1] * y[0] * y[1] * x[2]
+    return 2 * x[0] * x[1] * y[-3] * y[-2] * x[2]
 
 
 def _max_sim_backward(
     g_x: Any, g_y: Any, argmax_x: Any, argmax_y: Any, needs: list[bool], x: Shape, y: Shape, x_mask: Any, y_mask: Any,
-    both: bool, kept: int, *_: Any, **__: Any,
+    both: bool, smooth: float, kept: int, *_: Any, **__: Any,
 ) -> int:  # fmt: skip
-    """A token's maximum is one product, which adds D multiply-adds to each gradient that is needed."""
-    (m, t, d), n, p = x, y[0], y[1]
+    """A token's maximum is one product, with D multiply-adds for each gradient that is needed; a smooth one is all."""
+    (m, t, d), n, p = x, y[-3], y[-2]
+    if smooth:
+        return 2 * d * m * n * t * p * (1 + sum(needs))
     maxima = m * n * ((t if g_x is not None else 0) + (p if both and g_y is not None else 0))
     return 2 * d * ((m - kept) * n * t * p + maxima * sum(needs))
 

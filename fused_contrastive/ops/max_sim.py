@@ -4,7 +4,8 @@ With ``P[m, n, t, p] = x[m, t] . y[n, p]`` and the maxima at p*(m, n, t) and, in
 
     dx[m, t] = sum_n g_x[m, n] y[n, p*(m, n, t)] + sum over n and the p with t*(m, n, p) = t of g_y[m, n] y[n, p]
 
-and dy likewise, so that the backward needs the argmaxima alone.
+and dy likewise, so that the backward needs the argmaxima alone. A smooth maximum, ``tau logsumexp(P / tau)``, has the
+weights ``w = softmax(P / tau)`` over p in their place, ``dx[m, t] = sum_n g_x[m, n] sum_p w[m, n, t, p] y[n, p]``.
 """
 
 from __future__ import annotations
@@ -26,8 +27,6 @@ from fused_contrastive.core.tokens import (
     argmaxima,
     bytes_of_row,
     ordered,
-    put_back,
-    valid_first,
 )
 from fused_contrastive.ops import dispatch, operands
 from fused_contrastive.ops.problem import autocast
@@ -36,9 +35,10 @@ from fused_contrastive.ops.transforms import register_formula
 
 REDUCTIONS = ("sum", "mean")
 DIRECTIONS = ("x", "y", "both")
-INPUTS = 7  # the number of arguments of max_sim_forward
+INPUTS = 8  # the number of arguments of max_sim_forward
 
-_PROBLEM = "Tensor x, Tensor y, Tensor? x_mask, Tensor? y_mask, bool both, SymInt kept_rows, str backend"
+# y is (N, P, D) for all pairs, or (M, K, P, D) where each item of x has K of its own; its mask has the same sizes.
+_PROBLEM = "Tensor x, Tensor y, Tensor? x_mask, Tensor? y_mask, bool both, float smooth, SymInt kept_rows, str backend"
 library.define(f"max_sim_forward({_PROBLEM}) -> (Tensor x_sums, Tensor y_sums, Tensor argmax_x, Tensor argmax_y)")
 library.define(
     "max_sim_backward(Tensor? g_x, Tensor? g_y, Tensor argmax_x, Tensor argmax_y, bool[] needs, "
@@ -46,50 +46,56 @@ library.define(
 )
 
 
-def _forward(
-    x: Tensor, y: Tensor, x_mask: Tensor | None, y_mask: Tensor | None, both: bool, kept_rows: int, backend: str
-) -> MaxSimForward:
+def _prepared(
+    x: Tensor, y: Tensor, x_mask: Tensor | None, y_mask: Tensor | None, both: bool, smooth: float, kept_rows: int
+) -> tuple[TokenSpec, Tensor]:
+    """The problem and y as a backend takes them."""
+    own = y.shape[1] if y.dim() == 4 else 0
+    if own:
+        y, y_mask = y.flatten(0, 1), None if y_mask is None else y_mask.flatten(0, 1)
     (x_order, x_lengths), (y_order, y_lengths) = ordered(x_mask), ordered(y_mask)
-    spec = TokenSpec(x_lengths, y_lengths, both, kept_rows)
+    return TokenSpec(x_lengths, y_lengths, both, kept_rows, own, smooth, x_order, y_order), y
+
+
+def _forward(
+    x: Tensor, y: Tensor, x_mask: Tensor | None, y_mask: Tensor | None, both: bool, smooth: float, kept_rows: int,
+    backend: str,
+) -> MaxSimForward:  # fmt: skip
+    spec, items = _prepared(x, y, x_mask, y_mask, both, smooth, kept_rows)
     with without_autocast(x):
-        return dispatch.BACKENDS[backend].max_sim_forward(
-            spec, valid_first(x, x_order, x_lengths), valid_first(y, y_order, y_lengths)
-        )
+        return dispatch.BACKENDS[backend].max_sim_forward(spec, x, items)
 
 
 def _backward_of_sums(
     g_x: Tensor | None, g_y: Tensor | None, argmax_x: Tensor, argmax_y: Tensor, needs: list[bool],
-    x: Tensor, y: Tensor, x_mask: Tensor | None, y_mask: Tensor | None, both: bool, kept_rows: int, backend: str,
+    x: Tensor, y: Tensor, x_mask: Tensor | None, y_mask: Tensor | None, both: bool, smooth: float, kept_rows: int,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Calls the backend. An operator must return tensors, so a gradient that is not needed has 0 elements."""
-    (x_order, x_lengths), (y_order, y_lengths) = ordered(x_mask), ordered(y_mask)
-    spec = TokenSpec(x_lengths, y_lengths, both, kept_rows)
+    spec, items = _prepared(x, y, x_mask, y_mask, both, smooth, kept_rows)
     nothing = x.new_empty(0)
     with without_autocast(x):
         dx, dy = dispatch.BACKENDS[backend].max_sim_backward(
             spec,
-            valid_first(x, x_order, x_lengths),
-            valid_first(y, y_order, y_lengths),
+            x,
+            items,
             saved=MaxSimForward(nothing, nothing, argmax_x, argmax_y),
             upstream=MaxSimUpstream(g_x, g_y if both else None),
             needs=(needs[0], needs[1]),
         )
-    return (
-        x.new_empty(0) if dx is None else put_back(dx, x_order),
-        x.new_empty(0) if dy is None else put_back(dy, y_order),
-    )
+    return x.new_empty(0) if dx is None else dx, x.new_empty(0) if dy is None else dy.view(y.shape)
 
 
 def _forward_operator(*arguments: Any) -> MaxSimForward:
     """For callers by torch.ops, whose operands nothing has checked."""
-    x, y, x_mask, y_mask, _, kept_rows, backend = arguments
-    operands.tokens(x, y, (x_mask, y_mask), kept_rows, backend)
+    x, y, x_mask, y_mask, both, smooth, kept_rows, backend = arguments
+    operands.tokens(x, y, (x_mask, y_mask), both, smooth, kept_rows, backend)
     return _forward(*arguments)
 
 
 def _backward_operator(*arguments: Any) -> tuple[Tensor, Tensor]:
-    g_x, g_y, argmax_x, argmax_y, needs, x, y, x_mask, y_mask, both, kept_rows, backend = arguments
-    operands.tokens(x, y, (x_mask, y_mask), kept_rows, backend)
+    g_x, g_y, argmax_x, argmax_y, needs, x, y, x_mask, y_mask, both, smooth, kept_rows, backend = arguments
+    operands.tokens(x, y, (x_mask, y_mask), both, smooth, kept_rows, backend)
     saved = MaxSimForward(g_x, g_y, argmax_x, argmax_y)
     operands.tokens_saved(x, y, both, kept_rows, saved, MaxSimUpstream(g_x, g_y), needs)
     return _backward_of_sums(*arguments)
@@ -100,10 +106,10 @@ library.impl("max_sim_backward", _backward_operator, "CompositeExplicitAutograd"
 
 
 @torch.library.register_fake("fused_contrastive::max_sim_forward", lib=library)
-def _fake_forward(x, y, x_mask, y_mask, both, kept_rows, backend):  # type: ignore[no-untyped-def]
-    m, n, dtype = x.shape[0], y.shape[0], compute_dtype(x.dtype)
-    y_sums = x.new_empty((m, n) if both else (0, 0), dtype=dtype)
-    return x.new_empty(m, n, dtype=dtype), y_sums, *argmaxima(kept_rows, x, y, both)
+def _fake_forward(x, y, x_mask, y_mask, both, smooth, kept_rows, backend):  # type: ignore[no-untyped-def]
+    m, columns, dtype = x.shape[0], y.shape[-3], compute_dtype(x.dtype)
+    y_sums = x.new_empty((m, columns) if both else (0, 0), dtype=dtype)
+    return x.new_empty(m, columns, dtype=dtype), y_sums, *argmaxima(kept_rows, columns, x, y, both)
 
 
 @torch.library.register_fake("fused_contrastive::max_sim_backward", lib=library)
@@ -127,7 +133,7 @@ def _backward(ctx: Any, g_x: Tensor | None, g_y: Tensor | None, *_: None) -> tup
     direct = is_plain(x) and not torch.is_grad_enabled()
     run = _backward_of_sums if direct else torch.ops.fused_contrastive.max_sim_backward
     dx, dy = run(g_x, g_y, argmax_x, argmax_y, needs, x, y, x_mask, y_mask, *ctx.options)
-    return dx if needs[0] else None, dy if needs[1] else None, *(None,) * 5
+    return dx if needs[0] else None, dy if needs[1] else None, *(None,) * (INPUTS - 2)
 
 
 class _Eager(torch.autograd.Function):
@@ -147,11 +153,11 @@ register_formula("max_sim_backward", second_backward)
 
 
 class MaxSimScores(NamedTuple):
-    """Scores in both directions.
+    """Scores in both directions; C is N, or K for items of y of x's own.
 
     Attributes:
-        x: (M, N) maxima over y's tokens, reduced over x's.
-        y: (M, N) maxima over x's tokens, reduced over y's.
+        x: (M, C) maxima over y's tokens, reduced over x's.
+        y: (M, C) maxima over x's tokens, reduced over y's.
     """
 
     x: Tensor
@@ -161,7 +167,7 @@ class MaxSimScores(NamedTuple):
 @overload
 def max_sim(
     x_tokens: Tensor, y_tokens: Tensor, x_mask: Tensor | None = None, y_mask: Tensor | None = None, *,
-    reduction: Literal["sum", "mean"] = "sum", direction: Literal["x", "y"] = "x",
+    reduction: Literal["sum", "mean"] = "sum", direction: Literal["x", "y"] = "x", smooth: float | None = None,
     memory_budget: int | Literal["auto"] = "auto", backend: BackendName = "auto",
 ) -> Tensor: ...  # fmt: skip
 
@@ -169,7 +175,7 @@ def max_sim(
 @overload
 def max_sim(
     x_tokens: Tensor, y_tokens: Tensor, x_mask: Tensor | None = None, y_mask: Tensor | None = None, *,
-    reduction: Literal["sum", "mean"] = "sum", direction: Literal["both"],
+    reduction: Literal["sum", "mean"] = "sum", direction: Literal["both"], smooth: float | None = None,
     memory_budget: int | Literal["auto"] = "auto", backend: BackendName = "auto",
 ) -> MaxSimScores: ...  # fmt: skip
 
@@ -183,10 +189,11 @@ def max_sim(
     *,
     reduction: Literal["sum", "mean"] = "sum",
     direction: Literal["x", "y", "both"] = "x",
+    smooth: float | None = None,
     memory_budget: int | Literal["auto"] = "auto",
     backend: BackendName = "auto",
 ) -> Tensor | MaxSimScores:
-    """Late-interaction scores of all pairs of items, without the (M, N, T, P) tensor of their tokens' products.
+    """Late-interaction scores without the tensor of their tokens' products: of all pairs, or with items of x's own.
 
     Every token of one item meets its best match among the other's::
 
@@ -194,26 +201,37 @@ def max_sim(
         score[m, n] = sum over p of max over t of x_tokens[m, t] . y_tokens[n, p]       direction "y"
 
     with the sum of ColBERT (Khattab & Zaharia 2020, arXiv:2004.12832) or the mean of FILIP (Yao et al. 2021,
-    arXiv:2111.07783), over the tokens that the masks call real. Differentiable once in both; if several products are
-    equal, the first is the maximum and gets the gradient.
+    arXiv:2111.07783), over the tokens that the masks call real. Given y_tokens (M, K, P, D), item m of x is scored
+    against its own K items alone: ``score[m, k]`` has y_tokens[m, k] in place of y_tokens[n]. That is the form of
+    explicit negatives and of distillation (ColBERTv2: Santhanam et al. 2022, arXiv:2112.01488).
+
+    With ``smooth`` = tau, ``tau * log(sum over p of exp(s / tau))`` stands in place of the maximum over p of the
+    products s. It exceeds the maximum by at most tau log P, and approaches it as tau falls; its gradient goes to all
+    tokens, by the softmax of s / tau.
+
+    Differentiable once in both; if several products are equal, the first is the maximum and gets the gradient.
 
     Args:
         x_tokens: (M, T, D), M items of T tokens (ColBERT's queries), float32, float64, bfloat16 or float16. Not
             normalised here.
-        y_tokens: (N, P, D) items to score them against (ColBERT's documents), same dtype and device.
-        x_mask, y_mask: (M, T) and (N, P) bool (or numbers 0 and 1), True for a real token; the others are ignored,
-            whatever they hold. Default: all are real.
+        y_tokens: (N, P, D) items to score all of them against (ColBERT's documents), or (M, K, P, D), K for each item
+            of x; same dtype and device.
+        x_mask, y_mask: (M, T) and (N, P) or (M, K, P) bool (or numbers 0 and 1), True for a real token; the others are
+            ignored, whatever they hold. Default: all are real.
         reduction: "sum" or "mean", over the real tokens of x (direction "y": of y).
-        direction: "x", "y" or "both", which takes the products once.
+        direction: "x", "y" or "both", which takes the products once (twice with ``smooth`` or items of x's own).
+        smooth: tau > 0, in the unit of the products. None: the maximum.
         memory_budget: bytes to keep for the backward, which needs only the index of each maximum: 1 byte for each of
-            M * N * T maxima (2 if P > 256; direction "y": M * N * P maxima). What does not fit is computed again.
-            "auto" is a sixteenth of the machine's memory, or a sixty-fourth of a GPU's.
+            M * N * T (or M * K * T) maxima (2 if P > 256; direction "y": M * N * P maxima). What does not fit is
+            computed again. "auto" is a sixteenth of the machine's memory, or a sixty-fourth of a GPU's. With ``smooth``
+            nothing is kept.
         backend: as in ``contrastive_stats``.
 
     Returns:
-        (M, N) scores in float32 (float64 for float64 tokens), under autocast too; MaxSimScores(x, y) for "both".
-        Where an item of a pair has no real token its score is 0, with "mean" too, and its gradient zero. NaN and inf
-        in real tokens propagate: a score is NaN where one of its products is.
+        (M, N) or (M, K) scores in float32 (float64 for float64 tokens), under autocast too; MaxSimScores(x, y) for
+        "both". Where an item of a pair has no real token its score is 0, with "mean" too, and its gradient zero. NaN
+        and inf in real tokens propagate: a score is NaN where one of its products is, with ``smooth`` also where one
+        is +inf.
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind, shape, dtype, device or value.
@@ -222,36 +240,57 @@ def max_sim(
     Under autocast, float32 tokens are cast to autocast's dtype as for a matmul; the products accumulate in float32.
     """
     x, y = autocast(x_tokens), autocast(y_tokens)
-    checks.token_pair("x_tokens", x, "y_tokens", y)
+    checks.token_pair("x_tokens", x, "y_tokens", y, own=True)
     if x_mask is not None:
-        x_mask = checks.mask("x_mask", x_mask, x.shape[:2], "x_tokens", x)
+        x_mask = checks.mask("x_mask", x_mask, x.shape[:-1], "x_tokens", x)
     if y_mask is not None:
-        y_mask = checks.mask("y_mask", y_mask, y.shape[:2], "y_tokens", y)
+        y_mask = checks.mask("y_mask", y_mask, y.shape[:-1], "y_tokens", y)
     checks.one_of("reduction", reduction, REDUCTIONS)
     checks.one_of("direction", direction, DIRECTIONS)
+    if smooth is not None:
+        checks.temperature_of_products("smooth", smooth, x)
     checks.memory_budget(memory_budget)
     chosen = dispatch.resolve(backend, x.device, x.dtype)
-    mean, both = reduction == "mean", direction == "both"
+    mean, own, tau = reduction == "mean", y.dim() == 4, float(smooth or 0)
+    options = tau, memory_budget, chosen
+    if direction == "both" and not own and not tau:
+        x_sums, y_sums = _sums(x, y, x_mask, y_mask, True, *options)
+        return (
+            MaxSimScores(_mean(x_sums, x, x_mask), _mean(y_sums.T, y, y_mask).T)
+            if mean
+            else MaxSimScores(x_sums, y_sums)
+        )
+
+    def scores(x: Tensor, y: Tensor, x_mask: Tensor | None, y_mask: Tensor | None) -> Tensor:
+        sums, _ = _sums(x, y, x_mask, y_mask, False, *options)
+        return _mean(sums, x, x_mask) if mean else sums
+
+    def other_way() -> Tensor:
+        if not own:
+            return scores(y, x, y_mask, x_mask).T
+        m, k = y.shape[:2]  # each item of y has one of x
+        repeated, mask = (None if t is None else t.repeat_interleave(k, dim=0)[:, None] for t in (x, x_mask))
+        assert repeated is not None
+        items, items_mask = y.flatten(0, 1), None if y_mask is None else y_mask.flatten(0, 1)
+        return scores(items, repeated, items_mask, mask).view(m, k)
+
     if direction == "y":
-        x_sums, _ = _sums(y, x, y_mask, x_mask, False, memory_budget, chosen)
-        return (_mean(x_sums, y, y_mask) if mean else x_sums).T
-    x_sums, y_sums = _sums(x, y, x_mask, y_mask, both, memory_budget, chosen)
-    scores = _mean(x_sums, x, x_mask) if mean else x_sums
-    if not both:
-        return scores
-    return MaxSimScores(scores, _mean(y_sums.T, y, y_mask).T if mean else y_sums)
+        return other_way()
+    of_x = scores(x, y, x_mask, y_mask)
+    return of_x if direction == "x" else MaxSimScores(of_x, other_way())
 
 
 def _sums(
-    x: Tensor, y: Tensor, x_mask: Tensor | None, y_mask: Tensor | None, both: bool, budget: int | str, backend: str
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, y: Tensor, x_mask: Tensor | None, y_mask: Tensor | None, both: bool, smooth: float, budget: int | str,
+    backend: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The operator: through torch.ops where something traces or intercepts, else directly."""
     differentiable = torch.is_grad_enabled() and (x.requires_grad or y.requires_grad)
     kept = 0
-    if differentiable:
-        row = bytes_of_row(x, y, both)
+    if differentiable and not smooth:
+        row = bytes_of_row(y.shape[-3], x, y, both)
         kept = rows_to_keep(x.shape[0], ((64, row), torch.uint8), budget, x.device)
-    inputs = (x, y, x_mask, y_mask, both, kept, backend)
+    inputs = (x, y, x_mask, y_mask, both, smooth, kept, backend)
     if not is_plain(x, y, x_mask, y_mask):
         x_sums, y_sums, _, _ = torch.ops.fused_contrastive.max_sim_forward(*inputs)
     elif differentiable:

@@ -93,13 +93,21 @@ def stats_saved(
     _needs(needs, 4)
 
 
-def tokens(x: Tensor, y: Tensor, masks: Sequence[Tensor | None], kept_rows: int, backend: str) -> None:
+def tokens(
+    x: Tensor, y: Tensor, masks: Sequence[Tensor | None], both: bool, smooth: float, kept_rows: int, backend: str
+) -> None:
     """As ``stats``, for the operands of max_sim; ``masks`` are the masks of x and y."""
     forks.guard()
-    checks.token_pair("x", x, "y", y, empty=True)
+    checks.token_pair("x", x, "y", y, empty=True, own=True)
     dispatch.check(backend, x.device, x.dtype)
     for name, mask, of in (("x_mask", masks[0], x), ("y_mask", masks[1], y)):
-        _vector(name, mask, tuple(of.shape[:2]), x, torch.bool)
+        _vector(name, mask, tuple(of.shape[:-1]), x, torch.bool)
+    if smooth != 0:
+        checks.temperature_of_products("smooth", smooth, x)
+    if both and (y.dim() == 4 or smooth != 0):
+        raise ValueError("both: got True with y (M, K, P, D) or smooth, expected False")
+    if smooth != 0 and kept_rows != 0:
+        raise ValueError(f"kept_rows: got {kept_rows} with smooth, expected 0")
     _kept_rows(kept_rows, x.shape[0])
 
 
@@ -108,7 +116,7 @@ def tokens_saved(
     needs: Sequence[bool],
 ) -> None:  # fmt: skip
     """Raises unless these are what the forward of max_sim returned, and gradients of it."""
-    (m, t, _), (n, p, _) = x.shape, y.shape
+    (m, t, _), (n, p, _) = x.shape, y.shape[-3:]
     _vector("g_x", upstream.x, (m, n), x)
     _vector("g_y", upstream.y, (m, n) if both else (0, 0), x)
     _vector("argmax_x", saved.argmax_x, (kept_rows, n, t), x, saved.argmax_x.dtype)

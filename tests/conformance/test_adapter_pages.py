@@ -10,7 +10,16 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from snippets import run_page
 
-PAGES = ["open_clip", "transformers", "sentence_transformers", "lightly", "pytorch_metric_learning", "x_clip"]
+PAGES = [
+    "open_clip",
+    "transformers",
+    "sentence_transformers",
+    "lightly",
+    "pytorch_metric_learning",
+    "x_clip",
+    "pylate",
+    "colpali_engine",
+]
 MODULES = {"sentence_transformers": "sentence_transformers.sentence_transformer", "lightly": "lightly.loss"}  # imported
 
 

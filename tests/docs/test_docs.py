@@ -24,6 +24,10 @@ def test_after_training() -> None:
     assert run_page("docs/after-training.md", given) >= 1
 
 
+def test_late_interaction() -> None:
+    assert run_page("docs/late-interaction.md") >= 3
+
+
 def test_recipes() -> None:
     assert run_page("docs/adapters/recipes.md") >= 8
 

@@ -86,6 +86,13 @@ MUTANTS = [
         (f"{TESTS}/test_sentence_transformers_multi_vector.py",), "token or multi_vector",
     ),
     Mutant(
+        "the library's loss of the batch", "colpali-engine's explicit negatives keep the library's loss of the batch",
+        f"{ADAPTERS}/colpali_engine.py",
+        "self.inner_loss.__class__ = ColbertLoss",
+        "pass",
+        (f"{TESTS}/test_colpali_engine.py",), "patch or Negative",
+    ),
+    Mutant(
         "weight of the image's own loss", "x-clip's image loss gets the text loss's weight",
         f"{ADAPTERS}/x_clip.py",
         '("visual_ssl", clip.image_ssl_loss_weight)',

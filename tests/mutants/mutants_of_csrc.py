@@ -8,6 +8,7 @@ STATS = "tests/ops/test_stats.py"
 BUDGET = "tests/testing/test_budget.py::test_stats"
 LOSSES = "tests/losses/test_losses.py::test_budget"
 MAX_SIM = "tests/ops/test_max_sim.py"
+MAX_SIM_FORMS = "tests/ops/test_max_sim_forms.py"
 RANK = "tests/ops/test_rank.py"
 NEAR = "tests/losses/test_near_and_far.py"
 ROW_LOSS = "tests/ops/test_row_loss.py"
@@ -328,6 +329,20 @@ MUTANTS = [
         "if (out_y_ && xt.last)",
         "if (out_y_)",
         (f"{MAX_SIM}::test_items_longer_than_a_block_of_the_cpp_backend",),
+    ),
+    Mutant(
+        "the first query's documents", "every item of x is scored against the own items of the first",
+        "csrc/max_sim/by_item.h",
+        "const int64_t n = p.own ? m * p.own + c : c, rows",
+        "const int64_t n = c, rows",
+        (f"{MAX_SIM_FORMS}::test_by_hand",), "cpp",
+    ),
+    Mutant(
+        "weights without their sum", "the gradient of a smooth maximum is not divided by the sum of exponentials",
+        "csrc/max_sim/by_item.h",
+        "sum_[j] == 0 ? T(0) : g / sum_[j]",
+        "g",
+        (f"{MAX_SIM_FORMS}::test_smooth_by_hand",), "cpp",
     ),
     Mutant(
         "ties by the larger column", "the later of two candidates with equal scores comes first",

@@ -268,6 +268,20 @@ MUTANTS = [
         "triton and (without or x-True)",
     ),
     Mutant(
+        "the first query's documents", "every item of x is scored against the own items of the first",
+        f"{KERNELS}/max_sim.py",
+        "n += item0.to(tl.int64) * N",
+        "n += 0",
+        ("tests/ops/test_max_sim_forms.py::test_by_hand",), "triton",
+    ),
+    Mutant(
+        "others of the first item", "gradients go to the own items of the first item",
+        f"{KERNELS}/max_sim_launch.py",
+        "others = (columns, columns, 1) if own",
+        "others = (columns, 0, 1) if own",
+        ("tests/ops/test_max_sim_forms.py::test_by_hand",), "triton",
+    ),
+    Mutant(
         "NaN ranks first", "a score that is NaN keeps its bits as its place",
         f"{KERNELS}/top_k.py",
         "_swap(bits).masked_fill_(scores.isnan(), NAN_BITS)",

@@ -4,117 +4,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import pytest
 import torch
+from token_problems import INF, NAN, check, on_device, ours, random_case, with_gradients
 from torch import Tensor
 
 from fused_contrastive import MaxSimScores, max_sim
-from fused_contrastive.core.budget import allowed
 from fused_contrastive.core.memory import rows_to_keep
-
-NAN, INF = float("nan"), float("inf")
-
-
-class Case(NamedTuple):
-    """A problem, its masks, and the weights of the scores in the sum that is differentiated."""
-
-    x: Tensor
-    y: Tensor
-    x_mask: Tensor | None
-    y_mask: Tensor | None
-    weights: tuple[Tensor, ...]
-
-    @property
-    def masks(self) -> tuple[Tensor | None, Tensor | None]:
-        return self.x_mask, self.y_mask
-
-
-def einsum(
-    x: Tensor, y: Tensor, x_mask: Tensor | None, y_mask: Tensor | None, reduction: str, direction: str
-) -> tuple[Tensor, ...]:
-    """The definition, on the whole (M, N, T, P) tensor."""
-    x_mask = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if x_mask is None else x_mask
-    y_mask = torch.ones(y.shape[:2], dtype=torch.bool, device=y.device) if y_mask is None else y_mask
-    products = torch.einsum("mtd,npd->mntp", x.masked_fill(~x_mask[..., None], 0), y.masked_fill(~y_mask[..., None], 0))
-    x_real, y_real = x_mask[:, None, :, None], y_mask[None, :, None, :]
-    best_y = products.masked_fill(~y_real, -INF).max(dim=3).values  # (M, N, T); of equal ones the first
-    best_x = products.masked_fill(~x_real, -INF).max(dim=2).values  # (M, N, P)
-    scores = []
-    if direction != "y":
-        score = best_y.masked_fill(~(x_real[..., 0] & y_real.any(dim=3)), 0).sum(dim=2)
-        scores.append(score / x_mask.sum(dim=1).clamp_min(1)[:, None] if reduction == "mean" else score)
-    if direction != "x":
-        score = best_x.masked_fill(~(y_real[:, :, 0] & x_real.any(dim=2)), 0).sum(dim=2)
-        scores.append(score / y_mask.sum(dim=1).clamp_min(1) if reduction == "mean" else score)
-    return tuple(scores)
-
-
-def ours(case: Case, reduction: str, direction: str, backend: str, budget: object = "auto") -> tuple[Tensor, ...]:
-    scores = max_sim(
-        case.x, case.y, *case.masks, reduction=reduction, direction=direction, memory_budget=budget, backend=backend
-    )
-    return tuple(scores) if direction == "both" else (scores,)
-
-
-def with_gradients(scores: tuple[Tensor, ...], case: Case) -> list[Tensor]:
-    total = sum((w.to(s.dtype) * s).sum() for w, s in zip(case.weights, scores, strict=False))
-    return [*(s.detach() for s in scores), *torch.autograd.grad(total, (case.x, case.y))]
-
-
-def some_mask(items: int, tokens: int) -> Tensor:
-    """A random mask with holes and padding, and often an item without tokens."""
-    mask = torch.rand(items, tokens, device="cpu") < random.choice([0.4, 0.8])
-    if random.random() < 0.5:
-        mask[random.randrange(items)] = False
-    return mask
-
-
-def random_case(m: int, n: int, t: int, p: int, d: int, dtype: torch.dtype, masked: bool, repeated: bool) -> Case:
-    x, y = torch.randn(m, t, d, device="cpu"), torch.randn(n, p, d, device="cpu")
-    if repeated:  # ties: equal tokens in an item. Multiples of 1/4 have exact products and sums
-        x, y = (4 * x).round() / 4, (4 * y).round() / 4
-        x, y = x[:, torch.randint(t, (t,), device="cpu")], y[:, torch.randint(p, (p,), device="cpu")]
-    x_mask, y_mask = (some_mask(m, t), some_mask(n, p)) if masked else (None, None)
-    if x_mask is not None and y_mask is not None:  # padding may hold anything
-        x, y = x.masked_fill(~x_mask[..., None], NAN), y.masked_fill(~y_mask[..., None], NAN)
-    weights = tuple(torch.randn(m, n, dtype=torch.float64, device="cpu") for _ in range(2))
-    return Case(x.to(dtype).requires_grad_(), y.to(dtype).requires_grad_(), x_mask, y_mask, weights)
-
-
-def on_device(case: Case) -> Case:
-    """The case on the default device, which the triton backend's fixture sets to the GPU if there is one."""
-    device = torch.get_default_device()
-    x, y = (t.detach().to(device).requires_grad_() for t in (case.x, case.y))
-    masks = (None if t is None else t.to(device) for t in case.masks)
-    return Case(x, y, *masks, tuple(w.to(device) for w in case.weights))
-
-
-def check(case: Case, reduction: str, direction: str, backend: str, budget: object) -> None:
-    """Asserts |ours - fp64| <= 2 |eager - fp64| + 8 eps (max |fp64| + the largest term) of scores and gradients."""
-    dtype = case.x.dtype
-    wide = case._replace(x=case.x.detach().double().requires_grad_(), y=case.y.detach().double().requires_grad_())
-    truth = with_gradients(einsum(*wide[:4], reduction, direction), wide)
-    # In half precision eager may round another product to be the maximum, which moves the gradient. Ours accumulates
-    # in float32, and so does this eager form.
-    accumulated = torch.float64 if dtype == torch.float64 else torch.float32
-    widened = case._replace(
-        x=case.x.detach().to(accumulated).requires_grad_(), y=case.y.detach().to(accumulated).requires_grad_()
-    )
-    eager = with_gradients(einsum(*widened[:4], reduction, direction), widened)
-    placed = on_device(case)
-    results = with_gradients(ours(placed, reduction, direction, backend, budget), placed)
-    x, y = (t.detach().double().nan_to_num(0).abs().max().item() for t in (case.x, case.y))
-    weight = max(w.abs().max().item() for w in case.weights)
-    (_, t, d), (_, p, _) = case.x.shape, case.y.shape
-    terms = [d**0.5 * x * y * max(t, p) ** 0.5] * (len(truth) - 2) + [weight * y * p, weight * x * t]
-    for result, exact, other, term in zip(results, truth, eager, terms, strict=True):
-        assert result.shape == exact.shape
-        error = (result.cpu().double() - exact).abs().max().item()
-        off_by = (other.double() - exact).abs().max().item()
-        most = allowed(off_by, result.dtype, exact.abs().max().item() + term)
-        assert error <= most, (tuple(case.x.shape), tuple(case.y.shape), reduction, direction, error, most)
 
 
 @pytest.fixture(autouse=True)
@@ -254,11 +151,11 @@ def test_memory_budgets_give_the_same(direction: str, backend: str) -> None:
 def test_what_is_kept_is_one_byte_for_each_of_the_tokens(backend: str) -> None:
     x, y = torch.randn(3, 4, 2, requires_grad=True), torch.randn(2, 256, 2)
     op = torch.ops.fused_contrastive.max_sim_forward
-    _, _, argmax_x, argmax_y = op(x, y, None, None, True, 2, backend)
+    _, _, argmax_x, argmax_y = op(x, y, None, None, True, 0.0, 2, backend)
     assert argmax_x.shape == (2, 2, 4)
     assert argmax_x.dtype == torch.uint8
     assert argmax_y.shape == (2, 2, 256)
-    _, _, argmax_x, argmax_y = op(x, torch.cat([y, y[:, :1]], dim=1), None, None, False, 2, backend)
+    _, _, argmax_x, argmax_y = op(x, torch.cat([y, y[:, :1]], dim=1), None, None, False, 0.0, 2, backend)
     assert argmax_x.dtype == torch.int16
     assert argmax_y.numel() == 0
     assert rows_to_keep(8, ((64, 2 * 4), torch.uint8), 3 * 8 + 1, x.device) == 3
@@ -330,8 +227,8 @@ def test_gradcheck(direction: str, budget: object, backend: str) -> None:
 def test_opcheck(dtype: torch.dtype, both: bool, backend: str) -> None:
     x, y = torch.randn(3, 4, 2, dtype=dtype, requires_grad=True), torch.randn(2, 3, 2, dtype=dtype, requires_grad=True)
     masks = (None, torch.tensor([[True, True, False], [False, True, True]]))
-    torch.library.opcheck(torch.ops.fused_contrastive.max_sim_forward, (x, y, *masks, both, 2, backend))
-    detached = (x.detach(), y.detach(), *masks, both, 2, backend)
+    torch.library.opcheck(torch.ops.fused_contrastive.max_sim_forward, (x, y, *masks, both, 0.0, 2, backend))
+    detached = (x.detach(), y.detach(), *masks, both, 0.0, 2, backend)
     _, _, *argmaxima = torch.ops.fused_contrastive.max_sim_forward(*detached)
     g = torch.randn(3, 2)
     arguments = (g, g if both else None, *argmaxima, [True, both], *detached)

@@ -30,7 +30,7 @@ SAVED: dict[str, Any] = dict(
     col=torch.ones(N).double(), kept=features(0, N), needs=[True] * 4,
 )  # fmt: skip
 TOKENS: dict[str, Any] = dict(
-    x=features(3, 4, D), y=features(2, 5, D), x_mask=None, y_mask=None, both=True, kept_rows=0
+    x=features(3, 4, D), y=features(2, 5, D), x_mask=None, y_mask=None, both=True, smooth=0.0, kept_rows=0
 )
 SAVED_TOKENS: dict[str, Any] = dict(
     g_x=torch.ones(3, 2), g_y=torch.ones(3, 2), argmax_x=torch.zeros(0, 2, 4, dtype=torch.uint8),
@@ -96,6 +96,12 @@ BAD_TOKENS: list[tuple[str, dict[str, Any]]] = [
     ("y", dict(y=features(2, 5, D).bfloat16())),
     ("x_mask", dict(x_mask=torch.ones(1, 1, dtype=torch.bool))),
     ("y_mask", dict(y_mask=torch.ones(2, 5))),
+    ("y", dict(y=features(2, 2, 5, D), both=False)),
+    ("both", dict(y=features(3, 2, 5, D))),
+    ("both", dict(smooth=0.1)),
+    ("smooth", dict(smooth=-0.1, both=False)),
+    ("smooth", dict(smooth=float("nan"), both=False)),
+    ("kept_rows", dict(smooth=0.1, both=False, kept_rows=1)),
     ("kept_rows", dict(kept_rows=4)),
     ("backend", dict(backend="nope")),
 ]

@@ -99,15 +99,16 @@ def self_stats(**options: Any) -> Call:
     return run
 
 
-def max_sim(t: int, p: int, d: int, direction: str, masked: bool) -> Call:
-    """A call of ``max_sim`` on items of t and of p tokens."""
+def max_sim(t: int, p: int, d: int, direction: str, masked: bool, own: int = 0, smooth: float | None = None) -> Call:
+    """A call of ``max_sim`` on items of t and of p tokens; ``own``: so many items of y for each of x."""
 
     def run(kind: Kind, kept: str) -> None:
-        x, y = leaf((9, t, d), kind.dtype), leaf((11, p, d), kind.dtype)
-        masks = [torch.rand(9, t) < 0.7, torch.rand(11, p) < 0.7] if masked else []
+        items = (9, own) if own else (11,)
+        x, y = leaf((9, t, d), kind.dtype), leaf((*items, p, d), kind.dtype)
+        masks = [torch.rand(9, t) < 0.7, torch.rand(*items, p) < 0.7] if masked else []
         found = fc.max_sim(
-            x, y, *masks, reduction="mean" if masked else "sum", direction=direction,
-            memory_budget=budget(kept, 9, 11 * max(t, p), 1), backend="triton",
+            x, y, *masks, reduction="mean" if masked else "sum", direction=direction, smooth=smooth,
+            memory_budget=budget(kept, 9, items[-1] * max(t, p), 1), backend="triton",
         )  # fmt: skip
         step(found, [x, y])
 
@@ -144,6 +145,8 @@ CALLS: dict[str, Call] = {
     "max_sim, both, masks": max_sim(20, 30, 64, "both", True),
     "max_sim, both, one token": max_sim(1, 300, 64, "both", False),
     "max_sim, both, long items": max_sim(300, 17, 513, "both", False),
+    "max_sim, own": max_sim(20, 30, 64, "x", False, own=3),
+    "max_sim, own, masks, smooth": max_sim(20, 30, 64, "both", True, own=3, smooth=0.1),
     "ranking": ranking,
 }
 

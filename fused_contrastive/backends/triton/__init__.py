@@ -102,8 +102,9 @@ class Triton(Backend):
 
         saved = MaxSimForward(*(t.contiguous() for t in saved))
         (_, t, _), (n, p, _) = x.shape, y.shape
-        of_y = (spec.kept_rows, n, p) if spec.both else (0, 0, 0)
-        _check_saved("argmax_x", saved.argmax_x, (spec.kept_rows, n, t), index_dtype(p))
+        columns = spec.own or n
+        of_y = (spec.kept_rows, columns, p) if spec.both else (0, 0, 0)
+        _check_saved("argmax_x", saved.argmax_x, (spec.kept_rows, columns, t), index_dtype(p))
         _check_saved("argmax_y", saved.argmax_y, of_y, index_dtype(t))
         return max_sim_launch.backward(spec, x, y, saved, upstream, needs)
 

@@ -16,6 +16,8 @@ from fused_contrastive.core.tokens import (
     TokenSpec,
     argmaxima,
     bytes_of_row,
+    moved,
+    put_back,
     real,
 )
 
@@ -35,11 +37,11 @@ class Tiles(NamedTuple):
     other: int  # of the other one,
     d: int  # and columns
 
-    @property
-    def of_maxima(self) -> dict[str, Any]:
+    def of_maxima(self, rows: int) -> dict[str, Any]:
+        """For a tile of so many rows: fewer than ``m`` if it has one item of x."""
         return {
-            "BM": self.m, "BN": self.n, "BK": self.k, "GROUP": 8, "num_warps": self.warps, "num_stages": self.stages,
-            "enable_fp_fusion": True,
+            "BM": rows, "BN": self.n, "BK": self.k, "GROUP": 8, "num_warps": self.warps if rows == self.m else 4,
+            "num_stages": self.stages, "enable_fp_fusion": True,
         }  # fmt: skip
 
     @property
@@ -65,11 +67,21 @@ def token_block(t: int, rows: int) -> int:
     return min(max(16, 1 << (t - 1).bit_length()), rows)
 
 
+class _Side(NamedTuple):
+    """Some items of x, or of y."""
+
+    tokens: Tensor  # (items * size, D)
+    multiplied: Tensor  # the same, as products take them
+    lengths: Tensor | None
+    size: int  # tokens of an item
+
+
 class _Prepared:
     """Arguments that all launches of one problem share."""
 
     def __init__(self, spec: TokenSpec, x: Tensor, y: Tensor) -> None:
         self.spec = spec
+        x, y = moved(spec, x, y)
         (self.m, self.t, self.d), (self.n, self.p, _) = x.shape, y.shape
         source, on = products_from(x), device.of(x.device)
         self.tiles = tiles(on.architecture, source)
@@ -79,17 +91,27 @@ class _Prepared:
         self.multiplied = multiplied(x, y, source, on)  # for maxima
         # Gradients are sums of the features themselves, by a product with ones and zeros.
         self.x, self.y = (aligned(x), aligned(y)) if source == "tf32" else self.multiplied
+        self.columns = spec.own or self.n
         self.block = token_block(self.t, self.tiles.m)
+        self.rows = self.block if spec.own else self.tiles.m  # of a tile of products
         self.x_lengths, self.y_lengths = spec.x_lengths, spec.y_lengths
+
+    def side(self, which: int, first: int, last: int) -> _Side:
+        """Items [first, last) of x (0) or of y (1)."""
+        size, lengths = (self.t, self.x_lengths) if which == 0 else (self.p, self.y_lengths)
+        rows = slice(first * size, last * size)
+        tokens = (self.x, self.y)[which][rows]
+        return _Side(tokens, self.multiplied[which][rows], None if lengths is None else lengths[first:last], size)
 
     def maxima(
         self, first: int, last: int, x_sums: Tensor | None, y_sums: Tensor | None, argmax_x: Tensor | None,
         argmax_y: Tensor | None, arg_first: int, arg_last: int, both: bool,
     ) -> None:  # fmt: skip
-        """The maxima of items [first, last) of x. Argmaxima are written for [arg_first, arg_last), from row 0 on."""
+        """The maxima of items [first, last) of x. Argmaxima, or the values of smooth maxima in float32, are written for
+        [arg_first, arg_last), from row 0 on."""
         in_parts = both and self.t > self.block
-        items = self.tiles.m // self.block
-        step = max(1, PROGRAMS // self.n) * items
+        items = self.rows // self.block
+        step = max(1, PROGRAMS // self.columns) * items
         if in_parts:
             step = min(step, max(1, ROOM // (8 * triton.cdiv(self.t, self.block) * self.n * self.p)))
         for begin in range(first, last, step):
@@ -100,10 +122,11 @@ class _Prepared:
                 part_best = self.x.new_empty(shape, dtype=torch.float32)
                 part_index = self.x.new_empty(shape, dtype=torch.int32)
             x, y = self.multiplied
-            max_sim.maxima[(triton.cdiv(end - begin, items) * self.n,)](
+            max_sim.maxima[(triton.cdiv(end - begin, items) * self.columns,)](
                 x, y, self.x_lengths, self.y_lengths, x_sums, y_sums, argmax_x, argmax_y, part_best,
-                part_index, begin, end, arg_first, arg_last, self.n, self.t, self.p, self.d, x.stride(0),
-                y.stride(0), BOTH=both, PRECISION=self.precision, TB=self.block, **self.tiles.of_maxima,
+                part_index, begin, end, arg_first, arg_last, self.columns, self.t, self.p, self.d, x.stride(0),
+                y.stride(0), self.spec.smooth, BOTH=both, OWN=self.spec.own > 0, SMOOTH=self.spec.smooth > 0,
+                PRECISION=self.precision, TB=self.block, **self.tiles.of_maxima(self.rows),
             )  # fmt: skip
             if part_best is not None and part_index is not None:
                 best, which = part_best.max(dim=0)  # the first block with the maximum
@@ -126,9 +149,9 @@ class _Prepared:
 
 def forward(spec: TokenSpec, x: Tensor, y: Tensor) -> MaxSimForward:
     p = _Prepared(spec, x, y)
-    x_sums = x.new_empty(p.m, p.n, dtype=torch.float32)
-    y_sums = x.new_empty((p.m, p.n) if spec.both else (0, 0), dtype=torch.float32)
-    argmax_x, argmax_y = argmaxima(spec.kept_rows, x, y, spec.both)
+    x_sums = x.new_empty(p.m, p.columns, dtype=torch.float32)
+    y_sums = x.new_empty((p.m, p.columns) if spec.both else (0, 0), dtype=torch.float32)
+    argmax_x, argmax_y = argmaxima(spec.kept_rows, p.columns, x, y, spec.both)
     with device.current(p.x.device):
         for begin, end, kept in ((0, spec.kept_rows, True), (spec.kept_rows, p.m, False)):
             p.maxima(
@@ -148,17 +171,23 @@ def backward(
     )
     g_x, g_y = (None if g is None else g.float().contiguous() for g in upstream)
     both = g_y is not None
-    step = max(p.tiles.m // p.block, ROOM // bytes_of_row(x, y, both))
+    bytes_of_item = 4 * p.columns * p.t if spec.smooth else bytes_of_row(p.columns, x, y, both)
+    step = max(p.rows // p.block, ROOM // bytes_of_item)
     with device.current(p.x.device):
         for begin in (*range(0, spec.kept_rows, step), *range(spec.kept_rows, p.m, step)):
             end = min(begin + step, spec.kept_rows if begin < spec.kept_rows else p.m)
             if begin < spec.kept_rows:
                 argmax_x, argmax_y = saved.argmax_x[begin:end], saved.argmax_y[begin:end]
             else:
-                argmax_x, argmax_y = argmaxima(end - begin, x, y, both)
+                argmax_x, argmax_y = argmaxima(end - begin, p.columns, x, y, both)
+                if spec.smooth:
+                    argmax_x = argmax_x.new_empty(argmax_x.shape, dtype=torch.float32)
                 p.maxima(begin, end, None, None, argmax_x, argmax_y if both else None, begin, end, both)
             _add(p, begin, end, g_x, g_y, argmax_x, argmax_y, dx, dy)
-    return None if dx is None else dx.to(x.dtype), None if dy is None else dy.to(y.dtype)
+    return (
+        None if dx is None else put_back(dx.to(x.dtype), spec.x_order),
+        None if dy is None else put_back(dy.to(y.dtype), spec.y_order),
+    )
 
 
 def _add(
@@ -169,18 +198,42 @@ def _add(
 
     Programs have one item of x for dx and one item of y for dy, so that every sum has one writer.
     """
-    c, n = p.tiles, p.n
-    x_lengths = None if p.x_lengths is None else p.x_lengths[begin:end]
+    columns, own = p.columns, p.spec.own
     g_x, g_y = (None if g is None else g[begin:end] for g in (g_x, g_y))
     of_x, of_y = None if g_x is None else argmax_x, None if g_y is None else argmax_y
-    columns = triton.cdiv(p.d, c.d)
+    x, y = p.side(0, begin, end), p.side(1, begin * own, end * own) if own else p.side(1, 0, p.n)
     if dx is not None:
-        max_sim.gradient[(end - begin, triton.cdiv(p.t, c.own), columns)](
-            dx[begin:end], p.y, x_lengths, p.y_lengths, g_x, g_y, of_x, of_y, n, p.t, p.p, p.d, p.y.stride(0),
-            n, 1, n * p.t, p.t, n * p.p, p.p, PRECISION=p.gradient_precision, **c.of_gradient,
-        )  # fmt: skip
+        others = (columns, columns, 1) if own else (columns, 0, 1)
+        _launch(p, dx[begin:end], x, y, others, (columns, 1), (g_x, g_y), (of_x, of_y))
     if dy is not None:
-        max_sim.gradient[(n, triton.cdiv(p.p, c.own), columns)](
-            dy, p.x[begin * p.t : end * p.t], p.y_lengths, x_lengths, g_y, g_x, of_y, of_x, end - begin, p.p, p.t, p.d,
-            p.x.stride(0), 1, n, p.p, n * p.p, p.t, n * p.t, PRECISION=p.gradient_precision, **c.of_gradient,
+        others = (1, 1, columns) if own else (end - begin, 0, 1)
+        out = dy[begin * own : end * own] if own else dy
+        _launch(p, out, y, x, others, (1, 0 if own else columns), (g_y, g_x), (of_y, of_x))
+
+
+def _launch(
+    p: _Prepared, out: Tensor, own: _Side, other: _Side, others: tuple[int, int, int], steps: tuple[int, int],
+    g: tuple[Tensor | None, Tensor | None], found: tuple[Tensor | None, Tensor | None],
+) -> None:  # fmt: skip
+    """Adds to ``out`` the gradient of the items of one side.
+
+    Args:
+        others: how many other items each has, and the first of them, as the factor and the divisor of its own index.
+        steps: how far apart two items, and two other items, are in a matrix (M, C).
+        g, found: gradients (M, C) and what ``maxima`` found, of the own tokens' maxima and of the others'.
+    """
+    grid = (out.shape[0], triton.cdiv(own.size, p.tiles.own), triton.cdiv(p.d, p.tiles.d))
+    of_own, of_other = ([step * side.size for step in steps] for side in (own, other))
+    if not p.spec.smooth:
+        max_sim.gradient[grid](
+            out, other.tokens, own.lengths, other.lengths, *g, *found, *others, own.size, other.size, p.d,
+            other.tokens.stride(0), *steps, *of_own, *of_other, PRECISION=p.gradient_precision, **p.tiles.of_gradient,
         )  # fmt: skip
+        return
+    is_x = g[0] is not None  # smooth maxima are of x's tokens alone
+    max_sim.smooth_gradient[grid](
+        out, own.multiplied, other.multiplied, other.tokens, own.lengths, other.lengths, g[not is_x], found[not is_x],
+        *others, own.size, other.size, p.d, own.multiplied.stride(0), other.multiplied.stride(0),
+        other.tokens.stride(0), *steps, *(of_own if is_x else of_other), p.spec.smooth, OF_OWN=is_x,
+        PRECISION=p.precision, GRADIENT_PRECISION=p.gradient_precision, BK=p.tiles.k, **p.tiles.of_gradient,
+    )  # fmt: skip

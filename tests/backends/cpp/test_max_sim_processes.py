@@ -40,7 +40,7 @@ x, g = torch.randn(300, 64, 2048), torch.randn(300, 300)
 index, none = torch.zeros(300, 300, 64, dtype=torch.uint8), torch.zeros(0, 0, 0, dtype=torch.uint8)
 print("ready", flush=True)
 torch.ops.fused_contrastive.max_sim_backward(
-    g, None, index, none, [True, True], x, x, None, None, False, 300, "cpp"
+    g, None, index, none, [True, True], x, x, None, None, False, 0.0, 300, "cpp"
 )
 """,
 }

@@ -55,7 +55,7 @@ def test_every_architecture_and_kernel_is_there(compiled: list[dict[str, Any]], 
     assert {row["arch"] for row in compiled} == {"sm_90", "gfx942", *(["sm_80", "sm_100"] if full else [])}
     assert {row["kernel"].split(",")[0] for row in compiled} == {
         "strip_statistics", "exact_statistics", "gradient", "gradient_of_kept", "exact_gradient", "sigmoid_statistics",
-        "sigmoid_gradient", "max_sim maxima", "max_sim gradient",
+        "sigmoid_gradient", "max_sim maxima", "max_sim gradient", "max_sim smooth_gradient",
     }  # fmt: skip
 
 

@@ -72,7 +72,7 @@ Gradients grouped(const StatsProblem& p, const Saved& saved, const Upstream& ups
     const Saved own{upstream.row ? part(saved.row, rows) : saved.row, upstream.col ? part(saved.col, cols) : saved.col,
                     saved.kept};
     const Upstream arriving{part(upstream.pos, rows), part(upstream.row, rows), part(upstream.col, cols)};
-    all.set(k, groups[k], stats_backward(part(p, groups[k]), own, arriving, needs, at_times));
+    all.set(k, groups[k], stats_backward(part(p, groups[k]), own, arriving, all.needs(groups[k]), at_times));
   });
   return all.finish();
 }

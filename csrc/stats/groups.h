@@ -95,7 +95,8 @@ class GroupedGradients {
  public:
   GroupedGradients(const StatsProblem& p, const Needs& needs, int64_t groups, at::ScalarType x_dtype,
                    at::ScalarType y_dtype, at::ScalarType dtype)
-      : one_bias_(p.col_bias && p.col_bias->dim() == 0),
+      : needs_(needs),
+        one_bias_(p.col_bias && p.col_bias->dim() == 0),
         options_(p.x.options().dtype(dtype)),
         scale_(groups, 0),
         bias_(groups, 0) {
@@ -103,6 +104,13 @@ class GroupedGradients {
     if (needs.of[1]) all_[1] = at::empty(p.y.sizes(), p.y.options().dtype(y_dtype));
     if (needs.of[2]) all_[2] = at::empty({}, options_);
     if (needs.of[3]) all_[3] = at::empty(p.col_bias->sizes(), options_);
+  }
+  // What group k needs. Where no gradient has to be rounded, it is formed at its place.
+  Needs needs(const Group& g) const {
+    Needs own{needs_.of, needs_.joint};
+    if (in_place(0)) own.zeros_for_x = part(all_[0], g.rows).zero_();
+    if (in_place(1)) own.zeros_for_y = part(all_[1], g.cols).zero_();
+    return own;
   }
   // Sets the gradients of group k; undefined ones are 0. Any thread may call it.
   void set(int64_t k, const Group& g, const Gradients& grads) {
@@ -127,11 +135,14 @@ class GroupedGradients {
   void copy(size_t which, const Range& range, const at::Tensor& grad) {
     if (!all_[which].defined() || range.size() == 0) return;
     const at::Tensor out = part(all_[which], range);
+    if (grad.defined() && grad.is_alias_of(out)) return;
     if (grad.defined())
       out.copy_(grad);
     else
       out.zero_();
   }
+  bool in_place(size_t which) const { return all_[which].defined() && all_[which].scalar_type() == options_.dtype(); }
+  Needs needs_;
   bool one_bias_;
   at::TensorOptions options_;
   Gradients all_;

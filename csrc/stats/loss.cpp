@@ -225,7 +225,7 @@ LossAndGradients grouped(const StatsProblem& p, const RowLoss& loss, const Needs
     own.kept_rows = std::min(group.rows.size(), most_kept / group.cols.size());
     RowLoss of_group = over_all;
     of_group.labels = part(loss.labels, group.rows);
-    const auto [value, grads] = loss_and_gradients(own, of_group, needs, at_times);
+    const auto [value, grads] = loss_and_gradients(own, of_group, all.needs(group), at_times);
     losses[k] = value.item<double>();
     all.set(k, group, grads);
   });

@@ -71,10 +71,12 @@ struct Upstream {
 };
 
 // Which of the gradients of x, y, scale and col_bias are needed. With `joint` y is x: both gradients are summed in the
-// gradient of x, and y's is not needed.
+// gradient of x, and y's is not needed. Zeros, if given, become the gradients of x and y, which are then in the dtype
+// of sums.
 struct Needs {
   std::array<bool, 4> of;
   bool joint;
+  at::Tensor zeros_for_x{}, zeros_for_y{};
 };
 using Gradients = std::array<at::Tensor, 4>;  // dx, dy, dscale, dcol_bias; undefined where not needed
 

@@ -123,12 +123,14 @@ inline int64_t kept_offset(const TileBounds& at, int64_t n) {
   return at.row * n + at.col * at.rows;
 }
 
-// Memory for one tile in each thread.
+// Memory for one tile in each thread, if any tile needs it.
 template <class T>
 class TileScratch {
  public:
-  TileScratch(const Tiling& tiling, const at::TensorOptions& options)
-      : memory_(at::empty({tiling.threads() * kTileRows * kTileCols}, options)), alone_(tiling.threads() == 1) {}
+  TileScratch(const Tiling& tiling, const at::TensorOptions& options, bool needed = true)
+      : alone_(tiling.threads() == 1) {
+    if (needed) memory_ = at::empty({tiling.threads() * kTileRows * kTileCols}, options);
+  }
   T* get() const {
     const int64_t thread = alone_ ? 0 : at::get_thread_num();
     return memory_.template mutable_data_ptr<T>() + thread * kTileRows * kTileCols;

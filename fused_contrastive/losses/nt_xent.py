@@ -14,7 +14,7 @@ from fused_contrastive.core.reduction import REDUCTIONS, Reduction
 from fused_contrastive.core.spec import BackendName, compute_dtype
 from fused_contrastive.distributed.agreement import Group, call_of, collective
 from fused_contrastive.losses import corrections, terms
-from fused_contrastive.ops.groups import grouped
+from fused_contrastive.ops.groups import Groups, grouped
 from fused_contrastive.ops.problem import Problem, autocast, log_add
 from fused_contrastive.ops.row_dots import RowMap
 from fused_contrastive.ops.row_loss import row_loss
@@ -95,16 +95,11 @@ def nt_xent_loss(
         group_checks.refuse(debias=debias, hardness=hardness)
     of_debias = "a tensor" if isinstance(debias, Tensor) else debias
     debias = corrections.checked_debias(debias, everything[0])
-    z = torch.cat(everything)
+    z = torch.cat(everything) if groups is None else _by_group(groups, everything, equal=lengths is None)
     if groups is not None:
-        groups = groups.times(count)
+        everything, groups = [z], groups.times(count)
         place, length = groups.places(z)
         samples = length // count
-        if lengths is None:  # the same in all groups
-            z = torch.cat([t.unflatten(0, (groups.rows.shape[0], -1)) for t in everything], dim=1).flatten(0, 1)
-        else:
-            z = terms.rows_at(z, _by_group(place, samples, count, n))
-        everything = [z]
     problem = Problem(
         z, z, scale, memory_budget=memory_budget, backend=backend, normalize=normalize, views=everything, groups=groups
     )  # fmt: skip
@@ -155,13 +150,15 @@ def _rows(place: Tensor, other: Tensor) -> RowMap:
     return lambda part: part.index_select(0, index)
 
 
-def _by_group(place: Tensor, samples: Tensor, views: int, n: int) -> Tensor:
-    """(V * N,) where the views (V * N, D) have each row of the order by groups, and by views in each group.
-
-    ``place`` is the row's place in its group, and ``samples`` how many samples that has.
-    """
-    first_sample = (torch.arange(place.shape[0], device=place.device) - place) // views
-    return place // samples * n + first_sample + place % samples
+def _by_group(groups: Groups, views: list[Tensor], equal: bool) -> Tensor:
+    """(V * N, D) the rows of the views (N, D), group by group, and view by view in each; ``equal``: are the groups?"""
+    if equal:
+        return torch.cat([view.unflatten(0, (groups.rows.shape[0], -1)) for view in views], dim=1).flatten(0, 1)
+    z, count = torch.cat(views), len(views)
+    place, length = groups.times(count).places(z)
+    samples = length // count
+    first_sample = (torch.arange(z.shape[0], device=z.device) - place) // count
+    return terms.rows_at(z, place // samples * views[0].shape[0] + first_sample + place % samples)
 
 
 def _normalize(given: bool | None) -> bool:

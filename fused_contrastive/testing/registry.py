@@ -22,7 +22,7 @@ from fused_contrastive.losses.siglip import siglip_loss
 from fused_contrastive.losses.supcon import supcon_loss
 from fused_contrastive.losses.x_clip import x_clip_loss
 from fused_contrastive.ops.stats import contrastive_stats
-from fused_contrastive.testing import oracle, textbook, textbook_related, textbook_tokens
+from fused_contrastive.testing import oracle, textbook, textbook_groups, textbook_related, textbook_tokens
 from fused_contrastive.testing.maker import Maker
 from fused_contrastive.testing.textbook_groups import by_groups, with_positives
 
@@ -65,13 +65,13 @@ def pair(*names: str) -> Callable[[Maker, dict[str, Any]], tuple[Leaves, dict[st
 def _contrastive_stats(make: Maker, given: dict[str, Any]) -> tuple[Leaves, dict[str, Any]]:
     n, options = make.sizes.n, dict(given)
     m = n if "lengths" in options else make.sizes.m or n
-    _set_lengths(make, options)
+    make.set_lengths(options)
     leaves = {"x": make.features(m), "y": make.features(n), "scale": make.scalar(make.sizes.scale)}
     if options.pop("targets", False) or m > n:
-        options["targets"] = _targets(make, m, n, options)
+        options["targets"] = make.targets(m, n, options)
     if options.pop("bias", False):
         empty = make.vector(n) < 0.2
-        empty[_columns(options, m)] = False  # a positive in an empty slot would be -inf
+        empty[textbook_groups.columns(options, m)] = False  # a positive in an empty slot would be -inf
         leaves["col_bias"] = (4 * make.vector(n) - 2).masked_fill(empty, -torch.inf)
     if count := options.pop("ids", 0):  # so few ids that some rows have no negatives left
         high = max(2, n // 8)
@@ -85,33 +85,10 @@ def _contrastive_stats(make: Maker, given: dict[str, Any]) -> tuple[Leaves, dict
     return leaves, options
 
 
-def _set_lengths(make: Maker, options: dict[str, Any]) -> None:
-    """Cuts the rows into up to four groups, of which some may have one row, or none."""
-    if "lengths" in options:
-        cuts = make.ids(3, make.sizes.n + 1).sort().values
-        ends = torch.tensor([0, make.sizes.n], device="cpu")
-        options["lengths"] = torch.cat((ends[:1], cuts, ends[1:])).diff()
-
-
-def _targets(make: Maker, m: int, n: int, options: dict[str, Any]) -> Tensor:
-    """(m,) columns, of each row's group if there are groups."""
-    drawn = make.ids(m, n)
-    return drawn % options["lengths"].repeat_interleave(options["lengths"]) if "lengths" in options else drawn
-
-
-def _columns(options: dict[str, Any], m: int) -> Tensor:
-    """(m,) the positives' columns among those of all groups."""
-    targets = options.get("targets", torch.arange(m, device="cpu"))
-    if "lengths" not in options or "targets" not in options:
-        return targets
-    lengths = options["lengths"]
-    return targets + (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
-
-
 def _info_nce(make: Maker, given: dict[str, Any]) -> tuple[Leaves, dict[str, Any]]:
     n, options = make.sizes.n, dict(given)
     m = n if options.get("symmetric") or "lengths" in options else max(1, n - 3)
-    _set_lengths(make, options)
+    make.set_lengths(options)
     leaves = {"query": make.features(m), "key": make.features(n), "logit_scale": make.scalar(make.sizes.scale)}
     kind, columns = options.pop("negatives", None), n
     if kind == "shared":
@@ -121,7 +98,7 @@ def _info_nce(make: Maker, given: dict[str, Any]) -> tuple[Leaves, dict[str, Any
     if options.pop("bias", False):
         leaves["col_bias"] = make.vector(columns)
     if options.pop("targets", False):
-        options["targets"] = _targets(make, m, n, options)
+        options["targets"] = make.targets(m, n, options)
     if count := options.pop("ids", 0):
         options["row_ids"], options["col_ids"] = (make.ids(size, n // 3 * count, count) for size in (m, columns))
     if options.pop("weight", False):
@@ -154,7 +131,7 @@ def _set_margins(make: Maker, x: Tensor, y: Tensor, options: dict[str, Any]) -> 
 def _clip(make: Maker, given: dict[str, Any]) -> tuple[Leaves, dict[str, Any]]:
     n, options = make.sizes.n, dict(given)
     m = max(1, n // 2) if options.pop("unequal", False) else n
-    _set_lengths(make, options)
+    make.set_lengths(options)
     leaves = {
         "image_features": make.features(m), "text_features": make.features(n),
         "logit_scale": make.scalar(make.sizes.scale),
@@ -170,7 +147,7 @@ def _clip(make: Maker, given: dict[str, Any]) -> tuple[Leaves, dict[str, Any]]:
 
 def _nt_xent(make: Maker, given: dict[str, Any]) -> tuple[Leaves, dict[str, Any]]:
     options = dict(given)
-    _set_lengths(make, options)
+    make.set_lengths(options)
     count = options.pop("count", 2)
     leaves = {f"z{k + 1}": make.features(make.sizes.n) for k in range(count)}
     return {**leaves, "temperature": make.scalar(1 / make.sizes.scale)}, options
@@ -188,7 +165,7 @@ def _textbook_nt_xent(
 
 def _supcon(make: Maker, given: dict[str, Any]) -> tuple[Leaves, dict[str, Any]]:
     options = dict(given)
-    _set_lengths(make, options)
+    make.set_lengths(options)
     n, views = make.sizes.n, options.pop("views", 1)
     features = make.features(n) if views == 1 else make.features(n, views)
     options["labels"] = make.ids(n, n // options.pop("per_label", 3)) * 7 - 11
@@ -197,7 +174,7 @@ def _supcon(make: Maker, given: dict[str, Any]) -> tuple[Leaves, dict[str, Any]]
 
 def _siglip(make: Maker, given: dict[str, Any]) -> tuple[Leaves, dict[str, Any]]:
     n, options = make.sizes.n, dict(given)
-    _set_lengths(make, options)
+    make.set_lengths(options)
     scale = make.scalar(make.sizes.scale)
     m = max(1, n // 2) if options.pop("unequal", False) else n
     leaves = {"image_features": make.features(m), "text_features": make.features(n), "logit_scale": scale}

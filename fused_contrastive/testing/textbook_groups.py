@@ -54,3 +54,11 @@ def with_positives(labels: Tensor, features: Tensor, no_positive: str = "skip", 
     views = features.shape[1] if features.dim() == 3 else 1
     shared = (labels[:, None] == labels).sum(dim=1) * views
     return ((shared > 1) | (no_positive == "zero")).sum() * views
+
+
+def columns(options: dict[str, Any], m: int) -> Tensor:
+    """(m,) the positives' columns among those of all groups."""
+    targets, lengths = options.get("targets"), options.get("lengths")
+    if targets is None:
+        return torch.arange(m, device="cpu")
+    return targets if lengths is None else targets + (lengths.cumsum(0) - lengths).repeat_interleave(lengths)

@@ -32,6 +32,10 @@ def test_false_negatives() -> None:
     assert run_page("docs/false-negatives.md") >= 10
 
 
+def test_groups() -> None:
+    assert run_page("docs/groups.md") >= 3
+
+
 def test_distributed() -> None:
     assert run_page("docs/distributed.md") >= 1
 

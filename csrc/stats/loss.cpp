@@ -35,6 +35,14 @@ int64_t rows_at_once(int64_t n) {
   return std::clamp<int64_t>((int64_t(1) << 24) / n / 128 * 128, 128, 512);
 }
 
+// Sums in parts of 128, so that roundings stay small.
+double sum_of(const at::Tensor& losses) {
+  const double* all = losses.const_data_ptr<double>();
+  double sum = 0;
+  for (const Range& some : pieces(0, losses.numel(), 128)) sum += std::accumulate(all + some.begin, all + some.end, 0.);
+  return sum;
+}
+
 struct WeightedTerm {
   double loss, g_normaliser, g_pos;
 };
@@ -113,7 +121,7 @@ LossAndGradients from_rows(const StatsProblem& problem, const RowLoss& loss, con
       interrupt();
     }
   }
-  return {losses.sum(), gradients.finish(g_pos, p.scalar_type(), p.scalar_type())};
+  return {sum_of(losses), gradients.finish(g_pos, p.scalar_type(), p.scalar_type())};
 }
 
 // Adds one direction's losses to `losses` and their derivatives by the positives' logits to `g_pos`. Writes their
@@ -159,14 +167,14 @@ LossAndGradients from_two_passes(const StatsProblem& problem, const RowLoss& los
 
   const auto zeros = [&](int64_t size) { return at::zeros({size}, p.options()); };
   const at::Tensor g_row = zeros(m), row_value = stats.row_value(problem);
-  const at::Tensor losses = at::zeros({m}, at::kDouble);  // ATen sums them in pairs, so that roundings stay small
+  const at::Tensor losses = at::zeros({m}, at::kDouble);
   const auto dtype = p.scalar_type();
   const Direction<T> none{Normaliser<T>(0), std::nullopt};
   const auto gradients = [&](const OptionalTensor& g_pos, const Direction<T>& row, const Direction<T>& col,
                              const std::function<void(T*)>& add_more) {
     return LossAndGradients{
-        losses.sum(), backward_pass<E>(problem, p, tiling, products, problem.kept_rows, g_pos, {row, col, none, none},
-                                       needs, dtype, dtype, interrupt, add_more)};
+        sum_of(losses), backward_pass<E>(problem, p, tiling, products, problem.kept_rows, g_pos, {row, col, none, none},
+                                         needs, dtype, dtype, interrupt, add_more)};
   };
   const Direction<T> row{Normaliser<T>(row_value), g_row};
   if (loss.labels) {
@@ -226,10 +234,10 @@ LossAndGradients grouped(const StatsProblem& p, const RowLoss& loss, const Needs
     RowLoss of_group = over_all;
     of_group.labels = part(loss.labels, group.rows);
     const auto [value, grads] = loss_and_gradients(own, of_group, all.needs(group), at_times);
-    losses[k] = value.item<double>();
+    losses[k] = value;
     all.set(k, group, grads);
   });
-  return {at::scalar_tensor(std::accumulate(losses.begin(), losses.end(), 0.), at::kDouble), all.finish()};
+  return {std::accumulate(losses.begin(), losses.end(), 0.), all.finish()};
 }
 
 }  // namespace

@@ -96,7 +96,7 @@ struct RowLoss {
   bool over_counted;  // with labels: the weight is 1 / (number of rows that count), not `weight`
 };
 struct LossAndGradients {
-  at::Tensor loss;  // 0-d float64
+  double loss;
   Gradients grads;  // in float32 (float64)
 };
 

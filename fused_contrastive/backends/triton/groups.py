@@ -34,7 +34,7 @@ def takes(spec: StatsSpec) -> bool:
 
 
 @triton.jit
-def _tile_of_group(tiles, AXIS: tl.constexpr):
+def _tile_of_group(tiles):
     """Where this program's tiles begin, and its group ends: row0, row_end, col0, col_end."""
     at = tiles + tl.program_id(0) * 4
     return tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3)
@@ -48,7 +48,7 @@ def statistics(
     """Writes the statistic of the rows (AXIS 0), with the positives' logits if ``pos`` is given, or of the columns."""
     OWN: tl.constexpr = TILE.block_m if AXIS == 0 else TILE.block_n
     STEP: tl.constexpr = TILE.block_n if AXIS == 0 else TILE.block_m
-    row0, row_end, col0, col_end = _tile_of_group(tiles, AXIS)
+    row0, row_end, col0, col_end = _tile_of_group(tiles)
     first, end = (col0, col_end) if AXIS == 0 else (row0, row_end)
     most = tl.full((OWN,), float("-inf"), tl.float32)
     total = tl.zeros((OWN,), tl.float64)
@@ -68,7 +68,8 @@ def statistics(
     own = (row0 if AXIS == 0 else col0) + tl.arange(0, OWN)
     value = total
     if not SOFTPLUS:
-        value = tl.where(total == 0.0, float("-inf"), most.to(tl.float64) + tl.log(total))
+        log = tl.log(tl.where(total == 0.0, 1.0, total))
+        value = tl.where(total == 0.0, float("-inf"), most.to(tl.float64) + log)
     tl.store(out + own, value, mask=own < (row_end if AXIS == 0 else col_end))
 
 
@@ -91,7 +92,7 @@ def gradients(
     """Writes G y (AXIS 0) or G.T x (AXIS 1) to ``out`` (rows, D) and, where given, the sums of G to ``sums``."""
     OWN: tl.constexpr = TILE.block_m if AXIS == 0 else TILE.block_n
     STEP: tl.constexpr = TILE.block_n if AXIS == 0 else TILE.block_m
-    row0, row_end, col0, col_end = _tile_of_group(tiles, AXIS)
+    row0, row_end, col0, col_end = _tile_of_group(tiles)
     first, end = (col0, col_end) if AXIS == 0 else (row0, row_end)
     d = tl.program_id(1) * BD + tl.arange(0, BD)
     acc_out = tl.zeros((OWN, BD), tl.float32)
@@ -129,7 +130,8 @@ def gradients(
     there = own < (row_end if AXIS == 0 else col_end)
     tl.store(out + own[:, None] * D + d[None, :], acc_out, mask=there[:, None] & (d < D)[None, :])
     if sums is not None:
-        tl.store(sums + own, acc_sums, mask=there & (tl.program_id(1) == 0))
+        if tl.program_id(1) == 0:
+            tl.store(sums + own, acc_sums, mask=there)
 
 
 def table(spec: StatsSpec, axis: int, size: int, where: torch.device) -> Tensor:
@@ -170,6 +172,8 @@ class _Grouped:
 
     def statistics(self, axis: int, pos: Tensor | None, out: Tensor) -> None:
         p = self.p
+        if not len(self.tables[axis]):
+            return
         statistics[(len(self.tables[axis]),)](
             *p.multiplied, self.tables[axis], p.mask, pos, out, *p.sizes, AXIS=axis, **self.options
         )
@@ -182,7 +186,7 @@ class _Grouped:
         count = p.n if axis else p.m
         out = torch.zeros(count, p.d, dtype=torch.float32, device=like.device)
         sums = torch.zeros(count if bias else 0, dtype=torch.float32, device=like.device)
-        if g_row is None and g_col is None:
+        if (g_row is None and g_col is None) or not count:
             return out, sums
         width = min(GRADIENT_D, max(16, triton.next_power_of_2(p.d)))
         in_tf32 = p.source != "gemm" and p.device.architecture.startswith("sm_")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ def of(spec: StatsSpec) -> Iterator[Group]:
     row = col = 0
     for m, n in zip(spec.row_lengths.tolist(), spec.col_lengths.tolist(), strict=True):
         rows, cols = slice(row, row + m), slice(col, col + n)
-        own = {
+        own: dict[str, Any] = {
             name: _part(getattr(spec, name), part)
             for names, part in ((OF_ROWS, rows), (OF_COLS, cols))
             for name in names

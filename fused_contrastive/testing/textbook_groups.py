@@ -61,4 +61,5 @@ def columns(options: dict[str, Any], m: int) -> Tensor:
     targets, lengths = options.get("targets"), options.get("lengths")
     if targets is None:
         return torch.arange(m, device="cpu")
-    return targets if lengths is None else targets + (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
+    whole: Tensor = targets if lengths is None else targets + (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
+    return whole

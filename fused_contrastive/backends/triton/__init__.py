@@ -47,21 +47,21 @@ class Triton(Backend):
         return dtype == torch.float32 or not exact or spec.statistic == "softplus"
 
     def takes_groups(self, spec: StatsSpec) -> bool:
-        from fused_contrastive.backends.triton import groups
+        from fused_contrastive.backends.triton import groups_launch
 
-        return groups.takes(spec)
+        return groups_launch.takes(spec)
 
     def stats_forward(self, spec: StatsSpec, x: Tensor, y: Tensor) -> Forward:
-        from fused_contrastive.backends.triton import groups, launch
+        from fused_contrastive.backends.triton import groups_launch, launch
 
         if spec.row_lengths is not None:
-            return groups.forward(spec, x, y)
+            return groups_launch.forward(spec, x, y)
         return launch.forward(spec, x, y)
 
     def stats_backward(
         self, spec: StatsSpec, x: Tensor, y: Tensor, saved: Forward, upstream: Upstream, needs: Needs
     ) -> Gradients:
-        from fused_contrastive.backends.triton import groups, launch
+        from fused_contrastive.backends.triton import groups_launch, launch
 
         # Hooks on saved tensors may give them back in other strides, or other tensors.
         saved = Forward(*(t.contiguous() for t in saved))
@@ -70,7 +70,7 @@ class Triton(Backend):
         for name, value, shape in (("row", saved.row, row), ("col", saved.col, col)):
             if len(value):
                 _check_saved(name, value, shape, value.dtype)
-        run = launch.backward if spec.row_lengths is None else groups.backward
+        run = launch.backward if spec.row_lengths is None else groups_launch.backward
         return run(spec, x, y, saved, upstream, needs)
 
     def fuses_loss(self, spec: StatsSpec, m: int) -> bool:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import rules  # puts its workloads beside the others
+from benchmarks import groups, rules  # they put their workloads beside the others
 from benchmarks.workloads import TEMPERATURE, WORKLOADS, BenchProblem, Loss, rows
 from fused_contrastive.core.memory import total_memory
 
@@ -129,6 +129,11 @@ register("ours, everything kept", *_matrices, ours=True, devices=("cuda", INTERP
 _reference = functools.partial(_ours, backend="reference")
 register("ours, backend=reference", *_matrices, ours=True, largest=1024)(_reference)
 register("ours, backend=reference", *_tokens, ours=True, largest=64)(_reference)
+
+
+@register("ours, a call for each group", *groups.GROUPS, ours=True)
+def _(_: BenchProblem) -> Loss:
+    return groups.loop
 
 
 @register("eager", *WORKLOADS, matrices=5)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from benchmarks.compare import FEWEST
+from benchmarks.groups import SIZES
 from benchmarks.rules import RULES
 from benchmarks.workloads import BenchProblem
 
@@ -73,6 +74,12 @@ def rules() -> Suite:
     return Suite(_seconds(_each([*RULES], [4096], 512), 20), _each([*RULES], [16384], 256), only)
 
 
+def groups() -> Suite:
+    """CLIP in many small groups, in fewer middle ones, and in some large ones."""
+    problems = [BenchProblem(f"groups of {size}", size * count, 128) for size, count in SIZES.items()]
+    return Suite(_seconds(problems, 5), problems)
+
+
 def gpu() -> Suite:
     """Every dtype on a GPU, at the feature sizes of CLIP's and SigLIP's models."""
     dims, dtypes = (256, 512, 768, 1024, 1152), ("bf16", "fp16", "fp32")
@@ -103,6 +110,6 @@ def toy() -> Suite:
 
 
 SUITES = {
-    "quick": quick, "cpu": cpu, "rules": rules, "gpu": gpu, "gpu-table": gpu_table, "memory": memory,
+    "quick": quick, "cpu": cpu, "rules": rules, "groups": groups, "gpu": gpu, "gpu-table": gpu_table, "memory": memory,
     "million": million, "toy": toy,
 }  # fmt: skip

@@ -61,7 +61,7 @@ class Workload:
     slack: float = 0.0  # relative error that a gradient may have beyond the budget
 
 
-def _features(problem: BenchProblem, normalize: bool, **shapes: tuple[int, ...]) -> dict[str, Tensor]:
+def features(problem: BenchProblem, normalize: bool, **shapes: tuple[int, ...]) -> dict[str, Tensor]:
     """Leaves of these shapes, with D as their last size."""
     leaves = {name: torch.randn(*shape, problem.d, device=problem.device) for name, shape in shapes.items()}
     units = {name: F.normalize(x, dim=-1) if normalize else x for name, x in leaves.items()}
@@ -69,24 +69,24 @@ def _features(problem: BenchProblem, normalize: bool, **shapes: tuple[int, ...])
 
 
 def _pair(problem: BenchProblem) -> dict[str, Tensor]:
-    return _features(problem, False, x=(problem.n,), y=(problem.n,))
+    return features(problem, False, x=(problem.n,), y=(problem.n,))
 
 
 def unit_pair_and_scale(problem: BenchProblem) -> dict[str, Tensor]:
     scale = torch.tensor(SCALE, device=problem.device, requires_grad=True)
-    return {**_features(problem, True, x=(problem.n,), y=(problem.n,)), "scale": scale}
+    return {**features(problem, True, x=(problem.n,), y=(problem.n,)), "scale": scale}
 
 
 def _two_views(problem: BenchProblem) -> dict[str, Tensor]:
-    return _features(problem, False, x=(problem.n // 2,), y=(problem.n // 2,))
+    return features(problem, False, x=(problem.n // 2,), y=(problem.n // 2,))
 
 
 def _one_set(problem: BenchProblem) -> dict[str, Tensor]:
-    return _features(problem, False, x=(problem.n,))
+    return features(problem, False, x=(problem.n,))
 
 
 def _tokens(problem: BenchProblem) -> dict[str, Tensor]:
-    return _features(problem, True, x=(problem.n, T), y=(problem.n, P))
+    return features(problem, True, x=(problem.n, T), y=(problem.n, P))
 
 
 def square(problem: BenchProblem) -> tuple[int, int, int]:

@@ -74,7 +74,7 @@ struct GradientsInTheForward : torch::autograd::Function<GradientsInTheForward> 
     p.for_each_tensor([](const char*, OptionalTensor& t) { t = std::nullopt; });
     state->loss.labels = std::nullopt;
     ctx->saved_data["state"] = c10::IValue::make_capsule(std::move(state));
-    return value.to(x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
+    return at::scalar_tensor(value, at::kDouble).to(x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& upstream) {

@@ -2,6 +2,9 @@
 
 #include <ATen/ATen.h>
 
+#include <vector>
+
+#include "stats/groups.h"
 #include "stats/stats.h"
 
 namespace fc {
@@ -51,10 +54,34 @@ Gradients backward(const StatsProblem& problem, const Saved& saved, const Upstre
                           directions, needs, problem.x.scalar_type(), problem.y.scalar_type(), interrupt);
 }
 
+Gradients grouped(const StatsProblem& p, const Saved& saved, const Upstream& upstream, const Needs& needs,
+                  const Interrupt& interrupt) {
+  check(p);
+  const int64_t m = p.x.size(0), n = p.y.size(0);
+  const auto check_length = [](const char* name, const at::Tensor& t, int64_t size) {
+    TORCH_CHECK_VALUE(t.dim() && t.size(0) == size, name, ": got shape ", t.sizes(), ", expected ", size, " rows");
+  };
+  if (upstream.pos) check_length("g_pos", *upstream.pos, m);
+  if (upstream.row) check_length("g_row", *upstream.row, m), check_length("row", saved.row, m);
+  if (upstream.col) check_length("g_col", *upstream.col, n), check_length("col", saved.col, n);
+  const std::vector<Group> groups = groups_of(p);
+  const auto dtype = p.x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  GroupedGradients all(p, needs, static_cast<int64_t>(groups.size()), p.x.scalar_type(), p.y.scalar_type(), dtype);
+  for_each_group(groups, interrupt, [&](int64_t k, const Interrupt& at_times) {
+    const auto& [rows, cols] = groups[k];
+    const Saved own{upstream.row ? part(saved.row, rows) : saved.row, upstream.col ? part(saved.col, cols) : saved.col,
+                    saved.kept};
+    const Upstream arriving{part(upstream.pos, rows), part(upstream.row, rows), part(upstream.col, cols)};
+    all.set(k, groups[k], stats_backward(part(p, groups[k]), own, arriving, all.needs(groups[k]), at_times));
+  });
+  return all.finish();
+}
+
 }  // namespace
 
 Gradients stats_backward(const StatsProblem& problem, const Saved& saved, const Upstream& upstream, const Needs& needs,
                          const Interrupt& interrupt) {
+  if (problem.row_lengths) return grouped(problem, saved, upstream, needs, interrupt);
   return with_elements(
       problem, [&](auto element) { return backward<decltype(element)>(problem, saved, upstream, needs, interrupt); });
 }

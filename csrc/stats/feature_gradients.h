@@ -113,11 +113,13 @@ class FeatureGradients {
         needs_(needs.of),
         joint_(needs.joint),
         g_(p.options()),
-        scratch_(tiling, p.options()),
+        scratch_(tiling, p.options(), kIsPair<E>),
         bias_(needs.of[3], p.y.rows) {
     // dscale = sum_i x_i . (G y)_i, or the same sum over columns when dx is not needed.
     scale_by_rows_ = needs_[0] || (needs_[2] && !needs_[1]);
-    if (scale_by_rows_) dx_ = at::zeros({p.x.rows, p.x.d}, p.options());
+    if (scale_by_rows_)
+      dx_ = needs.zeros_for_x.defined() ? needs.zeros_for_x : at::zeros({p.x.rows, p.x.d}, p.options());
+    zeros_for_y_ = needs.zeros_for_y;
     if (joint_) start_joint();
   }
 
@@ -224,7 +226,7 @@ class FeatureGradients {
     if (dy_.defined() && dy_.size(0) == cols.size())
       dy_.zero_();
     else
-      dy_ = at::zeros({cols.size(), p_.y.d}, p_.options());
+      dy_ = zeros_for_y_.defined() ? zeros_for_y_ : at::zeros({cols.size(), p_.y.d}, p_.options());
     dy_cols_ = cols;
   }
   void finish_dy(const T* g) {
@@ -252,7 +254,7 @@ class FeatureGradients {
   const Tiling& tiling_;
   std::array<bool, 4> needs_;
   bool joint_, scale_by_rows_;
-  at::Tensor dx_, dy_, rounded_dy_;
+  at::Tensor dx_, dy_, rounded_dy_, zeros_for_y_;
   Range dy_cols_{0, 0};  // the columns of S that dy_ has gradients for
   double dy_dot_ = 0;
   const T* pos_ = nullptr;

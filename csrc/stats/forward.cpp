@@ -3,8 +3,10 @@
 #include <ATen/ATen.h>
 
 #include <tuple>
+#include <vector>
 
 #include "common/memory.h"
+#include "stats/groups.h"
 #include "stats/stats.h"
 
 namespace fc {
@@ -24,10 +26,30 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> forward(const StatsPr
   return {stats.pos.to(at::kDouble), stats.row_value(problem), col, kept};
 }
 
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> grouped(const StatsProblem& p, const Interrupt& interrupt) {
+  check(p);
+  const std::vector<Group> groups = groups_of(p);
+  const int64_t m = p.x.size(0), n = p.y.size(0), parts = p.teacher ? 3 : has_related(p) ? 2 : 1;
+  const auto statistic = [parts](int64_t size) {
+    return at::empty(parts > 1 ? at::DimVector{size, parts} : at::DimVector{size}, at::kDouble);
+  };
+  const at::Tensor pos = at::empty({p.paired ? m : 0}, at::kDouble);
+  const at::Tensor row = statistic(p.want_row ? m : 0), col = statistic(p.want_col ? n : 0);
+  for_each_group(groups, interrupt, [&](int64_t k, const Interrupt& at_times) {
+    const auto [of_pos, of_row, of_col, unused] = stats_forward(part(p, groups[k]), at_times);
+    if (p.paired) part(pos, groups[k].rows).copy_(of_pos);
+    if (p.want_row) part(row, groups[k].rows).copy_(of_row);
+    if (p.want_col) part(col, groups[k].cols).copy_(of_col);
+  });
+  const auto dtype = p.x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  return {pos, row, col, at::empty({0, n}, dtype)};
+}
+
 }  // namespace
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> stats_forward(const StatsProblem& problem,
                                                                          const Interrupt& interrupt) {
+  if (problem.row_lengths) return grouped(problem, interrupt);
   return with_elements(problem, [&](auto element) { return forward<decltype(element)>(problem, interrupt); });
 }
 

@@ -88,7 +88,7 @@ template <class E, class T = SumType<E>>
 void forward_pass(const StatsProblem& problem, const Prepared<E>& p, const Tiling& tiling, Statistics<T>& stats,
                   T* kept, const Interrupt& interrupt) {
   const int64_t n = p.y.rows;
-  const TileScratch<T> scratch(tiling, p.options());
+  const TileScratch<T> scratch(tiling, p.options(), problem.kept_rows < p.x.rows);
   T* pos = p.rule.paired ? stats.pos.template mutable_data_ptr<T>() : nullptr;
   at::Tensor units;
   const FeatureRows<E> x = p.x.read_rows(0, p.x.rows, units);

@@ -1,11 +1,13 @@
 // Computes a loss and its gradients in one call. For a loss over rows alone, a few hundred rows of S at a time are held
 // until their normalisers are known and then become G. This takes 3 products, where a forward and a backward that keep
-// none take 4. For a loss over rows and columns, or a triangle, all products are kept.
+// none take 4. For a loss over rows and columns, or a triangle, there are two passes, and products that are not kept
+// are computed again.
 #include <ATen/ATen.h>
 
 #include <algorithm>
 #include <cmath>
 #include <functional>
+#include <numeric>
 #include <vector>
 
 #include "common/memory.h"
@@ -15,6 +17,7 @@
 #include "stats/class_means.h"
 #include "stats/feature_gradients.h"
 #include "stats/forward.h"
+#include "stats/groups.h"
 #include "stats/guide.h"
 #include "stats/panels.h"
 #include "stats/prepared.h"
@@ -30,6 +33,14 @@ namespace {
 // times as long.
 int64_t rows_at_once(int64_t n) {
   return std::clamp<int64_t>((int64_t(1) << 24) / n / 128 * 128, 128, 512);
+}
+
+// Sums in parts of 128, so that roundings stay small.
+double sum_of(const at::Tensor& losses) {
+  const double* all = losses.const_data_ptr<double>();
+  double sum = 0;
+  for (const Range& some : pieces(0, losses.numel(), 128)) sum += std::accumulate(all + some.begin, all + some.end, 0.);
+  return sum;
 }
 
 struct WeightedTerm {
@@ -110,7 +121,7 @@ LossAndGradients from_rows(const StatsProblem& problem, const RowLoss& loss, con
       interrupt();
     }
   }
-  return {losses.sum(), gradients.finish(g_pos, p.scalar_type(), p.scalar_type())};
+  return {sum_of(losses), gradients.finish(g_pos, p.scalar_type(), p.scalar_type())};
 }
 
 // Adds one direction's losses to `losses` and their derivatives by the positives' logits to `g_pos`. Writes their
@@ -142,29 +153,28 @@ void set_classes(const ClassMeans<E>& classes, const at::Tensor& normaliser, con
 }
 
 template <class E>
-LossAndGradients from_kept_products(const StatsProblem& problem, const RowLoss& loss, const Needs& needs,
-                                    const Interrupt& interrupt) {
+LossAndGradients from_two_passes(const StatsProblem& problem, const RowLoss& loss, const Needs& needs,
+                                 const Interrupt& interrupt) {
   using T = SumType<E>;
   const Prepared<E> p(problem, loss.normalize);
   const int64_t m = p.x.rows, n = p.y.rows;
-  TORCH_CHECK_VALUE(problem.kept_rows == m && (problem.upper || !p.targets),
-                    "kept_rows, targets: expected kept_rows = M and, for losses over columns, no targets");
-  const at::Tensor kept = reused_matrix(m, n, p.options());
+  TORCH_CHECK_VALUE(problem.upper || !p.targets, "targets: expected none for losses over columns");
+  const at::Tensor kept = reused_matrix(problem.kept_rows, n, p.options());
   T* products = kept.mutable_data_ptr<T>();
   Statistics<T> stats(problem, p.options());
-  const Tiling tiling(m, n, kPackedCols<E>, m, problem.upper);
+  const Tiling tiling(m, n, kPackedCols<E>, problem.kept_rows, problem.upper);
   forward_pass<E>(problem, p, tiling, stats, products, interrupt);
 
   const auto zeros = [&](int64_t size) { return at::zeros({size}, p.options()); };
   const at::Tensor g_row = zeros(m), row_value = stats.row_value(problem);
-  const at::Tensor losses = at::zeros({m}, at::kDouble);  // ATen sums them in pairs, so that roundings stay small
+  const at::Tensor losses = at::zeros({m}, at::kDouble);
   const auto dtype = p.scalar_type();
   const Direction<T> none{Normaliser<T>(0), std::nullopt};
   const auto gradients = [&](const OptionalTensor& g_pos, const Direction<T>& row, const Direction<T>& col,
                              const std::function<void(T*)>& add_more) {
     return LossAndGradients{
-        losses.sum(), backward_pass<E>(problem, p, tiling, products, m, g_pos, {row, col, none, none}, needs, dtype,
-                                       dtype, interrupt, add_more)};
+        sum_of(losses), backward_pass<E>(problem, p, tiling, products, problem.kept_rows, g_pos, {row, col, none, none},
+                                         needs, dtype, dtype, interrupt, add_more)};
   };
   const Direction<T> row{Normaliser<T>(row_value), g_row};
   if (loss.labels) {
@@ -185,10 +195,56 @@ LossAndGradients from_kept_products(const StatsProblem& problem, const RowLoss& 
   return gradients(g_pos, row, {Normaliser<T>(col_value), g_col}, {});
 }
 
+// Returns how many rows share their label with another row of their group.
+int64_t counted(const at::Tensor& labels, const std::vector<Group>& groups) {
+  check_dtype("labels", labels, at::kLong);
+  const at::Tensor sorted = readable("labels", labels, at::kLong).clone();
+  int64_t* all = sorted.mutable_data_ptr<int64_t>();
+  int64_t count = 0;
+  for (const Group& group : groups) {
+    int64_t *at = all + group.rows.begin, *end = all + group.rows.end;
+    std::sort(at, end);
+    while (at < end) {
+      int64_t* next = std::upper_bound(at, end, *at);
+      count += next - at > 1 ? next - at : 0;
+      at = next;
+    }
+  }
+  return count;
+}
+
+LossAndGradients grouped(const StatsProblem& p, const RowLoss& loss, const Needs& needs, const Interrupt& interrupt) {
+  check(p);
+  if (loss.labels) check_sizes("labels", *loss.labels, {p.x.size(0)});
+  const std::vector<Group> groups = groups_of(p);
+  RowLoss over_all = loss;
+  over_all.over_counted = false;
+  if (loss.labels && loss.over_counted)
+    over_all.weight = 1 / static_cast<double>(std::max<int64_t>(1, counted(*loss.labels, groups)));
+  const auto count = static_cast<int64_t>(groups.size());
+  const auto dtype = p.x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  const int64_t most_kept = p.kept_rows * p.y.size(0);
+  GroupedGradients all(p, needs, count, dtype, dtype, dtype);
+  std::vector<double> losses(count, 0);
+  for_each_group(groups, interrupt, [&](int64_t k, const Interrupt& at_times) {
+    const Group& group = groups[k];
+    if (group.empty()) return all.set(k, group, {});
+    StatsProblem own = part(p, group);
+    own.kept_rows = std::min(group.rows.size(), most_kept / group.cols.size());
+    RowLoss of_group = over_all;
+    of_group.labels = part(loss.labels, group.rows);
+    const auto [value, grads] = loss_and_gradients(own, of_group, all.needs(group), at_times);
+    losses[k] = value;
+    all.set(k, group, grads);
+  });
+  return {std::accumulate(losses.begin(), losses.end(), 0.), all.finish()};
+}
+
 }  // namespace
 
 LossAndGradients loss_and_gradients(const StatsProblem& problem, const RowLoss& loss, const Needs& needs,
                                     const Interrupt& interrupt) {
+  if (problem.row_lengths) return grouped(problem, loss, needs, interrupt);
   return with_elements(problem, [&](auto element) {
     using E = decltype(element);
     TORCH_CHECK_VALUE(problem.paired || loss.labels, "paired: expected a problem whose rows have positives");
@@ -197,7 +253,7 @@ LossAndGradients loss_and_gradients(const StatsProblem& problem, const RowLoss& 
     TORCH_CHECK_VALUE(!loss.labels || problem.upper, "labels: expected a problem of features against themselves");
     TORCH_CHECK_VALUE(problem.x.size(0) > 0 && problem.y.size(0) > 0, "x, y: got ", problem.x.size(0), " and ",
                       problem.y.size(0), " rows, expected at least one");
-    if (problem.want_col || problem.upper) return from_kept_products<E>(problem, loss, needs, interrupt);
+    if (problem.want_col || problem.upper) return from_two_passes<E>(problem, loss, needs, interrupt);
     return from_rows<E>(problem, loss, needs, interrupt);
   });
 }

@@ -13,22 +13,23 @@ namespace fc {
 
 // What the logits are made of and which are excluded; the C++ view of core/spec.py. All tensors are on the CPU.
 struct StatsProblem {
-  at::Tensor x, y;                      // (M, D), (N, D), one floating dtype, any strides
-  at::Tensor scale;                     // 0-d
-  OptionalTensor targets;               // (M,) int64
-  OptionalTensor col_bias;              // (N,) or ()
-  OptionalTensor row_ids;               // (M,) or (M, K) int64, compared with col_ids
-  OptionalTensor col_ids;               // (N,) or (N, K) int64
-  OptionalTensor row_limit, col_limit;  // (M,), (N,): excludes pairs with scale x . y above it
-  OptionalTensor row_guide, col_guide;  // (M, G), (N, G), whose products are compared with the limits instead
-  bool paired;                          // row i has a positive; otherwise pos has 0 elements
+  at::Tensor x, y;                          // (M, D), (N, D), one floating dtype, any strides
+  at::Tensor scale;                         // 0-d
+  OptionalTensor targets;                   // (M,) int64
+  OptionalTensor col_bias;                  // (N,) or ()
+  OptionalTensor row_ids;                   // (M,) or (M, K) int64, compared with col_ids
+  OptionalTensor col_ids;                   // (N,) or (N, K) int64
+  OptionalTensor row_limit, col_limit;      // (M,), (N,): excludes pairs with scale x . y above it
+  OptionalTensor row_guide, col_guide;      // (M, G), (N, G), whose products are compared with the limits instead
+  OptionalTensor row_lengths, col_lengths;  // (B,) int64: each group's rows and columns are a problem of their own
+  bool paired;                              // row i has a positive; otherwise pos has 0 elements
   bool exclude_self;
   bool want_row, want_col;  // the directions that are asked for
   bool upper;               // x is y: only pairs j > i are computed, and `row` is over both triangles
   EqualIds equal_ids;
   bool softplus;      // `row` is the sum of softplus(s), not a log-sum-exp; there are no columns then
   bool teacher;       // the guide's products are a teacher's logits; `row` is (M, 3), `col` (N, 3)
-  int64_t kept_rows;  // rows of products to keep for the backward
+  int64_t kept_rows;  // rows of products to keep for the backward; with groups, of a loss, see core/spec.py
 
   // Calls f(name, tensor) for every tensor that a rule may need. These are read from Python and saved for a backward.
   template <class F>
@@ -41,6 +42,8 @@ struct StatsProblem {
     f("col_limit", col_limit);
     f("row_guide", row_guide);
     f("col_guide", col_guide);
+    f("row_lengths", row_lengths);
+    f("col_lengths", col_lengths);
   }
 };
 
@@ -68,10 +71,12 @@ struct Upstream {
 };
 
 // Which of the gradients of x, y, scale and col_bias are needed. With `joint` y is x: both gradients are summed in the
-// gradient of x, and y's is not needed.
+// gradient of x, and y's is not needed. Zeros, if given, become the gradients of x and y, which are then in the dtype
+// of sums.
 struct Needs {
   std::array<bool, 4> of;
   bool joint;
+  at::Tensor zeros_for_x{}, zeros_for_y{};
 };
 using Gradients = std::array<at::Tensor, 4>;  // dx, dy, dscale, dcol_bias; undefined where not needed
 
@@ -91,12 +96,11 @@ struct RowLoss {
   bool over_counted;  // with labels: the weight is 1 / (number of rows that count), not `weight`
 };
 struct LossAndGradients {
-  at::Tensor loss;  // 0-d float64
+  double loss;
   Gradients grads;  // in float32 (float64)
 };
 
-// Raises ValueError unless the problem is over rows alone or keeps the products of all rows (kept_rows = M). Over rows
-// and columns, targets are not supported.
+// Over rows and columns, targets are not supported, and products that are not kept are computed twice.
 LossAndGradients loss_and_gradients(const StatsProblem& problem, const RowLoss& loss, const Needs& needs,
                                     const Interrupt& interrupt);
 

@@ -44,7 +44,12 @@ struct Section {
 class Tiling {
  public:
   Tiling(int64_t m, int64_t n, int64_t packed_cols, int64_t kept_rows, bool upper)
-      : m_(m), n_(n), packed_cols_(packed_cols), kept_rows_(kept_rows), upper_(upper), threads_(at::get_num_threads()) {
+      : m_(m),
+        n_(n),
+        packed_cols_(packed_cols),
+        kept_rows_(kept_rows),
+        upper_(upper),
+        threads_(at::in_parallel_region() ? 1 : at::get_num_threads()) {
     // Tiles are smaller where S is small, so that all threads find work, and in a triangle, where half of a tile on the
     // diagonal is computed in vain.
     for (tile_rows_ = kLeastTileRows; tile_rows_ < std::min(kTileRows, m / (upper ? 8 : 4));) tile_rows_ *= 2;
@@ -118,16 +123,22 @@ inline int64_t kept_offset(const TileBounds& at, int64_t n) {
   return at.row * n + at.col * at.rows;
 }
 
-// Memory for one tile in each thread.
+// Memory for one tile in each thread, if any tile needs it.
 template <class T>
 class TileScratch {
  public:
-  TileScratch(const Tiling& tiling, const at::TensorOptions& options)
-      : memory_(at::empty({tiling.threads() * kTileRows * kTileCols}, options)) {}
-  T* get() const { return memory_.template mutable_data_ptr<T>() + at::get_thread_num() * kTileRows * kTileCols; }
+  TileScratch(const Tiling& tiling, const at::TensorOptions& options, bool needed = true)
+      : alone_(tiling.threads() == 1) {
+    if (needed) memory_ = at::empty({tiling.threads() * kTileRows * kTileCols}, options);
+  }
+  T* get() const {
+    const int64_t thread = alone_ ? 0 : at::get_thread_num();
+    return memory_.template mutable_data_ptr<T>() + thread * kTileRows * kTileCols;
+  }
 
  private:
   at::Tensor memory_;
+  bool alone_;  // one thread uses it, which may be any of a parallel region
 };
 
 }  // namespace fc

@@ -37,6 +37,13 @@ class Backend(ABC):
         """Whether the backward of such a problem, with features of ``dtype``, reads products that were kept."""
         return True
 
+    def takes_groups(self, spec: StatsSpec) -> bool:
+        """Whether ``stats_forward`` and ``stats_backward`` take the groups of such a problem together.
+
+        By default they get each group by itself.
+        """
+        return False
+
     @abstractmethod
     def stats_forward(self, spec: StatsSpec, x: Tensor, y: Tensor) -> Forward:
         """The statistics of S, the logits that ``spec`` describes; x (M, D) and y (N, D) have one dtype and device."""

@@ -81,6 +81,9 @@ class Cpp(Backend):
     def kept(self, rows: int, n: int, dtype: torch.dtype) -> tuple[tuple[int, ...], torch.dtype]:
         return (rows, n), compute_dtype(dtype)
 
+    def takes_groups(self, spec: StatsSpec) -> bool:
+        return True
+
     def stats_forward(self, spec: StatsSpec, x: Tensor, y: Tensor) -> Forward:
         forks.guard()
         return Forward(*_C.stats_forward(x, y, spec))
@@ -92,8 +95,11 @@ class Cpp(Backend):
         return Gradients(*_C.stats_backward(x, y, spec, saved.row, saved.col, saved.kept, *upstream, needs))
 
     def fuses_loss(self, spec: StatsSpec, m: int) -> bool:
-        """Losses over rows alone, in one walk over S; others, and triangles, only if all products may be kept."""
-        return spec.kept_rows == m or not (spec.want_col or spec.upper)
+        """Losses over rows alone, in one walk over S; others, and triangles, only if all products may be kept.
+
+        Of groups always: each keeps what fits the memory budget by itself.
+        """
+        return spec.kept_rows == m or not (spec.want_col or spec.upper) or spec.row_lengths is not None
 
     def row_loss(self, spec: StatsSpec, x: Tensor, y: Tensor, loss: RowLoss) -> Tensor:
         forks.guard()

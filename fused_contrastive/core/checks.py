@@ -223,8 +223,14 @@ def memory_budget(value: object) -> None:
         raise ValueError(f"memory_budget: got {_shown(value)}, expected at least 0 bytes")
 
 
-def target_range(targets: Tensor, columns: int) -> None:
-    """Every target names a column. On a GPU this is a device-side assertion, so that the host need not wait."""
+def target_range(targets: Tensor, columns: int | Tensor) -> None:
+    """Every target names one of its row's columns, N or (M,) numbers of them.
+
+    On a GPU this is a device-side assertion, so that the host need not wait.
+    """
+    if isinstance(columns, Tensor):
+        all_true("targets", targets, (targets >= 0) & (targets < columns), "columns of the row's own group, from 0 on")
+        return
     if not is_plain(targets):
         all_true("targets", targets, (targets >= 0) & (targets < columns), "values from 0 to N - 1")
         return

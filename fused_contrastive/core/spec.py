@@ -35,6 +35,9 @@ class StatsSpec(NamedTuple):
     S, the mean of S by softmax(T), and the log-sum-exp of T, which has no gradient; ``col`` is (N, 3) likewise. There
     are no positives, ids or limits; a column whose bias is -inf is excluded from T too.
 
+    With lengths, rows and columns are cut into B groups, which follow each other: S is a problem of its own for each
+    group, and no pair of two groups is computed. Targets count the columns of the row's group.
+
     With ``upper``, y is x and there is no bias: S is symmetric, and only its pairs ``j > i`` are computed. ``row`` is
     over both triangles, without the diagonal; ``want_col`` is False. Targets, if there are any, come in pairs:
     ``t(t(i)) = i``.
@@ -52,6 +55,8 @@ class StatsSpec(NamedTuple):
     col_limit: Tensor | None = None  # (N,) in the compute dtype
     row_guide: Tensor | None = None  # (M, G) of any floating dtype
     col_guide: Tensor | None = None  # (N, G)
+    row_lengths: Tensor | None = None  # (B,) int64 on the CPU, how many rows each group has
+    col_lengths: Tensor | None = None  # (B,) likewise of columns
     paired: bool = True  # row i has a positive, in column t(i)
     exclude_self: bool = False
     want_row: bool = True  # the row direction is requested
@@ -61,12 +66,34 @@ class StatsSpec(NamedTuple):
     statistic: Statistic = (
         "logsumexp"  # log sum exp of the logits not excluded; or the sum of log(1 + exp); or "teacher"
     )
-    kept_rows: int = 0  # how many rows of S, from the first on, have their products kept for the backward
+    # How many rows of S, from the first on, have their products kept for the backward. With groups the statistics keep
+    # none; a loss whose gradients are formed in the forward may hold kept_rows * N products of each group.
+    kept_rows: int = 0
 
     def shapes(self, m: int, n: int) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
         """The shapes of pos, row and col for m rows and n columns."""
         parts = (3,) if self.statistic == "teacher" else (2,) if self.equal_ids in ("apart", "add") else ()
         return (m if self.paired else 0,), (m if self.want_row else 0, *parts), (n if self.want_col else 0, *parts)
+
+    def columns_of_rows(self, n: int) -> int | Tensor:
+        """How many columns a row has: all n, or (M,) those of its group."""
+        if self.row_lengths is None or self.col_lengths is None:
+            return n
+        return self.col_lengths.repeat_interleave(self.row_lengths).to(self.scale.device)
+
+    def positive_columns(self, m: int) -> Tensor:
+        """(M,) the column of each row's positive, among the columns of all groups."""
+        device = self.scale.device
+        local = torch.arange(m, device=device) if self.targets is None else self.targets
+        if self.row_lengths is None or self.col_lengths is None:
+            return local
+        first = starts(self.col_lengths) - (starts(self.row_lengths) if self.targets is None else 0)
+        return local + first.repeat_interleave(self.row_lengths, output_size=m).to(device)
+
+
+def starts(lengths: Tensor) -> Tensor:
+    """(B,) where each group begins."""
+    return lengths.cumsum(0) - lengths
 
 
 FIELDS = get_type_hints(StatsSpec)

@@ -6,12 +6,13 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from fused_contrastive.core import checks
+from fused_contrastive.core import checks, group_checks
 from fused_contrastive.core.observing import observed
 from fused_contrastive.core.reduction import REDUCTIONS, Reduction
 from fused_contrastive.core.spec import BackendName
 from fused_contrastive.distributed.agreement import Group, call_of, collective
 from fused_contrastive.losses import corrections, margins, related, terms
+from fused_contrastive.ops.groups import grouped
 from fused_contrastive.ops.problem import Problem, autocast, checked_pair_of_ids
 from fused_contrastive.ops.row_loss import row_loss
 
@@ -24,6 +25,7 @@ def clip_loss(
     logit_scale: float | Tensor | None = None,
     *,
     temperature: float | Tensor | None = None,
+    lengths: Tensor | None = None,
     row_ids: Tensor | None = None,
     col_ids: Tensor | None = None,
     equal_ids: related.EqualIds = "exclude",
@@ -59,11 +61,17 @@ def clip_loss(
     in P of softmax(p) ("sum": MIL-NCE, Miech et al. 2020, arXiv:1912.06430).
 
     Args:
-        image_features: (N, D) float32, float64, bfloat16 or float16; normalise them first as CLIP does.
-        text_features: (N, D), same dtype and device; row i is the caption of image i.
+        image_features: (N, D) float32, float64, bfloat16 or float16; normalise them first as CLIP does. Or (B, N, D):
+            B groups, each with a loss of its own rows against its own columns alone; see ``lengths``.
+        text_features: (N, D) or (B, N, D), same dtype and device; row i is the caption of image i.
         logit_scale: multiplies the similarities (CLIP's learned temperature, already exponentiated); a number or a
             0-d tensor, which gets a gradient.
         temperature: divides them, instead: 1 / logit_scale.
+        lengths: (B,) int64, at least 0, the rows of each of B groups, whose features (N, D) follow each other. With
+            groups, here or by features (B, N, D), the reduction is over the rows of all groups, N here stands for their
+            number B * N, and ids count within a group: equal ids of two groups are not related. Gradients of
+            logit_scale are summed over the groups. Not together with equal_ids "mean" and "sum", label_smoothing,
+            debias, hardness and group. Lengths on a GPU are copied to the host, which waits for them.
         row_ids, col_ids: (N,) integers of the images and of the texts, or (N, K) with K <= 4: a pair is related if its
             ids are equal in any of the K places.
         equal_ids: "exclude", "mean" or "sum". The last two also take (M, D) images with (N, D) texts, if there is no
@@ -96,7 +104,8 @@ def clip_loss(
         TypeError, ValueError: naming the argument, what came and what was expected.
     """
     call = call_of(group)
-    image_features, text_features = autocast(image_features), autocast(text_features)
+    features = {"image_features": autocast(image_features), "text_features": autocast(text_features)}
+    groups, (image_features, text_features) = grouped(call, lengths, features)
     checks.feature_pair("image_features", image_features, "text_features", text_features, call.spread)
     related.check(
         equal_ids, row_ids, absolute_margin=absolute_margin, relative_margin=relative_margin, guide=guide
@@ -108,13 +117,17 @@ def clip_loss(
     checks.one_of("reduction", reduction, REDUCTIONS)
     checks.unit_interval("label_smoothing", label_smoothing)
     checks.boolean("normalize", normalize)
-    features = (image_features, text_features)
-    limits = margins.checked(absolute_margin, relative_margin, guide, logit_scale, features, normalize)
+    limits = margins.checked(
+        absolute_margin, relative_margin, guide, logit_scale, (image_features, text_features), normalize
+    )  # fmt: skip
     terms.check_smoothing(label_smoothing, row_ids, limits is not None)
     corrected = corrections.check(
         debias, hardness, equal_ids=None if equal_ids == "exclude" else equal_ids, absolute_margin=absolute_margin,
         relative_margin=relative_margin, guide=guide, label_smoothing=label_smoothing or None,
     )  # fmt: skip
+    if groups is not None:
+        several = None if equal_ids == "exclude" else equal_ids
+        group_checks.refuse(equal_ids=several, label_smoothing=label_smoothing, debias=debias, hardness=hardness)
     of_debias = "a tensor" if isinstance(debias, Tensor) else debias
     debias = corrections.checked_debias(debias, image_features)
     if weight is not None:
@@ -124,7 +137,7 @@ def clip_loss(
     row_ids, col_ids = checked_pair_of_ids(row_ids, col_ids, image_features, text_features)
     problem = Problem(
         image_features, text_features, logit_scale, row_ids=row_ids, col_ids=col_ids, memory_budget=memory_budget,
-        backend=backend, normalize=normalize,
+        backend=backend, normalize=normalize, groups=groups,
     )  # fmt: skip
     if equal_ids != "exclude":
         related.prepare(problem)
@@ -210,6 +223,7 @@ class ClipLoss(nn.Module):
         logit_scale: float | Tensor | None = None,
         *,
         temperature: float | Tensor | None = None,
+        lengths: Tensor | None = None,
         row_ids: Tensor | None = None,
         col_ids: Tensor | None = None,
         guide: tuple[Tensor, Tensor] | None = None,
@@ -217,11 +231,11 @@ class ClipLoss(nn.Module):
     ) -> Tensor:
         """(N, D), (N, D), scalar -> loss; see ``clip_loss``."""
         return clip_loss(
-            image_features, text_features, logit_scale, temperature=temperature, row_ids=row_ids, col_ids=col_ids,
-            equal_ids=self.equal_ids, absolute_margin=self.absolute_margin, relative_margin=self.relative_margin,
-            guide=guide, debias=self.debias, hardness=self.hardness, decoupled=self.decoupled,
-            label_smoothing=self.label_smoothing, weight=weight, reduction=self.reduction, normalize=self.normalize,
-            memory_budget=self.memory_budget, backend=self.backend, group=self.group,
+            image_features, text_features, logit_scale, temperature=temperature, lengths=lengths, row_ids=row_ids,
+            col_ids=col_ids, equal_ids=self.equal_ids, absolute_margin=self.absolute_margin,
+            relative_margin=self.relative_margin, guide=guide, debias=self.debias, hardness=self.hardness,
+            decoupled=self.decoupled, label_smoothing=self.label_smoothing, weight=weight, reduction=self.reduction,
+            normalize=self.normalize, memory_budget=self.memory_budget, backend=self.backend, group=self.group,
         )  # fmt: skip
 
     def extra_repr(self) -> str:

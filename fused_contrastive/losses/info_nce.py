@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from fused_contrastive.core import checks
+from fused_contrastive.core import checks, group_checks
 from fused_contrastive.core.modes import is_plain
 from fused_contrastive.core.observing import observed
 from fused_contrastive.core.reduction import REDUCTIONS, Reduction
@@ -15,6 +15,7 @@ from fused_contrastive.core.spec import BackendName
 from fused_contrastive.distributed.agreement import Group, call_of, collective
 from fused_contrastive.distributed.shape import Shape
 from fused_contrastive.losses import corrections, margins, related, terms
+from fused_contrastive.ops.groups import grouped
 from fused_contrastive.ops.own_dots import own_dots
 from fused_contrastive.ops.problem import Problem, autocast, checked_bias, checked_pair_of_ids
 from fused_contrastive.ops.row_loss import row_loss
@@ -30,6 +31,7 @@ def info_nce_loss(
     *,
     temperature: float | Tensor | None = None,
     logit_scale: float | Tensor | None = None,
+    lengths: Tensor | None = None,
     targets: Tensor | None = None,
     negatives: Tensor | None = None,
     negatives_mask: Tensor | None = None,
@@ -65,10 +67,13 @@ def info_nce_loss(
     arXiv:2110.06848).
 
     Args:
-        query: (M, D) float32, float64, bfloat16 or float16.
-        key: (N, D), same dtype and device.
+        query: (M, D) float32, float64, bfloat16 or float16; or (B, M, D), B groups: see ``lengths``.
+        key: (N, D), same dtype and device; or (B, N, D).
         temperature: divides the similarities, a positive number or 0-d tensor; default 0.07.
         logit_scale: multiplies them, instead of the temperature. Either of them, as a tensor, gets a gradient.
+        lengths: (B,) int64, the queries of each of B groups, and the keys; see ``clip_loss``. M and N here stand for
+            the numbers of all groups, and ``targets`` count the keys of the query's group. Not together with shared
+            negatives, equal_ids "mean" and "sum", label_smoothing, debias, hardness and group.
         targets: (M,) integers, the key of each query's positive. Default: t(i) = i, which needs M <= N.
         negatives: (K, D) more columns for every query, such as hard negatives or a queue; or (M, K, D), each query's
             own K.
@@ -107,7 +112,7 @@ def info_nce_loss(
         TypeError, ValueError: naming the argument, what came and what was expected.
     """
     call = call_of(group)
-    query, key = autocast(query), autocast(key)
+    groups, (query, key) = grouped(call, lengths, {"query": autocast(query), "key": autocast(key)})
     checks.feature_pair("query", query, "key", key, call.spread)
     _check_options(symmetric, decoupled, margin, label_smoothing, reduction, normalize)
     scale = terms.scale_of(temperature, logit_scale, DEFAULT_TEMPERATURE, query)
@@ -135,6 +140,11 @@ def info_nce_loss(
         negatives = _checked_negatives(autocast(negatives), query, call.spread)
     shared = negatives is not None and negatives.dim() == 2
     features = (query, key) if negatives is None else (query, key, negatives)
+    if groups is not None:
+        group_checks.refuse(
+            negatives=negatives if shared else None, equal_ids=equal_ids if several else None,
+            label_smoothing=label_smoothing, debias=debias, hardness=hardness,
+        )  # fmt: skip
     limits = margins.checked(absolute_margin, relative_margin, guide, scale, features, normalize)
     terms.check_smoothing(label_smoothing, row_ids, limits is not None)
     corrected = corrections.check(
@@ -158,7 +168,7 @@ def info_nce_loss(
     row_ids, col_ids = checked_pair_of_ids(row_ids, col_ids, query, columns)
     problem = Problem(
         query, columns, scale, targets=targets, col_bias=checked_bias(col_bias, columns), row_ids=row_ids,
-        col_ids=col_ids, memory_budget=memory_budget, backend=backend, normalize=normalize,
+        col_ids=col_ids, memory_budget=memory_budget, backend=backend, normalize=normalize, groups=groups,
     )  # fmt: skip
     if several:
         related.prepare(problem)
@@ -315,6 +325,7 @@ class InfoNCELoss(nn.Module):
         key: Tensor,
         *,
         logit_scale: float | Tensor | None = None,
+        lengths: Tensor | None = None,
         targets: Tensor | None = None,
         negatives: Tensor | None = None,
         negatives_mask: Tensor | None = None,
@@ -327,8 +338,8 @@ class InfoNCELoss(nn.Module):
         """(M, D), (N, D) -> loss; a ``logit_scale`` given here replaces the temperature. See ``info_nce_loss``."""
         return info_nce_loss(
             query, key, temperature=self.temperature if logit_scale is None else None, logit_scale=logit_scale,
-            targets=targets, negatives=negatives, negatives_mask=negatives_mask, col_bias=col_bias, row_ids=row_ids,
-            col_ids=col_ids, equal_ids=self.equal_ids, absolute_margin=self.absolute_margin,
+            lengths=lengths, targets=targets, negatives=negatives, negatives_mask=negatives_mask, col_bias=col_bias,
+            row_ids=row_ids, col_ids=col_ids, equal_ids=self.equal_ids, absolute_margin=self.absolute_margin,
             relative_margin=self.relative_margin, guide=guide, debias=self.debias, hardness=self.hardness,
             symmetric=self.symmetric, decoupled=self.decoupled, margin=self.margin,
             label_smoothing=self.label_smoothing, weight=weight, reduction=self.reduction, normalize=self.normalize,

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fused_contrastive.core import checks, rule_checks
 from fused_contrastive.core.modes import is_plain
+from fused_contrastive.core.spec import StatsSpec
 from fused_contrastive.core.unit import unit_rows
 from fused_contrastive.distributed.shape import LocalShape, Shape
 from fused_contrastive.ops.limits import highest, similarities
@@ -84,7 +85,7 @@ def limit(problem: Problem, shape: Shape, margins: Margins | None, both: bool) -
             if copied:
                 problem.count_copies(x, y)
             problem.spec = problem.spec._replace(row_guide=x, col_guide=y)
-        positives = _positives(y, problem.spec.targets, shape, x.shape[0])
+        positives = _positives(y, problem.spec, shape, x.shape[0])
         limits = scale * highest(*similarities(x, positives), margins.absolute, margins.relative)
         others = limits.new_full((y.shape[0] - limits.shape[0] if both else 0,), torch.inf)
     problem.spec = problem.spec._replace(row_limit=limits, col_limit=torch.cat((limits, others)) if both else None)
@@ -99,13 +100,15 @@ def above(problem: Problem, margins: Margins, own_logits: Tensor) -> Tensor:
     return similarity > problem.spec.row_limit[:, None]
 
 
-def _positives(y: Tensor, targets: Tensor | None, shape: Shape, m: int) -> Tensor:
+def _positives(y: Tensor, spec: StatsSpec, shape: Shape, m: int) -> Tensor:
     """(M, D) the features of each row's positive."""
+    targets = spec.targets
     if isinstance(shape, LocalShape):
-        if targets is None:
+        if targets is None and spec.row_lengths is None:
             return y[:m]
-        checks.target_range(targets, len(y))
-        return y[targets]
+        if targets is not None:
+            checks.target_range(targets, spec.columns_of_rows(len(y)))
+        return y[spec.positive_columns(m)]
     if targets is None and shape.rows == shape.keys:
         return y[:m]
     return shape.gather(y)[shape.columns_of(targets, y.device)]

@@ -8,12 +8,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from fused_contrastive.core import checks, warn
+from fused_contrastive.core import checks, group_checks, warn
 from fused_contrastive.core.observing import observed
 from fused_contrastive.core.reduction import REDUCTIONS, Reduction
 from fused_contrastive.core.spec import BackendName, compute_dtype
 from fused_contrastive.distributed.agreement import Group, call_of, collective
 from fused_contrastive.losses import corrections, terms
+from fused_contrastive.ops.groups import Groups, grouped
 from fused_contrastive.ops.problem import Problem, autocast, log_add
 from fused_contrastive.ops.row_dots import RowMap
 from fused_contrastive.ops.row_loss import row_loss
@@ -30,6 +31,7 @@ def nt_xent_loss(
     *,
     logit_scale: float | Tensor | None = None,
     views: Sequence[Tensor] = (),
+    lengths: Tensor | None = None,
     debias: float | Tensor | None = None,
     hardness: float = 0.0,
     decoupled: bool = False,
@@ -50,10 +52,14 @@ def nt_xent_loss(
     views of the sample out of the denominator (Yeh et al. 2022, "Decoupled Contrastive Learning", arXiv:2110.06848).
 
     Args:
-        z1, z2: (N, D) projections of two views, float32, float64, bfloat16 or float16; row i is sample i in each.
+        z1, z2: (N, D) projections of two views, float32, float64, bfloat16 or float16; row i is sample i in each. Or
+            (B, N, D), B groups.
         temperature: divides the similarities, a positive number or a 0-d tensor, which gets a gradient; default 0.5.
         logit_scale: multiplies them, instead: 1 / temperature.
         views: further views, each like z1.
+        lengths: (B,) int64, the samples of each of B groups, which are compared with each other alone; or views (B, N,
+            D). See ``clip_loss``. The result of "none" is then group by group, and view by view in each. Not together
+            with debias, hardness and group.
         debias, hardness: correct the sum over the 2N - 2 negatives of two views; see ``clip_loss``.
         decoupled: the DCL form.
         reduction: "mean", "sum" or "none" ((V * N,), view by view), over the V * N features.
@@ -76,6 +82,7 @@ def nt_xent_loss(
     call = call_of(group)
     everything = [autocast(z1), autocast(z2), *map(autocast, views)]
     names = ["z1", "z2", *(f"views[{k}]" for k in range(len(views)))]
+    groups, everything = grouped(call, lengths, dict(zip(names, everything, strict=True)))
     for name, view in zip(names[1:], everything[1:], strict=True):
         checks.feature_pair("z1", everything[0], name, view, call.spread)
         checks.same_rows("z1", everything[0], name, view)
@@ -84,18 +91,29 @@ def nt_xent_loss(
     checks.one_of("reduction", reduction, REDUCTIONS)
     scale = terms.scale_of(temperature, logit_scale, DEFAULT_TEMPERATURE, everything[0])
 
-    n, count = z1.shape[0], len(everything)
+    n, count = everything[0].shape[0], len(everything)
     corrected = corrections.check(debias, hardness, views=views if count > 2 else None)
+    if groups is not None:
+        group_checks.refuse(debias=debias, hardness=hardness)
     of_debias = "a tensor" if isinstance(debias, Tensor) else debias
-    debias = corrections.checked_debias(debias, z1)
-    z = torch.cat(everything)
-    problem = Problem(z, z, scale, memory_budget=memory_budget, backend=backend, normalize=normalize, views=everything)
+    debias = corrections.checked_debias(debias, everything[0])
+    z = torch.cat(everything) if groups is None else _by_group(groups, everything, equal=lengths is None)
+    if groups is not None:
+        everything, groups = [z], groups.times(count)
+        place, length = groups.places(z)
+        samples = length // count
+    problem = Problem(
+        z, z, scale, memory_budget=memory_budget, backend=backend, normalize=normalize, views=everything, groups=groups
+    )  # fmt: skip
     del z  # normalising makes it needless
     options: dict[str, Any] = {"views": count, "decoupled": decoupled, "reduction": reduction, "normalize": normalize}
     options.update(debias=of_debias, hardness=hardness)
     shape = problem.agree(call, "nt_xent_loss", options)
     if count == 2:
-        other_view = torch.arange(shape.first_row, shape.first_row + 2 * n, device=z1.device).roll(n)
+        if groups is None:
+            other_view = torch.arange(shape.first_row, shape.first_row + 2 * n, device=problem.x.device).roll(n)
+        else:
+            other_view = (place + samples) % length
         problem.spec = problem.spec._replace(targets=other_view)
         correction = None
         if corrected:
@@ -105,10 +123,16 @@ def nt_xent_loss(
     problem.unit()
     z, positives = problem.x, []
     for k in range(1, count):
-        z, logits = terms.own_logits(scale, z, _other_view(k * n), _other_view(-k * n))
+        if groups is None:
+            to, back = _other_view(k * n), _other_view(-k * n)
+        else:
+            to, back = (_rows(place, (place + j * samples) % length) for j in (k, count - k))
+        z, logits = terms.own_logits(scale, z, to, back)
         positives.append(logits)
     first = shape.first_row // count
-    sample = torch.arange(first, first + n, device=z1.device).repeat(count)
+    sample = torch.arange(first, first + n, device=z.device).repeat(count)
+    if groups is not None:
+        sample = place % samples
     problem.x, problem.y = z, z
     problem.spec = problem.spec._replace(row_ids=sample, col_ids=sample)
     _, row, _ = problem.run(shape, upper=True, want_col=False)  # negatives alone
@@ -120,6 +144,23 @@ def nt_xent_loss(
 def _other_view(rows: int) -> RowMap:
     """The map that puts in each row the feature ``rows`` further on: the same sample's in another view."""
     return lambda part: part.roll(-rows, dims=0)
+
+
+def _rows(place: Tensor, other: Tensor) -> RowMap:
+    """The map that puts in each row the feature at another place of its group."""
+    index = torch.arange(len(place), device=place.device) + other - place
+    return lambda part: part.index_select(0, index)
+
+
+def _by_group(groups: Groups, views: list[Tensor], equal: bool) -> Tensor:
+    """(V * N, D) the rows of the views (N, D), group by group, and view by view in each; ``equal``: are the groups?"""
+    if equal:
+        return torch.cat([view.unflatten(0, (groups.rows.shape[0], -1)) for view in views], dim=1).flatten(0, 1)
+    z, count = torch.cat(views), len(views)
+    place, length = groups.times(count).places(z)
+    samples = length // count
+    first_sample = (torch.arange(z.shape[0], device=z.device) - place) // count
+    return terms.rows_at(z, place // samples * views[0].shape[0] + first_sample + place % samples)
 
 
 def _normalize(given: bool | None) -> bool:
@@ -170,12 +211,15 @@ class NTXentLoss(nn.Module):
         self.backend = backend
         self.group = group
 
-    def forward(self, z1: Tensor, z2: Tensor, *views: Tensor, logit_scale: float | Tensor | None = None) -> Tensor:
+    def forward(
+        self, z1: Tensor, z2: Tensor, *views: Tensor, logit_scale: float | Tensor | None = None,
+        lengths: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """(N, D) for each view -> loss; a ``logit_scale`` given here replaces the temperature. See ``nt_xent_loss``."""
         return nt_xent_loss(
             z1, z2, self.temperature if logit_scale is None else None, logit_scale=logit_scale, views=views,
-            debias=self.debias, hardness=self.hardness, decoupled=self.decoupled, reduction=self.reduction,
-            normalize=self.normalize,
+            lengths=lengths, debias=self.debias, hardness=self.hardness, decoupled=self.decoupled,
+            reduction=self.reduction, normalize=self.normalize,
             memory_budget=self.memory_budget, backend=self.backend, group=self.group,
         )  # fmt: skip
 

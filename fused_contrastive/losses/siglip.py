@@ -6,12 +6,13 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from fused_contrastive.core import checks
+from fused_contrastive.core import checks, group_checks
 from fused_contrastive.core.observing import observed
 from fused_contrastive.core.reduction import REDUCTIONS, Reduction
 from fused_contrastive.core.spec import BackendName
 from fused_contrastive.distributed.agreement import Group, call_of, collective
 from fused_contrastive.losses import related, terms
+from fused_contrastive.ops.groups import grouped
 from fused_contrastive.ops.problem import Problem, autocast, checked_pair_of_ids, scalar_tensor
 from fused_contrastive.ops.row_loss import row_loss
 
@@ -25,6 +26,7 @@ def siglip_loss(
     logit_bias: float | Tensor | None = None,
     *,
     temperature: float | Tensor | None = None,
+    lengths: Tensor | None = None,
     row_ids: Tensor | None = None,
     col_ids: Tensor | None = None,
     positive_weight: Literal["one", "mean"] = "one",
@@ -44,11 +46,13 @@ def siglip_loss(
     and, where ids are given, those with ``row_ids[i] == col_ids[j]``; if M != N, only the latter.
 
     Args:
-        image_features: (N, D) float32, float64, bfloat16 or float16; normalise them first.
-        text_features: (N, D), same dtype and device.
+        image_features: (N, D) float32, float64, bfloat16 or float16; normalise them first. Or (B, N, D): B groups.
+        text_features: (N, D) or (B, N, D), same dtype and device.
         logit_scale: multiplies the similarities (already exponentiated); a number or a 0-d tensor, with a gradient.
         logit_bias: added to all logits, a number or a 0-d tensor, with a gradient; the paper starts at -10.
         temperature: divides the similarities, instead: 1 / logit_scale.
+        lengths: (B,) int64, the rows of each of B groups; see ``clip_loss``. Gradients of logit_bias are summed over
+            the groups as well. Not together with positive_weight="mean" and group.
         row_ids, col_ids: (N,) integers of the images and of the texts, or (N, K) with K <= 4; pairs with equal ids, in
             any of the K places, are positives too. With ids there may be M images and N texts, M != N.
         positive_weight: each positive counts once ("one"), or an image's k positives count 1 / k each ("mean").
@@ -64,7 +68,8 @@ def siglip_loss(
         TypeError, ValueError: naming the argument, what came and what was expected.
     """
     call = call_of(group)
-    image_features, text_features = autocast(image_features), autocast(text_features)
+    features = {"image_features": autocast(image_features), "text_features": autocast(text_features)}
+    groups, (image_features, text_features) = grouped(call, lengths, features)
     checks.feature_pair("image_features", image_features, "text_features", text_features, call.spread)
     checks.one_of("positive_weight", positive_weight, ("one", "mean"))
     if row_ids is None:
@@ -82,8 +87,10 @@ def siglip_loss(
     row_ids, col_ids = checked_pair_of_ids(row_ids, col_ids, image_features, text_features)
     problem = Problem(
         image_features, text_features, logit_scale, col_bias=bias, row_ids=row_ids, col_ids=col_ids,
-        memory_budget=memory_budget, backend=backend,
+        memory_budget=memory_budget, backend=backend, groups=groups,
     )  # fmt: skip
+    if groups is not None:
+        group_checks.refuse(positive_weight=None if positive_weight == "one" else positive_weight)
     weigh = positive_weight == "mean" and row_ids is not None
     if weigh or image_features.shape[0] != text_features.shape[0] or (call.spread and row_ids is not None):
         related.prepare(problem)
@@ -129,15 +136,16 @@ class SigLipLoss(nn.Module):
         logit_bias: float | Tensor | None = None,
         *,
         temperature: float | Tensor | None = None,
+        lengths: Tensor | None = None,
         row_ids: Tensor | None = None,
         col_ids: Tensor | None = None,
         weight: Tensor | None = None,
     ) -> Tensor:
         """(N, D), (N, D), scalar, scalar -> loss; see ``siglip_loss``."""
         return siglip_loss(
-            image_features, text_features, logit_scale, logit_bias, temperature=temperature, row_ids=row_ids,
-            col_ids=col_ids, positive_weight=self.positive_weight, weight=weight, reduction=self.reduction,
-            memory_budget=self.memory_budget, backend=self.backend, group=self.group,
+            image_features, text_features, logit_scale, logit_bias, temperature=temperature, lengths=lengths,
+            row_ids=row_ids, col_ids=col_ids, positive_weight=self.positive_weight, weight=weight,
+            reduction=self.reduction, memory_budget=self.memory_budget, backend=self.backend, group=self.group,
         )  # fmt: skip
 
     def extra_repr(self) -> str:

@@ -14,6 +14,7 @@ from fused_contrastive.core.spec import BackendName, RowLoss, compute_dtype
 from fused_contrastive.distributed.agreement import Group, call_of, collective
 from fused_contrastive.distributed.shape import LocalShape, Shape
 from fused_contrastive.losses import terms
+from fused_contrastive.ops.groups import grouped
 from fused_contrastive.ops.problem import Problem, autocast
 from fused_contrastive.ops.row_loss import cross_entropy, in_the_forward
 
@@ -30,6 +31,7 @@ def supcon_loss(
     temperature: float | Tensor | None = None,
     *,
     logit_scale: float | Tensor | None = None,
+    lengths: Tensor | None = None,
     variant: Literal["out", "in"] = "out",
     no_positive: Literal["skip", "zero", "nan"] = "skip",
     reduction: Reduction = "mean",
@@ -49,10 +51,13 @@ def supcon_loss(
     positives' logits is closed form: each label's features are summed once.
 
     Args:
-        features: (N, D), or (N, V, D) with V views of each sample; float32, float64, bfloat16 or float16.
+        features: (N, D), or (N, V, D) with V views of each sample; float32, float64, bfloat16 or float16. Or
+            (B, N, V, D), V >= 1: B groups, each with a loss of its own.
         labels: (N,) integers.
         temperature: divides the similarities, a positive number or a 0-d tensor, which gets a gradient; default 0.1.
         logit_scale: multiplies them, instead: 1 / temperature.
+        lengths: (B,) int64, the samples of each of B groups; see ``clip_loss``. N here stands for the samples of all
+            groups. Equal labels of two groups are not related. Not together with group.
         variant: "out" or "in".
         no_positive: what to do with features whose label no other has: "skip" leaves them out of the mean, "zero"
             counts them with loss 0, "nan" with NaN (as 0 / 0 in the formula).
@@ -68,7 +73,7 @@ def supcon_loss(
         TypeError, ValueError: naming the argument, what came and what was expected.
     """
     call = call_of(group)
-    features = autocast(features)
+    groups, (features,) = grouped(call, lengths, {"features": autocast(features)}, dims=3)
     checks.features_or_several("features", features, "N", "V", call.spread)
     count = features.shape[1] if features.dim() == 3 else 1
     labels = checks.vector("labels", labels, features.shape[0], features, of="one per sample", integer=True)
@@ -78,8 +83,12 @@ def supcon_loss(
     checks.boolean("normalize", normalize)
     scale = terms.scale_of(temperature, logit_scale, DEFAULT_TEMPERATURE, features)
     z = features.flatten(0, 1) if features.dim() == 3 else features
+    labels = labels if groups is None else groups.distinct(labels)
     labels = labels.repeat_interleave(count) if count > 1 else labels
-    problem = Problem(z, z, scale, memory_budget=memory_budget, backend=backend, normalize=normalize)
+    groups = groups if groups is None else groups.times(count)
+    problem = Problem(
+        z, z, scale, memory_budget=memory_budget, backend=backend, normalize=normalize, groups=groups
+    )  # fmt: skip
     options = {"views": count, "variant": variant, "no_positive": no_positive}
     shape = problem.agree(call, "supcon_loss", {**options, "reduction": reduction, "normalize": normalize})
     if variant == "out" and reduction != "none" and no_positive != "nan" and isinstance(shape, LocalShape):
@@ -160,11 +169,14 @@ class SupConLoss(nn.Module):
         self.backend = backend
         self.group = group
 
-    def forward(self, features: Tensor, labels: Tensor, *, logit_scale: float | Tensor | None = None) -> Tensor:
+    def forward(
+        self, features: Tensor, labels: Tensor, *, logit_scale: float | Tensor | None = None,
+        lengths: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """(N, D) or (N, V, D), (N,) -> loss; a ``logit_scale`` replaces the temperature. See ``supcon_loss``."""
         return supcon_loss(
             features, labels, self.temperature if logit_scale is None else None, logit_scale=logit_scale,
-            variant=self.variant, no_positive=self.no_positive,
+            lengths=lengths, variant=self.variant, no_positive=self.no_positive,
             reduction=self.reduction, normalize=self.normalize, memory_budget=self.memory_budget,
             backend=self.backend, group=self.group,
         )  # fmt: skip

@@ -1,7 +1,7 @@
 """What torch.utils.flop_counter counts for each operator: 2 for every multiply-add of its matrix products, and no more.
 
 Forward: the products x y^T once. Backward: the products that were not kept, again, and one full set for each of dx and
-dy.
+dy. Groups are counted as if their lengths were equal, since the counter sees only how many there are.
 """
 
 from __future__ import annotations
@@ -24,9 +24,13 @@ def _pairs(rows: int, n: int, upper: bool) -> int:
     return rows * (n - 1) - rows * (rows - 1) // 2 if upper else rows * n
 
 
+def _all_pairs(x: Shape, y: Shape, spec: Any) -> int:
+    groups = 1 if spec.row_lengths is None else spec.row_lengths[0]
+    return groups * _pairs(x[0] // groups, y[0] // groups, spec.upper)
+
+
 def _stats_forward(x: Shape, y: Shape, *problem: Any, **_: Any) -> int:
-    spec = StatsSpec(*problem[:-1])
-    return 2 * x[1] * _pairs(x[0], y[0], spec.upper)
+    return 2 * x[1] * _all_pairs(x, y, StatsSpec(*problem[:-1]))
 
 
 def _stats_backward(
@@ -34,7 +38,7 @@ def _stats_backward(
     *problem: Any, **_: Any,
 ) -> int:  # fmt: skip
     spec = StatsSpec(*problem[:-1])
-    pairs = _pairs(x[0], y[0], spec.upper)
+    pairs = _all_pairs(x, y, spec)
     again = pairs - _pairs(spec.kept_rows, y[0], spec.upper)
     return 2 * x[1] * (again + pairs * sum(needs[:2]))
 

@@ -8,7 +8,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from fused_contrastive.core import checks, forks
+from fused_contrastive.core import checks, forks, group_checks
 from fused_contrastive.core.spec import (
     MOST_IDS,
     OF_COLS,
@@ -33,6 +33,7 @@ def stats(x: Tensor, y: Tensor, spec: StatsSpec, backend: str) -> None:
     _vector("scale", spec.scale, (), x)
     if not spec.paired and spec.targets is not None:
         raise ValueError("targets: got a tensor with paired=False, expected None: no pair is a positive")
+    _lengths(spec, m, n)
     if spec.paired and spec.targets is None and m > n:
         raise ValueError(f"targets: got None for M = {m} rows and N = {n} columns, expected targets because M > N")
     for size, tensors in ((m, OF_ROWS), (n, OF_COLS)):
@@ -73,7 +74,7 @@ def stats(x: Tensor, y: Tensor, spec: StatsSpec, backend: str) -> None:
                 "upper: got True with columns, a bias, statistic='softplus' or equal_ids 'apart' or 'add', expected "
                 "rows alone"
             )
-    _kept_rows(spec.kept_rows, m)
+    _kept_rows(spec.kept_rows, m if spec.row_lengths is None else 0)
 
 
 def stats_saved(
@@ -89,7 +90,7 @@ def stats_saved(
     _vector("g_col", upstream.col, col, x)
     checks.same_device("kept", saved.kept, "x", x)
     if spec.targets is not None:
-        checks.target_range(spec.targets, n)
+        checks.target_range(spec.targets, spec.columns_of_rows(n))
     _needs(needs, 4)
 
 
@@ -194,6 +195,27 @@ def _guide(spec: StatsSpec) -> None:
         raise ValueError(
             f"col_guide: got shape {tuple(guide[1].shape)}, expected (N, G) with the G of row_guide, whose shape is "
             f"{tuple(guide[0].shape)}"
+        )
+
+
+def _lengths(spec: StatsSpec, m: int, n: int) -> None:
+    """The lengths of the groups, which kernels trust."""
+    rows, cols = spec.row_lengths, spec.col_lengths
+    if rows is None or cols is None:
+        if rows is not cols:
+            raise ValueError("row_lengths, col_lengths: got only one of them, expected both or neither")
+        return
+    group_checks.lengths("row_lengths", rows, m, "the rows of x")
+    group_checks.lengths("col_lengths", cols, n, "the rows of y")
+    if rows.shape != cols.shape or rows.device.type != "cpu" or cols.device.type != "cpu":
+        raise ValueError(
+            f"col_lengths: got shape {tuple(cols.shape)} on {cols.device}, expected the shape of row_lengths, "
+            f"{tuple(rows.shape)}, both on the CPU"
+        )
+    if (spec.paired and spec.targets is None and (rows > cols).any()) or (spec.upper and not rows.equal(cols)):
+        raise ValueError(
+            "row_lengths, col_lengths: got a group with more rows than columns without targets, or one of different "
+            "lengths with upper=True"
         )
 
 

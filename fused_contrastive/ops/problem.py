@@ -13,6 +13,7 @@ from fused_contrastive.core.spec import StatsSpec, autocast_enabled, compute_dty
 from fused_contrastive.distributed.agreement import Alone, Call
 from fused_contrastive.distributed.shape import LocalShape, Shape
 from fused_contrastive.ops import autograd, dispatch, global_stats
+from fused_contrastive.ops.groups import Groups
 from fused_contrastive.ops.normalize import normalized
 
 
@@ -28,6 +29,7 @@ class Problem:
         self, x: Tensor, y: Tensor, scale: float | Tensor, *, targets: Tensor | None = None,
         col_bias: Tensor | None = None, row_ids: Tensor | None = None, col_ids: Tensor | None = None,
         memory_budget: int | str, backend: str, normalize: bool = False, views: Sequence[Tensor] = (),
+        groups: Groups | None = None,
     ) -> None:  # fmt: skip
         checks.memory_budget(memory_budget)
         self.x, self.y, self.normalize = x, y, normalize
@@ -35,6 +37,8 @@ class Problem:
         self.copied_bytes = 0  # of copies of features that live as long as the products that the budget keeps
         scale = scalar_tensor(checks.scalar_beside("scale", scale, x), x)
         self.spec = StatsSpec(scale, targets, col_bias, row_ids, col_ids)
+        if groups is not None:
+            self.spec = self.spec._replace(row_lengths=groups.rows, col_lengths=groups.cols)
         self.memory_budget, self.backend = memory_budget, dispatch.resolve(backend, x.device, x.dtype)
 
     def agree(
@@ -74,7 +78,7 @@ class Problem:
             return global_stats.global_stats(self.x, self.y, shape, self.spec, asked, self.memory_budget, self.backend)
         differentiable = self.is_differentiable()
         spec = self.spec._replace(**asked)
-        if differentiable and dispatch.BACKENDS[self.backend].keeps(spec, self.x.dtype):
+        if differentiable and spec.row_lengths is None and dispatch.BACKENDS[self.backend].keeps(spec, self.x.dtype):
             spec = spec._replace(kept_rows=self.rows_to_keep())
         pos, row, col, _ = autograd.stats_forward(self.x, self.y, *spec, self.backend, differentiable=differentiable)
         return pos, row, col

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fused_contrastive.backends import groups
 from fused_contrastive.core import checks
 from fused_contrastive.core.modes import is_plain
 from fused_contrastive.core.spec import (
@@ -48,9 +49,9 @@ def stats_forward(x: Tensor, y: Tensor, *problem: Any) -> Forward:
     *fields, backend = problem
     spec = StatsSpec(*fields)
     if spec.targets is not None:
-        checks.target_range(spec.targets, y.shape[0])
+        checks.target_range(spec.targets, spec.columns_of_rows(y.shape[0]))
     with without_autocast(x):
-        return BACKENDS[backend].stats_forward(spec, x, y)
+        return groups.stats_forward(BACKENDS[backend], spec, x, y)
 
 
 def stats_backward(
@@ -72,8 +73,8 @@ def stats_backward(
         g_pos if spec.paired else None, g_row if spec.want_row else None, g_col if spec.want_col else None
     )
     with without_autocast(x):
-        gradients = BACKENDS[backend].stats_backward(
-            spec, x, y, saved=Forward(row, row, col, kept), upstream=upstream, needs=Needs(*needs)
+        gradients = groups.stats_backward(
+            BACKENDS[backend], spec, x, y, saved=Forward(row, row, col, kept), upstream=upstream, needs=Needs(*needs)
         )
     dx, dy, dscale, dcol_bias = (spec.scale.new_empty(0) if g is None else g for g in gradients)
     return dx, dy, dscale, dcol_bias

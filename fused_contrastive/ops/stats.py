@@ -11,6 +11,7 @@ from typing_extensions import NamedTuple, TypeVar
 from fused_contrastive.core import checks, rule_checks
 from fused_contrastive.core.spec import BackendName
 from fused_contrastive.distributed.agreement import Alone, Call, Group, call_of, collective
+from fused_contrastive.ops.groups import grouped
 from fused_contrastive.ops.problem import (
     Problem,
     autocast,
@@ -42,9 +43,10 @@ class ContrastiveStats(NamedTuple, Generic[Row, Col]):
 # Overloads: if ``directions`` is left out or a tuple of literals, the statistics asked for are not Optional.
 @overload
 def contrastive_stats(
-    x: Tensor, y: Tensor, scale: float | Tensor = 1.0, *, targets: Tensor | None = None, col_bias: Tensor | None = None,
-    row_ids: Tensor | None = None, col_ids: Tensor | None = None, row_limit: Tensor | None = None,
-    col_limit: Tensor | None = None, guide: tuple[Tensor, Tensor] | None = None, exclude_self: bool = False,
+    x: Tensor, y: Tensor, scale: float | Tensor = 1.0, *, lengths: Tensor | None = None, targets: Tensor | None = None,
+    col_bias: Tensor | None = None, row_ids: Tensor | None = None, col_ids: Tensor | None = None,
+    row_limit: Tensor | None = None, col_limit: Tensor | None = None, guide: tuple[Tensor, Tensor] | None = None,
+    exclude_self: bool = False,
     directions: tuple[Literal["row"], Literal["col"]] = ("row", "col"),
     memory_budget: int | Literal["auto"] = "auto", backend: BackendName = "auto", group: Group = None,
 ) -> ContrastiveStats[Tensor, Tensor]: ...  # fmt: skip
@@ -52,9 +54,10 @@ def contrastive_stats(
 
 @overload
 def contrastive_stats(
-    x: Tensor, y: Tensor, scale: float | Tensor = 1.0, *, targets: Tensor | None = None, col_bias: Tensor | None = None,
-    row_ids: Tensor | None = None, col_ids: Tensor | None = None, row_limit: Tensor | None = None,
-    col_limit: Tensor | None = None, guide: tuple[Tensor, Tensor] | None = None, exclude_self: bool = False,
+    x: Tensor, y: Tensor, scale: float | Tensor = 1.0, *, lengths: Tensor | None = None, targets: Tensor | None = None,
+    col_bias: Tensor | None = None, row_ids: Tensor | None = None, col_ids: Tensor | None = None,
+    row_limit: Tensor | None = None, col_limit: Tensor | None = None, guide: tuple[Tensor, Tensor] | None = None,
+    exclude_self: bool = False,
     directions: tuple[Literal["row"]],
     memory_budget: int | Literal["auto"] = "auto", backend: BackendName = "auto", group: Group = None,
 ) -> ContrastiveStats[Tensor, None]: ...  # fmt: skip
@@ -62,9 +65,10 @@ def contrastive_stats(
 
 @overload
 def contrastive_stats(
-    x: Tensor, y: Tensor, scale: float | Tensor = 1.0, *, targets: Tensor | None = None, col_bias: Tensor | None = None,
-    row_ids: Tensor | None = None, col_ids: Tensor | None = None, row_limit: Tensor | None = None,
-    col_limit: Tensor | None = None, guide: tuple[Tensor, Tensor] | None = None, exclude_self: bool = False,
+    x: Tensor, y: Tensor, scale: float | Tensor = 1.0, *, lengths: Tensor | None = None, targets: Tensor | None = None,
+    col_bias: Tensor | None = None, row_ids: Tensor | None = None, col_ids: Tensor | None = None,
+    row_limit: Tensor | None = None, col_limit: Tensor | None = None, guide: tuple[Tensor, Tensor] | None = None,
+    exclude_self: bool = False,
     directions: tuple[Literal["col"]],
     memory_budget: int | Literal["auto"] = "auto", backend: BackendName = "auto", group: Group = None,
 ) -> ContrastiveStats[None, Tensor]: ...  # fmt: skip
@@ -72,9 +76,10 @@ def contrastive_stats(
 
 @overload
 def contrastive_stats(
-    x: Tensor, y: Tensor, scale: float | Tensor = 1.0, *, targets: Tensor | None = None, col_bias: Tensor | None = None,
-    row_ids: Tensor | None = None, col_ids: Tensor | None = None, row_limit: Tensor | None = None,
-    col_limit: Tensor | None = None, guide: tuple[Tensor, Tensor] | None = None, exclude_self: bool = False,
+    x: Tensor, y: Tensor, scale: float | Tensor = 1.0, *, lengths: Tensor | None = None, targets: Tensor | None = None,
+    col_bias: Tensor | None = None, row_ids: Tensor | None = None, col_ids: Tensor | None = None,
+    row_limit: Tensor | None = None, col_limit: Tensor | None = None, guide: tuple[Tensor, Tensor] | None = None,
+    exclude_self: bool = False,
     directions: Sequence[Literal["row", "col"]],
     memory_budget: int | Literal["auto"] = "auto", backend: BackendName = "auto", group: Group = None,
 ) -> ContrastiveStats: ...  # fmt: skip
@@ -86,6 +91,7 @@ def contrastive_stats(
     y: Tensor,
     scale: float | Tensor = 1.0,
     *,
+    lengths: Tensor | None = None,
     targets: Tensor | None = None,
     col_bias: Tensor | None = None,
     row_ids: Tensor | None = None,
@@ -117,6 +123,12 @@ def contrastive_stats(
         scale: multiplies the products (an inverse temperature); a number or a 0-d tensor, which gets a gradient. In
             every function of this package, a tensor scale, temperature or bias on the CPU is copied to the features'
             GPU at every call, and the host waits for that; while a CUDA graph is captured, it raises.
+        lengths: (B,) int64, at least 0, the rows of each of B groups, which follow each other in x and in y. S is then
+            a problem of its own for each group; no pair of two groups is computed. Features (B, M, D) and (B, N, D) are
+            groups too. The results, and all other arguments, are those of all groups in their order, B * M rows and
+            B * N columns. ``targets`` and ids count within a group: no target lies, and no ids agree, in another
+            group. Gradients of the scale are summed over the groups, for which the forward keeps no products. Not
+            together with group. Lengths on a GPU are copied to the host, which waits for them.
         targets: (M,) integers, the column of each row's positive. Default: t(i) = i, which needs M <= N.
         col_bias: (N,) added to each column's logits, with a gradient; -inf marks a column as empty.
         row_ids, col_ids: (M,) and (N,) integers, or (M, K) and (N, K) with K <= 4; pairs with equal ids, in any of the
@@ -160,7 +172,7 @@ def contrastive_stats(
     for name, limit, wanted in (("row_limit", row_limit, want_row), ("col_limit", col_limit, want_col)):
         if limit is not None and not wanted:
             raise ValueError(f"{name}: got a tensor with directions={directions!r}, expected None: nothing uses it")
-    problem = _checked(call, x, y, scale, targets, col_bias, row_ids, col_ids, memory_budget, backend)
+    problem = _checked(call, x, y, scale, lengths, targets, col_bias, row_ids, col_ids, memory_budget, backend)
     if guide is not None and row_limit is None and col_limit is None:
         raise ValueError("guide: got features without row_limit and col_limit, expected a limit to compare them with")
     row_guide, col_guide = (None, None) if guide is None else rule_checks.guide(guide, (problem.x, problem.y))
@@ -192,6 +204,7 @@ def sigmoid_stats(
     y: Tensor,
     scale: float | Tensor = 1.0,
     *,
+    lengths: Tensor | None = None,
     targets: Tensor | None = None,
     col_bias: Tensor | None = None,
     row_ids: Tensor | None = None,
@@ -220,7 +233,7 @@ def sigmoid_stats(
         TypeError, ValueError, RuntimeError: as ``contrastive_stats``.
     """
     call = call_of(group)
-    problem = _checked(call, x, y, scale, targets, col_bias, row_ids, col_ids, memory_budget, backend)
+    problem = _checked(call, x, y, scale, lengths, targets, col_bias, row_ids, col_ids, memory_budget, backend)
     shape = problem.agree(call, "sigmoid_stats", {})
     pos, row, _ = problem.run(shape, want_col=False, equal_ids="negate", statistic="softplus")
     return SigmoidStats(pos, row)
@@ -231,6 +244,7 @@ def self_stats(
     x: Tensor,
     scale: float | Tensor = 1.0,
     *,
+    lengths: Tensor | None = None,
     ids: Tensor | None = None,
     equal_ids: Literal["exclude", "only"] = "exclude",
     memory_budget: int | Literal["auto"] = "auto",
@@ -249,6 +263,7 @@ def self_stats(
     Args:
         x: (N, D) float32, float64, bfloat16 or float16. Not normalised here.
         scale: multiplies the products; a number or a 0-d tensor, which gets a gradient.
+        lengths: (B,) int64, the rows of each of B groups, or x (B, N, D); see ``contrastive_stats``.
         ids: (N,) or (N, K) integers, K <= 4; pairs with equal ids, in any of the K places, are excluded, or the only
             ones left. Default: excludes self-pairs only.
         equal_ids: "exclude" or "only".
@@ -265,26 +280,29 @@ def self_stats(
     if ids is None and equal_ids == "only":
         raise ValueError("ids: got None with equal_ids='only', expected an integer tensor of shape (N,)")
     call = call_of(group)
-    x = autocast(x)
+    groups, (x,) = grouped(call, lengths, {"x": autocast(x)})
     checks.feature_pair("x", x, "y", x, empty=call.spread)
     ids = checked_ids("ids", ids, x, "one per row")
-    problem = Problem(x, x, scale, row_ids=ids, col_ids=ids, memory_budget=memory_budget, backend=backend)
+    problem = Problem(
+        x, x, scale, row_ids=ids, col_ids=ids, memory_budget=memory_budget, backend=backend, groups=groups
+    )  # fmt: skip
     shape = problem.agree(call, "self_stats", {"equal_ids": equal_ids})
     return problem.run(shape, upper=True, want_col=False, equal_ids=equal_ids)[1]
 
 
 def _checked(
-    call: Call | Alone, x: Tensor, y: Tensor, scale: float | Tensor, targets: Tensor | None, col_bias: Tensor | None,
-    row_ids: Tensor | None, col_ids: Tensor | None, memory_budget: int | str, backend: str,
+    call: Call | Alone, x: Tensor, y: Tensor, scale: float | Tensor, lengths: Tensor | None, targets: Tensor | None,
+    col_bias: Tensor | None, row_ids: Tensor | None, col_ids: Tensor | None, memory_budget: int | str, backend: str,
 ) -> Problem:  # fmt: skip
     same = y is x
     x = autocast(x)
-    y = x if same else autocast(y)
+    groups, (x, *other) = grouped(call, lengths, {"x": x} if same else {"x": x, "y": autocast(y)})
+    y = x if same else other[0]
     checks.feature_pair("x", x, "y", y, empty=call.spread)
     targets = checked_targets(targets, x, y, call.spread)
     col_bias = checked_bias(col_bias, y)
     row_ids, col_ids = checked_pair_of_ids(row_ids, col_ids, x, y)
     return Problem(
         x, y, scale, targets=targets, col_bias=col_bias, row_ids=row_ids, col_ids=col_ids,
-        memory_budget=memory_budget, backend=backend,
+        memory_budget=memory_budget, backend=backend, groups=groups,
     )  # fmt: skip

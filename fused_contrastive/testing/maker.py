@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -44,6 +45,17 @@ class Maker:
         """(size,), or (size, count)."""
         shape = (size,) if count == 1 else (size, count)
         return torch.randint(max(1, high), shape, generator=self.generator, device="cpu")
+
+    def set_lengths(self, options: dict[str, Any]) -> None:
+        """If the option "lengths" is there, cuts the rows into four groups, of which some may have one row, or none."""
+        if "lengths" in options:
+            cuts, ends = self.ids(3, self.sizes.n + 1).sort().values, torch.tensor([0, self.sizes.n], device="cpu")
+            options["lengths"] = torch.cat((ends[:1], cuts, ends[1:])).diff()
+
+    def targets(self, m: int, n: int, options: dict[str, Any]) -> Tensor:
+        """(m,) columns, of each row's own group if there are groups."""
+        drawn = self.ids(m, n)
+        return drawn % options["lengths"].repeat_interleave(options["lengths"]) if "lengths" in options else drawn
 
     def margin(self, x: Tensor, y: Tensor, targets: Tensor, relative: bool) -> float:
         """One that leaves out some pairs, and none by a difference that roundings could turn round."""

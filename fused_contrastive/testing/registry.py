@@ -22,8 +22,9 @@ from fused_contrastive.losses.siglip import siglip_loss
 from fused_contrastive.losses.supcon import supcon_loss
 from fused_contrastive.losses.x_clip import x_clip_loss
 from fused_contrastive.ops.stats import contrastive_stats
-from fused_contrastive.testing import oracle, textbook, textbook_related, textbook_tokens
+from fused_contrastive.testing import oracle, textbook, textbook_groups, textbook_related, textbook_tokens
 from fused_contrastive.testing.maker import Maker
+from fused_contrastive.testing.textbook_groups import by_groups, with_positives
 
 Leaves = dict[str, Tensor]
 
@@ -63,13 +64,14 @@ def pair(*names: str) -> Callable[[Maker, dict[str, Any]], tuple[Leaves, dict[st
 
 def _contrastive_stats(make: Maker, given: dict[str, Any]) -> tuple[Leaves, dict[str, Any]]:
     n, options = make.sizes.n, dict(given)
-    m = make.sizes.m or n
+    m = n if "lengths" in options else make.sizes.m or n
+    make.set_lengths(options)
     leaves = {"x": make.features(m), "y": make.features(n), "scale": make.scalar(make.sizes.scale)}
     if options.pop("targets", False) or m > n:
-        options["targets"] = make.ids(m, n)
+        options["targets"] = make.targets(m, n, options)
     if options.pop("bias", False):
         empty = make.vector(n) < 0.2
-        empty[options.get("targets", slice(m))] = False  # a positive in an empty slot would be -inf
+        empty[textbook_groups.columns(options, m)] = False  # a positive in an empty slot would be -inf
         leaves["col_bias"] = (4 * make.vector(n) - 2).masked_fill(empty, -torch.inf)
     if count := options.pop("ids", 0):  # so few ids that some rows have no negatives left
         high = max(2, n // 8)
@@ -85,7 +87,8 @@ def _contrastive_stats(make: Maker, given: dict[str, Any]) -> tuple[Leaves, dict
 
 def _info_nce(make: Maker, given: dict[str, Any]) -> tuple[Leaves, dict[str, Any]]:
     n, options = make.sizes.n, dict(given)
-    m = n if options.get("symmetric") else max(1, n - 3)
+    m = n if options.get("symmetric") or "lengths" in options else max(1, n - 3)
+    make.set_lengths(options)
     leaves = {"query": make.features(m), "key": make.features(n), "logit_scale": make.scalar(make.sizes.scale)}
     kind, columns = options.pop("negatives", None), n
     if kind == "shared":
@@ -95,7 +98,7 @@ def _info_nce(make: Maker, given: dict[str, Any]) -> tuple[Leaves, dict[str, Any
     if options.pop("bias", False):
         leaves["col_bias"] = make.vector(columns)
     if options.pop("targets", False):
-        options["targets"] = make.ids(m, n)
+        options["targets"] = make.targets(m, n, options)
     if count := options.pop("ids", 0):
         options["row_ids"], options["col_ids"] = (make.ids(size, n // 3 * count, count) for size in (m, columns))
     if options.pop("weight", False):
@@ -128,6 +131,7 @@ def _set_margins(make: Maker, x: Tensor, y: Tensor, options: dict[str, Any]) -> 
 def _clip(make: Maker, given: dict[str, Any]) -> tuple[Leaves, dict[str, Any]]:
     n, options = make.sizes.n, dict(given)
     m = max(1, n // 2) if options.pop("unequal", False) else n
+    make.set_lengths(options)
     leaves = {
         "image_features": make.features(m), "text_features": make.features(n),
         "logit_scale": make.scalar(make.sizes.scale),
@@ -143,6 +147,7 @@ def _clip(make: Maker, given: dict[str, Any]) -> tuple[Leaves, dict[str, Any]]:
 
 def _nt_xent(make: Maker, given: dict[str, Any]) -> tuple[Leaves, dict[str, Any]]:
     options = dict(given)
+    make.set_lengths(options)
     count = options.pop("count", 2)
     leaves = {f"z{k + 1}": make.features(make.sizes.n) for k in range(count)}
     return {**leaves, "temperature": make.scalar(1 / make.sizes.scale)}, options
@@ -160,6 +165,7 @@ def _textbook_nt_xent(
 
 def _supcon(make: Maker, given: dict[str, Any]) -> tuple[Leaves, dict[str, Any]]:
     options = dict(given)
+    make.set_lengths(options)
     n, views = make.sizes.n, options.pop("views", 1)
     features = make.features(n) if views == 1 else make.features(n, views)
     options["labels"] = make.ids(n, n // options.pop("per_label", 3)) * 7 - 11
@@ -168,6 +174,7 @@ def _supcon(make: Maker, given: dict[str, Any]) -> tuple[Leaves, dict[str, Any]]
 
 def _siglip(make: Maker, given: dict[str, Any]) -> tuple[Leaves, dict[str, Any]]:
     n, options = make.sizes.n, dict(given)
+    make.set_lengths(options)
     scale = make.scalar(make.sizes.scale)
     m = max(1, n // 2) if options.pop("unequal", False) else n
     leaves = {"image_features": make.features(m), "text_features": make.features(n), "logit_scale": scale}
@@ -239,12 +246,13 @@ PRIMITIVES: dict[str, Member] = {
             "exclude_self": {"exclude_self": True},
             "row only": {"directions": ["row"]},
             "col only": {"directions": ["col"]},
+            "groups": {"lengths": True, "targets": True, "bias": True},
             "recompute": {"memory_budget": 0},
             "half kept": {"memory_budget": "half"},
         },
         _contrastive_stats,
         contrastive_stats,
-        positional(textbook.contrastive_stats, "x", "y", "scale"),
+        by_groups(positional(textbook.contrastive_stats, "x", "y", "scale"), reduces=False),
         as_they_are=True,
     ),
 }
@@ -266,11 +274,13 @@ LOSSES: dict[str, Member] = {
             "guide": {"relative_margin": True, "guide": True},
             "debias": {"debias": 0.1, "weight": True},
             "debias hardness": {"debias": 0.05, "hardness": 0.5, "ids": 1},
+            "groups": {"lengths": True},
+            "groups ids": {"lengths": True, "ids": 2, "weight": True, "normalize": True},
         },
         _clip,
         clip_loss,
-        positional(textbook.clip, "image_features", "text_features", "logit_scale"),
-        positional(textbook.clip_stable, "image_features", "text_features", "logit_scale"),
+        by_groups(positional(textbook.clip, "image_features", "text_features", "logit_scale")),
+        by_groups(positional(textbook.clip_stable, "image_features", "text_features", "logit_scale")),
         as_they_are=True,
     ),
     "info_nce": Member(
@@ -294,10 +304,13 @@ LOSSES: dict[str, Member] = {
             "weight": {"weight": True, "normalize": True},
             "weight none": {"weight": True, "reduction": "none"},
             "sum": {"reduction": "sum"},
+            "groups": {"lengths": True},
+            "groups targets": {"lengths": True, "targets": True, "bias": True, "margin": 0.25},
+            "groups margin": {"lengths": True, "relative_margin": 0.05, "symmetric": True, "reduction": "none"},
         },
         _info_nce,
         info_nce_loss,
-        positional(textbook.info_nce, "query", "key", "logit_scale"),
+        by_groups(positional(textbook.info_nce, "query", "key", "logit_scale")),
     ),
     "nt_xent": Member(
         {
@@ -308,10 +321,12 @@ LOSSES: dict[str, Member] = {
             "three views": {"count": 3},
             "three views decoupled": {"count": 3, "decoupled": True},
             "not normalised none": {"normalize": False, "reduction": "none"},
+            "groups": {"lengths": True},
+            "groups three views": {"lengths": True, "count": 3, "reduction": "none"},
         },
         _nt_xent,
         _ours_nt_xent,
-        _textbook_nt_xent,
+        by_groups(_textbook_nt_xent),
     ),
     "supcon": Member(
         {
@@ -321,10 +336,12 @@ LOSSES: dict[str, Member] = {
             "lonely skip": {"per_label": 1},
             "lonely zero in": {"per_label": 1, "no_positive": "zero", "variant": "in"},
             "sum": {"reduction": "sum"},
+            "groups": {"lengths": True},
+            "groups in": {"lengths": True, "variant": "in", "views": 2},
         },
         _supcon,
         supcon_loss,
-        positional(textbook.supcon, "features", "temperature"),
+        by_groups(positional(textbook.supcon, "features", "temperature"), with_positives),
     ),
     "siglip": Member(
         {
@@ -334,10 +351,12 @@ LOSSES: dict[str, Member] = {
             "none": {"reduction": "none"},
             "several mean": {"ids": 2, "positive_weight": "mean", "weight": True},
             "unequal": {"ids": 1, "unequal": True},
+            "groups": {"lengths": True},
+            "groups ids": {"lengths": True, "ids": 1},
         },
         _siglip,
         siglip_loss,
-        positional(textbook.siglip, "image_features", "text_features", "logit_scale", "logit_bias"),
+        by_groups(positional(textbook.siglip, "image_features", "text_features", "logit_scale", "logit_bias")),
     ),
     "distillation": Member(
         {

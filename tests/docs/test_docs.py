@@ -44,6 +44,10 @@ def test_large_batches() -> None:
     assert run_page("docs/large-batches.md") >= 4
 
 
+def test_groups() -> None:
+    assert run_page("docs/groups.md") >= 3
+
+
 def test_distributed() -> None:
     assert run_page("docs/distributed.md") >= 1
 

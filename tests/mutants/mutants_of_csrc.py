@@ -14,7 +14,23 @@ NEAR = "tests/losses/test_near_and_far.py"
 ROW_LOSS = "tests/ops/test_row_loss.py"
 CPP = "cpp and (hand or float32 and (257-257 or 17-17 or 300-2 or 2101))"
 
+GROUPS = "tests/losses/test_groups.py"
+
 MUTANTS = [
+    Mutant(
+        "biases of the first groups", "a group's columns have the biases of as many rows",
+        "csrc/stats/groups.h",
+        "&own.col_limit, &own.col_guide}) *t = part(*t, g.cols);",
+        "&own.col_limit, &own.col_guide}) *t = part(*t, {0, g.cols.size()});",
+        (GROUPS,), "cpp and more_columns",
+    ),
+    Mutant(
+        "last group's scale", "the last group's gradient of the scale is lost",
+        "csrc/stats/groups.h",
+        "std::accumulate(parts.begin(), parts.end(), 0.)",
+        "std::accumulate(parts.begin(), parts.end() - 1, 0.)",
+        (GROUPS,), "cpp and more_columns",
+    ),
     Mutant(
         "last tile not merged", "a section's last tile is left out of its partial sums",
         "csrc/stats/running_statistic.h",

@@ -46,15 +46,22 @@ class Triton(Backend):
         exact = limited or spec.statistic == "teacher" or (spec.equal_ids in ("apart", "add"))
         return dtype == torch.float32 or not exact or spec.statistic == "softplus"
 
-    def stats_forward(self, spec: StatsSpec, x: Tensor, y: Tensor) -> Forward:
-        from fused_contrastive.backends.triton import launch
+    def takes_groups(self, spec: StatsSpec) -> bool:
+        from fused_contrastive.backends.triton import groups_launch
 
+        return groups_launch.takes(spec)
+
+    def stats_forward(self, spec: StatsSpec, x: Tensor, y: Tensor) -> Forward:
+        from fused_contrastive.backends.triton import groups_launch, launch
+
+        if spec.row_lengths is not None:
+            return groups_launch.forward(spec, x, y)
         return launch.forward(spec, x, y)
 
     def stats_backward(
         self, spec: StatsSpec, x: Tensor, y: Tensor, saved: Forward, upstream: Upstream, needs: Needs
     ) -> Gradients:
-        from fused_contrastive.backends.triton import launch
+        from fused_contrastive.backends.triton import groups_launch, launch
 
         # Hooks on saved tensors may give them back in other strides, or other tensors.
         saved = Forward(*(t.contiguous() for t in saved))
@@ -63,7 +70,8 @@ class Triton(Backend):
         for name, value, shape in (("row", saved.row, row), ("col", saved.col, col)):
             if len(value):
                 _check_saved(name, value, shape, value.dtype)
-        return launch.backward(spec, x, y, saved, upstream, needs)
+        run = launch.backward if spec.row_lengths is None else groups_launch.backward
+        return run(spec, x, y, saved, upstream, needs)
 
     def fuses_loss(self, spec: StatsSpec, m: int) -> bool:
         """Losses over rows alone: of a softmax unless all products are kept, and always of softplus.
@@ -72,7 +80,7 @@ class Triton(Backend):
         teacher, and related pairs apart or added up, take the exact kernels of the two passes.
         """
         limited = spec.row_limit is not None or spec.col_limit is not None
-        if limited or spec.equal_ids in ("apart", "add") or not spec.paired:
+        if limited or spec.equal_ids in ("apart", "add") or not spec.paired or spec.row_lengths is not None:
             return False
         alone = not (spec.want_col or spec.upper)
         return alone and (spec.kept_rows < m or spec.statistic == "softplus")

@@ -107,7 +107,8 @@ def clip_eager(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
 
 
 def _siglip_ours(x: Tensor, y: Tensor, scale: Tensor, **options: Any) -> Tensor:
-    return fc.siglip_loss(x, y, scale, -scale / 2, **options)
+    loss: Tensor = fc.siglip_loss(x, y, scale, -scale / 2, **options)
+    return loss
 
 
 def siglip_eager(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
@@ -116,7 +117,8 @@ def siglip_eager(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
 
 
 def _info_nce_ours(x: Tensor, y: Tensor, **options: Any) -> Tensor:
-    return fc.info_nce_loss(x, y, logit_scale=SCALE, normalize=True, **options)
+    loss: Tensor = fc.info_nce_loss(x, y, logit_scale=SCALE, normalize=True, **options)
+    return loss
 
 
 def info_nce_eager(x: Tensor, y: Tensor) -> Tensor:
@@ -124,7 +126,8 @@ def info_nce_eager(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _nt_xent_ours(x: Tensor, y: Tensor, **options: Any) -> Tensor:
-    return fc.nt_xent_loss(x, y, TEMPERATURE, normalize=True, **options)
+    loss: Tensor = fc.nt_xent_loss(x, y, TEMPERATURE, normalize=True, **options)
+    return loss
 
 
 def nt_xent_eager(x: Tensor, y: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from fused_contrastive.losses.x_clip import x_clip_loss
 from fused_contrastive.ops import flops
 from fused_contrastive.ops.max_sim import MaxSimScores, max_sim
 from fused_contrastive.ops.ranking import Ranking, rank, target_ranks
+from fused_contrastive.ops.ranks import Metrics
 from fused_contrastive.ops.stats import ContrastiveStats, SigmoidStats, contrastive_stats, self_stats, sigmoid_stats
 from fused_contrastive.verification.compare import Verification, verify
 from fused_contrastive.verification.watch import verify_against_reference
@@ -34,6 +35,7 @@ __all__ = [
     "GlobalBatch",
     "InfoNCELoss",
     "MaxSimScores",
+    "Metrics",
     "NTXentLoss",
     "Ranking",
     "SigLipLoss",

@@ -11,8 +11,9 @@ from torch import Tensor
 from fused_contrastive.core import checks, rule_checks
 from fused_contrastive.core.modes import is_plain
 from fused_contrastive.core.unit import unit_rows
-from fused_contrastive.distributed.shape import LocalShape, Shape
+from fused_contrastive.distributed.shape import Shape
 from fused_contrastive.ops.own_dots import own_dots
+from fused_contrastive.ops.positives import of_positives, rounding
 from fused_contrastive.ops.problem import Problem
 
 
@@ -24,7 +25,7 @@ def roundings(margins: Margins, dtype: torch.dtype, d: int) -> float:
     """
     if margins.absolute or margins.relative:
         return 0.0
-    return float(torch.finfo(dtype).eps * (8 + 4 * d**0.5))
+    return rounding(dtype, d)
 
 
 class Margins(NamedTuple):
@@ -94,13 +95,13 @@ def limit(problem: Problem, shape: Shape, margins: Margins | None, both: bool) -
             if copied:
                 problem.count_copies(x, y)
             problem.spec = problem.spec._replace(row_guide=x, col_guide=y)
-        positives = _positives(y, problem.spec.targets, shape, x.shape[0])
+        positives = of_positives(y, problem.spec.targets, shape, x.shape[0])
         similarity, x_norm, y_norm = (
             own_dots(a, b[:, None]).squeeze(1) for a, b in ((x, positives), (x, x), (positives, positives))
         )
-        rounding = roundings(margins, similarity.dtype, x.shape[1]) * (x_norm * y_norm).sqrt()
+        slack = roundings(margins, similarity.dtype, x.shape[1]) * (x_norm * y_norm).sqrt()
         highest = similarity - margins.absolute - margins.relative * similarity.abs()
-        limits = scale * (highest + rounding)
+        limits = scale * (highest + slack)
         others = limits.new_full((y.shape[0] - limits.shape[0] if both else 0,), torch.inf)
     problem.spec = problem.spec._replace(row_limit=limits, col_limit=torch.cat((limits, others)) if both else None)
 
@@ -112,15 +113,3 @@ def above(problem: Problem, margins: Margins, own_logits: Tensor) -> Tensor:
     if margins.guide is not None:
         similarity = own_dots(margins.guide[0], margins.guide[2])
     return similarity > problem.spec.row_limit[:, None]
-
-
-def _positives(y: Tensor, targets: Tensor | None, shape: Shape, m: int) -> Tensor:
-    """(M, D) the features of each row's positive."""
-    if isinstance(shape, LocalShape):
-        if targets is None:
-            return y[:m]
-        checks.target_range(targets, len(y))
-        return y[targets]
-    if targets is None and shape.rows == shape.keys:
-        return y[:m]
-    return shape.gather(y)[shape.columns_of(targets, y.device)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -15,11 +15,36 @@ from fused_contrastive.core.spec import BackendName, compute_dtype
 from fused_contrastive.distributed.agreement import Group, call_of, collective
 from fused_contrastive.losses import corrections, terms
 from fused_contrastive.ops.problem import Problem, autocast, log_add
+from fused_contrastive.ops.ranks import Metrics, count_ranks, metrics_of
 from fused_contrastive.ops.row_dots import RowMap
 from fused_contrastive.ops.row_loss import row_loss
 
 
-@observed
+@overload
+def nt_xent_loss(
+    z1: Tensor,
+    z2: Tensor,
+    temperature: float | Tensor | None = None,
+    *,
+    logit_scale: float | Tensor | None = None,
+    views: Sequence[Tensor] = (),
+    debias: float | Tensor | None = None,
+    hardness: float = 0.0,
+    decoupled: bool = False,
+    reduction: Reduction = "mean",
+    metrics: Literal[False] = False,
+    normalize: bool | None = None,
+    memory_budget: int | Literal["auto"] = "auto",
+    backend: BackendName = "auto",
+    group: Group = None,
+) -> Tensor: ...
+
+
+@overload
+def nt_xent_loss(*args: Any, metrics: Literal[True], **options: Any) -> tuple[Tensor, Metrics]: ...
+
+
+@observed  # type: ignore[misc]  # the second overload leaves its options to this signature
 @collective
 def nt_xent_loss(
     z1: Tensor,
@@ -32,11 +57,12 @@ def nt_xent_loss(
     hardness: float = 0.0,
     decoupled: bool = False,
     reduction: Reduction = "mean",
+    metrics: bool = False,
     normalize: bool | None = None,
     memory_budget: int | Literal["auto"] = "auto",
     backend: BackendName = "auto",
     group: Group = None,
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Metrics]:
     """SimCLR's loss of two views of a batch, or of more, without the 2N x 2N matrix.
 
     All views' V * N features z are compared with each other. For feature i, with p the same sample in another view::
@@ -57,11 +83,13 @@ def nt_xent_loss(
         reduction: "mean", "sum" or "none" ((V * N,), view by view), over the V * N features.
         normalize: L2-normalise first, as SimCLR does; rows shorter than 1e-12 get a gradient of zeros. Default: True,
             with a FutureWarning; from the next release on False, as in the other losses.
+        metrics: also return the ranks of the positives among the negatives, which the same pass counts.
         memory_budget, backend, group: see ``contrastive_stats``. Over a group, it is the loss of the whole batch; all
             views of a sample are in one process.
 
     Returns:
-        A scalar, or (V * N,) with ``reduction="none"``; float32 (float64 for float64 features).
+        With ``metrics``, the loss and its ``Metrics``; without, the loss: a scalar, or (V * N,) with
+        ``reduction="none"``; float32 (float64 for float64 features).
 
     Warns:
         FutureWarning: once a process, where ``normalize`` is not given.
@@ -80,9 +108,12 @@ def nt_xent_loss(
     checks.boolean("decoupled", decoupled)
     normalize = _normalize(normalize)
     checks.one_of("reduction", reduction, REDUCTIONS)
+    checks.boolean("metrics", metrics)
     scale = terms.scale_of(temperature, logit_scale, 0.5, everything[0])
 
     n, count = z1.shape[0], len(everything)
+    if metrics and count > 2:
+        raise ValueError(f"metrics: got True with {count} views, expected two, of which each is the other's positive")
     corrected = corrections.check(debias, hardness, views=views if count > 2 else None)
     of_debias = "a tensor" if isinstance(debias, Tensor) else debias
     debias = corrections.checked_debias(debias, z1)
@@ -90,6 +121,7 @@ def nt_xent_loss(
     problem = Problem(z, z, scale, memory_budget=memory_budget, backend=backend, normalize=normalize, views=everything)
     del z  # normalising makes it needless
     options: dict[str, Any] = {"views": count, "decoupled": decoupled, "reduction": reduction, "normalize": normalize}
+    options["metrics"] = metrics
     options.update(debias=of_debias, hardness=hardness)
     shape = problem.agree(call, "nt_xent_loss", options)
     if count == 2:
@@ -99,7 +131,10 @@ def nt_xent_loss(
         if corrected:
             debias = debias.repeat(2) if debias is not None and debias.dim() else debias
             correction = corrections.correction(problem, shape, debias, hardness, keys=2 * n, both=False, excluded=2)
-        return row_loss(problem, shape, reduction, decoupled=decoupled, correction=correction, upper=True)
+        if metrics:
+            count_ranks(problem, shape, both=True)
+        loss = row_loss(problem, shape, reduction, decoupled=decoupled, correction=correction, upper=True)
+        return (loss, metrics_of(problem)) if metrics else loss
     problem.unit()
     z, positives = problem.x, []
     for k in range(1, count):

@@ -120,6 +120,12 @@ def _(problem: BenchProblem) -> Loss:
     return _ours(replace(problem, loss="clip"))
 
 
+@register("ours, metrics=True", "clip", "siglip", ours=True)
+def _(problem: BenchProblem) -> Loss:
+    run = _ours(problem, metrics=True)
+    return lambda *inputs: run(*inputs)[0]
+
+
 _matrices = [loss for loss in WORKLOADS if loss != "max_sim"]
 register("ours, everything kept", *_matrices, ours=True, devices=("cuda", INTERPRETER), matrices=1)(
     functools.partial(_ours, memory_budget=2**50)

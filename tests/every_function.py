@@ -12,7 +12,9 @@ import fused_contrastive as fc
 
 _generator = torch.Generator().manual_seed(0)
 X, Y, TOKENS = (torch.randn(*shape, generator=_generator) for shape in ((6, 4), (6, 4), (6, 3, 4)))
-RESULTS = ("ContrastiveStats", "Deviation", "Diagnosis", "MaxSimScores", "Ranking", "SigmoidStats", "Verification")
+RESULTS = (
+    "ContrastiveStats", "Deviation", "Diagnosis", "MaxSimScores", "Metrics", "Ranking", "SigmoidStats", "Verification",
+)  # fmt: skip
 OTHERS = ("GlobalBatch", "verify_against_reference")  # neither takes tensors
 PUBLIC: dict[str, Any] = {name: getattr(fc, name) for name in fc.__all__}
 _RETRIEVAL = {"queries": X, "candidates": Y, "targets": torch.arange(6).roll(1)}

@@ -119,8 +119,8 @@ def clip_loss(
             together with ids, margins, a guide, debias or hardness.
         weight: (N,) weights of the pairs; the mean is over their sum, as in ``F.cross_entropy``.
         reduction: "mean", "sum" (over the N pairs) or "none" ((N,), the mean of a pair's two directions).
-        normalize: L2-normalise first, the guide's features too; rows shorter than 1e-12 get a gradient of zeros.
         metrics: also return the ranks of the positives among the negatives, which the same pass counts.
+        normalize: L2-normalise first, the guide's features too; rows shorter than 1e-12 get a gradient of zeros.
         memory_budget, backend, group: see ``contrastive_stats``. Over a group, it is the loss of the whole batch.
 
     Returns:

@@ -131,8 +131,8 @@ def info_nce_loss(
             that an empty slot makes the loss inf. Not together with ids or margins that leave out negatives.
         weight: (M,) weights of the queries; the mean is over their sum, as in ``F.cross_entropy``.
         reduction: "mean", "sum" or "none" ((M,)).
-        normalize: L2-normalise query, key and negatives first; rows shorter than 1e-12 get a gradient of zeros.
         metrics: also return the ranks of the positives among the negatives, which the same pass counts.
+        normalize: L2-normalise query, key and negatives first; rows shorter than 1e-12 get a gradient of zeros.
         memory_budget, backend, group: see ``contrastive_stats``. Over a group, it is the loss of the whole batch, whose
             columns are process 0's keys and then its shared negatives, then process 1's, and so on. ``targets`` count
             the keys of all processes, without the negatives. If every process holds the same queue, pass a different

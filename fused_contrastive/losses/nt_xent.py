@@ -81,9 +81,9 @@ def nt_xent_loss(
         debias, hardness: correct the sum over the 2N - 2 negatives of two views; see ``clip_loss``.
         decoupled: the DCL form.
         reduction: "mean", "sum" or "none" ((V * N,), view by view), over the V * N features.
+        metrics: also return the ranks of the positives among the negatives, which the same pass counts.
         normalize: L2-normalise first, as SimCLR does; rows shorter than 1e-12 get a gradient of zeros. Default: True,
             with a FutureWarning; from the next release on False, as in the other losses.
-        metrics: also return the ranks of the positives among the negatives, which the same pass counts.
         memory_budget, backend, group: see ``contrastive_stats``. Over a group, it is the loss of the whole batch; all
             views of a sample are in one process.
 

@@ -120,6 +120,12 @@ def _(problem: BenchProblem) -> Loss:
     return _ours(replace(problem, loss="clip"))
 
 
+@register("ours, metrics=True", "clip", "siglip", ours=True)
+def _(problem: BenchProblem) -> Loss:
+    run = _ours(problem, metrics=True)
+    return lambda *inputs: run(*inputs)[0]
+
+
 _tokens = ("max_sim", "max_sim_own")
 _matrices = [loss for loss in WORKLOADS if loss not in _tokens]
 register("ours, everything kept", *_matrices, ours=True, devices=("cuda", INTERPRETER), matrices=1)(

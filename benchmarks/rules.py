@@ -41,7 +41,8 @@ def _rule(options: Callable[[Tensor], dict[str, Any]], eager: Loss) -> Workload:
     """The workload of clip_loss with the options that belong to a batch x, compared with ``eager``."""
 
     def ours(x: Tensor, y: Tensor, scale: Tensor, **more: Any) -> Tensor:
-        return fc.clip_loss(x, y, scale, **options(x), **more)
+        loss: Tensor = fc.clip_loss(x, y, scale, **options(x), **more)
+        return loss
 
     def truth(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
         wide: dict[str, Any] = {k: tuple(g.double() for g in v) if k == "guide" else v for k, v in options(x).items()}

@@ -108,7 +108,8 @@ def clip_eager(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
 
 
 def _siglip_ours(x: Tensor, y: Tensor, scale: Tensor, **options: Any) -> Tensor:
-    return fc.siglip_loss(x, y, scale, -scale / 2, **options)
+    loss: Tensor = fc.siglip_loss(x, y, scale, -scale / 2, **options)
+    return loss
 
 
 def siglip_eager(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
@@ -117,7 +118,8 @@ def siglip_eager(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
 
 
 def _info_nce_ours(x: Tensor, y: Tensor, **options: Any) -> Tensor:
-    return fc.info_nce_loss(x, y, logit_scale=SCALE, normalize=True, **options)
+    loss: Tensor = fc.info_nce_loss(x, y, logit_scale=SCALE, normalize=True, **options)
+    return loss
 
 
 def info_nce_eager(x: Tensor, y: Tensor) -> Tensor:
@@ -125,7 +127,8 @@ def info_nce_eager(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _nt_xent_ours(x: Tensor, y: Tensor, **options: Any) -> Tensor:
-    return fc.nt_xent_loss(x, y, TEMPERATURE, normalize=True, **options)
+    loss: Tensor = fc.nt_xent_loss(x, y, TEMPERATURE, normalize=True, **options)
+    return loss
 
 
 def nt_xent_eager(x: Tensor, y: Tensor) -> Tensor:
@@ -167,7 +170,7 @@ def _max_sim_truth(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _own_tokens(problem: BenchProblem) -> dict[str, Tensor]:
-    return _features(problem, True, x=(problem.n, T), y=(problem.n, OWN, OWN_P))
+    return features(problem, True, x=(problem.n, T), y=(problem.n, OWN, OWN_P))
 
 
 def first_of_own(scores: Tensor) -> Tensor:

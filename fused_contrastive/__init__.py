@@ -18,6 +18,7 @@ from fused_contrastive.losses.x_clip import x_clip_loss
 from fused_contrastive.ops import flops
 from fused_contrastive.ops.max_sim import MaxSimScores, max_sim
 from fused_contrastive.ops.ranking import Ranking, rank, target_ranks
+from fused_contrastive.ops.ranks import Metrics
 from fused_contrastive.ops.sampling import SampledNegatives, sample_negatives
 from fused_contrastive.ops.stats import ContrastiveStats, SigmoidStats, contrastive_stats, self_stats, sigmoid_stats
 from fused_contrastive.verification.compare import Verification, verify
@@ -37,6 +38,7 @@ __all__ = [
     "GlobalBatch",
     "InfoNCELoss",
     "MaxSimScores",
+    "Metrics",
     "NTXentLoss",
     "Ranking",
     "SampledNegatives",

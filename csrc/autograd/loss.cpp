@@ -29,6 +29,7 @@ struct State : torch::CustomClassHolder {
   Needs needs;
   Interrupt interrupt;
   Gradients grads;
+  RowLossOutput output;
 };
 
 // Returns the first `count` tensors, which are gradients, as functions of the others, which are their inputs.
@@ -68,8 +69,9 @@ struct GradientsInTheForward : torch::autograd::Function<GradientsInTheForward> 
     p.for_each_tensor([&](const char*, const OptionalTensor& t) { saved.push_back(or_undefined(t)); });
     ctx->save_for_backward(saved);
     const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-    auto [value, grads] = loss_and_gradients(p, state->loss, state->needs, state->interrupt);
+    auto [value, grads, pos, ranks] = loss_and_gradients(p, state->loss, state->needs, state->interrupt);
     state->grads = std::move(grads);
+    state->output = {at::Tensor(), std::move(pos), std::move(ranks)};
     p.x = p.y = p.scale = at::Tensor();
     p.for_each_tensor([](const char*, OptionalTensor& t) { t = std::nullopt; });
     state->loss.labels = std::nullopt;
@@ -111,7 +113,7 @@ struct GradientsInTheForward : torch::autograd::Function<GradientsInTheForward> 
 
 }  // namespace
 
-at::Tensor row_loss(const StatsProblem& problem, const RowLoss& loss, bool same, const Interrupt& interrupt) {
+RowLossOutput row_loss(const StatsProblem& problem, const RowLoss& loss, bool same, const Interrupt& interrupt) {
   const auto needed = [](const at::Tensor& t) { return t.defined() && t.requires_grad(); };
   Needs needs{{needed(problem.x), needed(problem.y), needed(problem.scale), needed(or_undefined(problem.col_bias))},
               false};
@@ -121,7 +123,10 @@ at::Tensor row_loss(const StatsProblem& problem, const RowLoss& loss, bool same,
   }
   auto state = c10::make_intrusive<State>();
   state->problem = problem, state->loss = loss, state->needs = needs, state->interrupt = interrupt;
-  return GradientsInTheForward::apply(problem.x, problem.y, problem.scale, problem.col_bias, std::move(state));
+  at::Tensor value = GradientsInTheForward::apply(problem.x, problem.y, problem.scale, problem.col_bias, state);
+  RowLossOutput output = std::move(state->output);
+  output.loss = std::move(value);
+  return output;
 }
 
 }  // namespace fc

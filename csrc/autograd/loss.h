@@ -6,8 +6,14 @@
 
 namespace fc {
 
-// The loss, 0-d, in float32 (float64 for float64 features). It can be differentiated once, by x, y, scale and col_bias.
+// `loss`, 0-d, in float32 (float64 for float64 features), can be differentiated once, by x, y, scale and col_bias.
+struct RowLossOutput {
+  at::Tensor loss;
+  at::Tensor pos;  // (M,) the positives' logits
+  Ranks ranks;     // undefined without references
+};
+
 // `same`: y is x.
-at::Tensor row_loss(const StatsProblem& problem, const RowLoss& loss, bool same, const Interrupt& interrupt);
+RowLossOutput row_loss(const StatsProblem& problem, const RowLoss& loss, bool same, const Interrupt& interrupt);
 
 }  // namespace fc

@@ -90,13 +90,15 @@ auto stats_backward(const at::Tensor& x, const at::Tensor& y, const py::object& 
   return fc::stats_backward(problem, {row, col, kept}, {g_pos, g_row, g_col}, needs_of(needs), interrupt);
 }
 
-at::Tensor row_loss(const at::Tensor& x, const at::Tensor& y, const py::object& spec, const py::object& loss) {
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> row_loss(const at::Tensor& x, const at::Tensor& y,
+                                                                    const py::object& spec, const py::object& loss) {
   const fc::StatsProblem problem = problem_of(x, y, spec);
   const fc::RowLoss row_loss = row_loss_of(loss);
   const auto interrupt = python_interrupt();
   const bool same = x.is_same(y);
   py::gil_scoped_release release;
-  return fc::row_loss(problem, row_loss, same, interrupt);
+  const fc::RowLossOutput output = fc::row_loss(problem, row_loss, same, interrupt);
+  return {output.loss, output.pos, output.ranks.row, output.ranks.col};
 }
 
 at::Tensor cross_entropy(const at::Tensor& pos, const std::vector<at::Tensor>& normalisers, bool decoupled,

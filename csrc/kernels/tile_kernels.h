@@ -24,7 +24,8 @@ struct LogitRule {
   const int32_t* row_ids;  // (ids, M) compared with col_ids, or null
   const int32_t* col_ids;  // (ids, N)
   int64_t ids, row_count, col_count;
-  const T *row_limit, *col_limit;  // (M,), (N,): pairs with a similarity above it are excluded there; or null
+  const T *row_limit, *col_limit;          // (M,), (N,): pairs with a similarity above it are excluded there; or null
+  const T *row_reference, *col_reference;  // (M,), (N,): count the logits above it; or null
   EqualIds equal_ids;
   bool paired;        // row i has a positive, in column target(i)
   bool exclude_self;  // exclude S[i, i]
@@ -63,6 +64,8 @@ struct ForwardTile {
   T* pos;                                // (M,) logits of the positives; written where this tile holds them
   TileSums<T> row, col;                  // (rows,), (cols,)
   TileSums<T> related_row, related_col;  // of the related pairs, if these are reduced by themselves or added up
+  // How many logits are above the references (in `sum`) and the highest logits; without references null.
+  TileSums<T> row_ranks, col_ranks;
   // With a teacher, related_row and related_col are its sums, and these are sums of exp(t - maximum) * s.
   T *weighted_row, *weighted_col;
 };

@@ -250,6 +250,7 @@ static void backward_softplus(const LogitRule<T>& rule, const BackwardTile<T>& t
   }
 }
 
+#include "kernels/ranks.inl"
 #include "kernels/teacher.inl"
 
 // Calls the sweep for the directions that are needed.
@@ -262,6 +263,7 @@ static void forward_apart(const LogitRule<T>& rule, const ForwardTile<T>& tile) 
 
 template <class T>
 static void forward(const LogitRule<T>& rule, const ForwardTile<T>& tile) {
+  if (tile.row_ranks.sum || tile.col_ranks.sum) rank_tile(rule, tile);
   if (rule.softplus) return forward_softplus(rule, tile);
   if (rule.teacher) {
     if (tile.row.max && tile.col.max) return forward_teacher<T, true, true>(rule, tile);

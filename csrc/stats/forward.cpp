@@ -22,8 +22,12 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> forward(const StatsPr
   Statistics<T> stats(problem, p.options());
   const Tiling tiling(p.x.rows, n, kPackedCols<E>, problem.kept_rows, problem.upper);
   forward_pass<E>(problem, p, tiling, stats, kept.mutable_data_ptr<T>(), interrupt);
+  const Ranks ranks = stats.ranks(problem);
+  const auto with = [](const at::Tensor& value, const at::Tensor& ranks) {
+    return ranks.defined() ? at::cat({value.unsqueeze(1), ranks}, 1) : value;
+  };
   const at::Tensor col = problem.upper ? at::empty({0}, at::kDouble) : stats.col_value(problem);
-  return {stats.pos.to(at::kDouble), stats.row_value(problem), col, kept};
+  return {stats.pos.to(at::kDouble), with(stats.row_value(problem), ranks.row), with(col, ranks.col), kept};
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> grouped(const StatsProblem& p, const Interrupt& interrupt) {

@@ -21,6 +21,7 @@ struct Statistics {
   at::Tensor pos;
   RunningStatistic<T> row, col, related_row, related_col;
   WeightedStatistic<T> teacher_row, teacher_col;
+  RankStatistic<T> row_ranks, col_ranks;
 
   Statistics(const StatsProblem& p, const at::TensorOptions& options)
       : pos(at::empty({p.paired ? p.x.size(0) : 0}, options)),
@@ -29,22 +30,30 @@ struct Statistics {
         related_row(p.want_row && has_related(p), p.x.size(0), !p.softplus && p.equal_ids != EqualIds::kAdd),
         related_col(p.want_col && has_related(p), p.y.size(0), p.equal_ids != EqualIds::kAdd),
         teacher_row(p.teacher && p.want_row, p.x.size(0)),
-        teacher_col(p.teacher && p.want_col, p.y.size(0)) {}
+        teacher_col(p.teacher && p.want_col, p.y.size(0)),
+        row_ranks(is_ranked(p) && p.want_row, p.x.size(0)),
+        col_ranks(is_ranked(p) && (p.want_col || p.upper), p.y.size(0)) {}
   void start(const Tiling& tiling, const Section& s) {
     for (auto* each : {&row, &related_row}) each->start(tiling.tile_cols(s), s.rows.size());
     for (auto* each : {&col, &related_col}) each->start(tiling.tile_rows(s), s.cols.size());
     teacher_row.start(tiling.tile_cols(s), s.rows.size());
     teacher_col.start(tiling.tile_rows(s), s.cols.size());
+    row_ranks.start(tiling.tile_cols(s), s.rows.size());
+    col_ranks.start(tiling.tile_rows(s), s.cols.size());
   }
   void skip(const TileBounds& at, int64_t r, int64_t c, int64_t tile_row, int64_t tile_col) {
     row.skip(tile_col, r, at.rows);
     col.skip(tile_row, c, at.cols);
+    row_ranks.skip(tile_col, r, at.rows);
+    col_ranks.skip(tile_row, c, at.cols);
   }
   void merge(const Section& s) {
     for (auto* each : {&row, &related_row}) each->merge(s.rows.begin);
     for (auto* each : {&col, &related_col}) each->merge(s.cols.begin);
     teacher_row.merge(s.rows.begin);
     teacher_col.merge(s.cols.begin);
+    row_ranks.merge(s.rows.begin);
+    col_ranks.merge(s.cols.begin);
   }
   // Where a tile's sums of related pairs, or of the teacher's logits, go.
   TileSums<T> second_row(bool teacher, int64_t tile_col, int64_t r) {
@@ -53,9 +62,9 @@ struct Statistics {
   TileSums<T> second_col(bool teacher, int64_t tile_row, int64_t c) {
     return teacher ? teacher_col.part(tile_row, c) : related_col.part(tile_row, c);
   }
-  // Returns the columns' statistic, (N,) or (N, 2) in double.
+  // Returns the columns' statistic in double, as `stats_forward` does, but without ranks.
   at::Tensor col_value(const StatsProblem& p) const { return together(p, col, related_col, teacher_col); }
-  // Returns the rows' statistic, (M,) or (M, 2) in double. For an upper triangle it includes the columns' values,
+  // Returns the rows' statistic likewise. For an upper triangle it includes the columns' values,
   // because these are the rows of the lower triangle.
   at::Tensor row_value(const StatsProblem& problem) const {
     const at::Tensor value = together(problem, row, related_row, teacher_row);
@@ -65,6 +74,15 @@ struct Statistics {
     const double* c = of_cols.const_data_ptr<double>();
     for (int64_t i = 0; i < value.numel(); ++i) r[i] = log_add(r[i], c[i]);
     return value;
+  }
+
+  // Returns the ranks of the rows, (M, 2), and of the columns, (N, 2).
+  Ranks ranks(const StatsProblem& p) const {
+    if (!is_ranked(p)) return {};
+    if (!p.upper) return {row_ranks.value(), col_ranks.value()};
+    RankStatistic<T> both = row_ranks;
+    both.add(col_ranks);
+    return {both.value(), at::empty({0, 2}, at::kDouble)};
   }
 
  private:
@@ -110,6 +128,7 @@ void forward_pass(const StatsProblem& problem, const Prepared<E>& p, const Tilin
                 p.rule,
                 {at, tile, stride, guide.tile(at), pos, stats.row.part(tile_col, r), stats.col.part(tile_row, c),
                  stats.second_row(p.rule.teacher, tile_col, r), stats.second_col(p.rule.teacher, tile_row, c),
+                 stats.row_ranks.part(tile_col, r), stats.col_ranks.part(tile_row, c),
                  stats.teacher_row.weighted(tile_col, r), stats.teacher_col.weighted(tile_row, c)});
           },
           [&](const TileBounds& at, int64_t tile_row, int64_t tile_col) {

@@ -65,6 +65,7 @@ LossAndGradients from_rows(const StatsProblem& problem, const RowLoss& loss, con
   const at::Tensor losses = at::empty({m}, at::kDouble), g_pos = at::empty({m}, p.options());
   const at::Tensor g_row = at::empty({m}, p.options());
   const std::vector<Range> all = pieces(0, m, rows_at_once(n));
+  std::vector<at::Tensor> ranks;
   const at::Tensor held = small_block(all.front().size() * stride * static_cast<int64_t>(sizeof(T)));
   Normaliser<T> norm(problem.softplus ? 0 : m);
   T *s = static_cast<T*>(held.mutable_data_ptr()), *pos_data = pos.mutable_data_ptr<T>();
@@ -80,27 +81,41 @@ LossAndGradients from_rows(const StatsProblem& problem, const RowLoss& loss, con
     at::Tensor units;
     const FeatureRows<E> x = p.x.read_rows(rows.begin, rows.end, units);
     RunningStatistic<T> row(true, rows.size(), !problem.softplus);
+    RankStatistic<T> row_ranks(is_ranked(problem), rows.size());
     for (const Range& group : tiling.column_groups()) {
       const Section section{rows, group, true};
       y_transposed.set_transposed(p.y, group.begin, group.end);
       guide.start_group(group);
       row.start(tiling.tile_cols(section), rows.size());
+      row_ranks.start(tiling.tile_cols(section), rows.size());
       tiling.for_each_tile(
           section,
           [&](const TileBounds& at, int64_t, int64_t tile_col) {
             T* tile = products(at);
             const int64_t r = at.row - rows.begin;
             multiply_tile(x, y_transposed, at, group.begin, tile, stride);
-            tile_kernels<T>().forward(
-                p.rule,
-                {at, tile, stride, guide.tile(at), pos_data, row.part(tile_col, r), {}, {}, {}, nullptr, nullptr});
+            tile_kernels<T>().forward(p.rule, {at,
+                                               tile,
+                                               stride,
+                                               guide.tile(at),
+                                               pos_data,
+                                               row.part(tile_col, r),
+                                               {},
+                                               {},
+                                               {},
+                                               row_ranks.part(tile_col, r),
+                                               {},
+                                               nullptr,
+                                               nullptr});
           },
           [](const TileBounds&, int64_t, int64_t) {});
       row.merge(0);
+      row_ranks.merge(0);
       interrupt();
     }
     units.reset();
     const at::Tensor value = row.value();
+    if (is_ranked(problem)) ranks.push_back(row_ranks.value());
     if (!problem.softplus) norm.set(rows.begin, value);
     for (int64_t i = rows.begin; i < rows.end; ++i) {
       const WeightedTerm t =
@@ -121,7 +136,9 @@ LossAndGradients from_rows(const StatsProblem& problem, const RowLoss& loss, con
       interrupt();
     }
   }
-  return {sum_of(losses), gradients.finish(g_pos, p.scalar_type(), p.scalar_type())};
+  LossAndGradients result{sum_of(losses), gradients.finish(g_pos, p.scalar_type(), p.scalar_type()), pos, {}};
+  if (is_ranked(problem)) result.ranks = {at::cat(ranks), at::empty({0, 2}, at::kDouble)};
+  return result;
 }
 
 // Adds one direction's losses to `losses` and their derivatives by the positives' logits to `g_pos`. Writes their
@@ -172,9 +189,10 @@ LossAndGradients from_two_passes(const StatsProblem& problem, const RowLoss& los
   const Direction<T> none{Normaliser<T>(0), std::nullopt};
   const auto gradients = [&](const OptionalTensor& g_pos, const Direction<T>& row, const Direction<T>& col,
                              const std::function<void(T*)>& add_more) {
-    return LossAndGradients{
-        sum_of(losses), backward_pass<E>(problem, p, tiling, products, problem.kept_rows, g_pos, {row, col, none, none},
-                                         needs, dtype, dtype, interrupt, add_more)};
+    return LossAndGradients{sum_of(losses),
+                            backward_pass<E>(problem, p, tiling, products, problem.kept_rows, g_pos,
+                                             {row, col, none, none}, needs, dtype, dtype, interrupt, add_more),
+                            stats.pos, stats.ranks(problem)};
   };
   const Direction<T> row{Normaliser<T>(row_value), g_row};
   if (loss.labels) {

@@ -50,6 +50,8 @@ inline void check(const StatsProblem& p) {
   }
   if (p.row_limit) check_sizes("row_limit", *p.row_limit, {m});
   if (p.col_limit) check_sizes("col_limit", *p.col_limit, {n});
+  if (p.row_reference) check_sizes("row_reference", *p.row_reference, {m});
+  if (p.col_reference) check_sizes("col_reference", *p.col_reference, {n});
   TORCH_CHECK_VALUE(p.row_guide.has_value() == p.col_guide.has_value(),
                     "row_guide, col_guide: expected both or neither");
   if (p.row_guide) {
@@ -59,6 +61,10 @@ inline void check(const StatsProblem& p) {
   TORCH_CHECK_VALUE(!has_related(p) || (p.row_ids && !p.upper), "equal_ids: expected ids, and no upper");
   TORCH_CHECK_VALUE(!p.teacher || (p.row_guide && !p.paired && !p.row_ids && !p.row_limit && !p.col_limit && !p.upper),
                     "statistic: expected for a teacher a guide, no positives, ids, limits or upper");
+  TORCH_CHECK_VALUE(!is_ranked(p) || (!has_related(p) && !p.teacher && (p.row_reference || !p.want_row) &&
+                                      (p.col_reference || !(p.want_col || p.upper))),
+                    "row_reference, col_reference: expected one for each direction, and no teacher or statistics of "
+                    "related pairs");
   TORCH_CHECK_VALUE(p.equal_ids != EqualIds::kAdd || !p.softplus, "equal_ids: expected another for softplus");
   TORCH_CHECK_VALUE((!p.row_limit && !p.col_limit) || (!has_related(p) && !p.upper && !p.softplus),
                     "row_limit, col_limit: expected None with upper, softplus or statistics of related pairs");
@@ -80,7 +86,7 @@ auto with_elements(const StatsProblem& problem, const F& f) {
 template <class E, class T = SumType<E>>
 struct Prepared {
   Features<E> x, y;
-  OptionalTensor targets, col_bias, row_limit, col_limit;
+  OptionalTensor targets, col_bias, row_limit, col_limit, row_reference, col_reference;
   OptionalTensor row_codes, col_codes;  // (ids, M), (ids, N): ids as dense codes that fit a 32-bit lane
   bool one_bias = false;                // all columns share one bias, and its gradient is one number
   LogitRule<T> rule{};
@@ -92,6 +98,8 @@ struct Prepared {
     if (one_bias) col_bias = col_bias->expand({y.rows}).contiguous();
     row_limit = readable("row_limit", p.row_limit, scalar_type());
     col_limit = readable("col_limit", p.col_limit, scalar_type());
+    row_reference = readable("row_reference", p.row_reference, scalar_type());
+    col_reference = readable("col_reference", p.col_reference, scalar_type());
     if (p.row_ids) encode_ids(*p.row_ids, *p.col_ids);
     rule = {readable("scale", p.scale, scalar_type()).template item<T>(),
             data<T>(col_bias),
@@ -103,6 +111,8 @@ struct Prepared {
             y.rows,
             data<T>(row_limit),
             data<T>(col_limit),
+            data<T>(row_reference),
+            data<T>(col_reference),
             p.equal_ids,
             p.paired,
             p.exclude_self,

@@ -130,6 +130,58 @@ class WeightedStatistic {
   std::vector<T> part_max_, part_sum_, part_weighted_;
 };
 
+// Holds, for one direction, how many logits are above the references and the highest logits.
+template <class T>
+class RankStatistic {
+ public:
+  RankStatistic(bool asked, int64_t size)
+      : asked_(asked), max_(asked ? size : 0, -std::numeric_limits<T>::infinity()), count_(max_.size()) {}
+
+  void start(int64_t parts, int64_t length) {
+    if (!asked_) return;
+    parts_ = parts, length_ = length;
+    part_max_.resize(parts * length), part_count_.resize(parts * length);
+  }
+  // Where a tile's maxima and counts go.
+  TileSums<T> part(int64_t part, int64_t offset) {
+    if (!asked_) return {};
+    return {part_max_.data() + part * length_ + offset, part_count_.data() + part * length_ + offset};
+  }
+  void skip(int64_t part, int64_t offset, int64_t size) {
+    const TileSums<T> of = this->part(part, offset);
+    if (of.max) std::fill_n(of.max, size, -std::numeric_limits<T>::infinity()), std::fill_n(of.sum, size, T(0));
+  }
+  // Adds the parts to the whole, from its element `first` on.
+  void merge(int64_t first) {
+    for (int64_t k = 0; asked_ && k < parts_ * length_; ++k) {
+      const int64_t i = first + k % length_;
+      count_[i] += static_cast<int64_t>(part_count_[k]);
+      max_[i] = std::max(max_[i], part_max_[k]);
+    }
+  }
+  // Adds another direction's values, for an upper triangle, whose columns are the rows of the lower one.
+  void add(const RankStatistic& other) {
+    for (size_t i = 0; i < max_.size(); ++i) {
+      count_[i] += other.count_[i];
+      max_[i] = std::max(max_[i], other.max_[i]);
+    }
+  }
+  // Returns the counts in [:, 0] and the highest logits in [:, 1], in double.
+  at::Tensor value() const {
+    at::Tensor out = at::empty({static_cast<int64_t>(max_.size()), 2}, at::kDouble);
+    double* values = out.mutable_data_ptr<double>();
+    for (size_t i = 0; i < max_.size(); ++i)
+      values[2 * i] = static_cast<double>(count_[i]), values[2 * i + 1] = max_[i];
+    return out;
+  }
+
+ private:
+  bool asked_;
+  int64_t parts_ = 0, length_ = 0;
+  std::vector<T> max_, part_max_, part_count_;
+  std::vector<int64_t> count_;
+};
+
 // Holds log-normalisers, given in double, as sums of two T each. -inf, where all pairs are excluded, is held as 0.
 template <class T>
 struct Normaliser {

@@ -13,16 +13,17 @@ namespace fc {
 
 // What the logits are made of and which are excluded; the C++ view of core/spec.py. All tensors are on the CPU.
 struct StatsProblem {
-  at::Tensor x, y;                          // (M, D), (N, D), one floating dtype, any strides
-  at::Tensor scale;                         // 0-d
-  OptionalTensor targets;                   // (M,) int64
-  OptionalTensor col_bias;                  // (N,) or ()
-  OptionalTensor row_ids;                   // (M,) or (M, K) int64, compared with col_ids
-  OptionalTensor col_ids;                   // (N,) or (N, K) int64
-  OptionalTensor row_limit, col_limit;      // (M,), (N,): excludes pairs with scale x . y above it
-  OptionalTensor row_guide, col_guide;      // (M, G), (N, G), whose products are compared with the limits instead
-  OptionalTensor row_lengths, col_lengths;  // (B,) int64: each group's rows and columns are a problem of their own
-  bool paired;                              // row i has a positive; otherwise pos has 0 elements
+  at::Tensor x, y;                              // (M, D), (N, D), one floating dtype, any strides
+  at::Tensor scale;                             // 0-d
+  OptionalTensor targets;                       // (M,) int64
+  OptionalTensor col_bias;                      // (N,) or ()
+  OptionalTensor row_ids;                       // (M,) or (M, K) int64, compared with col_ids
+  OptionalTensor col_ids;                       // (N,) or (N, K) int64
+  OptionalTensor row_limit, col_limit;          // (M,), (N,): excludes pairs with scale x . y above it
+  OptionalTensor row_guide, col_guide;          // (M, G), (N, G), whose products are compared with the limits instead
+  OptionalTensor row_lengths, col_lengths;      // (B,) int64: each group's rows and columns are a problem of their own
+  OptionalTensor row_reference, col_reference;  // (M,), (N,): row and col are (M, 3) and (N, 3), see core/spec.py
+  bool paired;                                  // row i has a positive; otherwise pos has 0 elements
   bool exclude_self;
   bool want_row, want_col;  // the directions that are asked for
   bool upper;               // x is y: only pairs j > i are computed, and `row` is over both triangles
@@ -44,6 +45,8 @@ struct StatsProblem {
     f("col_guide", col_guide);
     f("row_lengths", row_lengths);
     f("col_lengths", col_lengths);
+    f("row_reference", row_reference);
+    f("col_reference", col_reference);
   }
 };
 
@@ -52,12 +55,22 @@ inline bool has_related(const StatsProblem& p) {
   return p.equal_ids == EqualIds::kApart || p.equal_ids == EqualIds::kAdd;
 }
 
+// Whether logits are compared with references.
+inline bool is_ranked(const StatsProblem& p) {
+  return p.row_reference || p.col_reference;
+}
+
+// How many of a row's or column's logits are above its reference, in [:, 0], and the highest, in [:, 1], in float64.
+struct Ranks {
+  at::Tensor row, col;  // (M, 2), (N, 2); 0 rows for a direction that was not asked for
+};
+
 // Returns pos (M,), row (M,) and col (N,) in float64, where a direction that was not asked for has 0 elements. Row and
 // col are (M, 2) and (N, 2) if related pairs have statistics of their own, in [:, 1]. With a teacher they are (M, 3)
 // and (N, 3): the log-sum-exp of the logits, their mean weighted by the teacher's softmax, and the log-sum-exp of the
-// teacher's logits. It also returns the products x @ y.T of the first `kept_rows` rows, (kept_rows, N)
-// elements in float32 (float64 for float64 features). They lie tile by tile (`kept_offset`), and only `stats_backward`
-// reads them.
+// teacher's logits. With references, their [:, 1:] are the ranks. It also returns the products x @ y.T of the first
+// `kept_rows` rows, (kept_rows, N) elements in float32 (float64 for float64 features). They lie tile by tile
+// (`kept_offset`), and only `stats_backward` reads them.
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> stats_forward(const StatsProblem& problem,
                                                                          const Interrupt& interrupt);
 
@@ -98,6 +111,8 @@ struct RowLoss {
 struct LossAndGradients {
   double loss;
   Gradients grads;  // in float32 (float64)
+  at::Tensor pos;   // (M,) the positives' logits
+  Ranks ranks;      // undefined without references
 };
 
 // Over rows and columns, targets are not supported, and products that are not kept are computed twice.

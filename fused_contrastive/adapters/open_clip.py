@@ -83,19 +83,19 @@ class ClipLoss(Fused, library.ClipLoss):
         if self.local_loss and not self.gather_with_grad:
             images, texts = self._gathered(image_features, text_features)
             own = self._own_rows(image_features)
-            return (
-                info_nce_loss(image_features, texts, logit_scale=scale, targets=own, **options)
-                + info_nce_loss(text_features, images, logit_scale=scale, targets=own, **options)
-            ) / 2
+            of_images: Tensor = info_nce_loss(image_features, texts, logit_scale=scale, targets=own, **options)
+            of_texts: Tensor = info_nce_loss(text_features, images, logit_scale=scale, targets=own, **options)
+            return (of_images + of_texts) / 2
         if self.local_loss:
-            losses = clip_loss(
+            losses: Tensor = clip_loss(
                 image_features, text_features, scale, reduction="none", group=GlobalBatch(gradients="sum"), **options
             )
             return losses.mean()
         if not self.gather_with_grad and isinstance(scale, Tensor):  # in open_clip each process has all of its gradient
             scale = scale.detach() + self.world_size * (scale - scale.detach())
         group = GlobalBatch(gradients="mean" if self.gather_with_grad else "sum")
-        return clip_loss(image_features, text_features, scale, group=group, **options)
+        loss: Tensor = clip_loss(image_features, text_features, scale, group=group, **options)
+        return loss
 
     def _gathered(self, image_features: Tensor, text_features: Tensor) -> tuple[Tensor, Tensor]:
         if self.world_size == 1:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fused_contrastive.backends import defaults
 from fused_contrastive.core.reduction import Reduction
-from fused_contrastive.core.spec import Forward, Gradients, Needs, RowLoss, StatsSpec, Upstream
+from fused_contrastive.core.spec import Forward, Gradients, Needs, Ranks, RowLoss, StatsSpec, Upstream
 from fused_contrastive.core.tokens import MaxSimForward, MaxSimUpstream, TokenSpec
 
 
@@ -64,8 +64,9 @@ class Backend(ABC):
         """
         return False
 
-    def row_loss(self, spec: StatsSpec, x: Tensor, y: Tensor, loss: RowLoss) -> Tensor:
-        """The loss () in the compute dtype. Its gradients are formed in the forward, so it can be differentiated once.
+    def row_loss(self, spec: StatsSpec, x: Tensor, y: Tensor, loss: RowLoss) -> tuple[Tensor, Ranks | None]:
+        """The loss () in the compute dtype, and the ranks of a problem with references. The gradients of the loss are
+        formed in the forward, so it can be differentiated once.
 
         Only called for problems that ``fuses_loss`` accepts. Autocast may be on, and must not change the products.
         """

@@ -14,7 +14,7 @@ from torch import Tensor
 from fused_contrastive.backends.contract import Backend
 from fused_contrastive.core import forks
 from fused_contrastive.core.reduction import Reduction
-from fused_contrastive.core.spec import Forward, Gradients, Needs, RowLoss, StatsSpec, Upstream, compute_dtype
+from fused_contrastive.core.spec import Forward, Gradients, Needs, Ranks, RowLoss, StatsSpec, Upstream, compute_dtype
 from fused_contrastive.core.tokens import MaxSimForward, MaxSimUpstream, TokenSpec
 
 # The reinstall is forced and uncached, since pip would keep what is installed or reuse a wheel that it built before.
@@ -101,9 +101,10 @@ class Cpp(Backend):
         """
         return spec.kept_rows == m or not (spec.want_col or spec.upper) or spec.row_lengths is not None
 
-    def row_loss(self, spec: StatsSpec, x: Tensor, y: Tensor, loss: RowLoss) -> Tensor:
+    def row_loss(self, spec: StatsSpec, x: Tensor, y: Tensor, loss: RowLoss) -> tuple[Tensor, Ranks | None]:
         forks.guard()
-        return _C.row_loss(x, y, spec, loss)
+        value, pos, row, col = _C.row_loss(x, y, spec, loss)
+        return value, None if row is None else Ranks(pos, row, col if spec.want_col else None)
 
     def cross_entropy(
         self, pos: Tensor, normalisers: Sequence[Tensor], decoupled: bool, reduction: Reduction, dtype: torch.dtype

@@ -56,8 +56,11 @@ class Reference(Backend):
             if spec.paired:
                 pos[rows] = tile.pos
             of_rows, of_cols = ([t.to(statistics) for t in part] for part in (tile.of_rows, tile.of_cols))
+            row_ranks = _ranks(tile.of_rows[0], tile.negated, spec.row_reference, rows, 1, statistics)
+            col_ranks = _ranks(tile.of_cols[0], tile.negated, spec.col_reference, slice(None), 0, statistics)
             if spec.statistic == "softplus":
-                row[rows] = torch.stack([torch.logaddexp(s, s.new_zeros(())).sum(dim=1) for s in of_rows], dim=1)
+                sums = [torch.logaddexp(s, s.new_zeros(())).sum(dim=1) for s in of_rows]
+                row[rows] = torch.stack(sums + row_ranks, dim=1)
                 continue
             if spec.statistic == "teacher":
                 teacher = (tile.teacher, of_rows[0])
@@ -68,14 +71,14 @@ class Reference(Backend):
                 continue
             added = None if tile.added is None else torch.where(tile.added, of_rows[0], 0)
             if spec.want_row:
-                row[rows] = torch.stack([_log_sum_exp(s, dim=1) for s in of_rows] + _sums(added, 1), dim=1)
+                row[rows] = torch.stack([_log_sum_exp(s, dim=1) for s in of_rows] + _sums(added, 1) + row_ranks, dim=1)
             if len(col):
-                part = torch.stack([_log_sum_exp(s, dim=0) for s in of_cols] + _sums(added, 0), dim=1)
+                part = torch.stack([_log_sum_exp(s, dim=0) for s in of_cols] + _sums(added, 0) + col_ranks, dim=1)
                 col = merged(spec, col, part)
         if parts == 1:
             row, col = row.squeeze(1), col.squeeze(1)
         if spec.upper:
-            return Forward(pos, torch.logaddexp(row, col), col.new_empty(0), products_kept)
+            return Forward(pos, merged(spec, row, col), col.new_empty(0, *row.shape[1:]), products_kept)
         return Forward(pos, row, col, products_kept)
 
     def stats_backward(
@@ -200,6 +203,18 @@ def _by_teacher(teacher: Tensor, logits: Tensor, dim: int) -> Tensor:
 
 def _sums(added: Tensor | None, dim: int) -> list[Tensor]:
     return [] if added is None else [added.sum(dim=dim)]
+
+
+def _ranks(
+    logits: Tensor, positives: Tensor | None, reference: Tensor | None, some: slice, dim: int, dtype: torch.dtype
+) -> list[Tensor]:
+    """How many logits are above some of the references, and the highest of them, along ``dim``. Those of ``positives``
+    and NaN do not count."""
+    if reference is None:
+        return []
+    counted = logits.masked_fill(logits.isnan() if positives is None else positives | logits.isnan(), -torch.inf)
+    above = (counted > reference[some].unsqueeze(dim)).sum(dim=dim)
+    return [above.to(dtype), counted.amax(dim=dim).to(dtype)]
 
 
 def _weights(logits: Tensor, normaliser: Tensor) -> Tensor:

@@ -38,6 +38,10 @@ class StatsSpec(NamedTuple):
     With lengths, rows and columns are cut into B groups, which follow each other: S is a problem of its own for each
     group, and no pair of two groups is computed. Targets count the columns of the row's group.
 
+    With ``row_reference`` or ``col_reference``, ``row`` is (M, 3) and ``col`` (N, 3): [:, 1] is how many of the logits
+    that are not excluded are above the reference, and [:, 2] is the highest of them. Both have no gradient, and related
+    pairs are excluded or count like others. Either direction that is requested has a reference.
+
     With ``upper``, y is x and there is no bias: S is symmetric, and only its pairs ``j > i`` are computed. ``row`` is
     over both triangles, without the diagonal; ``want_col`` is False. Targets, if there are any, come in pairs:
     ``t(t(i)) = i``.
@@ -57,6 +61,8 @@ class StatsSpec(NamedTuple):
     col_guide: Tensor | None = None  # (N, G)
     row_lengths: Tensor | None = None  # (B,) int64 on the CPU, how many rows each group has
     col_lengths: Tensor | None = None  # (B,) likewise of columns
+    row_reference: Tensor | None = None  # (M,) in the compute dtype
+    col_reference: Tensor | None = None  # (N,) in the compute dtype
     paired: bool = True  # row i has a positive, in column t(i)
     exclude_self: bool = False
     want_row: bool = True  # the row direction is requested
@@ -72,7 +78,9 @@ class StatsSpec(NamedTuple):
 
     def shapes(self, m: int, n: int) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
         """The shapes of pos, row and col for m rows and n columns."""
-        parts = (3,) if self.statistic == "teacher" else (2,) if self.equal_ids in ("apart", "add") else ()
+        parts = (2,) if self.equal_ids in ("apart", "add") else ()
+        if self.statistic == "teacher" or self.is_ranked():
+            parts = (3,)
         return (m if self.paired else 0,), (m if self.want_row else 0, *parts), (n if self.want_col else 0, *parts)
 
     def columns_of_rows(self, n: int) -> int | Tensor:
@@ -90,6 +98,10 @@ class StatsSpec(NamedTuple):
         first = starts(self.col_lengths) - (starts(self.row_lengths) if self.targets is None else 0)
         return local + first.repeat_interleave(self.row_lengths, output_size=m).to(device)
 
+    def is_ranked(self) -> bool:
+        """Whether logits are compared with references."""
+        return self.row_reference is not None or self.col_reference is not None
+
 
 def starts(lengths: Tensor) -> Tensor:
     """(B,) where each group begins."""
@@ -104,12 +116,14 @@ OF_ROWS: dict[str, torch.dtype | None] = {
     "row_ids": torch.int64,
     "row_limit": None,
     "row_guide": None,
+    "row_reference": None,
 }
 OF_COLS: dict[str, torch.dtype | None] = {
     "col_bias": None,
     "col_ids": torch.int64,
     "col_limit": None,
     "col_guide": None,
+    "col_reference": None,
 }
 OF_TWO_DIMENSIONS = (
     "row_ids",
@@ -124,9 +138,17 @@ class Forward(NamedTuple):
     """A backend's forward result, in ``statistics_dtype``; a direction that is not requested has 0 elements."""
 
     pos: Tensor  # (M,), NaN where the logit is +inf; (0,) without positives
-    row: Tensor  # (M,), or (M, 2) with ``equal_ids`` "apart" or "add", or (M, 3) with a teacher
+    row: Tensor  # (M,), or (M, 2) with ``equal_ids`` "apart" or "add", or (M, 3) with a teacher or references
     col: Tensor  # (N,), (N, 2) or (N, 3)
     kept: Tensor  # the products of the first kept_rows rows, for the backward, in a form that the backend chooses
+
+
+class Ranks(NamedTuple):
+    """What comparing the logits with references gave, in a floating dtype and without gradient."""
+
+    pos: Tensor  # (M,) logits of the positives
+    row: Tensor  # (M, 2) how many logits are above the reference, and the highest logit
+    col: Tensor | None  # (N, 2)
 
 
 class Upstream(NamedTuple):
@@ -159,13 +181,18 @@ class Gradients(NamedTuple):
 def empty(spec: StatsSpec, shape: tuple[int, ...], x: Tensor) -> Tensor:
     """A statistic over no pair, in one of the spec's shapes."""
     value = x.new_full(shape, 0 if spec.statistic == "softplus" else -torch.inf, dtype=statistics_dtype(x.device))
-    if value.dim() == 2 and (spec.equal_ids == "add" or spec.statistic == "teacher"):
+    if value.dim() == 2 and (spec.equal_ids == "add" or spec.statistic == "teacher" or spec.is_ranked()):
         value[:, 1] = 0
+    if value.dim() == 2 and spec.is_ranked():
+        value[:, 2] = -torch.inf
     return value
 
 
 def merged(spec: StatsSpec, a: Tensor, b: Tensor) -> Tensor:
     """The statistic over two parts of S, from its values ``a`` and ``b`` over each part."""
+    if spec.is_ranked():
+        whole = merged(without_references(spec), a[:, 0], b[:, 0])
+        return torch.stack((whole, a[:, 1] + b[:, 1], torch.maximum(a[:, 2], b[:, 2])), dim=1)
     if spec.statistic == "softplus":
         return a + b
     if spec.equal_ids == "add":
@@ -175,6 +202,19 @@ def merged(spec: StatsSpec, a: Tensor, b: Tensor) -> Tensor:
         mean = a[:, 1] * share_of(a[:, 2], total) + b[:, 1] * share_of(b[:, 2], total)
         return torch.stack((torch.logaddexp(a[:, 0], b[:, 0]), mean, total), dim=1)
     return torch.logaddexp(a, b)
+
+
+def without_references(spec: StatsSpec) -> StatsSpec:
+    return spec._replace(row_reference=None, col_reference=None)
+
+
+def for_backward(spec: StatsSpec, saved: Forward, upstream: Upstream) -> tuple[StatsSpec, Forward, Upstream]:
+    """A backward's problem without references, since what they give has no gradient."""
+    if not spec.is_ranked():
+        return spec, saved, upstream
+    first = [None if t is None else t.select(-1, 0).contiguous() for t in (upstream.row, upstream.col)]
+    row, col = (t.select(-1, 0).contiguous() for t in (saved.row, saved.col))
+    return without_references(spec), saved._replace(row=row, col=col), Upstream(upstream.pos, *first)
 
 
 def share_of(part: Tensor, total: Tensor) -> Tensor:

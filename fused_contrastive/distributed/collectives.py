@@ -57,6 +57,13 @@ def merge_log_sums(partial: Tensor, exact: bool, group: Group) -> Tensor:
     return sums.to(partial.dtype).log() + reference
 
 
+def largest(values: Tensor, group: Group) -> Tensor:
+    """The elementwise maximum over processes."""
+    values = values.clone()
+    dist.all_reduce(values, dist.ReduceOp.MAX, group=group)
+    return values
+
+
 class _AllGather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, sizes: Sequence[int], rank: int, group: Group) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal, overload
 
 from torch import Tensor, nn
 
@@ -14,10 +14,43 @@ from fused_contrastive.distributed.agreement import Group, call_of, collective
 from fused_contrastive.losses import corrections, margins, related, terms
 from fused_contrastive.ops.groups import grouped
 from fused_contrastive.ops.problem import Problem, autocast, checked_pair_of_ids
+from fused_contrastive.ops.ranks import Metrics, count_ranks, metrics_of
 from fused_contrastive.ops.row_loss import row_loss
 
 
-@observed
+@overload
+def clip_loss(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: float | Tensor | None = None,
+    *,
+    temperature: float | Tensor | None = None,
+    lengths: Tensor | None = None,
+    row_ids: Tensor | None = None,
+    col_ids: Tensor | None = None,
+    equal_ids: related.EqualIds = "exclude",
+    absolute_margin: float | None = None,
+    relative_margin: float | None = None,
+    guide: tuple[Tensor, Tensor] | None = None,
+    debias: float | Tensor | None = None,
+    hardness: float = 0.0,
+    decoupled: bool = False,
+    label_smoothing: float = 0.0,
+    weight: Tensor | None = None,
+    reduction: Reduction = "mean",
+    metrics: Literal[False] = False,
+    normalize: bool = False,
+    memory_budget: int | Literal["auto"] = "auto",
+    backend: BackendName = "auto",
+    group: Group = None,
+) -> Tensor: ...
+
+
+@overload
+def clip_loss(*args: Any, metrics: Literal[True], **options: Any) -> tuple[Tensor, Metrics]: ...
+
+
+@observed  # type: ignore[misc]  # the second overload leaves its options to this signature
 @collective
 def clip_loss(
     image_features: Tensor,
@@ -38,11 +71,12 @@ def clip_loss(
     label_smoothing: float = 0.0,
     weight: Tensor | None = None,
     reduction: Reduction = "mean",
+    metrics: bool = False,
     normalize: bool = False,
     memory_budget: int | Literal["auto"] = "auto",
     backend: BackendName = "auto",
     group: Group = None,
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Metrics]:
     """The CLIP loss, without the N x N matrix.
 
     Same value and gradients as ::
@@ -94,11 +128,13 @@ def clip_loss(
             together with ids, margins, a guide, debias or hardness.
         weight: (N,) weights of the pairs; the mean is over their sum, as in ``F.cross_entropy``.
         reduction: "mean", "sum" (over the N pairs) or "none" ((N,), the mean of a pair's two directions).
+        metrics: also return the ranks of the positives among the negatives, which the same pass counts.
         normalize: L2-normalise first, the guide's features too; rows shorter than 1e-12 get a gradient of zeros.
         memory_budget, backend, group: see ``contrastive_stats``. Over a group, it is the loss of the whole batch.
 
     Returns:
-        A scalar, or (N,) with ``reduction="none"``; float32 (float64 for float64 features), under autocast too.
+        With ``metrics``, the loss and its ``Metrics``; without, the loss: a scalar, or (N,) with ``reduction="none"``;
+        float32 (float64 for float64 features), under autocast too.
 
     Raises:
         TypeError, ValueError: naming the argument, what came and what was expected.
@@ -107,8 +143,10 @@ def clip_loss(
     features = {"image_features": autocast(image_features), "text_features": autocast(text_features)}
     groups, (image_features, text_features) = grouped(call, lengths, features)
     checks.feature_pair("image_features", image_features, "text_features", text_features, call.spread)
+    checks.boolean("metrics", metrics)
     related.check(
-        equal_ids, row_ids, absolute_margin=absolute_margin, relative_margin=relative_margin, guide=guide
+        equal_ids, row_ids, absolute_margin=absolute_margin, relative_margin=relative_margin, guide=guide,
+        metrics=metrics or None,
     )  # fmt: skip
     if equal_ids == "exclude" or weight is not None or reduction == "none":
         checks.same_rows("image_features", image_features, "text_features", text_features)
@@ -127,7 +165,9 @@ def clip_loss(
     )  # fmt: skip
     if groups is not None:
         several = None if equal_ids == "exclude" else equal_ids
-        group_checks.refuse(equal_ids=several, label_smoothing=label_smoothing, debias=debias, hardness=hardness)
+        group_checks.refuse(
+            equal_ids=several, label_smoothing=label_smoothing, debias=debias, hardness=hardness, metrics=metrics
+        )
     of_debias = "a tensor" if isinstance(debias, Tensor) else debias
     debias = corrections.checked_debias(debias, image_features)
     if weight is not None:
@@ -144,7 +184,7 @@ def clip_loss(
     options = {
         "decoupled": decoupled, "label_smoothing": label_smoothing, "reduction": reduction, "normalize": normalize,
         "equal_ids": equal_ids, "absolute_margin": absolute_margin,
-        "relative_margin": relative_margin, "weight": weight is not None,
+        "relative_margin": relative_margin, "weight": weight is not None, "metrics": metrics,
         "guide": margins.width(limits), "debias": of_debias, "hardness": hardness,
     }  # fmt: skip
     shape = problem.agree(call, "clip_loss", options, weight)
@@ -170,10 +210,13 @@ def clip_loss(
     if corrected:
         keys = text_features.shape[0]
         correction = corrections.correction(problem, shape, debias, hardness, keys=keys, both=True)
-    return row_loss(
+    if metrics:
+        count_ranks(problem, shape, both=True)
+    loss = row_loss(
         problem, shape, reduction, decoupled=decoupled, weight=weight, smoothing=smoothing, correction=correction,
         want_col=True,
     )  # fmt: skip
+    return (loss, metrics_of(problem)) if metrics else loss
 
 
 class ClipLoss(nn.Module):

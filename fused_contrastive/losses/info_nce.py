@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -18,12 +18,51 @@ from fused_contrastive.losses import corrections, margins, related, terms
 from fused_contrastive.ops.groups import grouped
 from fused_contrastive.ops.own_dots import own_dots
 from fused_contrastive.ops.problem import Problem, autocast, checked_bias, checked_pair_of_ids
+from fused_contrastive.ops.ranks import Metrics, count_ranks, metrics_of
 from fused_contrastive.ops.row_loss import row_loss
 
 DEFAULT_TEMPERATURE = 0.07
 
 
-@observed
+@overload
+def info_nce_loss(
+    query: Tensor,
+    key: Tensor,
+    *,
+    temperature: float | Tensor | None = None,
+    logit_scale: float | Tensor | None = None,
+    lengths: Tensor | None = None,
+    targets: Tensor | None = None,
+    negatives: Tensor | None = None,
+    negatives_mask: Tensor | None = None,
+    col_bias: Tensor | None = None,
+    row_ids: Tensor | None = None,
+    col_ids: Tensor | None = None,
+    equal_ids: related.EqualIds = "exclude",
+    absolute_margin: float | None = None,
+    relative_margin: float | None = None,
+    guide: tuple[Tensor, ...] | None = None,
+    debias: float | Tensor | None = None,
+    hardness: float = 0.0,
+    symmetric: bool = False,
+    decoupled: bool = False,
+    margin: float | Tensor = 0.0,
+    label_smoothing: float = 0.0,
+    weight: Tensor | None = None,
+    reduction: Reduction = "mean",
+    metrics: Literal[False] = False,
+    normalize: bool = False,
+    memory_budget: int | Literal["auto"] = "auto",
+    backend: BackendName = "auto",
+    group: Group = None,
+) -> Tensor: ...
+
+
+@overload
+def info_nce_loss(*args: Any, metrics: Literal[True], **options: Any) -> tuple[Tensor, Metrics]: ...
+
+
+@observed  # type: ignore[misc]  # the second overload leaves its options to this signature
 @collective
 def info_nce_loss(
     query: Tensor,
@@ -50,11 +89,12 @@ def info_nce_loss(
     label_smoothing: float = 0.0,
     weight: Tensor | None = None,
     reduction: Reduction = "mean",
+    metrics: bool = False,
     normalize: bool = False,
     memory_budget: int | Literal["auto"] = "auto",
     backend: BackendName = "auto",
     group: Group = None,
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Metrics]:
     """Cross-entropy of every query's softmax over the keys, without the matrix of their similarities.
 
     With ``S[i, j] = scale * query_i . column_j + col_bias[j]`` over the columns, which are the keys and then the shared
@@ -99,6 +139,7 @@ def info_nce_loss(
             that an empty slot makes the loss inf. Not together with ids or margins that leave out negatives.
         weight: (M,) weights of the queries; the mean is over their sum, as in ``F.cross_entropy``.
         reduction: "mean", "sum" or "none" ((M,)).
+        metrics: also return the ranks of the positives among the negatives, which the same pass counts.
         normalize: L2-normalise query, key and negatives first; rows shorter than 1e-12 get a gradient of zeros.
         memory_budget, backend, group: see ``contrastive_stats``. Over a group, it is the loss of the whole batch, whose
             columns are process 0's keys and then its shared negatives, then process 1's, and so on. ``targets`` count
@@ -106,7 +147,8 @@ def info_nce_loss(
             part of it in each.
 
     Returns:
-        A scalar, or (M,) with ``reduction="none"``; float32 (float64 for float64 features).
+        With ``metrics``, the loss and its ``Metrics``; without, the loss: a scalar, or (M,) with ``reduction="none"``;
+        float32 (float64 for float64 features).
 
     Raises:
         TypeError, ValueError: naming the argument, what came and what was expected.
@@ -116,8 +158,10 @@ def info_nce_loss(
     checks.feature_pair("query", query, "key", key, call.spread)
     _check_options(symmetric, decoupled, margin, label_smoothing, reduction, normalize)
     scale = terms.scale_of(temperature, logit_scale, DEFAULT_TEMPERATURE, query)
+    checks.boolean("metrics", metrics)
     related.check(
-        equal_ids, row_ids, absolute_margin=absolute_margin, relative_margin=relative_margin, guide=guide
+        equal_ids, row_ids, absolute_margin=absolute_margin, relative_margin=relative_margin, guide=guide,
+        metrics=metrics or None,
     )  # fmt: skip
     several = equal_ids != "exclude"
     if symmetric:
@@ -143,7 +187,7 @@ def info_nce_loss(
     if groups is not None:
         group_checks.refuse(
             negatives=negatives if shared else None, equal_ids=equal_ids if several else None,
-            label_smoothing=label_smoothing, debias=debias, hardness=hardness,
+            label_smoothing=label_smoothing, debias=debias, hardness=hardness, metrics=metrics,
         )  # fmt: skip
     limits = margins.checked(absolute_margin, relative_margin, guide, scale, features, normalize)
     terms.check_smoothing(label_smoothing, row_ids, limits is not None)
@@ -178,7 +222,7 @@ def info_nce_loss(
         "reduction": reduction, "normalize": normalize, "weight": weight is not None,
         "negatives": None if negatives is None else negatives.dim(), "equal_ids": equal_ids,
         "absolute_margin": absolute_margin, "relative_margin": relative_margin, "guide": margins.width(limits),
-        "debias": of_debias, "hardness": hardness,
+        "debias": of_debias, "hardness": hardness, "metrics": metrics,
     }  # fmt: skip
     shape = problem.agree(call, "info_nce_loss", options, negatives, weight, negatives_mask, margin, keys=key.shape[0])
     own_logits = smoothing = None
@@ -208,10 +252,13 @@ def info_nce_loss(
         correction = corrections.correction(
             problem, shape, debias, hardness, keys=key.shape[0], both=symmetric, own=own
         )  # fmt: skip
-    return row_loss(
+    if metrics:
+        count_ranks(problem, shape, both=symmetric)
+    loss = row_loss(
         problem, shape, reduction, decoupled=decoupled, margin=margin, weight=weight, own_logits=own_logits,
         smoothing=smoothing, correction=correction, want_col=symmetric,
     )  # fmt: skip
+    return (loss, metrics_of(problem, own_logits)) if metrics else loss
 
 
 def _mean_over_columns(

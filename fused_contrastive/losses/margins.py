@@ -10,11 +10,11 @@ from torch import Tensor
 
 from fused_contrastive.core import checks, rule_checks
 from fused_contrastive.core.modes import is_plain
-from fused_contrastive.core.spec import StatsSpec
 from fused_contrastive.core.unit import unit_rows
-from fused_contrastive.distributed.shape import LocalShape, Shape
+from fused_contrastive.distributed.shape import Shape
 from fused_contrastive.ops.limits import highest, similarities
 from fused_contrastive.ops.own_dots import own_dots
+from fused_contrastive.ops.positives import of_positives
 from fused_contrastive.ops.problem import Problem
 
 
@@ -85,7 +85,7 @@ def limit(problem: Problem, shape: Shape, margins: Margins | None, both: bool) -
             if copied:
                 problem.count_copies(x, y)
             problem.spec = problem.spec._replace(row_guide=x, col_guide=y)
-        positives = _positives(y, problem.spec, shape, x.shape[0])
+        positives = of_positives(y, problem.spec, shape, x.shape[0])
         limits = scale * highest(*similarities(x, positives), margins.absolute, margins.relative)
         others = limits.new_full((y.shape[0] - limits.shape[0] if both else 0,), torch.inf)
     problem.spec = problem.spec._replace(row_limit=limits, col_limit=torch.cat((limits, others)) if both else None)
@@ -98,17 +98,3 @@ def above(problem: Problem, margins: Margins, own_logits: Tensor) -> Tensor:
     if margins.guide is not None:
         similarity = own_dots(margins.guide[0], margins.guide[2])
     return similarity > problem.spec.row_limit[:, None]
-
-
-def _positives(y: Tensor, spec: StatsSpec, shape: Shape, m: int) -> Tensor:
-    """(M, D) the features of each row's positive."""
-    targets = spec.targets
-    if isinstance(shape, LocalShape):
-        if targets is None and spec.row_lengths is None:
-            return y[:m]
-        if targets is not None:
-            checks.target_range(targets, spec.columns_of_rows(len(y)))
-        return y[spec.positive_columns(m)]
-    if targets is None and shape.rows == shape.keys:
-        return y[:m]
-    return shape.gather(y)[shape.columns_of(targets, y.device)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -16,13 +16,39 @@ from fused_contrastive.distributed.agreement import Group, call_of, collective
 from fused_contrastive.losses import corrections, terms
 from fused_contrastive.ops.groups import Groups, grouped
 from fused_contrastive.ops.problem import Problem, autocast, log_add
+from fused_contrastive.ops.ranks import Metrics, count_ranks, metrics_of
 from fused_contrastive.ops.row_dots import RowMap
 from fused_contrastive.ops.row_loss import row_loss
 
 DEFAULT_TEMPERATURE = 0.5
 
 
-@observed
+@overload
+def nt_xent_loss(
+    z1: Tensor,
+    z2: Tensor,
+    temperature: float | Tensor | None = None,
+    *,
+    logit_scale: float | Tensor | None = None,
+    views: Sequence[Tensor] = (),
+    lengths: Tensor | None = None,
+    debias: float | Tensor | None = None,
+    hardness: float = 0.0,
+    decoupled: bool = False,
+    reduction: Reduction = "mean",
+    metrics: Literal[False] = False,
+    normalize: bool | None = None,
+    memory_budget: int | Literal["auto"] = "auto",
+    backend: BackendName = "auto",
+    group: Group = None,
+) -> Tensor: ...
+
+
+@overload
+def nt_xent_loss(*args: Any, metrics: Literal[True], **options: Any) -> tuple[Tensor, Metrics]: ...
+
+
+@observed  # type: ignore[misc]  # the second overload leaves its options to this signature
 @collective
 def nt_xent_loss(
     z1: Tensor,
@@ -36,11 +62,12 @@ def nt_xent_loss(
     hardness: float = 0.0,
     decoupled: bool = False,
     reduction: Reduction = "mean",
+    metrics: bool = False,
     normalize: bool | None = None,
     memory_budget: int | Literal["auto"] = "auto",
     backend: BackendName = "auto",
     group: Group = None,
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Metrics]:
     """SimCLR's loss of two views of a batch, or of more, without the 2N x 2N matrix.
 
     All views' V * N features z are compared with each other. For feature i, with p the same sample in another view::
@@ -63,13 +90,15 @@ def nt_xent_loss(
         debias, hardness: correct the sum over the 2N - 2 negatives of two views; see ``clip_loss``.
         decoupled: the DCL form.
         reduction: "mean", "sum" or "none" ((V * N,), view by view), over the V * N features.
+        metrics: also return the ranks of the positives among the negatives, which the same pass counts.
         normalize: L2-normalise first, as SimCLR does; rows shorter than 1e-12 get a gradient of zeros. Default: True,
             with a FutureWarning; from the next release on False, as in the other losses.
         memory_budget, backend, group: see ``contrastive_stats``. Over a group, it is the loss of the whole batch; all
             views of a sample are in one process.
 
     Returns:
-        A scalar, or (V * N,) with ``reduction="none"``; float32 (float64 for float64 features).
+        With ``metrics``, the loss and its ``Metrics``; without, the loss: a scalar, or (V * N,) with
+        ``reduction="none"``; float32 (float64 for float64 features).
 
     Warns:
         FutureWarning: once a process, where ``normalize`` is not given.
@@ -89,12 +118,15 @@ def nt_xent_loss(
     checks.boolean("decoupled", decoupled)
     normalize = _normalize(normalize)
     checks.one_of("reduction", reduction, REDUCTIONS)
+    checks.boolean("metrics", metrics)
     scale = terms.scale_of(temperature, logit_scale, DEFAULT_TEMPERATURE, everything[0])
 
     n, count = everything[0].shape[0], len(everything)
+    if metrics and count > 2:
+        raise ValueError(f"metrics: got True with {count} views, expected two, of which each is the other's positive")
     corrected = corrections.check(debias, hardness, views=views if count > 2 else None)
     if groups is not None:
-        group_checks.refuse(debias=debias, hardness=hardness)
+        group_checks.refuse(debias=debias, hardness=hardness, metrics=metrics)
     of_debias = "a tensor" if isinstance(debias, Tensor) else debias
     debias = corrections.checked_debias(debias, everything[0])
     z = torch.cat(everything) if groups is None else _by_group(groups, everything, equal=lengths is None)
@@ -107,6 +139,7 @@ def nt_xent_loss(
     )  # fmt: skip
     del z  # normalising makes it needless
     options: dict[str, Any] = {"views": count, "decoupled": decoupled, "reduction": reduction, "normalize": normalize}
+    options["metrics"] = metrics
     options.update(debias=of_debias, hardness=hardness)
     shape = problem.agree(call, "nt_xent_loss", options)
     if count == 2:
@@ -119,7 +152,10 @@ def nt_xent_loss(
         if corrected:
             debias = debias.repeat(2) if debias is not None and debias.dim() else debias
             correction = corrections.correction(problem, shape, debias, hardness, keys=2 * n, both=False, excluded=2)
-        return row_loss(problem, shape, reduction, decoupled=decoupled, correction=correction, upper=True)
+        if metrics:
+            count_ranks(problem, shape, both=True)
+        loss = row_loss(problem, shape, reduction, decoupled=decoupled, correction=correction, upper=True)
+        return (loss, metrics_of(problem)) if metrics else loss
     problem.unit()
     z, positives = problem.x, []
     for k in range(1, count):

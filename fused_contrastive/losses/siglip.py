@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal, overload
 
 from torch import Tensor, nn
 
@@ -14,10 +14,36 @@ from fused_contrastive.distributed.agreement import Group, call_of, collective
 from fused_contrastive.losses import related, terms
 from fused_contrastive.ops.groups import grouped
 from fused_contrastive.ops.problem import Problem, autocast, checked_pair_of_ids, scalar_tensor
+from fused_contrastive.ops.ranks import Metrics, count_ranks, metrics_of
 from fused_contrastive.ops.row_loss import row_loss
 
 
-@observed
+@overload
+def siglip_loss(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: float | Tensor | None = None,
+    logit_bias: float | Tensor | None = None,
+    *,
+    temperature: float | Tensor | None = None,
+    lengths: Tensor | None = None,
+    row_ids: Tensor | None = None,
+    col_ids: Tensor | None = None,
+    positive_weight: Literal["one", "mean"] = "one",
+    weight: Tensor | None = None,
+    reduction: Reduction = "mean",
+    metrics: Literal[False] = False,
+    memory_budget: int | Literal["auto"] = "auto",
+    backend: BackendName = "auto",
+    group: Group = None,
+) -> Tensor: ...
+
+
+@overload
+def siglip_loss(*args: Any, metrics: Literal[True], **options: Any) -> tuple[Tensor, Metrics]: ...
+
+
+@observed  # type: ignore[misc]  # the second overload leaves its options to this signature
 @collective
 def siglip_loss(
     image_features: Tensor,
@@ -32,10 +58,11 @@ def siglip_loss(
     positive_weight: Literal["one", "mean"] = "one",
     weight: Tensor | None = None,
     reduction: Reduction = "mean",
+    metrics: bool = False,
     memory_budget: int | Literal["auto"] = "auto",
     backend: BackendName = "auto",
     group: Group = None,
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Metrics]:
     """The sigmoid loss for language-image pre-training, without the N x N matrix.
 
     With ``S[i, j] = logit_scale * image_i . text_j + logit_bias`` and z = 1 for positives, -1 for all other pairs::
@@ -58,11 +85,13 @@ def siglip_loss(
         positive_weight: each positive counts once ("one"), or an image's k positives count 1 / k each ("mean").
         weight: (N,) weights of the images; the mean is over their sum.
         reduction: "mean" over the images, as in the paper, "sum" or "none" ((N,)).
+        metrics: also return the ranks of the positives among the negatives, which the same pass counts.
         memory_budget, backend, group: see ``contrastive_stats``. The loss has one direction only, so a step costs 3
             products (4 on a GPU that keeps nothing). Over a group, it is the loss of the whole batch.
 
     Returns:
-        A scalar, or (N,) with ``reduction="none"``; float32 (float64 for float64 features).
+        With ``metrics``, the loss and its ``Metrics``; without, the loss: a scalar, or (N,) with ``reduction="none"``;
+        float32 (float64 for float64 features).
 
     Raises:
         TypeError, ValueError: naming the argument, what came and what was expected.
@@ -80,6 +109,7 @@ def siglip_loss(
         )
     logit_scale = terms.scale_of(temperature, logit_scale, None, image_features)
     checks.one_of("reduction", reduction, REDUCTIONS)
+    checks.boolean("metrics", metrics)
     bias = None
     if logit_bias is not None:
         logit_bias = checks.scalar_beside("logit_bias", logit_bias, image_features)
@@ -90,17 +120,26 @@ def siglip_loss(
         memory_budget=memory_budget, backend=backend, groups=groups,
     )  # fmt: skip
     if groups is not None:
-        group_checks.refuse(positive_weight=None if positive_weight == "one" else positive_weight)
+        group_checks.refuse(positive_weight=None if positive_weight == "one" else positive_weight, metrics=metrics)
     weigh = positive_weight == "mean" and row_ids is not None
     if weigh or image_features.shape[0] != text_features.shape[0] or (call.spread and row_ids is not None):
+        if metrics:
+            raise ValueError(
+                "metrics: got True with images that have several positives, with M != N, positive_weight='mean' or ids "
+                "over a group, expected False"
+            )
         related.prepare(problem)
     options = {"reduction": reduction, "positive_weight": positive_weight, "weight": weight is not None}
+    options["metrics"] = metrics
     shape = problem.agree(call, "siglip_loss", options, weight)
     if not problem.spec.paired:
         related.relate_targets(problem, shape, text_features.shape[0])
     if weigh:
         return related.weighted_positives(problem, shape, reduction, weight)
-    return row_loss(problem, shape, reduction, weight=weight, equal_ids="negate", statistic="softplus")
+    if metrics:
+        count_ranks(problem, shape, both=False)
+    loss = row_loss(problem, shape, reduction, weight=weight, equal_ids="negate", statistic="softplus")
+    return (loss, metrics_of(problem)) if metrics else loss
 
 
 class SigLipLoss(nn.Module):

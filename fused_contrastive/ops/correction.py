@@ -7,8 +7,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fused_contrastive.core.spec import Ranks
 from fused_contrastive.distributed.shape import Shape
 from fused_contrastive.ops.problem import Problem, log_add
+from fused_contrastive.ops.ranks import scaled
 
 
 class Correction(NamedTuple):
@@ -36,14 +38,19 @@ def statistics(
     an empty place.
     """
     times = (1.0,) if correction is None or not correction.hardness else (1 + correction.hardness, correction.hardness)
-    spec, passes = problem.spec, []
+    spec, passes, ranks = problem.spec, [], None
     for factor in times:
-        problem.spec = spec._replace(scale=spec.scale * factor) if factor != 1 else spec
+        problem.spec = spec if factor == 1 else scaled(spec, factor)
         pos, row, col = problem.run(shape, **asked)
+        ranks = ranks or problem.ranks
         if own_logits is not None:
             row = log_add(row, (own_logits.to(row.dtype) * factor).logsumexp(dim=1))
         passes.append((pos, row, col[: pos.shape[0]] if asked["want_col"] else col))
     problem.spec = spec
+    if ranks is not None:
+        highest = ranks.row[:, 1] / times[0]
+        row_ranks = torch.stack((ranks.row[:, 0], highest), dim=1)
+        problem.ranks = Ranks(ranks.pos / times[0], row_ranks, ranks.col)
     pos, row, col = passes[0]
     if correction is None:
         return pos, row, col

@@ -31,8 +31,9 @@ from fused_contrastive.core.spec import (
     compute_dtype,
     empty,
     share_of,
+    without_references,
 )
-from fused_contrastive.distributed.collectives import merge_log_sums, reduce_scatter_rows
+from fused_contrastive.distributed.collectives import largest, merge_log_sums, reduce_scatter_rows
 from fused_contrastive.distributed.shape import GlobalShape
 from fused_contrastive.ops import ring, schema
 from fused_contrastive.ops.dispatch import BACKENDS
@@ -155,6 +156,11 @@ def _of_no_rows(spec: StatsSpec, x: Tensor, columns: int) -> Forward:
 
 def _merged_over(shape: GlobalShape, spec: StatsSpec, col: Tensor, exact: bool) -> Tensor:
     """The columns' statistic over the rows of all processes, from that over each process's rows."""
+    if spec.is_ranked():
+        whole = _merged_over(shape, without_references(spec), col[:, 0].contiguous(), exact)
+        return torch.stack(
+            (whole, shape.sum(col[:, 1].contiguous()), largest(col[:, 2].contiguous(), shape.group)), dim=1
+        )
     parts = [part.contiguous() for part in col.unbind(dim=1)] if col.dim() == 2 else [col]
     if spec.statistic == "teacher":
         sums, mean, total = parts

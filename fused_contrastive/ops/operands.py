@@ -63,6 +63,17 @@ def stats(x: Tensor, y: Tensor, spec: StatsSpec, backend: str) -> None:
             "statistic: got 'teacher' without a guide, or with positives, ids, limits, upper or exclude_self, expected "
             "a guide alone"
         )
+    if spec.is_ranked():
+        if spec.statistic == "teacher" or spec.equal_ids in ("apart", "add"):
+            raise ValueError(
+                "row_reference, col_reference: got one with statistic='teacher' or equal_ids 'apart' or 'add', "
+                "expected None"
+            )
+        missing = (spec.want_row and spec.row_reference is None) or (
+            (spec.want_col or spec.upper) and spec.col_reference is None
+        )
+        if missing:
+            raise ValueError("row_reference, col_reference: got one of them, expected one for each direction")
     if spec.statistic == "softplus" and spec.equal_ids == "add":
         raise ValueError("equal_ids: got 'add' with statistic='softplus', expected another")
     if spec.upper:

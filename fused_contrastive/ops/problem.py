@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fused_contrastive.core import checks, memory, rule_checks
-from fused_contrastive.core.spec import StatsSpec, autocast_enabled, compute_dtype
+from fused_contrastive.core.spec import Ranks, StatsSpec, autocast_enabled, compute_dtype
 from fused_contrastive.distributed.agreement import Alone, Call
 from fused_contrastive.distributed.shape import LocalShape, Shape
 from fused_contrastive.ops import autograd, dispatch, global_stats
@@ -34,6 +34,7 @@ class Problem:
         checks.memory_budget(memory_budget)
         self.x, self.y, self.normalize = x, y, normalize
         self.views = views or (x,)
+        self.ranks: Ranks | None = None  # of the last run, if it had references
         self.copied_bytes = 0  # of copies of features that live as long as the products that the budget keeps
         scale = scalar_tensor(checks.scalar_beside("scale", scale, x), x)
         self.spec = StatsSpec(scale, targets, col_bias, row_ids, col_ids)
@@ -75,13 +76,22 @@ class Problem:
         """pos, row and col; ``asked`` are fields of the StatsSpec."""
         self.unit()
         if not isinstance(shape, LocalShape):
-            return global_stats.global_stats(self.x, self.y, shape, self.spec, asked, self.memory_budget, self.backend)
+            return self.without_ranks(
+                *global_stats.global_stats(self.x, self.y, shape, self.spec, asked, self.memory_budget, self.backend)
+            )
         differentiable = self.is_differentiable()
         spec = self.spec._replace(**asked)
         if differentiable and spec.row_lengths is None and dispatch.BACKENDS[self.backend].keeps(spec, self.x.dtype):
             spec = spec._replace(kept_rows=self.rows_to_keep())
         pos, row, col, _ = autograd.stats_forward(self.x, self.y, *spec, self.backend, differentiable=differentiable)
-        return pos, row, col
+        return self.without_ranks(pos, row, col)
+
+    def without_ranks(self, pos: Tensor, row: Tensor, col: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Takes the ranks, if there are any, out of the statistics."""
+        if not self.spec.is_ranked():
+            return pos, row, col
+        self.ranks = Ranks(pos.detach(), row[:, 1:].detach(), col[:, 1:].detach() if len(col) else None)
+        return pos, row[:, 0], col[:, 0]
 
     def is_differentiable(self) -> bool:
         scale, bias = self.spec.scale, self.spec.col_bias

@@ -135,4 +135,5 @@ def in_the_forward(problem: Problem, loss: RowLoss, mean: bool, asked: dict[str,
     loss = loss._replace(weight=loss.weight / m if mean else loss.weight, normalize=problem.normalize)
     if spec.targets is not None:
         checks.target_range(spec.targets, spec.columns_of_rows(y.shape[0]))
-    return dispatch.BACKENDS[problem.backend].row_loss(spec, x, y, loss)
+    value, problem.ranks = dispatch.BACKENDS[problem.backend].row_loss(spec, x, y, loss)
+    return value

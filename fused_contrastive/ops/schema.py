@@ -19,6 +19,7 @@ from fused_contrastive.core.spec import (
     StatsSpec,
     Upstream,
     autocast_enabled,
+    for_backward,
     statistics_dtype,
 )
 from fused_contrastive.ops import operands
@@ -72,9 +73,10 @@ def stats_backward(
     upstream = Upstream(
         g_pos if spec.paired else None, g_row if spec.want_row else None, g_col if spec.want_col else None
     )
+    spec, saved, upstream = for_backward(spec, Forward(row, row, col, kept), upstream)
     with without_autocast(x):
         gradients = groups.stats_backward(
-            BACKENDS[backend], spec, x, y, saved=Forward(row, row, col, kept), upstream=upstream, needs=Needs(*needs)
+            BACKENDS[backend], spec, x, y, saved=saved, upstream=upstream, needs=Needs(*needs)
         )
     dx, dy, dscale, dcol_bias = (spec.scale.new_empty(0) if g is None else g for g in gradients)
     return dx, dy, dscale, dcol_bias
@@ -112,6 +114,7 @@ def backward_within(
 ) -> Gradients:
     """The backward inside an autograd function, likewise."""
     if is_plain(x, y):
+        spec, saved, upstream = for_backward(spec, saved, upstream)
         with without_autocast(x):
             return BACKENDS[backend].stats_backward(spec, x, y, saved=saved, upstream=upstream, needs=needs)
     _, row, col, kept = saved

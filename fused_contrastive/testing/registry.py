@@ -154,7 +154,9 @@ def _nt_xent(make: Maker, given: dict[str, Any]) -> tuple[Leaves, dict[str, Any]
 
 
 def _ours_nt_xent(z1: Tensor, z2: Tensor, temperature: Tensor, z3: Tensor | None = None, **options: Any) -> Tensor:
-    return nt_xent_loss(z1, z2, temperature, views=() if z3 is None else (z3,), **{"normalize": True, **options})
+    options = {"normalize": True, **options}
+    loss: Tensor = nt_xent_loss(z1, z2, temperature, views=() if z3 is None else (z3,), **options)
+    return loss
 
 
 def _textbook_nt_xent(

@@ -15,7 +15,7 @@ from torch import Tensor
 from fused_contrastive.backends.contract import Backend
 from fused_contrastive.backends.triton import device, storage
 from fused_contrastive.core.reduction import Reduction
-from fused_contrastive.core.spec import Forward, Gradients, Needs, RowLoss, StatsSpec, Upstream
+from fused_contrastive.core.spec import Forward, Gradients, Needs, Ranks, RowLoss, StatsSpec, Upstream
 from fused_contrastive.core.tokens import MaxSimForward, MaxSimUpstream, TokenSpec, index_dtype
 
 INSTALLED = importlib.util.find_spec("triton") is not None
@@ -80,15 +80,16 @@ class Triton(Backend):
         teacher, and related pairs apart or added up, take the exact kernels of the two passes.
         """
         limited = spec.row_limit is not None or spec.col_limit is not None
-        if limited or spec.equal_ids in ("apart", "add") or not spec.paired or spec.row_lengths is not None:
+        other = not spec.paired or spec.row_lengths is not None or spec.is_ranked()
+        if limited or spec.equal_ids in ("apart", "add") or other:
             return False
         alone = not (spec.want_col or spec.upper)
         return alone and (spec.kept_rows < m or spec.statistic == "softplus")
 
-    def row_loss(self, spec: StatsSpec, x: Tensor, y: Tensor, loss: RowLoss) -> Tensor:
+    def row_loss(self, spec: StatsSpec, x: Tensor, y: Tensor, loss: RowLoss) -> tuple[Tensor, Ranks | None]:
         from fused_contrastive.backends.triton import at_once
 
-        return at_once.row_loss(spec, x, y, loss)
+        return at_once.row_loss(spec, x, y, loss), None
 
     def cross_entropy(
         self, pos: Tensor, normalisers: Sequence[Tensor], decoupled: bool, reduction: Reduction, dtype: torch.dtype

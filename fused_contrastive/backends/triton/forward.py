@@ -14,6 +14,7 @@ from fused_contrastive.backends.triton.tiles import (
     added_up,
     below,
     compared,
+    count_above,
     excluded,
     finite,
     load_tile,
@@ -81,13 +82,16 @@ def _tile_of_strip(
     row_begin, row_end, col_begin, col_end = bounds
     acc = products(x, y, row0, col0, shape, MODE, TILE)
     s, c = logits(acc, mask, pos, row0, row_end, col0, col_end, MODE)
+    rows = row0 + tl.arange(0, BM)
+    cols = col0 + tl.arange(0, BN)
+    count_above(s * c, mask.row_reference, mask.row_above, mask.row_highest, rows, rows < row_end, 0, MODE)
+    count_above(s * c, mask.col_reference, mask.col_above, mask.col_highest, cols, cols < col_end, 1, MODE)
     top = tl.max(s) * c
     reference = finite(top) - HEADROOM
     e = tl.exp2(s * c - reference)
     maximum = tl.where(top == float("-inf"), top, reference)
     lowest = tl.minimum(lowest, tl.where(top == float("-inf"), float("inf"), reference))
     if rows_to is not None:
-        rows = row0 + tl.arange(0, BM)
         total = tl.sum(e, axis=1)
         store_partials(
             rows_to, tile_n, row_end - row_begin, rows - row_begin, tl.zeros((BM,), tl.float32) + maximum, total,
@@ -344,6 +348,8 @@ def exact_statistics(
                 )  # fmt: skip
             of_rows = below(s, at, mask, mask.row_limit, rows, rows < row_end, 0)
             of_cols = below(s, at, mask, mask.col_limit, cols, cols < col_end, 1)
+            count_above(of_rows, mask.row_reference, mask.row_above, mask.row_highest, rows, rows < row_end, 0, MODE)
+            count_above(of_cols, mask.col_reference, mask.col_above, mask.col_highest, cols, cols < col_end, 1, MODE)
             col_total, col_maximum = _add_tile(
                 of_rows, of_cols, rows_to, cols_to, col_total, col_maximum, tile_n, rows, row_begin, row_end, MODE
             )

@@ -16,7 +16,7 @@ from fused_contrastive.backends.triton import forward as forward_kernels
 from fused_contrastive.backends.triton import sigmoid as sigmoid_kernels
 from fused_contrastive.backends.triton.problem import Block, Prepared, largest
 from fused_contrastive.backends.triton.totals import Direction, merge
-from fused_contrastive.core.spec import Forward, Gradients, Needs, StatsSpec, Upstream, summed_like
+from fused_contrastive.core.spec import Forward, Gradients, Needs, StatsSpec, Upstream, merged, summed_like
 
 # Blocks of S, (height, width): partial statistics of 2 x 17 MB; products of 128 MB; G of 512 MB in half precision.
 STATISTICS_BLOCK = (16384, 32768)
@@ -46,6 +46,7 @@ def forward(spec: StatsSpec, x: Tensor, y: Tensor) -> Forward:
     buffer = x.new_empty(shape, dtype=dtype)
     p = Prepared(spec, x, y, buffer)
     pos = x.new_empty(p.m if spec.paired else 0, dtype=torch.float64)
+    p.start_counts()
     row = Direction(spec.want_row, p.m, x, p.two, p.teacher)
     col = Direction(spec.want_col or spec.upper, p.n, x, p.two, p.teacher)
     with device.current(x.device):
@@ -61,10 +62,11 @@ def forward(spec: StatsSpec, x: Tensor, y: Tensor) -> Forward:
                 p.products(b, gemm_products.values)
             block_statistics(p, b, gemm_products, kept, pos, row, col)
     if not spec.upper:
-        return Forward(pos, row.result(), col.result(), buffer)
+        return Forward(pos, p.with_counts(row.result(), 0), p.with_counts(col.result(), 1), buffer)
     if spec.targets is not None:  # a pair below the diagonal has the logit of its mirror image
         pos = pos[torch.minimum(spec.targets, torch.arange(p.m, device=x.device))]
-    return Forward(pos, torch.logaddexp(row.value, col.value), col.value.new_empty(0), buffer)
+    rows, cols = p.with_counts(row.value, 0), p.with_counts(col.value, 1)
+    return Forward(pos, merged(spec, rows, cols), cols.new_empty(0, *rows.shape[1:]), buffer)
 
 
 def block_statistics(
@@ -90,8 +92,8 @@ def block_statistics(
             _stride(kept.references), *p.sizes, *b, MODE=p.mode, TILE=c, **c.options,
         )  # fmt: skip
         forward_kernels.exact_statistics[(across,)](
-            *p.features(c.exact), None, 0, p.mask, None, row_parts, col_parts, None, None, lost, None, 0, *p.sizes, *b,
-            MODE=p.mode, TILE=c.exact, **(c.exact.options | UNFUSED),
+            *p.features(c.exact), None, 0, p.mask.without_references(), None, row_parts, col_parts, None, None, lost,
+            None, 0, *p.sizes, *b, MODE=p.mode, TILE=c.exact, **(c.exact.options | UNFUSED),
         )  # fmt: skip
     else:
         c = c.exact if p.half else c

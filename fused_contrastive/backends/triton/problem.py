@@ -142,7 +142,7 @@ class Prepared:
         self.kept_rows = kept_rows
         self.kept = storage.KeptRows(kept_buffer, kept_rows, self.n, exact=not self.half)
         one_bias = spec.col_bias is not None and spec.col_bias.dim() == 0  # SigLIP's
-        tensors = {name: getattr(spec, name) for name in Mask._fields}
+        tensors = {name: getattr(spec, name) for name in Mask._fields if name in StatsSpec._fields}
         for name in ("row_guide", "col_guide"):
             tensors[name] = padded_guide(tensors[name]) if self.limited or self.teacher else None
         contiguous: dict[str, Any] = {name: None if t is None else t.contiguous() for name, t in tensors.items()}
@@ -160,6 +160,25 @@ class Prepared:
             units_of_log_2, self.tma, precision, spec.exclude_self, spec.upper, equal_ids, one_bias, ids, spec.paired,
             *guide, self.teacher,
         )  # fmt: skip
+
+    def start_counts(self) -> None:
+        """Memory in which the kernels count the logits above the references, if there are any."""
+        counts: dict[str, Tensor] = {}
+        for name, reference in (("row", self.mask.row_reference), ("col", self.mask.col_reference)):
+            if reference is not None:
+                counts[f"{name}_above"] = torch.zeros_like(reference, dtype=torch.int32)
+                counts[f"{name}_highest"] = torch.full_like(reference, -torch.inf)
+        self.mask = self.mask._replace(**counts)
+
+    def with_counts(self, statistic: Tensor, axis: int) -> Tensor:
+        """(size,) statistic of the rows (axis 0) or columns (axis 1) -> (size, 3) with the counts, if there are any."""
+        if not self.spec.is_ranked():
+            return statistic
+        mask = self.mask
+        above, highest = ((mask.row_above, mask.row_highest), (mask.col_above, mask.col_highest))[axis]
+        if above is None or highest is None or not len(statistic):
+            return statistic.new_empty(0, 3)
+        return torch.stack((statistic, above.to(statistic.dtype), highest.to(statistic.dtype)), dim=1)
 
     @property
     def sizes(self) -> tuple[int, int, int, int, int]:

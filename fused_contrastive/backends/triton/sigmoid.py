@@ -7,6 +7,7 @@ import triton.language as tl
 
 from fused_contrastive.backends.triton.tiles import (
     corner,
+    count_above,
     load_tile,
     log1p_unit,
     logits,
@@ -135,6 +136,14 @@ def sigmoid_statistics(
     s, c = logits(acc, mask, pos, row0, row_end, col0, col_end, MODE)
     s *= c
     rows = row0 + tl.arange(0, BM)
+    if mask.row_reference is not None:
+        negatives = s
+        if mask.row_ids is not None:
+            positives = related(mask, rows, row_end, col0 + tl.arange(0, BN), col_end, MODE)
+            negatives = tl.where(positives, float("-inf"), s)
+        count_above(
+            negatives, mask.row_reference, mask.row_above, mask.row_highest, rows, rows < row_end, 0, MODE
+        )  # fmt: skip
     DTYPE: tl.constexpr = tl.float32 if slopes is None else (slopes.dtype if MODE.tma else slopes.dtype.element_ty)
     SPLIT: tl.constexpr = TILE.split - 1 if slopes is None and TILE.split > 0 else TILE.split
     if related_rows_to is not None:  # a pair of the other part counts as softplus(-inf) = 0

@@ -34,6 +34,18 @@ class Mask(NamedTuple):
     col_limit: Tensor | None  # (N,) float32
     row_guide: Tensor | None  # (M, G) float32, G = Mode.guide; None also where nothing is compared with it
     col_guide: Tensor | None  # (N, G) float32
+    row_reference: Tensor | None  # (M,) float32; None also where nothing is counted
+    col_reference: Tensor | None  # (N,) float32
+    row_above: Tensor | None = None  # (M,) int32, to which the numbers of logits above the references are added
+    col_above: Tensor | None = None  # (N,) int32
+    row_highest: Tensor | None = None  # (M,) float32 the highest logits so far
+    col_highest: Tensor | None = None  # (N,) float32
+
+    def without_references(self) -> Mask:
+        """The mask of a kernel that counts nothing."""
+        return self._replace(
+            row_reference=None, col_reference=None, row_above=None, col_above=None, row_highest=None, col_highest=None
+        )
 
 
 class Mode(NamedTuple):
@@ -205,6 +217,21 @@ def below(s, acc, mask, limit, i, inside, AXIS: tl.constexpr):
             acc *= tl.load(mask.scale)
         s = tl.where(acc > tl.expand_dims(most, 1 - AXIS), float("-inf"), s)
     return s
+
+
+@triton.jit
+def count_above(s, reference, above, highest, i, inside, AXIS: tl.constexpr, MODE: tl.constexpr):
+    """Counts a tile's logits above the references of its rows (AXIS 0) or columns (AXIS 1), and finds the highest.
+
+    Tiles add to the same counts in any order: sums of integers and maxima do not depend on it.
+    """
+    if reference is not None:
+        unit: tl.constexpr = 1.4426950408889634 if MODE.half else 1.0
+        least = tl.load(reference + i, mask=inside, other=0.0) * unit
+        s = tl.where(s == s, s, float("-inf"))
+        count = tl.sum((s > tl.expand_dims(least, 1 - AXIS)).to(tl.int32), axis=1 - AXIS)
+        tl.atomic_add(above + i, count, mask=inside)
+        tl.atomic_max(highest + i, tl.max(s, axis=1 - AXIS) / unit, mask=inside)
 
 
 @triton.jit

@@ -251,11 +251,11 @@ LossAndGradients grouped(const StatsProblem& p, const RowLoss& loss, const Needs
     own.kept_rows = std::min(group.rows.size(), most_kept / group.cols.size());
     RowLoss of_group = over_all;
     of_group.labels = part(loss.labels, group.rows);
-    const auto [value, grads] = loss_and_gradients(own, of_group, all.needs(group), at_times);
-    losses[k] = value;
-    all.set(k, group, grads);
+    const LossAndGradients found = loss_and_gradients(own, of_group, all.needs(group), at_times);
+    losses[k] = found.loss;
+    all.set(k, group, found.grads);
   });
-  return {std::accumulate(losses.begin(), losses.end(), 0.), all.finish()};
+  return {std::accumulate(losses.begin(), losses.end(), 0.), all.finish(), {}, {}};
 }
 
 }  // namespace

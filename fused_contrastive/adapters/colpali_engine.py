@@ -35,7 +35,9 @@ class _Colbert(Fused):
 
     def _max_sim(self, queries: Tensor, documents: Tensor) -> Tensor:
         this: Any = self
-        return max_sim(queries, documents, smooth=this.tau if this.use_smooth_max else None, **self._options())
+        tau = this.tau if this.use_smooth_max else None
+        scores: Tensor = max_sim(queries, documents, smooth=tau, **self._options())
+        return scores
 
     def _normalized(self, scores: Tensor, queries: Tensor) -> Tensor:
         """The library's normalisation by the number of real tokens, if it is asked for."""

@@ -27,9 +27,8 @@ def fused_colbert_scores(
 ) -> Tensor:
     """PyLate's ``ColBERTScores`` by ``max_sim``: (Q, T, D) and (Q', N, P, D) -> (Q, Q' * N) scores, query-major."""
     documents = _zero_where_masked(documents_embeddings, documents_mask).flatten(0, 1)
-    return max_sim(
-        queries_embeddings, documents, _bool(queries_mask), memory_budget=memory_budget, backend=backend
-    )  # fmt: skip
+    mask = None if queries_mask is None else queries_mask.bool()
+    return max_sim(queries_embeddings, documents, mask, memory_budget=memory_budget, backend=backend)
 
 
 def fused_colbert_kd_scores(
@@ -42,13 +41,8 @@ def fused_colbert_kd_scores(
 ) -> Tensor:
     """PyLate's ``colbert_kd_scores`` by ``max_sim``: (Q, T, D) and (Q, N, P, D) -> (Q, N) scores."""
     documents = _zero_where_masked(documents_embeddings, documents_mask)
-    return max_sim(
-        queries_embeddings, documents, _bool(queries_mask), memory_budget=memory_budget, backend=backend
-    )  # fmt: skip
-
-
-def _bool(mask: Tensor | None) -> Tensor | None:
-    return None if mask is None else mask.bool()
+    mask = None if queries_mask is None else queries_mask.bool()
+    return max_sim(queries_embeddings, documents, mask, memory_budget=memory_budget, backend=backend)
 
 
 def _zero_where_masked(documents: Tensor, mask: Tensor | None) -> Tensor:
@@ -67,8 +61,8 @@ class _InBatch(Fused):
             )
         super().__init__(model, self._scores, *args, **options)  # type: ignore[call-arg]
 
-    def _scores(self, *embeddings: Tensor, **masks: Tensor | None) -> Tensor:
-        return fused_colbert_scores(*embeddings, **masks, **self._options())
+    def _scores(self, queries: Tensor, documents: Tensor, **masks: Any) -> Tensor:
+        return fused_colbert_scores(queries, documents, **masks, **self._options())
 
 
 class Contrastive(_InBatch, losses.Contrastive):
@@ -111,8 +105,8 @@ class Distillation(Fused, losses.Distillation):
             )
         super().__init__(model, self._scores, *args, **options)
 
-    def _scores(self, *embeddings: Tensor, **masks: Tensor | None) -> Tensor:
-        return fused_colbert_kd_scores(*embeddings, **masks, **self._options())
+    def _scores(self, queries: Tensor, documents: Tensor, **masks: Any) -> Tensor:
+        return fused_colbert_kd_scores(queries, documents, **masks, **self._options())
 
 
 ORIGINALS = {getattr(losses, cls.__name__): cls for cls in (Contrastive, CachedContrastive, Distillation)}

@@ -45,7 +45,7 @@ class _Maxima:
             y = y.masked_fill(~y_real[..., None], 0)
         # Each item's own ones, (M, K, P, D), or the same for all, (1, N, P, D)
         sizes = len(x) if spec.own else 1, self.columns
-        self.y, self.y_real = y.unflatten(0, sizes), y_real.unflatten(0, sizes)
+        self.y, self.y_real = y.reshape(*sizes, *y.shape[1:]), y_real.reshape(*sizes, y.shape[1])
 
     def chunks(self) -> list[slice]:
         m, t, _ = self.x.shape
@@ -59,7 +59,7 @@ class _Maxima:
     def products(self, rows: slice) -> Tensor:  # (R, C, T, P)
         x, y = self.x[rows], self.y[self.of(rows)].flatten(1, 2)
         flat = x @ y.transpose(1, 2) if self.spec.own else (x.flatten(0, 1) @ y[0].T).view(*x.shape[:2], -1)
-        return flat.unflatten(2, (self.columns, -1)).transpose(1, 2)
+        return flat.view(*x.shape[:2], self.columns, self.y.shape[2]).transpose(1, 2)
 
     def over_y(self, products: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
         """Sums (R, C) and argmaxima (R, C, T) of the direction x; with ``smooth`` weights (R, C, T, P)."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fused_contrastive.core.spec import OF_COLS, OF_ROWS, Forward, Gradients, Needs, StatsSpec, Upstream
+from fused_contrastive.core.spec import OF_COLS, OF_ROWS, Forward, Gradients, Needs, StatsSpec, Upstream, empty
 
 if TYPE_CHECKING:
     from fused_contrastive.backends.contract import Backend
@@ -23,7 +23,7 @@ class Group(NamedTuple):
 
 
 def of(spec: StatsSpec) -> Iterator[Group]:
-    """The groups of a problem, each as a problem of its own."""
+    """The groups of a problem that have a pair, each as a problem of its own."""
     assert spec.row_lengths is not None
     assert spec.col_lengths is not None
     row = col = 0
@@ -34,7 +34,8 @@ def of(spec: StatsSpec) -> Iterator[Group]:
             for names, part in ((OF_ROWS, rows), (OF_COLS, cols))
             for name in names
         }
-        yield Group(rows, cols, spec._replace(row_lengths=None, col_lengths=None, **own))
+        if m and n:
+            yield Group(rows, cols, spec._replace(row_lengths=None, col_lengths=None, **own))
         row, col = row + m, col + n
 
 
@@ -42,9 +43,11 @@ def stats_forward(backend: Backend, spec: StatsSpec, x: Tensor, y: Tensor) -> Fo
     """``backend.stats_forward``, group by group if the backend does not take such groups together."""
     if spec.row_lengths is None or backend.takes_groups(spec):
         return backend.stats_forward(spec, x, y)
-    found = [backend.stats_forward(each.spec, *_features(each, x, y)) for each in of(spec)]
+    pos, row, col = (empty(spec, shape, x) for shape in spec.shapes(x.shape[0], y.shape[0]))
+    for rows, cols, own in of(spec):
+        found = backend.stats_forward(own, *_features(rows, cols, x, y))
+        pos[rows], row[rows], col[cols] = found[:3]
     shape, dtype = backend.kept(0, y.shape[0], x.dtype)
-    pos, row, col = (torch.cat(parts) for parts in list(zip(*found, strict=True))[:3])
     return Forward(pos, row, col, x.new_empty(shape, dtype=dtype))
 
 
@@ -54,34 +57,26 @@ def stats_backward(
     """``backend.stats_backward``, likewise."""
     if spec.row_lengths is None or backend.takes_groups(spec):
         return backend.stats_backward(spec, x, y, saved=saved, upstream=upstream, needs=needs)
-    found = []
-    pos, row, col = upstream
-    for each in of(spec):
-        of_rows = saved.row[each.rows]
-        own = Forward(of_rows, of_rows, saved.col[each.cols], saved.kept)
-        arriving = Upstream(_part(pos, each.rows), _part(row, each.rows), _part(col, each.cols))
-        found.append(
-            backend.stats_backward(each.spec, *_features(each, x, y), saved=own, upstream=arriving, needs=needs)
-        )
-    dx, dy, dscale, dbias = zip(*found, strict=True)
-    one_bias = spec.col_bias is not None and spec.col_bias.dim() == 0
-    return Gradients(_together(dx), _together(dy), _sum(dscale), (_sum if one_bias else _together)(dbias))
+    inputs = (x, y, spec.scale, spec.col_bias)
+    total = Gradients(
+        *(torch.zeros_like(t) if t is not None and need else None for t, need in zip(inputs, needs[:4], strict=True))
+    )
+    for rows, cols, own in of(spec):
+        normaliser = saved.row[rows]
+        found = backend.stats_backward(
+            own, *_features(rows, cols, x, y), saved=Forward(normaliser, normaliser, saved.col[cols], saved.kept),
+            upstream=Upstream(*map(_part, upstream, (rows, rows, cols))), needs=needs,
+        )  # fmt: skip
+        for whole, gradient, part in zip(total, found, (rows, cols, rows, cols), strict=True):
+            if whole is not None and gradient is not None:
+                (whole[part] if whole.dim() else whole).add_(gradient)
+    return total
 
 
-def _features(group: Group, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    of_rows = x[group.rows]
-    return of_rows, of_rows if y is x else y[group.cols]
+def _features(rows: slice, cols: slice, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    of_rows = x[rows]
+    return of_rows, of_rows if y is x else y[cols]
 
 
 def _part(t: Tensor | None, part: slice) -> Tensor | None:
     return t if t is None or t.dim() == 0 else t[part]
-
-
-def _together(parts: tuple[Tensor | None, ...]) -> Tensor | None:
-    there = [t for t in parts if t is not None]
-    return torch.cat(there) if there else None
-
-
-def _sum(parts: tuple[Tensor | None, ...]) -> Tensor | None:
-    there = [t for t in parts if t is not None]
-    return torch.stack(there).sum(dim=0) if there else None

@@ -85,7 +85,7 @@ def curve_table(runs: dict[str, Run]) -> Table:
 
 def monitor_table(measures: list[dict[str, float]], every: int, warnings: int) -> Table:
     """What ``fused_contrastive.monitor`` measured at steps 1, every + 1, ... of the fused training."""
-    table = Table(title=f"The monitor of the fused training: {warnings} warnings")
+    table = Table(title=f"The monitor of the fused training; warnings: {warnings}")
     table.add_column("step", justify="right")
     for key in MONITORED:
         table.add_column(key.replace("_", " "), justify="right")

@@ -19,7 +19,7 @@ from fused_contrastive.evaluation.diagnosis import uniformity_exponents
 from fused_contrastive.losses import info_nce, nt_xent, supcon, terms
 from fused_contrastive.ops.ranking import plain
 
-ROWS = 256  # at most so many rows are measured in each direction,
+ROWS = 128  # at most so many rows are measured in each direction,
 PAIRS = 1 << 20  # and at most so many pairs, but at least one row
 HARDEST = 10  # how many negatives count as hardest, as in ``diagnose``
 EQUAL = 1e-4  # squared distance of unit vectors below which a loss cannot tell them apart
@@ -211,8 +211,9 @@ def _direction(call: Call, direction: Direction, check: int) -> dict[str, Tensor
             of_own = of_own.masked_fill(~direction.own_mask[picked].bool(), -torch.inf)
         rest = torch.cat((rest, of_own), dim=1)
     weights = F.logsigmoid(rest) if call.sigmoid else rest
-    hardest = weights.topk(min(HARDEST, weights.shape[1]), dim=1).values
-    valid = has_positive & (hardest[:, 0] > -torch.inf)
+    hardest = weights.topk(min(HARDEST, weights.shape[1]), dim=1, sorted=False).values
+    nearest = rest.amax(dim=1)
+    valid = has_positive & (nearest > -torch.inf)
     shares = (hardest.logsumexp(dim=1) - weights.logsumexp(dim=1)).exp()
     choices = call.processes * ((rest > -torch.inf).sum(dim=1) + positive.sum(dim=1))
     floors = _equal_logits(1 + equal, call.sigmoid) * (positive.sum(dim=1) == 1)
@@ -223,7 +224,7 @@ def _direction(call: Call, direction: Direction, check: int) -> dict[str, Tensor
         return torch.where(valid, values.to(dtype), 0).sum() / valid.sum()
 
     return {
-        "top1": mean(pos > rest.amax(dim=1)),
+        "top1": mean(pos > nearest),
         "hardest_share": mean(shares),
         "alignment": mean(distances),
         "uniformity": (mean(exponents.exp_().sum(dim=1)) / mean(negative.sum(dim=1))).log(),

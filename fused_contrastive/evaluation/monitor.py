@@ -48,7 +48,7 @@ class monitor(observing.Observing):  # noqa: N801
     - duplicates: negatives that equal the positive, so that the loss cannot fall below a floor;
     - a logit scale that is not above 0, or with features of norm 1 below 1 or above 100 (200 for SigLIP).
 
-    NaN, zeros and collapse are looked for in all rows. All other measures are of a block of at most 256 rows, and of at
+    NaN, zeros and collapse are looked for in all rows. All other measures are of a block of at most 128 rows, and of at
     most 2^20 pairs, against all columns; the next check takes the next block. Over a group, each process measures its
     own rows against its own columns, and nothing is exchanged. Margins and guides that leave out negatives are not
     applied, and ``filip_loss`` and other losses of tokens are counted, but not measured.

@@ -394,17 +394,17 @@ def test_no_floor_where_duplicates_are_dealt_with(options: dict[str, Any]) -> No
 
 
 def test_large_batches_are_sampled_block_by_block() -> None:
-    """Only rows 300 to 319 are duplicates: in the second block of 256 rows, which the second check measures."""
+    """Only rows 200 to 219 are duplicates: in the second block of 128 rows, which the second check measures."""
     x = F.normalize(torch.randn(600, 32), dim=1)
-    x[300:310] = x[310:320]
+    x[200:210] = x[210:220]
     found: list[dict[str, float]] = []
     with no_warning(), fc.monitor(every=3, log=found.append):
         for _ in range(3):
             fc.clip_loss(x, x, 10.0)
-        with pytest.warns(UserWarning, match="call 4: 7.8% of the rows"):
+        with pytest.warns(UserWarning, match="call 4: 15.6% of the rows"):
             fc.clip_loss(x, x, 10.0)
         fc.clip_loss(x, x, 10.0)
-    assert [each["clip_loss/duplicates"] for each in found] == [0, 20 / 256]
+    assert [each["clip_loss/duplicates"] for each in found] == [0, 20 / 128]
 
 
 def test_at_most_so_many_pairs(monkeypatch: pytest.MonkeyPatch) -> None:

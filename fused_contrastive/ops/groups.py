@@ -34,7 +34,7 @@ class Groups(NamedTuple):
     def distinct(self, labels: Tensor) -> Tensor:
         """(rows,) integers -> (rows,) others, equal in the same pairs of a group, and in no pair of two groups."""
         codes = torch.searchsorted(labels.sort().values, labels)
-        return self.of_rows(torch.arange(self.rows.shape[0]), labels) * labels.shape[0] + codes
+        return self.of_rows(torch.arange(self.rows.shape[0], device=self.rows.device), labels) * labels.shape[0] + codes
 
 
 def grouped(

@@ -38,7 +38,7 @@ def by_groups(
             if counted is not None:
                 counts.append(counted(**own))
             elif reduces:
-                counts.append(own["weight"].sum() if "weight" in own else torch.tensor(len(results[-1])))
+                counts.append(own["weight"].sum() if "weight" in own else results[-1].new_tensor(len(results[-1])))
         if isinstance(results[0], dict):
             return {name: torch.cat([each[name] for each in results]) for name in results[0]}
         losses = torch.cat(results)

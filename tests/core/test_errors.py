@@ -102,7 +102,10 @@ def test_clip_loss(name: str) -> None:
 
 
 SUPCON = {
-    "rank": (dict(features=torch.randn(2, 3, 4, 5)), "features: got shape (2, 3, 4, 5), expected (N, D) or (N, V, D)"),
+    "rank": (
+        dict(features=torch.randn(2, 3, 4, 5, 6)),
+        "features: got shape (2, 3, 4, 5, 6), expected (N, D) or (N, V, D)",
+    ),
     "vector": (dict(features=torch.randn(4)), "features: got shape (4,), expected (N, D) or (N, V, D)"),
     "no view": (
         dict(features=torch.randn(4, 0, 3)),

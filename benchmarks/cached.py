@@ -1,6 +1,6 @@
 """Peak memory and time of a training step against the batch size: the whole batch at once, or in chunks (GradCache).
 
-    python -m benchmarks.cached [--batch 256 512 1024 2048] [--chunk 64]
+    python -m benchmarks.cached [--batch 256 512 1024] [--chunk 64]
 
 A transformer encodes queries and passages of 32 tokens (2 layers, width 128), and the loss is InfoNCE.
 sentence-transformers' CachedMultipleNegativesRankingLoss is listed where it is installed. Each number comes from a
@@ -101,7 +101,7 @@ def measure(name: str, batch: int, chunk: int) -> tuple[float, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch", type=int, nargs="+", default=[256, 512, 1024, 2048], help="rows of a batch")
+    parser.add_argument("--batch", type=int, nargs="+", default=[256, 512, 1024], help="rows of a batch")
     parser.add_argument("--chunk", type=int, default=64, help="rows of a chunk")
     options = parser.parse_args()
     names = [name for name in STEPS if "sentence" not in name or importlib.util.find_spec("sentence_transformers")]

@@ -412,6 +412,7 @@ def test_inside_a_compiled_function() -> None:
     torch.compile(step, backend="aot_eager")(rows_9).backward()
     assert weight.grad is not None
     torch.testing.assert_close(weight.grad, 2 * rows_9.sum())
+    torch._dynamo.reset()
     with pytest.raises(torch._dynamo.exc.Unsupported, match="compile the encoders and the loss instead"):
         torch.compile(step, backend="aot_eager", fullgraph=True)(rows_9)
 

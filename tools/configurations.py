@@ -25,7 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver, jit
 
 from fused_contrastive.backends.triton import at_once, device, launch, max_sim_launch
-from fused_contrastive.core.spec import Needs, RowLoss, StatsSpec, Upstream
+from fused_contrastive.core.spec import Needs, RowLoss, StatsSpec, Upstream, for_backward
 from fused_contrastive.core.tokens import MaxSimUpstream, TokenSpec
 from machine_code import count
 
@@ -85,6 +85,7 @@ def step(spec: StatsSpec, dtype: torch.dtype) -> None:
     saved = launch.forward(spec, x, y)
     pos, row, col = (torch.zeros(shape, dtype=torch.float64) for shape in spec.shapes(N, N))
     upstream = Upstream(pos, row, col if spec.want_col else None)
+    spec, saved, upstream = for_backward(spec, saved, upstream)
     launch.backward(spec, x, y, saved, upstream, Needs(True, True, True, False))
 
 
@@ -113,7 +114,7 @@ def statistics(source: str, every_option: bool) -> None:
     at_once.loss_and_gradients(sums, x, x, RowLoss(), Needs(True, True, True, False))
 
 
-RULES = ("5 ids, no positives", "limits", "guide", "apart", "add", "teacher")
+RULES = ("5 ids, no positives", "limits", "guide", "apart", "add", "teacher", "references")
 
 
 def with_rule(source: str, rule: str) -> None:
@@ -127,11 +128,12 @@ def with_rule(source: str, rule: str) -> None:
         "guide": {"row_limit": limit, "col_limit": limit, "row_guide": guide, "col_guide": guide},
         "apart": {"row_ids": ids[:, 0], "col_ids": ids[:, 0], "equal_ids": "apart"},
         "add": {"row_ids": ids[:, 0], "col_ids": ids[:, 0], "equal_ids": "add"},
+        "references": {"row_reference": limit, "col_reference": limit},
         "teacher": {"row_guide": guide, "col_guide": guide, "statistic": "teacher", "paired": False},
     }[rule]
     spec = StatsSpec(torch.tensor(1.0), **fields)
     step(spec, dtype)
-    if rule in ("5 ids, no positives", "apart"):
+    if rule in ("5 ids, no positives", "apart", "references"):
         sums = spec._replace(want_col=False, statistic="softplus", col_bias=torch.zeros(()))
         step(sums if rule == "apart" else sums._replace(equal_ids="negate"), dtype)
 

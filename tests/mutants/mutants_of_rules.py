@@ -11,6 +11,7 @@ LIMITS = "tests/ops/test_limits.py"
 DISTILLATION = "tests/losses/test_distillation.py"
 MINED = "tests/ops/test_mined.py"
 SAMPLED = "tests/ops/test_sample_negatives.py"
+METRICS = "tests/losses/test_metrics.py"
 
 MUTANTS = [
     Mutant(
@@ -173,6 +174,42 @@ MUTANTS = [
         ".log1p_().neg_().log_()",
         ".neg_().log_()",
         (f"{SAMPLED}::test_a_million_draws_have_the_softmax_s_distribution",),
+        "reference",
+    ),
+    Mutant(
+        "ranks among positives",
+        "SigLIP's related pairs count as negatives in the ranks",
+        "csrc/kernels/ranks.inl",
+        "if (rule.equal_ids == EqualIds::kNegate) rule.equal_ids = EqualIds::kExclude;",
+        "",
+        (f"{METRICS}::test_siglip",),
+        "cpp",
+    ),
+    Mutant(
+        "ranks of one triangle",
+        "NT-Xent's ranks leave out the pairs below the diagonal",
+        "csrc/stats/running_statistic.h",
+        "      count_[i] += other.count_[i];\n",
+        "",
+        (f"{METRICS}::test_nt_xent",),
+        "cpp",
+    ),
+    Mutant(
+        "ties count",
+        "a copy of the positive may rank above it",
+        f"{PACKAGE}/ops/ranks.py",
+        "reference = (logits + slack)",
+        "reference = (logits - slack)",
+        (METRICS,),
+        "ties",
+    ),
+    Mutant(
+        "own negatives have no rank",
+        "each query's own negatives do not count",
+        f"{PACKAGE}/ops/ranks.py",
+        "        count = count + (own > reference[:, None]).sum(dim=1)\n",
+        "",
+        (f"{METRICS}::test_own_negatives_count",),
         "reference",
     ),
 ]

@@ -330,6 +330,7 @@ def test_every_rule_compiles(compiled: list[dict[str, Any]], architectures: list
     exact, fast = {"exact_statistics", "exact_gradient"}, {"strip_statistics", "gradient"}
     sums = {"sigmoid_statistics", "sigmoid_gradient"}
     expected = {"5 ids, no positives": exact | fast | sums, "apart": exact | sums}
+    expected["references"] = exact | fast | sums
     expected |= dict.fromkeys(("limits", "guide", "add", "teacher"), exact)
     for arch in architectures:
         for rule, kernels in expected.items():

@@ -75,7 +75,8 @@ def train_with_progress(
 
         def report(runs: dict[str, emoji_train.Run]) -> None:
             losses = ", ".join(f"{name} {run.losses[-1]:.5f}" for name, run in runs.items())
-            progress.update(task, advance=1, description=f"loss: {losses}")
+            accuracy = runs["fused"].accuracy
+            progress.update(task, advance=1, description=f"loss: {losses}; accuracy {accuracy:.2f}")
 
         runs = emoji_train.train(pairs, split, chosen.steps, chosen.batch, chosen.seed, report)
     console.print(emoji_report.monitor_table(measures, MEASURED, len(watch.warnings)))

@@ -14,7 +14,7 @@ from torch import Tensor
 from emoji_cost import LOSSES, loss_and_gradients
 from emoji_data import Pairs, Split
 from emoji_model import EmojiClip
-from fused_contrastive import recall_at_k
+from fused_contrastive import clip_loss, recall_at_k
 
 LEARNING_RATE = 3e-3
 SCALE_LEARNING_RATE = 1e-2  # the temperature is one number and has far to go
@@ -35,7 +35,8 @@ class Run:
 
     def __init__(self, model: EmojiClip, loss_name: str, steps: int) -> None:
         self.model = model
-        self.loss = LOSSES[loss_name]
+        self.loss = self._loss_with_accuracy if loss_name == "fused" else LOSSES[loss_name]
+        self.accuracy = 0.0  # of the last step: the share of images and texts whose partner is the first of the batch
         self.losses: list[float] = []
         self.seconds: list[float] = []  # each step's forward and backward of the loss alone
         encoders = [*model.image_encoder.parameters(), *model.text_encoder.parameters()]
@@ -46,6 +47,11 @@ class Run:
             ]
         )
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimiser, lambda step: rate(step, steps))
+
+    def _loss_with_accuracy(self, images: Tensor, texts: Tensor, scale: Tensor) -> Tensor:
+        loss, metrics = clip_loss(images, texts, scale, metrics=True)
+        self.accuracy = metrics.top1.item()
+        return loss
 
     def step(self, images: Tensor, words: Tensor) -> None:
         """One update from N images (N, 3, SIZE, SIZE) and N captions (N, L).

@@ -115,18 +115,33 @@ def stats_one_by_one(x: Tensor, y: Tensor, scale: Tensor, shapes: tuple[int, int
     return [torch.cat(parts) for parts in zip(*found, strict=True)]
 
 
+PROBLEMS = {
+    "shapes": st.tuples(st.integers(1, 4), st.integers(1, 9), st.integers(1, 9)),
+    "rules": st.sets(st.sampled_from(["bias", "ids", "limits", "exclude_self"])),
+    "budget": st.sampled_from(["auto", 0]),
+    "draw": st.integers(0, 2**31),
+}
+
+
 @hypothesis_seed(SEED)
 @settings(max_examples=40, deadline=None, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    shapes=st.tuples(st.integers(1, 4), st.integers(1, 9), st.integers(1, 9)),
-    rules=st.sets(st.sampled_from(["bias", "ids", "limits", "exclude_self"])),
-    budget=st.sampled_from(["auto", 0]),
-    data=st.data(),
-)
-@pytest.mark.parametrize("backend", ["reference", "cpp", "triton"], indirect=True)
-def test_statistics_of_more_columns_than_rows(backend: str, shapes, rules, budget, data) -> None:  # type: ignore[no-untyped-def]
+@given(backend=st.sampled_from(["reference", "cpp"]), **PROBLEMS)
+def test_statistics(backend, **drawn) -> None:  # type: ignore[no-untyped-def]
+    assert_statistics(backend, **drawn)
+
+
+@hypothesis_seed(SEED)
+@settings(max_examples=8, deadline=None, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(**PROBLEMS)
+@pytest.mark.parametrize("backend", ["triton"], indirect=True)
+def test_statistics_triton(backend, **drawn) -> None:  # type: ignore[no-untyped-def]
+    assert_statistics(backend, **drawn)
+
+
+def assert_statistics(backend: str, shapes: tuple[int, int, int], rules: set[str], budget: Any, draw: int) -> None:
+    """The statistics and gradients of B groups of M rows and N columns are those of B calls."""
     b, m, n = shapes
-    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31)))
+    generator = torch.Generator().manual_seed(draw)
 
     def random(*size: int) -> Tensor:
         return torch.randn(*size, generator=generator, dtype=torch.float32, device="cpu").to(torch.get_default_device())
@@ -195,8 +210,7 @@ def test_small_and_large_groups(threads: None) -> None:
             torch.testing.assert_close(a.double(), b.double(), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", LOSSES)
-@pytest.mark.parametrize("form", ["batched", "packed"])
+@pytest.mark.parametrize(("name", "form"), [("nt_xent", "batched"), *((name, "packed") for name in LOSSES)])
 def test_compiled(name: str, form: str) -> None:
     lengths = None if form == "batched" else LENGTHS
     x, y, s = leaves(torch.tensor([9]), torch.float32)
@@ -216,6 +230,15 @@ def test_autocast_and_verify() -> None:
     rounded = fc.clip_loss(x.bfloat16(), y.bfloat16(), s, lengths=LENGTHS)
     assert torch.equal(loss, rounded)
     assert fc.verify(fc.clip_loss, x, y, s, lengths=LENGTHS).held
+
+
+def test_inference_mode(threads: None) -> None:
+    """Threads that begin without inference mode write to tensors that were made in it."""
+    torch.set_num_threads(2)
+    with torch.inference_mode():
+        x, y = torch.randn(9, D), torch.randn(9, D)
+        loss = fc.clip_loss(x, y, 1.0, lengths=LENGTHS, backend="cpp")
+        torch.testing.assert_close(loss, fc.clip_loss(x, y, 1.0, lengths=LENGTHS, backend="reference"))
 
 
 def test_operator() -> None:

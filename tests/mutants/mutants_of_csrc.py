@@ -22,14 +22,14 @@ MUTANTS = [
         "csrc/stats/groups.h",
         "&own.col_limit, &own.col_guide}) *t = part(*t, g.cols);",
         "&own.col_limit, &own.col_guide}) *t = part(*t, {0, g.cols.size()});",
-        (GROUPS,), "cpp and more_columns",
+        (GROUPS,), "test_statistics and not triton",
     ),
     Mutant(
         "last group's scale", "the last group's gradient of the scale is lost",
         "csrc/stats/groups.h",
         "std::accumulate(parts.begin(), parts.end(), 0.)",
         "std::accumulate(parts.begin(), parts.end() - 1, 0.)",
-        (GROUPS,), "cpp and more_columns",
+        (GROUPS,), "test_statistics and not triton",
     ),
     Mutant(
         "last tile not merged", "a section's last tile is left out of its partial sums",

@@ -218,7 +218,8 @@ def described(kernel: Any, arch: str) -> dict[str, Any]:
         "shared": kernel.metadata.shared,
         "shared_limit": SHARED_LIMIT[arch],
         "matrix_instruction": MATRIX_INSTRUCTION[arch],
-        "matrix_instructions": text.count(MATRIX_INSTRUCTION[arch]),
+        # Tiles of fewer than 64 rows, such as few tokens of one item, take the older instruction.
+        "matrix_instructions": text.count(MATRIX_INSTRUCTION[arch]) or text.count("mma.sync"),
         "matrix_kinds": sorted(set(re.findall(re.escape(MATRIX_INSTRUCTION[arch]) + r"[\w.:]*", text))),
         "narrow_offsets": narrow_offsets(kernel),
     }

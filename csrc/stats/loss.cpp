@@ -35,12 +35,13 @@ int64_t rows_at_once(int64_t n) {
   return std::clamp<int64_t>((int64_t(1) << 24) / n / 128 * 128, 128, 512);
 }
 
-// Sums in parts of 128, so that roundings stay small.
+// Sums in pairs, since equal terms that are added to one sum all round alike.
+double sum_in_pairs(const double* terms, int64_t count) {
+  if (count <= 8) return std::accumulate(terms, terms + count, 0.);
+  return sum_in_pairs(terms, count / 2) + sum_in_pairs(terms + count / 2, count - count / 2);
+}
 double sum_of(const at::Tensor& losses) {
-  const double* all = losses.const_data_ptr<double>();
-  double sum = 0;
-  for (const Range& some : pieces(0, losses.numel(), 128)) sum += std::accumulate(all + some.begin, all + some.end, 0.);
-  return sum;
+  return sum_in_pairs(losses.const_data_ptr<double>(), losses.numel());
 }
 
 struct WeightedTerm {

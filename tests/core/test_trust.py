@@ -167,7 +167,7 @@ for pid, name in children.items():
 print("ended")
 """
 PUBLIC = {
-    "cached": "lambda: fc.cached([torch.relu], [x], torch.sum, 64)",
+    "cached": "lambda: fc.cached([lambda t: t], [x[:9]], torch.sum, 4)",
     "clip_loss": "lambda: fc.clip_loss(x, y, 0.1)",
     "contrastive_stats": "lambda: fc.contrastive_stats(half, half)",
     "distillation_loss": "lambda: fc.distillation_loss(x, y, 0.1, y, x, 1.0)",

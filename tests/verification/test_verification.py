@@ -13,7 +13,7 @@ from torch import Tensor
 
 import fused_contrastive as fc
 from fused_contrastive.backends import cpp
-from fused_contrastive.core.spec import Gradients
+from fused_contrastive.core.spec import Gradients, Ranks
 from fused_contrastive.ops import dispatch
 
 
@@ -29,9 +29,9 @@ def broken(monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong_backward(*args: object, **options: object) -> Gradients:
         return Gradients(*(None if g is None else 1.01 * g for g in right_backward(*args, **options)))
 
-    def wrong_loss(*args: object) -> Tensor:
-        loss = right_loss(*args)
-        return 1.01 * loss - 0.01 * loss.detach()
+    def wrong_loss(*args: object) -> tuple[Tensor, Ranks | None]:
+        loss, ranks = right_loss(*args)
+        return 1.01 * loss - 0.01 * loss.detach(), ranks
 
     monkeypatch.setattr(cpp.BACKEND, "stats_backward", wrong_backward)
     monkeypatch.setattr(cpp.BACKEND, "row_loss", wrong_loss)

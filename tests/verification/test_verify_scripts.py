@@ -25,8 +25,8 @@ right_backward, right_loss = BACKEND.stats_backward, BACKEND.row_loss
 def wrong_backward(*args, **options):
     return Gradients(*(None if g is None else 3 * g for g in right_backward(*args, **options)))
 def wrong_loss(*args):
-    loss = right_loss(*args)
-    return 3 * loss - 2 * loss.detach()
+    loss, ranks = right_loss(*args)
+    return 3 * loss - 2 * loss.detach(), ranks
 BACKEND.stats_backward, BACKEND.row_loss = wrong_backward, wrong_loss
 """
 

@@ -208,9 +208,10 @@ def described(kernel: Any, arch: str) -> dict[str, Any]:
     stores = {"sigmoid_statistics": "slopes", "strip_statistics": "kept", "exact_statistics": "kept"}.get(kernel_name)
     keeps = stores in there or (kernel_name == "sigmoid_statistics" and "products_to" in there)
     late_interaction = kernel.src.fn.__module__.endswith("max_sim")
+    gathers = late_interaction and kernel_name == "gradient"  # it multiplies to add up the other side's tokens alone
     return {
         **found,
-        "multiplies": not there.intersection(reads),
+        "multiplies": "index_other" in there if gathers else not there.intersection(reads),
         "kernel": ("max_sim " if late_interaction else "") + kernel_name + (", keeping" if keeps else ""),
         "tile": "" if tile is None else f"{tile.block_m} x {tile.block_n} x {tile.block_k}",
         "warps": kernel.metadata.num_warps,

@@ -142,9 +142,10 @@ class BiEncoderLoss(_Bi, bi.BiEncoderLoss):
         """(B, D), (C, D) -> scalar; query i's document is i + offset."""
         self._checked(query_embeddings, doc_embeddings)
         targets = torch.arange(offset, offset + len(query_embeddings), device=query_embeddings.device)
-        return info_nce_loss(
+        loss: Tensor = info_nce_loss(
             query_embeddings, doc_embeddings, temperature=self.temperature, targets=targets, **self._options()
         )
+        return loss
 
 
 class BiPairedEncoderLoss(_Bi, bi.BiPairedEncoderLoss):
@@ -159,9 +160,10 @@ class BiPairedEncoderLoss(_Bi, bi.BiPairedEncoderLoss):
         self._checked(query_embeddings, doc_embeddings)
         if offset:
             raise ValueError(f"offset: got {offset}, expected 0: each document has one query, and none is left over")
-        return info_nce_loss(
+        loss: Tensor = info_nce_loss(
             query_embeddings, doc_embeddings, temperature=self.temperature, symmetric=True, **self._options()
         )
+        return loss
 
 
 class BiPairwiseCELoss(_Bi, bi.BiPairwiseCELoss):

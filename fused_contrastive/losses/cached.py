@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from fused_contrastive.core import checks, compiler
+from fused_contrastive.core import checks, compiler, forks
 from fused_contrastive.core.modes import refuse_transforms
 from fused_contrastive.core.replay import Autocast, Buffers, RandomState
 
@@ -58,6 +58,7 @@ def cached(
         RuntimeError: inside a transform of torch.func; in the backward, for ``create_graph=True`` and for
             ``torch.autograd.grad`` or ``backward(inputs=...)``, which could not reach the encoders' parameters.
     """
+    forks.guard()
     refuse_transforms("cached")
     towers = _towers(encoders, inputs, chunk_size)
     if not callable(loss):
@@ -232,9 +233,9 @@ class _Encode(torch.autograd.Function):
         random_state, buffers = RandomState(), Buffers([b for tower in towers for b in tower.buffers])
         of_inputs: list[Tensor | None] = []
         try:
-            for tower, *own in zip(towers, rows, asked, upstream, strict=True):
+            for tower, its_rows, its_asked, its_upstream in zip(towers, rows, asked, upstream, strict=True):
                 reduced = [replica for replica in tower.replicas if last.get(replica) is tower]
-                of_inputs += tower.second_run(*own, ctx.autocast, reduced)
+                of_inputs += tower.second_run(its_rows, its_asked, its_upstream, ctx.autocast, reduced)
         finally:
             random_state.restore()
             buffers.restore()

@@ -44,7 +44,10 @@ def by_groups(
         losses = torch.cat(results)
         if reduction == "none":
             return losses
-        return losses.sum() / torch.stack(counts).sum().clamp_min(1e-9) if reduction == "mean" else losses.sum()
+        if reduction == "sum":
+            return losses.sum()
+        total = torch.stack(counts).sum()
+        return losses.sum() / torch.where(total == 0, 1, total)
 
     return call
 

@@ -37,6 +37,8 @@ def config(p: Prepared, kernel: configs.Kernel) -> configs.Config:
     c = tune.choose(p.device, p.source, kernel, p.dtype, p.d, _work)
     if p.teacher and p.source != "gemm":  # two sets of statistics, or of weights, would spill registers in wide tiles
         return c._replace(block_n=max(32, c.block_n // 2))
+    if p.spec.is_ranked():  # likewise what is compared and counted
+        return c._replace(block_n=max(32, c.block_n // 2))
     # To find out which of several ids agree takes registers: a thread gets fewer columns than 64.
     return c._replace(block_n=min(c.block_n, 128)) if p.mode.ids > 1 else c
 

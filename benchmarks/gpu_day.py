@@ -39,7 +39,8 @@ SPARE = 3.0  # seconds kept for ending a process and writing the page
 LOSSES = ("clip", "siglip", "info_nce", "nt_xent", "supcon", "max_sim")
 PEERS = (
     "ours", "ours, memory_budget=0", "ours, metrics=True", "eager", "2 x F.linear_cross_entropy",
-    "2 x cut_cross_entropy", "2 x liger_kernel", "inf_cl", "memeff", "open_clip ClipLoss", "open_clip SigLipLoss", "siglip_kernel",
+    "2 x cut_cross_entropy", "2 x liger_kernel", "inf_cl", "memeff", "open_clip ClipLoss",
+    "open_clip SigLipLoss", "siglip_kernel",
 )  # fmt: skip
 
 

@@ -119,7 +119,7 @@ def bad_values() -> dict[str, list[Any]]:
         **dict.fromkeys(("margin", "hardness"), weight),
         "label_smoothing": [1.0, -0.1, "0"],
         "views": [floats(N, D), 3, [None], [floats(N + 1, D)]],
-        **dict.fromkeys(("text_latents_extra", "image_latents_extra"), [floats(N + 1, D), [0.0], floats(D)]),
+        **{key: [floats(N + 1, D), [0.0], floats(D)] for key in ("text_latents_extra", "image_latents_extra")},
         **dict.fromkeys(("reduction", "variant", "no_positive", "compat", "direction"), word),
         "directions": ["row", [], ["rows"]],
         "memory_budget": [-1, "all", 1.5],

@@ -24,7 +24,9 @@ from fused_contrastive.ops import dispatch
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--full", action="store_true", help="all cases of the tests marked 'thinned'")
+    parser.addoption(
+        "--full", action="store_true", help="all cases of the tests marked 'thinned', and those marked 'full'"
+    )
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
@@ -42,6 +44,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         kept = thinned.kept(items)
         config.hook.pytest_deselected(items=[item for item in items if item not in kept])
         items[:] = [item for item in items if item in kept]
+        for item in items:
+            if item.get_closest_marker("full"):
+                item.add_marker(pytest.mark.skip(reason="takes long: --full runs it"))
     if torch.cuda.is_available():
         return
     for item in items:

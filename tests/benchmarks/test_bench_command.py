@@ -23,6 +23,7 @@ from fused_contrastive.core.errors import InputError
 pytestmark = pytest.mark.usefixtures("not_interpreted")
 
 
+@pytest.mark.full
 def test_the_toy_suite_is_the_gpu_s_code_under_the_interpreter(tmp_path: Path) -> None:
     """It writes every file of a report, measures the Triton backend, and says why an implementation is not measured."""
     pytest.importorskip("triton")

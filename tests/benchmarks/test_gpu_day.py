@@ -43,6 +43,7 @@ def a_day(script: Path, out: Path, monkeypatch: pytest.MonkeyPatch, *arguments: 
     return code, stages, (out / "gpu-day.md").read_text()
 
 
+@pytest.mark.full
 @INTERPRETED
 def test_toy_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All stages but the last two, which run the same benchmarks as the table."""

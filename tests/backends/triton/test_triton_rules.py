@@ -306,33 +306,32 @@ def test_gradients_are_formed_in_the_forward_only_without_these_rules() -> None:
         assert not triton.BACKEND.fuses_loss(spec._replace(**fields), 4)
 
 
-@pytest.fixture(scope="module")
-def architectures(request: pytest.FixtureRequest) -> list[str]:
-    return ["sm_90", "gfx942"] if request.config.getoption("full") else ["sm_90"]
+ARCHITECTURES = ("sm_90", "gfx942")
 
 
 @pytest.fixture(scope="module")
-def compiled(architectures: list[str]) -> list[dict[str, Any]]:
+def compiled() -> list[dict[str, Any]]:
     """Compiled in another process, because in this one Triton interprets."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     command = [sys.executable, ROOT / "tools/configurations.py", "--json", "--rules", "--source", "half"]
     result = subprocess.run(
-        [*command, "--arch", *architectures], capture_output=True, text=True, timeout=600, env=environment
+        [*command, "--arch", *ARCHITECTURES], capture_output=True, text=True, timeout=600, env=environment
     )
     assert result.returncode == 0, result.stderr
     rows: list[dict[str, Any]] = json.loads(result.stdout)
     return rows
 
 
-def test_every_rule_compiles(compiled: list[dict[str, Any]], architectures: list[str]) -> None:
+@pytest.mark.full
+def test_every_rule_compiles(compiled: list[dict[str, Any]]) -> None:
     old = Version(version("triton")) < Version("3.6")  # it spills more: docs/triton.md
     exact, fast = {"exact_statistics", "exact_gradient"}, {"strip_statistics", "gradient"}
     sums = {"sigmoid_statistics", "sigmoid_gradient"}
     expected = {"5 ids, no positives": exact | fast | sums, "apart": exact | sums}
     expected["references"] = exact | fast | sums
     expected |= dict.fromkeys(("limits", "guide", "add", "teacher"), exact)
-    for arch in architectures:
+    for arch in ARCHITECTURES:
         for rule, kernels in expected.items():
             rows = [row for row in compiled if (row["arch"], row["options"]) == (arch, rule)]
             assert {row["kernel"] for row in rows} == kernels, (arch, rule)
@@ -344,12 +343,11 @@ def test_every_rule_compiles(compiled: list[dict[str, Any]], architectures: list
                     assert row["spilled"] <= (0 if rule == "limits" else 64), row
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("rule", ["limits", "guide"])
-def test_limits_make_the_same_products_in_both_directions(
-    compiled: list[dict[str, Any]], architectures: list[str], rule: str
-) -> None:
+def test_limits_make_the_same_products_in_both_directions(compiled: list[dict[str, Any]], rule: str) -> None:
     """One tile, one number of warps and one kind of matrix instruction, so that the bits are the same."""
-    for arch in architectures:
+    for arch in ARCHITECTURES:
         rows = [row for row in compiled if (row["arch"], row["options"]) == (arch, rule)]
         assert len({(row["tile"], row["warps"], *row["matrix_kinds"]) for row in rows}) == 1
         assert all(row["matrix_kinds"] for row in rows)

@@ -327,7 +327,7 @@ def count(name: str, value: object, most: int, of: str) -> None:
         raise ValueError(f"{name}: got {_shown(value)}, expected an integer from 1 to {most} ({of})")
 
 
-def temperature_of_products(name: str, value: object, x: Tensor) -> None:
+def divisor(name: str, value: object, x: Tensor) -> None:
     """A number above 0 that the products' dtype can divide by, as it can multiply by its inverse."""
     value, most = number(name, value), largest(x)
     if not 1 / most <= value <= most:

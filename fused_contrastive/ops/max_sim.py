@@ -248,7 +248,7 @@ def max_sim(
     checks.one_of("reduction", reduction, REDUCTIONS)
     checks.one_of("direction", direction, DIRECTIONS)
     if smooth is not None:
-        checks.temperature_of_products("smooth", smooth, x)
+        checks.divisor("smooth", smooth, x)
     checks.memory_budget(memory_budget)
     chosen = dispatch.resolve(backend, x.device, x.dtype)
     mean, own, tau = reduction == "mean", y.dim() == 4, float(smooth or 0)

@@ -115,7 +115,7 @@ def tokens(
     for name, mask, of in (("x_mask", masks[0], x), ("y_mask", masks[1], y)):
         _vector(name, mask, tuple(of.shape[:-1]), x, torch.bool)
     if smooth != 0:
-        checks.temperature_of_products("smooth", smooth, x)
+        checks.divisor("smooth", smooth, x)
     if both and (y.dim() == 4 or smooth != 0):
         raise ValueError("both: got True with y (M, K, P, D) or smooth, expected False")
     if smooth != 0 and kept_rows != 0:

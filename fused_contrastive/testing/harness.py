@@ -140,7 +140,8 @@ def _terms_of_norm_1(case: Case, leaves: Leaves, options: dict[str, Any], truth:
     regularised = weight if options.get("sim_reg_loss_weight") else 0.0
     terms = dict.fromkeys(truth, weight * scale + regularised)  # gradients of features and of a bias
     terms |= dict.fromkeys(("dlogit_scale", "dlogit_bias"), weight * n) | {"dtemperature": weight * n * scale**2}
-    rounded = _with_rounded_weights(case.dtype, logit, n)
+    # Hardness makes the weights by two passes, of (1 + hardness) and of hardness times the logits.
+    rounded = _with_rounded_weights(case.dtype, (1 + 2 * options.get("hardness", 0.0)) * logit, n)
     return {name: term * rounded for name, term in terms.items()} | {"loss": logit + options.get("margin", 0.0)}
 
 

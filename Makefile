@@ -62,6 +62,7 @@ $(CONFORMANCE)/.libraries: pyproject.toml
 	$(CONFORMANCE)/python -m pip install $(PIP) $(CONFORMANCE_TORCH)
 	$(CONFORMANCE)/python -m pip install $(PIP) "setuptools>=77" wheel ninja pybind11 numpy
 	$(CONFORMANCE)/python -m pip install $(PIP) --no-build-isolation ".[conformance]"
+	$(CONFORMANCE)/python -m pip install $(PIP) --no-deps colpali-engine==0.3.18  # it asks for an older torch
 	touch $@
 
 conformance: $(CONFORMANCE)/.libraries ## compare the adapters with the libraries themselves (several GB of them)

@@ -36,6 +36,7 @@ class Tiles(NamedTuple):
     own: int  # the gradient kernel's blocks: tokens of its own side,
     other: int  # of the other one,
     d: int  # and columns
+    smooth_warps: int = 4  # of the gradient of smooth maxima, which makes two products
 
     def of_maxima(self, rows: int) -> dict[str, Any]:
         """For a tile of so many rows: fewer than ``m`` if it has one item of x."""
@@ -58,7 +59,9 @@ def tiles(architecture: str, source: configs.Source) -> Tiles:
         return Tiles(32, 16, 16, 4, 1, own=16, other=16, d=16)
     small = source == "gemm" or (source, architecture) == ("tf32", "sm_80")  # where larger blocks spill registers
     k, own = 64 if source == "half" else 32, 32 if small else 64
-    return Tiles(128, 64, k, warps=8, stages=2 if architecture == "gfx942" else 3, own=own, other=32, d=64)
+    smooth_warps = 8 if (source, architecture) == ("gemm", "sm_90") else 4
+    stages = 2 if architecture == "gfx942" else 3
+    return Tiles(128, 64, k, warps=8, stages=stages, own=own, other=32, d=64, smooth_warps=smooth_warps)
 
 
 def token_block(t: int, rows: int) -> int:
@@ -235,5 +238,6 @@ def _launch(
         out, own.multiplied, other.multiplied, other.tokens, own.lengths, other.lengths, g[not is_x], found[not is_x],
         *others, own.size, other.size, p.d, own.multiplied.stride(0), other.multiplied.stride(0),
         other.tokens.stride(0), *steps, *(of_own if is_x else of_other), p.spec.smooth, OF_OWN=is_x,
-        PRECISION=p.precision, GRADIENT_PRECISION=p.gradient_precision, BK=p.tiles.k, **p.tiles.of_gradient,
+        PRECISION=p.precision, GRADIENT_PRECISION=p.gradient_precision, BK=p.tiles.k,
+        **(p.tiles.of_gradient | {"num_warps": p.tiles.smooth_warps}),
     )  # fmt: skip

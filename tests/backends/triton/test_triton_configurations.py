@@ -71,8 +71,9 @@ def test_defaults_spill_no_registers(compiled: list[dict[str, Any]]) -> None:
         pytest.skip(f"Triton {triton.__version__}: what it spills is in docs/triton.md")
     for row in compiled:
         again = row["source"] == "half" and row["kernel"].startswith("exact")  # computes again what is lost or far
+        smooth = row["source"] != "half" and "smooth" in row["options"]  # two products beside each other
         if row["options"] != "every" and not again:
-            assert row["spilled"] == 0, name(row)
+            assert row["spilled"] <= (8 if smooth else 0), name(row)
 
 
 # Instructions per logit on sm_90 without options, with an allowance of some percent above Triton 3.6's and 3.9's.

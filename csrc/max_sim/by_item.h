@@ -92,7 +92,7 @@ void maxima_by_item(const Pairs& pairs, double tau, int64_t first, int64_t last,
     for (int64_t c = begin; c < end; ++c) {
       const int64_t n = pairs.y_item(m, c), rows = pairs.y.count(n);
       pair.for_each_panel(m, n, [&](int64_t from, int64_t cols, T* s) {
-        if (tau) {
+        if (tau != 0) {
           max_sim_kernels<T>().column_sums(s, width, rows, cols, T(1 / tau), best.data(), sum.data());
           for (int64_t j = 0; j < cols; ++j)  // where all products are -inf, the sum is 0
             best[j] += sum[j] == 0 ? T(0) : static_cast<T>(tau * std::log(static_cast<double>(sum[j])));
@@ -152,7 +152,7 @@ template <class T>
 class SmoothGradients {
  public:
   SmoothGradients(const Pairs& pairs, double tau)
-      : pairs_(pairs), inverse_(1 / tau), pair_(pairs), top_(width()), sum_(width()) {}
+      : pairs_(pairs), inverse_(static_cast<T>(1 / tau)), pair_(pairs), top_(width()), sum_(width()) {}
 
   // Adds the part of a pair of items, whose score has the gradient g, to dx and dy (the items' real tokens, D). Either
   // may be null.

@@ -144,7 +144,7 @@ std::array<at::Tensor, 2> backward_by_item(const TokenProblem& p, const at::Tens
   std::optional<ItemGradients<T>> x_gradients, y_gradients;
   const ItemGradients<T>* dx = needs[0] ? &x_gradients.emplace(pairs.x) : nullptr;
   const ItemGradients<T>* dy = needs[1] ? &y_gradients.emplace(pairs.y) : nullptr;
-  if (p.smooth) {
+  if (p.smooth != 0) {
     smooth_gradients(pairs, p.smooth, g, dx, dy, interrupt);
   } else {
     const int64_t kept = argmax.size(0);

@@ -23,7 +23,7 @@ struct TokenProblem {
   double smooth;             // tau: tau * log(sum exp(s / tau)) in place of the maximum; 0: the maximum
 
   // Every pair by itself, not blocks of all pairs.
-  bool by_item() const { return own || smooth; }
+  bool by_item() const { return own || smooth != 0; }
   // How many scores an item of x has: N, or K = `own`.
   int64_t columns() const { return own ? own : y.size(0); }
 };

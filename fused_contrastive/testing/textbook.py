@@ -15,7 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fused_contrastive.testing.oracle import Logits, logsumexp
-from fused_contrastive.testing.textbook_related import corrected_loss, reduced, related, several_positives, too_similar
+from fused_contrastive.testing.textbook_related import (
+    corrected_loss,
+    reduced,
+    related,
+    several_positives,
+    too_similar,
+    unit,
+)
 
 
 def contrastive_stats(
@@ -75,7 +82,7 @@ def clip(
 ) -> Tensor:
     """CLIP's loss as training code writes it; for DCL, the diagonal is masked out of the denominator."""
     if normalize:
-        image, text = _unit(image), _unit(text)
+        image, text = unit(image), unit(text)
     s = logits(image, text, logit_scale)
     (m, n), one = s.shape, torch.ones_like(logit_scale)
     t = torch.arange(m, device=s.device)
@@ -143,13 +150,6 @@ def reduce(loss: Tensor, reduction: str) -> Tensor:
     return loss.mean() if reduction == "mean" else loss.sum()
 
 
-def _unit(x: Tensor) -> Tensor:
-    """Rows of norm 1; those shorter than 1e-12 are divided by that and have no gradient."""
-    norm = x.norm(dim=-1, keepdim=True)
-    unit: Tensor = torch.where(norm < 1e-12, x.detach(), x) / norm.clamp_min(1e-12)
-    return unit
-
-
 def softmax_loss(logits: Tensor, targets: Tensor, excluded: Tensor, decoupled: bool, smoothing: float) -> Tensor:
     """(M,) -log softmax at the targets; ``excluded`` (M, N) never counts."""
     i = torch.arange(len(logits), device=logits.device)
@@ -194,8 +194,8 @@ def info_nce(
     normalize: bool = False,
 ) -> Tensor:
     if normalize:
-        query, key = _unit(query), _unit(key)
-        negatives = None if negatives is None else _unit(negatives)
+        query, key = unit(query), unit(key)
+        negatives = None if negatives is None else unit(negatives)
     m, n = len(query), len(key)
     t = torch.arange(m, device=query.device) if targets is None else targets
     shared = negatives is not None and negatives.dim() == 2
@@ -260,7 +260,7 @@ def nt_xent(
     reduction: str = "mean",
     normalize: bool = True,
 ) -> Tensor:
-    z = torch.cat([_unit(v) if normalize else v for v in views])
+    z = torch.cat([unit(v) if normalize else v for v in views])
     s = logits(z, z, 1 / temperature)
     sample = torch.arange(len(views[0]), device=z.device).repeat(len(views))
     own = torch.eye(len(z), dtype=torch.bool, device=z.device)
@@ -289,7 +289,7 @@ def supcon(
     if features.dim() == 3:
         labels = labels.repeat_interleave(features.shape[1])
         features = features.flatten(0, 1)
-    z = _unit(features) if normalize else features
+    z = unit(features) if normalize else features
     s = logits(z, z, 1 / temperature)
     own = torch.eye(len(z), dtype=torch.bool, device=z.device)
     positives = (labels[:, None] == labels) & ~own

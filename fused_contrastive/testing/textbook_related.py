@@ -9,6 +9,13 @@ from torch import Tensor
 from fused_contrastive.testing.oracle import Logits, logsumexp
 
 
+def unit(x: Tensor) -> Tensor:
+    """Rows of norm 1; those shorter than 1e-12 are divided by that and have no gradient."""
+    norm = x.norm(dim=-1, keepdim=True)
+    of_norm_1: Tensor = torch.where(norm < 1e-12, x.detach(), x) / norm.clamp_min(1e-12)
+    return of_norm_1
+
+
 def related(row_ids: Tensor, col_ids: Tensor) -> Tensor:
     """(M, N) bool: which ids (M,) and (N,), or (M, K) and (N, K) in any of the K places, are equal."""
     if row_ids.dim() == 1:
@@ -54,7 +61,7 @@ def distillation(
 ) -> Tensor:  # fmt: skip
     teacher_x, teacher_y = teacher_x.to(x.dtype), teacher_y.to(x.dtype)
     if normalize:
-        x, y, teacher_x, teacher_y = (F.normalize(t, dim=1) for t in (x, y, teacher_x, teacher_y))
+        x, y, teacher_x, teacher_y = (unit(t) for t in (x, y, teacher_x, teacher_y))
     s = logits(x, y, logit_scale)
     t = (teacher_scale * teacher_x @ teacher_y.T).to(s.dtype)
     losses = []

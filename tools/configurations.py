@@ -169,10 +169,12 @@ def measure(
                 with_rule(source, rule)
                 yield from rows(compiled, arch, source, rule)
             if "max_sim" in kinds:  # 32: FILIP's and ColBERT's queries; 128: an item fills a tile; 200: it needs two
-                for tokens, masked in ((32, False), (32, True), (128, True), (200, True)):
+                all_of_them = True in every_option
+                sizes = ((32, False), *(((32, True), (128, True), (200, True)) if all_of_them else ()))
+                for tokens, masked in sizes:
                     late_interaction(source, tokens, masked)
                     yield from rows(compiled, arch, source, f"{tokens} tokens{', every' if masked else ''}")
-                for own, smooth in ((2, 0.0), (2, 0.1), (0, 0.1)):
+                for own, smooth in ((2, 0.1), *(((2, 0.0), (0, 0.1)) if all_of_them else ())):
                     late_interaction(source, 32, True, own, smooth)
                     yield from rows(
                         compiled, arch, source, f"32 tokens{', own' if own else ''}{', smooth' if smooth else ''}"
@@ -282,7 +284,7 @@ def main() -> None:
     parser.add_argument("--arch", nargs="+", choices=list(TARGETS), default=list(TARGETS))
     parser.add_argument("--kind", nargs="+", choices=("statistics", "max_sim"), default=["statistics"])
     parser.add_argument("--source", nargs="+", choices=SOURCES, default=list(SOURCES))
-    parser.add_argument("--plain", action="store_true", help="leave out the kernels with every option")
+    parser.add_argument("--plain", action="store_true", help="each kernel once, without options")
     parser.add_argument("--rules", action="store_true", help="the kernels with RULES, and no others")
     options = parser.parse_args()
     every_option = [False] if options.plain else [False, True]

@@ -21,13 +21,13 @@ import fused_contrastive as fc
 from fused_contrastive.core import observing
 from fused_contrastive.evaluation import live
 
-N, D = 48, 16  # of the trainings
+N, D = 192, 16  # of the trainings
 Loss = Callable[[Tensor, Tensor, Any], Tensor]
 LOSSES: dict[str, Loss] = {
     "clip_loss": lambda x, y, s: fc.clip_loss(x, y, s),
     "info_nce_loss": lambda x, y, s: fc.info_nce_loss(x, y, logit_scale=s),
     "nt_xent_loss": lambda x, y, s: fc.nt_xent_loss(x, y, logit_scale=s, normalize=False),
-    "siglip_loss": lambda x, y, s: fc.siglip_loss(x, y, s, -4.0),
+    "siglip_loss": lambda x, y, s: fc.siglip_loss(x, y, s, -math.log(N)),
     "supcon_loss": lambda x, y, s: fc.supcon_loss(torch.stack((x, y), 1), torch.arange(len(x)), logit_scale=s),
 }
 

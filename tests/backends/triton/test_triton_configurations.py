@@ -21,12 +21,7 @@ from fused_contrastive.core import memory
 
 BOTH = ("--kind", "statistics", "max_sim")
 EVERYTHING = [(*BOTH, "--arch", "sm_90", "sm_80"), (*BOTH, "--arch", "gfx942", "sm_100")]
-# Each kernel for NVIDIA, and the statistics of half-precision features for AMD.
-EACH_ONCE = [
-    (*BOTH, "--source", "half", "--arch", "sm_90"),
-    ("--source", "tf32", "gemm", "--arch", "sm_90"),
-    ("--source", "half", "--plain", "--arch", "gfx942"),
-]
+EACH_ONCE = [(*BOTH, "--source", "half", "--plain", "--arch", "sm_90")]
 
 
 @pytest.fixture(scope="module")
@@ -42,8 +37,8 @@ def compiled(pytestconfig: pytest.Config) -> list[dict[str, Any]]:
         rows: list[dict[str, Any]] = json.loads(result.stdout)
         return rows
 
+    jobs = EVERYTHING if pytestconfig.getoption("full") else EACH_ONCE
     with ThreadPoolExecutor(2) as pool:
-        jobs = EVERYTHING if pytestconfig.getoption("full") else EACH_ONCE
         return [row for rows in pool.map(run, jobs) for row in rows]
 
 
@@ -52,7 +47,7 @@ def name(row: dict[str, Any]) -> str:
 
 
 def test_every_architecture_and_kernel_is_there(compiled: list[dict[str, Any]], full: bool) -> None:
-    assert {row["arch"] for row in compiled} == {"sm_90", "gfx942", *(["sm_80", "sm_100"] if full else [])}
+    assert {row["arch"] for row in compiled} == {"sm_90", *(["gfx942", "sm_80", "sm_100"] if full else [])}
     assert {row["kernel"].split(",")[0] for row in compiled} == {
         "strip_statistics", "exact_statistics", "gradient", "gradient_of_kept", "exact_gradient", "sigmoid_statistics",
         "sigmoid_gradient", "max_sim maxima", "max_sim gradient", "max_sim smooth_gradient",
@@ -105,7 +100,7 @@ def test_tiles_are_stored_widely(compiled: list[dict[str, Any]]) -> None:
         accelerated = row["arch"] != "sm_80" and row["source"] == "half" and not row["kernel"].startswith("exact")
         assert any(store.startswith("UTMASTG" if accelerated else "STG.E.128") for store in row["stores"]), name(row)
         assert not any(store.startswith(("STG.E.U8", "STG.E.U16")) for store in row["stores"]), name(row)
-    assert stored >= 12
+    assert stored >= 6
 
 
 def test_matrix_units_are_used(compiled: list[dict[str, Any]]) -> None:

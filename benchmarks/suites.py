@@ -62,6 +62,11 @@ def cpu() -> Suite:
     return Suite(timed, [*weighed, BenchProblem("max_sim", 256, 128)])
 
 
+def small() -> Suite:
+    """Every loss where the calls cost more than the products; ours and eager."""
+    return Suite(_seconds(_each(MATRIX, [8, 32, 128, 256], 512), 3), [], ("ours", "eager"), fewest=50)
+
+
 def memory() -> Suite:
     """Memory alone, up to sizes where one N x N matrix takes 4 GB."""
     sizes = [1024, 2048, 4096, 8192, 16384, 32768]
@@ -110,6 +115,6 @@ def toy() -> Suite:
 
 
 SUITES = {
-    "quick": quick, "cpu": cpu, "rules": rules, "groups": groups, "gpu": gpu, "gpu-table": gpu_table, "memory": memory,
+    "quick": quick, "cpu": cpu, "small": small, "rules": rules, "groups": groups, "gpu": gpu, "gpu-table": gpu_table, "memory": memory,
     "million": million, "toy": toy,
 }  # fmt: skip

@@ -8,6 +8,7 @@ PACKAGE = "fused_contrastive"
 LOSSES = "tests/losses/test_losses.py::test_budget"
 CPP = "cpp and float32"
 CACHED = "tests/losses/test_cached.py"
+CACHED_CONTEXTS = "tests/losses/test_cached_contexts.py"
 WHOLE = "tests/distributed/test_distributed.py::test_whole_batch"
 
 MUTANTS = [
@@ -171,14 +172,14 @@ MUTANTS = [
         f"{PACKAGE}/evaluation/live.py",
         "torch.arange(check * count, (check + 1) * count,",
         "torch.arange(count,",
-        ("tests/evaluation/test_monitor.py::test_large_batches_are_sampled_block_by_block",),
+        ("tests/evaluation/test_monitor_measures.py::test_large_batches_are_sampled_block_by_block",),
     ),
     Mutant(
         "false negatives measured", "the monitor counts pairs that the loss leaves out",
         f"{PACKAGE}/evaluation/live.py",
         "left_out = left_out | related",
         "pass",
-        ("tests/evaluation/test_monitor.py::test_ids",),
+        ("tests/evaluation/test_monitor_measures.py::test_ids",),
     ),
     Mutant(
         "not in a row", "the monitor adds up a fault's checks over a training",
@@ -249,21 +250,21 @@ MUTANTS = [
         f"{PACKAGE}/losses/cached.py",
         "with torch.enable_grad(), autocast.again():",
         "with torch.enable_grad():",
-        (f"{CACHED}::test_autocast_and_scaler",),
+        (f"{CACHED_CONTEXTS}::test_autocast_and_scaler",),
     ),
     Mutant(
         "casts without a graph", "the first run's half weights stay in autocast's cache",
         f"{PACKAGE}/losses/cached.py",
         "torch.clear_autocast_cache()",
         "...",
-        (f"{CACHED}::test_weights_cast_without_a_graph_are_not_kept",),
+        (f"{CACHED_CONTEXTS}::test_weights_cast_without_a_graph_are_not_kept",),
     ),
     Mutant(
         "buffers change twice", "what the second run changes stays",
         f"{PACKAGE}/losses/cached.py",
         "            buffers.restore()",
         "            ...",
-        (f"{CACHED}::test_buffers_change_once",),
+        (f"{CACHED_CONTEXTS}::test_buffers_change_once",),
     ),
     Mutant(
         "reduced after every chunk", "DDP's no_sync is not entered",

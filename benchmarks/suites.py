@@ -115,6 +115,6 @@ def toy() -> Suite:
 
 
 SUITES = {
-    "quick": quick, "cpu": cpu, "small": small, "rules": rules, "groups": groups, "gpu": gpu, "gpu-table": gpu_table, "memory": memory,
-    "million": million, "toy": toy,
+    "quick": quick, "cpu": cpu, "small": small, "rules": rules, "groups": groups, "gpu": gpu, "gpu-table": gpu_table,
+    "memory": memory, "million": million, "toy": toy,
 }  # fmt: skip

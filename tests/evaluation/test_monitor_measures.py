@@ -129,7 +129,7 @@ def test_columns_of_info_nce(seed: int, own: bool, bias: bool, targets: bool, k:
 @given(seed=SEEDS, n=st.integers(3, 30), views=st.integers(2, 3), scale=st.floats(0.5, 30))
 def test_one_set_of_features(seed: int, n: int, views: int, scale: float) -> None:
     torch.manual_seed(seed)
-    z, labels = unit(n, views, 6), torch.randint(0, 4, (n,))
+    z, labels = unit(n, views, 6), torch.cat((torch.tensor([4]), torch.randint(0, 4, (n - 1,))))  # some negatives
     ids = labels.repeat_interleave(views)
     flat = z.flatten(0, 1)
     itself, related = eye(n * views, n * views), ids[:, None] == ids

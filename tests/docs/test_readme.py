@@ -36,10 +36,6 @@ def clip() -> Case:
     return towers(), lambda images, texts, scale: cross_entropies(scale * images @ texts.T)
 
 
-def lit() -> Case:
-    return towers(), lambda images, texts, scale: cross_entropies(scale * images.detach() @ texts.T)
-
-
 def siglip() -> Case:
     def formula(images: Tensor, texts: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
         signs = 2 * torch.eye(N) - 1
@@ -177,9 +173,16 @@ def colbert() -> Case:
     return {"query_tokens": unit(N, P), "passage_tokens": unit(N, T), **given}, formula
 
 
+def colbert_own() -> Case:
+    def formula(query_tokens: Tensor, own_tokens: Tensor) -> Tensor:
+        products = torch.einsum("mtd,mkpd->mktp", query_tokens, own_tokens)
+        return F.cross_entropy(products.amax(dim=-1).sum(dim=-1), torch.zeros(N).long())
+
+    return {"query_tokens": unit(N, P), "own_tokens": unit(N, 3, T)}, formula
+
+
 CASES: dict[str, list[Callable[[], Case]]] = {
     "CLIP": [clip],
-    "LiT": [lit],
     "SigLIP": [siglip],
     "SimCLR": [simclr],
     "MoCo": [moco],
@@ -193,6 +196,7 @@ CASES: dict[str, list[Callable[[], Case]]] = {
     "GISTEmbed": [gist],
     "SimKGC": [simkgc],
     "ColBERT": [colbert],
+    "ColBERT, own negatives": [colbert_own],
 }
 ROWS = dict(
     re.findall(
@@ -213,7 +217,7 @@ def typed(training: str, given: dict[str, Tensor]) -> list[object]:
 
 
 def test_every_training_is_tested() -> None:
-    assert set(ROWS) == {*CASES, "COCO retrieval, scored"}
+    assert set(ROWS) == {*CASES, "COCO retrieval, scored", "mining hard negatives", "ALBEF, BLIP: pairs to match"}
 
 
 @pytest.mark.parametrize(("training", "case"), [(name, k) for name, cases in CASES.items() for k in range(len(cases))])
@@ -251,6 +255,20 @@ def test_coco_s_recall() -> None:
         assert math.isclose(to_text[k], sum(hits) / N)
         hits = [image_of[c] in back[c, :k] for c in range(len(image_of))]
         assert math.isclose(to_image[k], sum(hits) / len(image_of))
+
+
+def test_mined_and_sampled_negatives() -> None:
+    queries, corpus, answers = unit(N).detach(), unit(40).detach(), torch.randperm(40)[:N]
+    (mined,) = typed("mining hard negatives", {"queries": queries, "corpus": corpus, "answers": answers})
+    scores = queries @ corpus.T
+    right = scores.gather(1, answers[:, None])
+    kept = (scores < right - 0.05 * right.abs()).scatter(1, answers[:, None], False)
+    order = scores.masked_fill(~kept, -torch.inf).argsort(dim=1, descending=True)[:, :8]
+    assert torch.equal(mined.indices, order.where(kept.gather(1, order), -1))
+    (drawn,) = typed("ALBEF, BLIP: pairs to match", towers())
+    for indices in drawn:
+        assert indices.shape == (N, 1)
+        assert (indices[:, 0] != torch.arange(N)).all()
 
 
 def test_the_swap() -> None:

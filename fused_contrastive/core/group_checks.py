@@ -9,9 +9,9 @@ from fused_contrastive.core import checks
 from fused_contrastive.core.modes import is_plain
 
 
-def lengths(name: str, value: object, rows: int, of: str) -> Tensor:
+def lengths(name: str, value: object, rows: int, of: str, what: str = "rows of each group") -> Tensor:
     """(B,) int64 numbers of rows, at least 0, which sum to ``rows``. In a trace, values are checked when it runs."""
-    expected = "an int64 tensor of shape (B,), the number of rows of each group"
+    expected = f"an int64 tensor of shape (B,), the number of {what}"
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: got {type(value).__name__}, expected {expected}")
     checks.local(name, value)

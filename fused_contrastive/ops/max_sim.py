@@ -29,6 +29,7 @@ from fused_contrastive.core.tokens import (
     ordered,
 )
 from fused_contrastive.ops import dispatch, operands
+from fused_contrastive.ops.packed import unpacked
 from fused_contrastive.ops.problem import autocast
 from fused_contrastive.ops.schema import library, without_autocast
 from fused_contrastive.ops.transforms import register_formula
@@ -167,7 +168,8 @@ class MaxSimScores(NamedTuple):
 @overload
 def max_sim(
     x_tokens: Tensor, y_tokens: Tensor, x_mask: Tensor | None = None, y_mask: Tensor | None = None, *,
-    reduction: Literal["sum", "mean"] = "sum", direction: Literal["x", "y"] = "x", smooth: float | None = None,
+    x_lengths: Tensor | None = None, y_lengths: Tensor | None = None, reduction: Literal["sum", "mean"] = "sum",
+    direction: Literal["x", "y"] = "x", smooth: float | None = None,
     memory_budget: int | Literal["auto"] = "auto", backend: BackendName = "auto",
 ) -> Tensor: ...  # fmt: skip
 
@@ -175,7 +177,8 @@ def max_sim(
 @overload
 def max_sim(
     x_tokens: Tensor, y_tokens: Tensor, x_mask: Tensor | None = None, y_mask: Tensor | None = None, *,
-    reduction: Literal["sum", "mean"] = "sum", direction: Literal["both"], smooth: float | None = None,
+    x_lengths: Tensor | None = None, y_lengths: Tensor | None = None, reduction: Literal["sum", "mean"] = "sum",
+    direction: Literal["both"], smooth: float | None = None,
     memory_budget: int | Literal["auto"] = "auto", backend: BackendName = "auto",
 ) -> MaxSimScores: ...  # fmt: skip
 
@@ -187,6 +190,8 @@ def max_sim(
     x_mask: Tensor | None = None,
     y_mask: Tensor | None = None,
     *,
+    x_lengths: Tensor | None = None,
+    y_lengths: Tensor | None = None,
     reduction: Literal["sum", "mean"] = "sum",
     direction: Literal["x", "y", "both"] = "x",
     smooth: float | None = None,
@@ -220,6 +225,9 @@ def max_sim(
             ignored, whatever they hold. Default: all are real.
         reduction: "sum" or "mean", over the real tokens of x (direction "y": of y).
         direction: "x", "y" or "both", which takes the products once (twice with ``smooth`` or items of x's own).
+        x_lengths, y_lengths: (M,) and (N,) int64, at least 0, how many tokens each item has, where the tokens come
+            packed: x_tokens or y_tokens is then (rows, D), the items' tokens one after the other, without a mask. A
+            padded copy of them is made. Lengths on a GPU are copied to the host, and they break a compiled graph.
         smooth: tau > 0, in the unit of the products. None: the maximum.
         memory_budget: bytes to keep for the backward, which needs only the index of each maximum: 1 byte for each of
             M * N * T (or M * K * T) maxima (2 if P > 256; direction "y": M * N * P maxima). What does not fit is
@@ -240,6 +248,8 @@ def max_sim(
     Under autocast, float32 tokens are cast to autocast's dtype as for a matmul; the products accumulate in float32.
     """
     x, y = autocast(x_tokens), autocast(y_tokens)
+    x, x_mask = unpacked("x", x, x_lengths, x_mask)
+    y, y_mask = unpacked("y", y, y_lengths, y_mask)
     checks.token_pair("x_tokens", x, "y_tokens", y, own=True)
     if x_mask is not None:
         x_mask = checks.mask("x_mask", x_mask, x.shape[:-1], "x_tokens", x)

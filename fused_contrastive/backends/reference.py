@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fused_contrastive.backends.contract import Backend
+from fused_contrastive.core.prefixes import Prefixes, PrefixGradients, PrefixNeeds
 from fused_contrastive.core.spec import (
     Forward,
     Gradients,
@@ -49,7 +50,7 @@ class Reference(Backend):
         row = x.new_empty(m if spec.want_row else 0, parts, dtype=statistics)
         col = empty(spec, (n if spec.want_col or spec.upper else 0, parts), x)
         products_kept = x.new_empty(spec.kept_rows, n)
-        for rows in _chunks(m):
+        for rows in chunks(m):
             products = x[rows] @ y.T
             products_kept[rows] = products[: products_kept[rows].shape[0]]
             tile = masked_logits(spec, products, rows, targets)
@@ -71,9 +72,9 @@ class Reference(Backend):
                 continue
             added = None if tile.added is None else torch.where(tile.added, of_rows[0], 0)
             if spec.want_row:
-                row[rows] = torch.stack([_log_sum_exp(s, dim=1) for s in of_rows] + _sums(added, 1) + row_ranks, dim=1)
+                row[rows] = torch.stack([log_sum_exp(s, dim=1) for s in of_rows] + _sums(added, 1) + row_ranks, dim=1)
             if len(col):
-                part = torch.stack([_log_sum_exp(s, dim=0) for s in of_cols] + _sums(added, 0) + col_ranks, dim=1)
+                part = torch.stack([log_sum_exp(s, dim=0) for s in of_cols] + _sums(added, 0) + col_ranks, dim=1)
                 col = merged(spec, col, part)
         if parts == 1:
             row, col = row.squeeze(1), col.squeeze(1)
@@ -90,10 +91,10 @@ class Reference(Backend):
         if spec.upper:  # the lower triangle's pairs are the columns of the upper one
             saved, upstream = saved._replace(col=saved.row), upstream._replace(col=upstream.row)
         dx, dy, dbias = torch.zeros_like(x), torch.zeros_like(y), x.new_zeros(y.shape[0])
-        for rows in _chunks(x.shape[0]):
+        for rows in chunks(x.shape[0]):
             products = saved.kept[rows] if rows.stop <= spec.kept_rows else x[rows] @ y.T
             tile = masked_logits(spec, products, rows, targets)
-            grad = _negatives(spec, tile, rows, saved, upstream, statistics_dtype(x.device)).to(dtype)
+            grad = negatives(spec, tile, rows, saved, upstream, statistics_dtype(x.device)).to(dtype)
             dx[rows] = grad @ y
             dy += grad.T @ x[rows]
             dbias += grad.sum(dim=0)
@@ -111,6 +112,19 @@ class Reference(Backend):
             scale=dscale,
             col_bias=summed_like(spec.col_bias, dbias) if needs.col_bias else None,
         )
+
+    def prefixes_forward(self, spec: StatsSpec, of: Prefixes, x: Tensor, y: Tensor) -> Forward:
+        from fused_contrastive.backends import reference_prefixes
+
+        return reference_prefixes.forward(spec, of, x, y)
+
+    def prefixes_backward(
+        self, spec: StatsSpec, of: Prefixes, x: Tensor, y: Tensor, saved: Forward, upstream: Upstream,
+        needs: PrefixNeeds,
+    ) -> PrefixGradients:  # fmt: skip
+        from fused_contrastive.backends import reference_prefixes
+
+        return reference_prefixes.backward(spec, of, x, y, saved, upstream, needs)
 
 
 def _targets(spec: StatsSpec, x: Tensor) -> Tensor:  # (M,)
@@ -183,11 +197,11 @@ def masked_logits(spec: StatsSpec, products: Tensor, rows: slice, targets: Tenso
     return MaskedLogits(of_rows, of_cols, pos, negated, added, teacher)
 
 
-def _chunks(m: int) -> list[slice]:
+def chunks(m: int) -> list[slice]:
     return [slice(i, min(i + CHUNK_ROWS, m)) for i in range(0, m, CHUNK_ROWS)]
 
 
-def _log_sum_exp(logits: Tensor, dim: int) -> Tensor:
+def log_sum_exp(logits: Tensor, dim: int) -> Tensor:
     """logsumexp, but NaN where a logit is +inf, as a softmax is."""
     value = logits.logsumexp(dim=dim)
     return value.masked_fill(value == torch.inf, torch.nan)
@@ -198,7 +212,7 @@ def _by_teacher(teacher: Tensor, logits: Tensor, dim: int) -> Tensor:
     teacher = teacher.to(logits.dtype)
     total = teacher.logsumexp(dim=dim)
     weighted = torch.where(teacher == -torch.inf, 0, logits) * _weights(teacher, total.unsqueeze(dim))
-    return torch.stack((_log_sum_exp(logits, dim=dim), weighted.sum(dim=dim), total), dim=1)
+    return torch.stack((log_sum_exp(logits, dim=dim), weighted.sum(dim=dim), total), dim=1)
 
 
 def _sums(added: Tensor | None, dim: int) -> list[Tensor]:
@@ -222,7 +236,7 @@ def _weights(logits: Tensor, normaliser: Tensor) -> Tensor:
     return (logits - normaliser.masked_fill(normaliser == -torch.inf, 0)).exp()
 
 
-def _negatives(
+def negatives(
     spec: StatsSpec, tile: MaskedLogits, rows: slice, saved: Forward, upstream: Upstream, dtype: torch.dtype
 ) -> Tensor:
     """G without the positives, (R, N)."""

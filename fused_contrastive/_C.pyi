@@ -24,7 +24,7 @@ def stats_backward(
     needs: Needs,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]: ...
 def prefixes_forward(
-    x: Tensor, y: Tensor, spec: StatsSpec, dims: Sequence[int], row: Tensor | None, col: Tensor | None
+    x: Tensor, y: Tensor, spec: StatsSpec, dims: Sequence[int], row: Tensor | None, col: Tensor | None, kept: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...
 def prefixes_backward(
     x: Tensor,
@@ -33,6 +33,7 @@ def prefixes_backward(
     dims: Sequence[int],
     row_factors: Tensor | None,
     col_factors: Tensor | None,
+    kept_prefixes: int,
     row: Tensor,
     col: Tensor,
     kept: Tensor,

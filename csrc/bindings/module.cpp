@@ -94,25 +94,25 @@ auto stats_backward(const at::Tensor& x, const at::Tensor& y, const py::object& 
 using Factors = fc::OptionalTensor;
 
 auto prefixes_forward(const at::Tensor& x, const at::Tensor& y, const py::object& spec,
-                      const std::vector<int64_t>& dims, const Factors& row, const Factors& col) {
+                      const std::vector<int64_t>& dims, const Factors& row, const Factors& col, int64_t kept_prefixes) {
   const fc::StatsProblem problem = problem_of(x, y, spec);
   const auto interrupt = python_interrupt();
   py::gil_scoped_release release;
   const at::NoGradGuard no_grad;
-  return fc::prefixes_forward(problem, {dims, row, col}, interrupt);
+  return fc::prefixes_forward(problem, {dims, row, col, kept_prefixes}, interrupt);
 }
 
 auto prefixes_backward(const at::Tensor& x, const at::Tensor& y, const py::object& spec,
                        const std::vector<int64_t>& dims, const Factors& row_factors, const Factors& col_factors,
-                       const at::Tensor& row, const at::Tensor& col, const at::Tensor& kept,
+                       int64_t kept_prefixes, const at::Tensor& row, const at::Tensor& col, const at::Tensor& kept,
                        const fc::OptionalTensor& g_pos, const fc::OptionalTensor& g_row,
                        const fc::OptionalTensor& g_col, const std::array<bool, 3>& needs) {
   const fc::StatsProblem problem = problem_of(x, y, spec);
   const auto interrupt = python_interrupt();
   py::gil_scoped_release release;
   const at::NoGradGuard no_grad;
-  return fc::prefixes_backward(problem, {dims, row_factors, col_factors}, {row, col, kept}, {g_pos, g_row, g_col},
-                               needs, interrupt);
+  return fc::prefixes_backward(problem, {dims, row_factors, col_factors, kept_prefixes}, {row, col, kept},
+                               {g_pos, g_row, g_col}, needs, interrupt);
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> row_loss(const at::Tensor& x, const at::Tensor& y,

@@ -50,6 +50,7 @@ static void weigh_longer(const WeighedTile<T>& tile) {
 
 template <class T>
 static void weigh(const WeighedTile<T>& tile) {
+  if (!tile.row && !tile.longer && !tile.row_dots && !tile.col_dots) return;
   if (tile.row && tile.longer) return weigh_longer<T, true, true>(tile);
   if (tile.row) return weigh_longer<T, true, false>(tile);
   if (tile.longer) return weigh_longer<T, false, true>(tile);

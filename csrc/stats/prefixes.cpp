@@ -34,6 +34,8 @@ void check(const StatsProblem& p, const Prefixes& prefixes) {
     before = dim;
   }
   TORCH_CHECK_VALUE(before == p.x.size(1), "dims: got ", before, " as the last, expected D = ", p.x.size(1));
+  TORCH_CHECK_VALUE(prefixes.kept >= 0 && prefixes.kept <= count, "kept: got ", prefixes.kept, ", expected 0 to ",
+                    count);
   TORCH_CHECK_VALUE(prefixes.row.has_value() == prefixes.col.has_value(), "row, col: expected both or neither");
   if (prefixes.row) check_sizes("row_factors", *prefixes.row, {count, p.x.size(0)});
   if (prefixes.col) check_sizes("col_factors", *prefixes.col, {count, p.y.size(0)});
@@ -50,6 +52,7 @@ class PrefixTiles {
       : p(problem),
         tiling(p.x.rows, p.y.rows, kPackedCols<E>, problem.kept_rows, false),
         dims_(prefixes.dims),
+        kept_(prefixes.kept),
         row_(readable("row_factors", prefixes.row, p.scalar_type())),
         col_(readable("col_factors", prefixes.col, p.scalar_type())) {
     at::Tensor unused;
@@ -70,16 +73,23 @@ class PrefixTiles {
   // Makes the cosines of prefix k from the tile's products of the prefixes before, in `products` with rows kTileCols
   // apart, and writes them to `out`.
   void make(int64_t k, const TileBounds& at, T* products, T* out, int64_t stride) const {
-    multiply_part(x_, y_, at, first_, part(k).begin, part(k).end, products, kTileCols);
+    add(k, at, products);
     if (row_)
       tile_kernels<T>().scale({at.rows, at.cols, row(k) + at.row, col(k) + at.col, products, kTileCols, out, stride});
     else
       for (int64_t r = 0; r < at.rows; ++r)
         std::memcpy(out + r * stride, products + r * kTileCols, at.cols * sizeof(T));
   }
-  // Where the kept cosines of prefix k in a tile are.
+  // Adds the elements of prefix k to a tile's products.
+  void add(int64_t k, const TileBounds& at, T* products) const {
+    multiply_part(x_, y_, at, first_, part(k).begin, part(k).end, products, kTileCols);
+  }
+  // Whether the products are the cosines.
+  bool is_plain() const { return !row_; }
+  // Whether prefix k's cosines are kept in a section, and where those of a tile are.
+  bool keeps(const Section& s, int64_t k) const { return s.kept && k >= count() - kept_; }
   int64_t kept(int64_t k, const TileBounds& at) const {
-    return kept_offset(at, p.y.rows) * count() + k * at.rows * at.cols;
+    return kept_offset(at, p.y.rows) * kept_ + (k - count() + kept_) * at.rows * at.cols;
   }
 
   const Prepared<E> p;
@@ -87,6 +97,7 @@ class PrefixTiles {
 
  private:
   std::vector<int64_t> dims_;
+  int64_t kept_;
   OptionalTensor row_, col_;
   FeatureRows<E> x_;
   Panels<E> y_;
@@ -108,7 +119,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> forward(const StatsPr
   const Tiling& tiling = tiles.tiling;
   const int64_t count = tiles.count();
   const at::TensorOptions options = tiles.p.options();
-  const at::Tensor kept = reused_matrix(problem.kept_rows, tiles.p.y.rows * count, options);
+  const at::Tensor kept = reused_matrix(problem.kept_rows, tiles.p.y.rows * prefixes.kept, options);
   T* kept_data = kept.mutable_data_ptr<T>();
   const TileScratch<T> products(tiling, options), cosines(tiling, options);
   std::deque<Statistics<T>> stats;
@@ -119,10 +130,14 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> forward(const StatsPr
       for (auto& each : stats) each.start(tiling, s);
       const auto sweep = [&](const TileBounds& at, int64_t tile_row, int64_t tile_col) {
         const int64_t r = at.row - s.rows.begin, c = at.col - s.cols.begin;
-        const int64_t stride = s.kept ? at.cols : kTileCols;
         for (int64_t k = 0; k < count; ++k) {
-          T* tile = s.kept ? kept_data + tiles.kept(k, at) : cosines.get();
-          tiles.make(k, at, products.get(), tile, stride);
+          const bool keeps = tiles.keeps(s, k), plain = !keeps && tiles.is_plain();
+          const int64_t stride = keeps ? at.cols : kTileCols;
+          T* tile = keeps ? kept_data + tiles.kept(k, at) : plain ? products.get() : cosines.get();
+          if (plain)
+            tiles.add(k, at, tile);
+          else
+            tiles.make(k, at, products.get(), tile, stride);
           Statistics<T>& of = stats[k];
           tile_kernels<T>().forward(tiles.p.rule, {at,
                                                    tile,
@@ -157,14 +172,14 @@ class PrefixBackward {
 
   PrefixBackward(PrefixTiles<E>& tiles, const std::array<bool, 3>& needs, std::vector<Direction<T>> rows,
                  std::vector<Direction<T>> cols, const OptionalTensor& pos)
-      : tiles_(tiles), rows_(std::move(rows)), cols_(std::move(cols)), pos_(pos), scale_(needs[2]) {
+      : tiles_(tiles), rows_(std::move(rows)), cols_(std::move(cols)), pos_(pos), needs_(needs) {
     const Prepared<E>& p = tiles.p;
     const at::TensorOptions options = p.options();
     if (needs[0]) dx_ = at::zeros({p.x.rows, p.x.d}, options);
     if (needs[1]) dy_ = at::zeros({p.y.rows, p.y.d}, options);
     for (int64_t k = 0; k < tiles.count(); ++k) {
-      row_dots_.emplace_back(tiles.row(k) || scale_, p.x.rows, false);
-      col_dots_.emplace_back(tiles.col(k) != nullptr, p.y.rows, false);
+      row_dots_.emplace_back(needs[0] ? !tiles.is_plain() : needs[2] && !needs[1], p.x.rows, false);
+      col_dots_.emplace_back(needs[1] && !tiles.is_plain(), p.y.rows, false);
       cosines_.emplace_back(tiles.tiling, options);
       g_.emplace_back(options);
     }
@@ -203,25 +218,28 @@ class PrefixBackward {
       return stacked(tiles_.count(), [&](int64_t k) { return all[k].value(); });
     };
     at::Tensor row_dots = dots(row_dots_), col_dots = dots(col_dots_);
-    if (pos_) add_positives(row_dots, col_dots);
+    if (pos_ && row_dots.size(1) + col_dots.size(1)) add_positives(row_dots, col_dots);
     const bool by_target = p.targets.has_value();
-    if (dy_.defined() && by_target && pos_)
-      for (int64_t i = 0; i < p.x.rows; ++i) add_positive(dy_, p.rule.target(i), p.x, i, i, T(1));
+    double dscale = 0;
+    if (dy_.defined()) {
+      for (int64_t i = 0; by_target && pos_ && i < p.x.rows; ++i) {
+        std::vector<T> scratch;
+        const int64_t j = p.rule.target(i);
+        add_positive(memory(dy_) + j * p.y.d, p.y.wide_row(j, scratch), p.x, i, i, T(1));
+      }
+      dscale = finish_rows_of(dy_, p.y, p.x, tiles_.col(0), col_dots,
+                              [&](int64_t j) { return pos_ && !by_target && j < p.x.rows ? j : -1; });
+    }
     if (dx_.defined())
-      for_each_task(p.x.rows, [&](int64_t i) {
-        add_positive(dx_, i, p.y, pos_ ? p.rule.target(i) : -1, i, p.rule.scale);
-        project(dx_, i, p.x, tiles_.row(0), row_dots);
-      });
-    if (dy_.defined())
-      for_each_task(p.y.rows, [&](int64_t j) {
-        add_positive(dy_, j, p.x, pos_ && !by_target && j < p.x.rows ? j : -1, j, p.rule.scale);
-        project(dy_, j, p.y, tiles_.col(0), col_dots);
-      });
+      dscale = finish_rows_of(dx_, p.x, p.y, tiles_.row(0), row_dots,
+                              [&](int64_t i) { return pos_ ? p.rule.target(i) : -1; });
+    else if (!dy_.defined() && needs_[2])
+      dscale = row_dots.sum().template item<double>();
     const auto as = [](at::Tensor& t, at::ScalarType dtype) {
       return t.defined() ? converted(std::exchange(t, {}), dtype) : at::Tensor();
     };
-    at::Tensor dscale = scale_ ? row_dots.sum().to(p.options()) : at::Tensor();
-    return {as(dx_, x_dtype), as(dy_, y_dtype), std::move(dscale)};
+    at::Tensor of_scale = needs_[2] ? at::scalar_tensor(dscale, at::kDouble).to(p.options()) : at::Tensor();
+    return {as(dx_, x_dtype), as(dy_, y_dtype), std::move(of_scale)};
   }
 
  private:
@@ -229,12 +247,14 @@ class PrefixBackward {
 
   // Writes a tile's G, from the longest prefix to the shortest: each is added to the sum of those before.
   void make_gradients(const Section& s, const TileBounds& at, int64_t tile_row, int64_t tile_col, const T* kept) {
-    const int64_t r = at.row - s.rows.begin, c = at.col - s.cols.begin, stride = s.kept ? at.cols : kTileCols;
-    for (int64_t k = 0; !s.kept && k < tiles_.count(); ++k)
+    const int64_t r = at.row - s.rows.begin, c = at.col - s.cols.begin;
+    for (int64_t k = 0; k < tiles_.count() && !tiles_.keeps(s, k); ++k)
       tiles_.make(k, at, products_[0].get(), cosines_[k].get(), kTileCols);
     const T* longer = nullptr;
     for (int64_t k = tiles_.count() - 1; k >= 0; --k) {
-      const T* cosines = s.kept ? kept + tiles_.kept(k, at) : cosines_[k].get();
+      const bool keeps = tiles_.keeps(s, k);
+      const T* cosines = keeps ? kept + tiles_.kept(k, at) : cosines_[k].get();
+      const int64_t stride = keeps ? at.cols : kTileCols;
       T* tile = g_[k].tile(r, c, rounded_[k % 2]);
       const int64_t grad_stride = g_[k].tile_stride();
       tile_kernels<T>().backward(
@@ -257,34 +277,45 @@ class PrefixBackward {
     return sum;
   }
 
-  // Adds to a row of a gradient the part of row i's positive: its gradient times row `other` of `features` (none: -1).
-  // Then multiplies the row by `scale`.
-  void add_positive(const at::Tensor& grad, int64_t row, const Features<E>& features, int64_t other, int64_t i,
-                    T scale) const {
+  // Adds to a row of a gradient, `out`, the part of row i's positive: its gradient times row `other` of `features`
+  // (none: -1). Then multiplies the row by `scale`. Returns its product with the row `own` of features before that.
+  double add_positive(T* out, const T* own, const Features<E>& features, int64_t other, int64_t i, T scale) const {
     std::vector<T> scratch;
     const T* of_other = other < 0 ? nullptr : features.wide_row(other, scratch);
-    T* out = memory(grad) + row * features.d;
+    double dot = 0;
     for (int64_t k = 0; k < tiles_.count(); ++k) {
       const auto [begin, end] = tiles_.part(k);
-      const T* with = of_other ? of_other + begin : nullptr;
-      const T g = with ? of_positive(k, i, tiles_.p.rule.target(i)) : T(0);
-      tile_kernels<T>().add_scale_dot(out + begin, with ? with : out + begin, with, g, scale, end - begin);
+      const T g = of_other ? of_positive(k, i, tiles_.p.rule.target(i)) : T(0);
+      dot += tile_kernels<T>().add_scale_dot(out + begin, own + begin, of_other ? of_other + begin : nullptr, g, scale,
+                                             end - begin);
     }
+    return dot;
+  }
+
+  // Turns sums over the negatives into the gradient of `features`; row i's positive, or the row whose positive it is,
+  // is row other_row(i) of `others`, or none: -1. Returns the gradient of the scale.
+  template <class F>
+  double finish_rows_of(const at::Tensor& grad, const Features<E>& features, const Features<E>& others,
+                        const T* factors, const at::Tensor& dots, const F& other_row) const {
+    std::vector<double> parts(features.rows);  // summed in a fixed order
+    for_each_task(features.rows, [&](int64_t row) {
+      std::vector<T> scratch;
+      const T* own = features.wide_row(row, scratch);
+      T* out = memory(grad) + row * features.d;
+      parts[row] = add_positive(out, own, others, other_row(row), row, tiles_.p.rule.scale);
+      if (factors) project(out, own, row, features.rows, factors, dots);
+    });
+    return std::accumulate(parts.begin(), parts.end(), 0.);
   }
 
   // Takes from a row of a gradient what would change the lengths of its prefixes: `dots` has the sums of G times the
   // cosines, which are the products of this gradient with the prefixes.
-  void project(const at::Tensor& grad, int64_t row, const Features<E>& features, const T* factors,
-               const at::Tensor& dots) const {
-    if (!factors) return;
-    std::vector<T> scratch;
-    const T* own = features.wide_row(row, scratch);
-    T* out = memory(grad) + row * features.d;
+  void project(T* out, const T* own, int64_t row, int64_t rows, const T* factors, const at::Tensor& dots) const {
     double along = 0;
     for (int64_t k = tiles_.count() - 1; k >= 0; --k) {
       const auto [begin, end] = tiles_.part(k);
-      const double factor = factors[k * features.rows + row];
-      along += dots.const_data_ptr<double>()[k * features.rows + row] * factor * factor * tiles_.p.rule.scale;
+      const double factor = factors[k * rows + row];
+      along += dots.const_data_ptr<double>()[k * rows + row] * factor * factor * tiles_.p.rule.scale;
       tile_kernels<T>().add_scale_dot(out + begin, own + begin, own + begin, static_cast<T>(-along), T(1), end - begin);
     }
   }
@@ -316,7 +347,7 @@ class PrefixBackward {
   PrefixTiles<E>& tiles_;
   std::vector<Direction<T>> rows_, cols_;
   OptionalTensor pos_;
-  bool scale_;
+  std::array<bool, 3> needs_;
   at::Tensor dx_, dy_;
   Panels<E> x_, y_;
   std::deque<RunningStatistic<T>> row_dots_, col_dots_;
@@ -346,7 +377,7 @@ PrefixGradients backward(const StatsProblem& problem, const Prefixes& prefixes, 
                         directions("col", saved.col, "g_col", upstream.col, n), readable("g_pos", upstream.pos, dtype));
   at::Tensor kept;
   if (problem.kept_rows) {
-    check_sizes("kept", saved.kept, {problem.kept_rows, count * n});
+    check_sizes("kept", saved.kept, {problem.kept_rows, prefixes.kept * n});
     check_dtype("kept", saved.kept, dtype);
     kept = readable("kept", saved.kept, dtype);
   }

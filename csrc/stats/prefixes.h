@@ -17,10 +17,11 @@ namespace fc {
 struct Prefixes {
   std::vector<int64_t> dims;
   OptionalTensor row, col;  // (P, M), (P, N), both or neither
+  int64_t kept;             // of how many of the longest prefixes cosines are kept
 };
 
 // Returns pos (P, M), row (P, M) and col (P, N) as `stats_forward` does for one prefix, and the cosines, products times
-// factors, of the first `kept_rows` rows, (kept_rows, P * N) elements.
+// factors, of the first `kept_rows` rows, (kept_rows, kept * N) elements.
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> prefixes_forward(const StatsProblem& problem,
                                                                             const Prefixes& prefixes,
                                                                             const Interrupt& interrupt);

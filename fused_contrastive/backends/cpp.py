@@ -127,7 +127,7 @@ class Cpp(Backend):
     def prefixes_forward(self, spec: StatsSpec, of: Prefixes, x: Tensor, y: Tensor) -> Forward:
         forks.guard()
         dims, x, y = _aligned(of.dims, x, y)
-        return Forward(*_C.prefixes_forward(x, y, spec, dims, of.row, of.col))
+        return Forward(*_C.prefixes_forward(x, y, spec, dims, of.row, of.col, of.kept))
 
     def prefixes_backward(
         self, spec: StatsSpec, of: Prefixes, x: Tensor, y: Tensor, saved: Forward, upstream: Upstream,
@@ -137,7 +137,9 @@ class Cpp(Backend):
         d = x.shape[1]
         dims, x, y = _aligned(of.dims, x, y)
         _, row, col, kept = saved
-        dx, dy, dscale = _C.prefixes_backward(x, y, spec, dims, of.row, of.col, row, col, kept, *upstream, needs)
+        dx, dy, dscale = _C.prefixes_backward(
+            x, y, spec, dims, of.row, of.col, of.kept, row, col, kept, *upstream, needs
+        )
         dx, dy = (t if t is None or (dims == of.dims and t.shape[1] == d) else _taken_out(t, of, d) for t in (dx, dy))
         return PrefixGradients(dx, dy, dscale)
 

@@ -22,6 +22,7 @@ class Prefixes(NamedTuple):
     dims: tuple[int, ...]  # they grow; the last is at most D
     row: Tensor | None = None  # (P, M) in the compute dtype, one over the lengths of the prefixes of x; None: 1
     col: Tensor | None = None  # (P, N) of y; None with ``row``
+    kept: int = 0  # of how many of the longest prefixes the first ``spec.kept_rows`` rows are kept
 
     @property
     def parts(self) -> list[slice]:

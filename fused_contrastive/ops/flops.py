@@ -50,9 +50,11 @@ def _prefixes_forward(x: Shape, y: Shape, scale: Any, *rest: Any, **_: Any) -> i
 def _prefixes_backward(
     g_pos: Any, g_row: Any, g_col: Any, row: Any, col: Any, kept: Any, needs: list[bool], x: Shape, y: Shape,
     scale: Any, targets: Any, row_ids: Any, col_ids: Any, dims: list[int], normalize: bool, want_col: bool,
-    kept_rows: int, *_: Any, **__: Any,
+    kept_rows: int, kept_prefixes: int, *_: Any, **__: Any,
 ) -> int:  # fmt: skip
-    return 2 * dims[-1] * y[0] * (x[0] - kept_rows + x[0] * sum(needs[:2]))
+    """Of rows whose longest prefixes are kept, the columns that the others have are multiplied again."""
+    of_kept = (0, *dims)[len(dims) - kept_prefixes] * kept_rows
+    return 2 * y[0] * (dims[-1] * (x[0] - kept_rows) + of_kept + dims[-1] * x[0] * sum(needs[:2]))
 
 
 def _max_sim_forward(x: Shape, y: Shape, *_: Any, **__: Any) -> int:

@@ -139,7 +139,8 @@ def tokens_saved(
 
 def prefixes(
     x: Tensor, y: Tensor, scale: Tensor, targets: Tensor | None, row_ids: Tensor | None, col_ids: Tensor | None,
-    dims: Sequence[int], normalize: bool, want_col: bool, kept_rows: int, backend: str,
+    dims: Sequence[int], normalize: bool, want_col: bool, kept_rows: int,
+    kept_prefixes: int, backend: str,
 ) -> None:  # fmt: skip
     """As ``stats``, for the statistics of nested prefixes."""
     spec = StatsSpec(scale, targets, row_ids=row_ids, col_ids=col_ids, want_col=want_col, kept_rows=kept_rows)
@@ -147,6 +148,8 @@ def prefixes(
     growing = all(a < b for a, b in pairwise((0, *dims)))
     if not dims or not growing or dims[-1] > x.shape[1]:
         raise ValueError(f"dims: got {list(dims)}, expected increasing numbers from 1 to {x.shape[1]}, the D of x")
+    if not 0 <= kept_prefixes <= len(dims):
+        raise ValueError(f"kept_prefixes: got {kept_prefixes}, expected 0 to {len(dims)}")
 
 
 def prefixes_saved(

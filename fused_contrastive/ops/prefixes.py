@@ -28,9 +28,9 @@ from fused_contrastive.ops.transforms import register_formula
 
 _PROBLEM = (
     "Tensor x, Tensor y, Tensor scale, Tensor? targets, Tensor? row_ids, Tensor? col_ids, int[] dims, bool normalize, "
-    "bool want_col, SymInt kept_rows, str backend"
+    "bool want_col, SymInt kept_rows, int kept_prefixes, str backend"
 )
-INPUTS = 11  # the number of arguments of prefixes_forward
+INPUTS = 12  # the number of arguments of prefixes_forward
 library.define(f"prefixes_forward({_PROBLEM}) -> (Tensor pos, Tensor row, Tensor col, Tensor kept)")
 library.define(
     "prefixes_backward(Tensor? g_pos, Tensor? g_row, Tensor? g_col, Tensor row, Tensor col, Tensor kept, "
@@ -46,10 +46,10 @@ def _spec(
 
 
 def _prepared(*problem: Any) -> tuple[StatsSpec, Prefixes, Tensor, Tensor, str]:
-    x, y, scale, targets, row_ids, col_ids, dims, normalize, want_col, kept_rows, backend = problem
+    x, y, scale, targets, row_ids, col_ids, dims, normalize, want_col, kept_rows, kept, backend = problem
     factors = (inverse_norms(x, dims), inverse_norms(y, dims)) if normalize else (None, None)
     spec = _spec(scale, targets, row_ids, col_ids, want_col, kept_rows)
-    return spec, Prefixes(tuple(dims), *factors), x, y, backend
+    return spec, Prefixes(tuple(dims), *factors, kept), x, y, backend
 
 
 def _forward(*problem: Any) -> Forward:
@@ -93,10 +93,10 @@ library.impl("prefixes_backward", _backward_operator, "CompositeExplicitAutograd
 
 
 @torch.library.register_fake("fused_contrastive::prefixes_forward", lib=library)
-def _fake_forward(x, y, scale, targets, row_ids, col_ids, dims, normalize, want_col, kept_rows, backend):  # type: ignore[no-untyped-def]
+def _fake_forward(x, y, scale, targets, row_ids, col_ids, dims, normalize, want_col, kept_rows, kept, backend):  # type: ignore[no-untyped-def]
     m, n, dtype = x.shape[0], y.shape[0], statistics_dtype(x.device)
     pos, row, col = (x.new_empty(len(dims), size, dtype=dtype) for size in (m, m, n if want_col else 0))
-    shape = BACKENDS[backend].kept_of_prefixes(kept_rows, n, len(dims), x.dtype)
+    shape = BACKENDS[backend].kept_of_prefixes(kept_rows, n, kept, x.dtype)
     return pos, row, col, x.new_empty(shape, dtype=compute_dtype(x.dtype))
 
 
@@ -143,16 +143,31 @@ register_formula("prefixes_backward", second_backward)
 
 def statistics(problem: Problem, dims: tuple[int, ...], want_col: bool) -> tuple[Tensor, Tensor, Tensor]:
     """pos (P, M), row (P, M) and col (P, N) or (P, 0) of a problem that has neither bias nor limits."""
-    x, y, spec, backend = problem.x, problem.y, problem.spec, problem.backend
-    kept_rows = 0
-    if problem.is_differentiable():
-        of_64 = BACKENDS[backend].kept_of_prefixes(64, y.shape[0], len(dims), x.dtype), compute_dtype(x.dtype)
-        kept_rows = memory.products_to_keep(x, y.shape[0], lambda *_: of_64, problem.memory_budget)
-    inputs = x, y, spec.scale, spec.targets, spec.row_ids, spec.col_ids, dims, problem.normalize, want_col, kept_rows
-    if not is_plain(*inputs[:6]):
-        pos, row, col, _ = torch.ops.fused_contrastive.prefixes_forward(*inputs, backend)
+    spec, backend = problem.spec, problem.backend
+    inputs = problem.x, problem.y, spec.scale, spec.targets, spec.row_ids, spec.col_ids
+    options = dims, problem.normalize, want_col, *_to_keep(problem, len(dims)), backend
+    if not is_plain(*inputs):
+        pos, row, col, _ = torch.ops.fused_contrastive.prefixes_forward(*inputs, *options)
     elif problem.is_differentiable():
-        pos, row, col, _ = _Eager.apply(*inputs, backend)  # type: ignore[no-untyped-call]
+        pos, row, col, _ = _Eager.apply(*inputs, *options)  # type: ignore[no-untyped-call]
     else:
-        pos, row, col, _ = _forward(*inputs, backend)
+        pos, row, col, _ = _forward(*inputs, *options)
     return pos, row, col
+
+
+def _to_keep(problem: Problem, count: int) -> tuple[int, int]:
+    """How many rows the forward keeps, and of how many of the longest prefixes: all rows of several, or some of one.
+
+    The longest is kept first because it adds the most columns, whose products the backward then need not make again.
+    """
+    x, n, backend = problem.x, problem.y.shape[0], BACKENDS[problem.backend]
+    if not problem.is_differentiable():
+        return 0, 0
+    known = type(x.shape[0]) is int and type(n) is int
+    rows = 0
+    for kept in range(count if known else 1, 0, -1):
+        of_64 = backend.kept_of_prefixes(64, n, kept, x.dtype), compute_dtype(x.dtype)
+        rows = memory.products_to_keep(x, n, lambda *_, of_64=of_64: of_64, problem.memory_budget)
+        if kept == 1 or rows == x.shape[0]:
+            break
+    return rows, kept

@@ -6,6 +6,7 @@ import importlib.util
 import sys
 from collections.abc import Sequence
 from importlib.machinery import PathFinder
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -81,11 +82,14 @@ def _aligned(dims: tuple[int, ...], x: Tensor, y: Tensor) -> tuple[tuple[int, ..
     if not any(width % ALIGNED for width in parts) and parts[-1] == 0:
         return dims, x, y
     sizes = [-(-width // ALIGNED) * ALIGNED for width in parts[:-1]]
-    spaced = [t.new_zeros(t.shape[0], sum(sizes)) for t in (x, y)]
-    for t, out in zip((x, y), spaced, strict=True):
+
+    def spaced(t: Tensor) -> Tensor:
+        out = t.new_zeros(t.shape[0], sum(sizes))
         for part, room in zip(t.split(parts, dim=1)[: len(dims)], out.split(sizes, dim=1), strict=True):
             room[:, : part.shape[1]] = part
-    return tuple(sum(sizes[: k + 1]) for k in range(len(sizes))), *spaced
+        return out
+
+    return tuple(accumulate(sizes)), spaced(x), spaced(y)
 
 
 def _taken_out(t: Tensor, of: Prefixes, d: int) -> Tensor:

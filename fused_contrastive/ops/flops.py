@@ -43,8 +43,10 @@ def _stats_backward(
     return 2 * x[1] * (again + pairs * sum(needs[:2]))
 
 
-def _prefixes_forward(x: Shape, y: Shape, scale: Any, *rest: Any, **_: Any) -> int:
-    return 2 * x[0] * y[0] * rest[3][-1]
+def _prefixes_forward(
+    x: Shape, y: Shape, scale: Any, targets: Any, row_ids: Any, col_ids: Any, dims: list[int], *_: Any, **__: Any
+) -> int:
+    return 2 * x[0] * y[0] * dims[-1]
 
 
 def _prefixes_backward(

@@ -47,9 +47,9 @@ def _spec(
 
 def _prepared(*problem: Any) -> tuple[StatsSpec, Prefixes, Tensor, Tensor, str]:
     x, y, scale, targets, row_ids, col_ids, dims, normalize, want_col, kept_rows, kept, backend = problem
-    factors = (inverse_norms(x, dims), inverse_norms(y, dims)) if normalize else (None, None)
+    row, col = (inverse_norms(t, dims) if normalize else None for t in (x, y))
     spec = _spec(scale, targets, row_ids, col_ids, want_col, kept_rows)
-    return spec, Prefixes(tuple(dims), *factors, kept), x, y, backend
+    return spec, Prefixes(tuple(dims), row, col, kept), x, y, backend
 
 
 def _forward(*problem: Any) -> Forward:

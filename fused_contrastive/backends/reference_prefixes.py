@@ -20,13 +20,13 @@ def _cosines(of: Prefixes, x: Tensor, y: Tensor, rows: slice) -> list[Tensor]:
     found = []
     for k, part in enumerate(of.parts):
         products = products + x[rows, part] @ y[:, part].T
-        found.append(products * _factors(of, k, rows))
+        found.append(products * _factors(of, k, rows, x))
     return found
 
 
-def _factors(of: Prefixes, k: int, rows: slice) -> Tensor | float:
-    """(R, N), or 1."""
-    return 1.0 if of.row is None or of.col is None else of.row[k, rows, None] * of.col[k]
+def _factors(of: Prefixes, k: int, rows: slice, like: Tensor) -> Tensor:
+    """(R, N), or ()."""
+    return like.new_ones(()) if of.row is None or of.col is None else of.row[k, rows, None] * of.col[k]
 
 
 def forward(spec: StatsSpec, of: Prefixes, x: Tensor, y: Tensor) -> Forward:
@@ -55,22 +55,27 @@ def backward(
     dx, dy, dscale = torch.zeros_like(x), torch.zeros_like(y), x.new_zeros((), dtype=statistics)
     along_x, along_y = (t.new_zeros(len(of.dims), t.shape[0], dtype=statistics) for t in (x, y))
     for rows in reference.chunks(x.shape[0]):
-        grad = x.new_zeros(rows.stop - rows.start, y.shape[0])
+        positive = targets[rows, None]
+        grad, of_positive = x.new_zeros(rows.stop - rows.start, y.shape[0]), x.new_zeros(rows.stop - rows.start, 1)
         for k, cosines in reversed(list(enumerate(_cosines(of, x, y, rows)))):
             of_prefix = Upstream(*(None if g is None else g[k] for g in upstream))
             own = saved._replace(row=saved.row[k], col=saved.col[k])
             tile = reference.masked_logits(spec, cosines, rows, targets)
             g = reference.negatives(spec, tile, rows, own, of_prefix, statistics).to(dtype)
-            if of_prefix.pos is not None:
-                g = g.scatter(1, targets[rows, None], of_prefix.pos[rows, None].to(dtype))
+            factors, part = _factors(of, k, rows, x), of.parts[k]
             dots = (g * cosines).to(statistics)  # x . dx of the prefix, before the scale
+            grad = grad + g * factors
+            if of_prefix.pos is not None:
+                g_pos = of_prefix.pos[rows, None].to(dtype)
+                dots.scatter_add_(1, positive, (g_pos * cosines.gather(1, positive)).to(statistics))
+                of_positive = of_positive + g_pos * (factors.gather(1, positive) if of.row is not None else 1)
             along_x[k, rows] = dots.sum(dim=1)
             along_y[k] += dots.sum(dim=0)
             dscale += dots.sum()
-            grad = grad + g * _factors(of, k, rows)
-            part = of.parts[k]
-            dx[rows, part] = spec.scale * (grad @ y[:, part])
-            dy[:, part] += spec.scale * (grad.T @ x[rows, part])
+            dx[rows, part] = spec.scale * (grad @ y[:, part] + of_positive * y[positive[:, 0], part])
+            dy[:, part] += spec.scale * (grad.T @ x[rows, part]).index_add(
+                0, positive[:, 0], of_positive * x[rows, part]
+            )
     for t, gradient, factors, along in ((x, dx, of.row, along_x), (y, dy, of.col, along_y)):
         if factors is not None:  # what would change the length of a prefix is taken away, for all that contain a column
             share = (spec.scale * along * factors.square()).flip(0).cumsum(dim=0).flip(0).to(dtype)

@@ -185,7 +185,7 @@ class MultipleNegativesSymmetricRankingLoss(losses.MultipleNegativesSymmetricRan
     """sentence-transformers' MultipleNegativesSymmetricRankingLoss: both directions, in one pass."""
 
 
-class MatryoshkaLoss(losses.MatryoshkaLoss):  # type: ignore[misc]
+class MatryoshkaLoss(losses.MatryoshkaLoss):
     """sentence-transformers' MatryoshkaLoss; around ``MultipleNegativesRankingLoss`` of this module, in one pass.
 
     One call then takes the products of all dimensions, if the loss has the directions "query_to_doc" and perhaps

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fused_contrastive.backends import defaults, prefixes
+from fused_contrastive.backends import defaults
 from fused_contrastive.core.prefixes import Prefixes, PrefixGradients, PrefixNeeds
 from fused_contrastive.core.reduction import Reduction
 from fused_contrastive.core.spec import Forward, Gradients, Needs, Ranks, RowLoss, StatsSpec, Upstream
@@ -67,14 +67,16 @@ class Backend(ABC):
 
         By default one prefix after another, each by ``stats_forward``.
         """
-        return prefixes.one_by_one(self, spec, of, x, y)
+        return defaults.prefixes_forward(self.stats_forward, spec, of, x, y)
 
     def prefixes_backward(
         self, spec: StatsSpec, of: Prefixes, x: Tensor, y: Tensor, saved: Forward, upstream: Upstream,
         needs: PrefixNeeds,
     ) -> PrefixGradients:  # fmt: skip
         """The gradients that ``needs`` names, summed over the prefixes."""
-        return prefixes.backward_one_by_one(self, spec, of, x, y, saved, upstream, needs)
+        shape, dtype = self.kept(0, y.shape[0], x.dtype)
+        nothing = x.new_empty(shape, dtype=dtype)
+        return defaults.prefixes_backward(self.stats_backward, nothing, spec, of, x, y, saved, upstream, needs)
 
     def fuses_loss(self, spec: StatsSpec, m: int) -> bool:
         """Whether ``row_loss`` is the backend's fastest way for a problem of m rows. By default it has no ``row_loss``.

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import groups, rules  # they put their workloads beside the others
+from benchmarks import groups, matryoshka, rules  # they put their workloads beside the others
 from benchmarks.workloads import TEMPERATURE, WORKLOADS, BenchProblem, Loss, rows
 from fused_contrastive.core.memory import total_memory
 
@@ -140,6 +140,11 @@ register("ours, backend=reference", *_tokens, ours=True, largest=64)(_reference)
 @register("ours, a call for each group", *groups.GROUPS, ours=True)
 def _(_: BenchProblem) -> Loss:
     return groups.loop
+
+
+@register("ours, loop over prefixes", *matryoshka.LOOPS, ours=True)
+def _(problem: BenchProblem) -> Loss:
+    return matryoshka.LOOPS[problem.loss]
 
 
 @register("eager", *WORKLOADS, matrices=5)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from benchmarks.compare import FEWEST
 from benchmarks.groups import SIZES
+from benchmarks.matryoshka import MATRYOSHKA
 from benchmarks.rules import RULES
 from benchmarks.workloads import BenchProblem
 
@@ -85,6 +86,12 @@ def groups() -> Suite:
     return Suite(_seconds(problems, 5), problems)
 
 
+def matryoshka() -> Suite:
+    """Nested prefixes in one call, in a call for each, and eager in turns."""
+    only = ("ours", "ours, memory_budget=0", "ours, loop over prefixes", "eager")
+    return Suite(_seconds(_each([*MATRYOSHKA], [4096], 512), 20), _each([*MATRYOSHKA], [4096], 512), only)
+
+
 def gpu() -> Suite:
     """Every dtype on a GPU, at the feature sizes of CLIP's and SigLIP's models."""
     dims, dtypes = (256, 512, 768, 1024, 1152), ("bf16", "fp16", "fp32")
@@ -115,6 +122,6 @@ def toy() -> Suite:
 
 
 SUITES = {
-    "quick": quick, "cpu": cpu, "small": small, "rules": rules, "groups": groups, "gpu": gpu, "gpu-table": gpu_table,
-    "memory": memory, "million": million, "toy": toy,
+    "quick": quick, "cpu": cpu, "small": small, "rules": rules, "groups": groups, "matryoshka": matryoshka, "gpu": gpu,
+    "gpu-table": gpu_table, "memory": memory, "million": million, "toy": toy,
 }  # fmt: skip

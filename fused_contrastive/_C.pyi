@@ -3,6 +3,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fused_contrastive.core.prefixes import PrefixNeeds
 from fused_contrastive.core.spec import Needs, RowLoss, StatsSpec
 from fused_contrastive.core.tokens import TokenSpec
 
@@ -22,6 +23,25 @@ def stats_backward(
     g_col: Tensor | None,
     needs: Needs,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]: ...
+def prefixes_forward(
+    x: Tensor, y: Tensor, spec: StatsSpec, dims: Sequence[int], row: Tensor | None, col: Tensor | None, kept: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...
+def prefixes_backward(
+    x: Tensor,
+    y: Tensor,
+    spec: StatsSpec,
+    dims: Sequence[int],
+    row_factors: Tensor | None,
+    col_factors: Tensor | None,
+    kept_prefixes: int,
+    row: Tensor,
+    col: Tensor,
+    kept: Tensor,
+    g_pos: Tensor | None,
+    g_row: Tensor | None,
+    g_col: Tensor | None,
+    needs: PrefixNeeds,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]: ...
 def row_loss(
     x: Tensor, y: Tensor, spec: StatsSpec, loss: RowLoss
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]: ...

@@ -16,6 +16,7 @@
 #include "autograd/loss.h"
 #include "max_sim/max_sim.h"
 #include "autograd/normalize.h"
+#include "stats/prefixes.h"
 #include "stats/stats.h"
 #include "kernels/tile_kernels.h"
 #include "ranking/ranking.h"
@@ -90,6 +91,30 @@ auto stats_backward(const at::Tensor& x, const at::Tensor& y, const py::object& 
   return fc::stats_backward(problem, {row, col, kept}, {g_pos, g_row, g_col}, needs_of(needs), interrupt);
 }
 
+using Factors = fc::OptionalTensor;
+
+auto prefixes_forward(const at::Tensor& x, const at::Tensor& y, const py::object& spec,
+                      const std::vector<int64_t>& dims, const Factors& row, const Factors& col, int64_t kept_prefixes) {
+  const fc::StatsProblem problem = problem_of(x, y, spec);
+  const auto interrupt = python_interrupt();
+  py::gil_scoped_release release;
+  const at::NoGradGuard no_grad;
+  return fc::prefixes_forward(problem, {dims, row, col, kept_prefixes}, interrupt);
+}
+
+auto prefixes_backward(const at::Tensor& x, const at::Tensor& y, const py::object& spec,
+                       const std::vector<int64_t>& dims, const Factors& row_factors, const Factors& col_factors,
+                       int64_t kept_prefixes, const at::Tensor& row, const at::Tensor& col, const at::Tensor& kept,
+                       const fc::OptionalTensor& g_pos, const fc::OptionalTensor& g_row,
+                       const fc::OptionalTensor& g_col, const std::array<bool, 3>& needs) {
+  const fc::StatsProblem problem = problem_of(x, y, spec);
+  const auto interrupt = python_interrupt();
+  py::gil_scoped_release release;
+  const at::NoGradGuard no_grad;
+  return fc::prefixes_backward(problem, {dims, row_factors, col_factors, kept_prefixes}, {row, col, kept},
+                               {g_pos, g_row, g_col}, needs, interrupt);
+}
+
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> row_loss(const at::Tensor& x, const at::Tensor& y,
                                                                     const py::object& spec, const py::object& loss) {
   const fc::StatsProblem problem = problem_of(x, y, spec);
@@ -162,6 +187,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "C++ CPU backend of fused_contrastive";
   m.def("stats_forward", &stats_forward);
   m.def("stats_backward", &stats_backward);
+  m.def("prefixes_forward", &prefixes_forward);
+  m.def("prefixes_backward", &prefixes_backward);
   m.def("row_loss", &row_loss);
   m.def("cross_entropy", &cross_entropy);
   m.def("normalize", &normalize);

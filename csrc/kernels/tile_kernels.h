@@ -91,11 +91,37 @@ struct BackwardTile {
   Normalised<T> related_row, related_col;
 };
 
+// A prefix's products to its cosines: each is multiplied by a factor of its row and one of its column.
+template <class T>
+struct ScaledTile {
+  int64_t rows, cols;
+  const T *row, *col;  // (rows,), (cols,)
+  const T* products;   // (rows, cols), row stride `stride`
+  int64_t stride;
+  T* out;  // (rows, cols), row stride `out_stride`
+  int64_t out_stride;
+};
+
+// A prefix's G to the gradient of its products, plus what longer prefixes have added up.
+template <class T>
+struct WeighedTile {
+  int64_t rows, cols;
+  const T *row, *col;  // the factors, or null where all are 1
+  const T* cosines;    // (rows, cols), row stride `stride`
+  int64_t stride;
+  T* grad;          // G, which becomes factors * G + longer; row stride `grad_stride`
+  const T* longer;  // likewise, or null
+  int64_t grad_stride;
+  T *row_dots, *col_dots;  // (rows,), (cols,) sums of G * cosines; or null
+};
+
 // The kernels of one instruction set.
 template <class T>
 struct TileKernels {
   void (*forward)(const LogitRule<T>&, const ForwardTile<T>&);
   void (*backward)(const LogitRule<T>&, const BackwardTile<T>&);
+  void (*scale)(const ScaledTile<T>&);
+  void (*weigh)(const WeighedTile<T>&);
   // Merges n pairs (max2, sum2) into (max, sum), each the parts of a log-sum-exp.
   void (*merge)(T* max, T* sum, const T* max2, const T* sum2, int64_t n);
   // Rows d long: total = grad + g * other (other may be null); grad = scale * total. Returns features . total.

@@ -250,6 +250,7 @@ static void backward_softplus(const LogitRule<T>& rule, const BackwardTile<T>& t
   }
 }
 
+#include "kernels/prefixes.inl"
 #include "kernels/ranks.inl"
 #include "kernels/teacher.inl"
 
@@ -333,5 +334,5 @@ static double add_scale_dot(T* grad, const T* features, const T* other, T g, T s
 
 template <class T>
 static TileKernels<T> tile_kernel_table() {
-  return {forward<T>, backward<T>, merge<T>, add_scale_dot<T>};
+  return {forward<T>, backward<T>, scale<T>, weigh<T>, merge<T>, add_scale_dot<T>};
 }

@@ -48,10 +48,11 @@ inline std::vector<Chunk> merged(const std::vector<Chunk>& of_x, const std::vect
 }
 
 // Adds G y to dx and G.T x to dy for one section, both at the same time unless dx and dy are the same memory. Row 0 of
-// `dy` is the gradient of column `first_of_y`.
+// `dy` is the gradient of column `first_of_y`. Rows are d long; of them only the elements `part` are computed, the
+// first of which must be a multiple of 32.
 template <class E, class T = SumType<E>>
 void add_products(const Tiling& tiling, const Section& s, const LogitGradients<E>& g, const Panels<E>& y,
-                  const Panels<E>& x, T* dx, T* dy, int64_t first_of_y, int64_t d) {
+                  const Panels<E>& x, T* dx, T* dy, int64_t first_of_y, int64_t d, const Range& part) {
   const auto add = [&](const Chunk& chunk) {
     const auto [of_x, rows] = chunk;
     const Range whole =
@@ -60,9 +61,10 @@ void add_products(const Tiling& tiling, const Section& s, const LogitGradients<E
     const Range k{whole.begin - first, whole.end - first};
     if (k.size() == 0) return;
     MatrixProduct<E> p = of_x ? g.times_y(rows.begin, rows.size(), k) : g.times_x(rows.begin, rows.size(), k);
-    p.n = p.c_row = d;
-    p.c = of_x ? dx + (s.rows.begin + rows.begin) * d : dy + (s.cols.begin - first_of_y + rows.begin) * d;
-    (of_x ? y : x).multiply(p, k.begin / kStoredPer<E>, 0);
+    p.n = part.size(), p.c_row = d;
+    p.c =
+        part.begin + (of_x ? dx + (s.rows.begin + rows.begin) * d : dy + (s.cols.begin - first_of_y + rows.begin) * d);
+    (of_x ? y : x).multiply(p, k.begin / kStoredPer<E>, part.begin);
   };
   const std::vector<Chunk> of_x = chunks(true, dx ? s.rows.size() : 0);
   const std::vector<Chunk> of_y = chunks(false, dy ? s.cols.size() : 0);
@@ -164,7 +166,7 @@ class FeatureGradients {
         },
         [](const TileBounds&, int64_t, int64_t) {});
     add_products<E>(tiling_, s, g_, y_, x_, dx_.defined() ? dx_.mutable_data_ptr<T>() : nullptr,
-                    dy_.defined() ? dy_.mutable_data_ptr<T>() : nullptr, dy_cols_.begin, p_.x.d);
+                    dy_.defined() ? dy_.mutable_data_ptr<T>() : nullptr, dy_cols_.begin, p_.x.d, {0, p_.x.d});
     bias_.merge(s.cols.begin);
   }
 

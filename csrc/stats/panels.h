@@ -132,4 +132,13 @@ void multiply_tile(const FeatureRows<E>& x, const Panels<E>& y, const TileBounds
   y.multiply({at.rows, at.cols, d, x.row(at.row), d, 1, nullptr, 0, tile, stride, false}, 0, at.col - first);
 }
 
+// The same of elements [begin, end) of each row alone, which are added to the tile unless `begin` is 0.
+template <class E, class T = SumType<E>>
+void multiply_part(const FeatureRows<E>& x, const Panels<E>& y, const TileBounds& at, int64_t first, int64_t begin,
+                   int64_t end, T* tile, int64_t stride) {
+  const int64_t from = begin / kStoredPer<E>, d = x.d / kStoredPer<E>, k = end / kStoredPer<E> - from;
+  y.multiply({at.rows, at.cols, k, x.row(at.row) + from, d, 1, nullptr, 0, tile, stride, from > 0}, from,
+             at.col - first);
+}
+
 }  // namespace fc

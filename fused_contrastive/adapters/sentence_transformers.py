@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import random
+from collections.abc import Iterable
 from functools import partial, wraps
 from typing import Any
 
@@ -15,6 +17,7 @@ from fused_contrastive.adapters.patching import Patch
 from fused_contrastive.adapters.sentence_transformers_gist import CachedGISTEmbedLoss, GISTEmbedLoss
 from fused_contrastive.core.spec import compute_dtype
 from fused_contrastive.distributed.batch import GlobalBatch
+from fused_contrastive.losses.info_nce import info_nce_loss
 from fused_contrastive.losses.terms import pair_logit
 from fused_contrastive.ops.normalize import normalized
 from fused_contrastive.ops.problem import autocast, log_add
@@ -182,6 +185,52 @@ class MultipleNegativesSymmetricRankingLoss(losses.MultipleNegativesSymmetricRan
     """sentence-transformers' MultipleNegativesSymmetricRankingLoss: both directions, in one pass."""
 
 
+class MatryoshkaLoss(losses.MatryoshkaLoss):
+    """sentence-transformers' MatryoshkaLoss; around ``MultipleNegativesRankingLoss`` of this module, in one pass.
+
+    One call then takes the products of all dimensions, if the loss has the directions "query_to_doc" and perhaps
+    "doc_to_query" (with ``partition_mode="per_direction"``), no hardness, and does not gather across devices. Around
+    any other loss, and for other options, it goes through the dimensions one after another, as in the library.
+    """
+
+    def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor) -> Tensor:
+        loss = self.loss
+        if not _takes_prefixes(loss):
+            value: Tensor = super().forward(sentence_features, labels)
+            return value
+        embeddings = [autocast(loss.model(features)["sentence_embedding"]) for features in sentence_features]
+        if len(embeddings) < 2:
+            raise ValueError(f"Expected at least 2 embeddings, got {len(embeddings)}")
+        queries, positives, *negatives = embeddings
+        weights = self._weights_of_step()
+        return info_nce_loss(
+            queries, positives, negatives=torch.cat(negatives) if negatives else None, logit_scale=scalar(loss.scale),
+            symmetric="doc_to_query" in loss.directions, normalize=True, dims=tuple(weights),
+            dim_weights=tuple(weights.values()), memory_budget=loss.memory_budget, backend=loss.backend,
+        )  # fmt: skip
+
+    def _weights_of_step(self) -> dict[int, float]:
+        """The dimensions of a step, from the shortest on, drawn as in the library, and their weights."""
+        places = range(len(self.matryoshka_dims))
+        chosen = random.sample(places, self.n_dims_per_step) if 0 < self.n_dims_per_step < len(places) else places
+        weights: dict[int, float] = {}
+        for place in sorted(chosen, reverse=True):  # the library has the longest first
+            dim = self.matryoshka_dims[place]
+            weights[dim] = weights.get(dim, 0) + self.matryoshka_weights[place]
+        return weights
+
+
+def _takes_prefixes(loss: Any) -> bool:
+    """Whether the loss is one that ``info_nce_loss`` computes for several prefixes at once."""
+    if type(loss) not in (MultipleNegativesRankingLoss, MultipleNegativesSymmetricRankingLoss):
+        return False
+    _check_similarity(loss)
+    directions = set(loss.directions)
+    symmetric = directions == {"query_to_doc", "doc_to_query"} and loss.partition_mode == "per_direction"
+    hard = loss.hardness_mode and loss.hardness_strength
+    return (directions == {"query_to_doc"} or symmetric) and not hard and not loss.gather_across_devices
+
+
 class CachedMultipleNegativesRankingLoss(Fused, losses.CachedMultipleNegativesRankingLoss):
     """sentence-transformers' CachedMultipleNegativesRankingLoss (GradCache) without the matrices of scores.
 
@@ -230,7 +279,7 @@ ORIGINALS = {
     getattr(losses, cls.__name__): cls
     for cls in (
         MultipleNegativesRankingLoss, MultipleNegativesSymmetricRankingLoss, CachedMultipleNegativesRankingLoss,
-        CachedMultipleNegativesSymmetricRankingLoss, GISTEmbedLoss, CachedGISTEmbedLoss,
+        CachedMultipleNegativesSymmetricRankingLoss, GISTEmbedLoss, CachedGISTEmbedLoss, MatryoshkaLoss,
     )
 }  # fmt: skip
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fused_contrastive.backends import defaults
+from fused_contrastive.core.prefixes import Prefixes, PrefixGradients, PrefixNeeds
 from fused_contrastive.core.reduction import Reduction
 from fused_contrastive.core.spec import Forward, Gradients, Needs, Ranks, RowLoss, StatsSpec, Upstream
 from fused_contrastive.core.tokens import MaxSimForward, MaxSimUpstream, TokenSpec
@@ -56,6 +57,26 @@ class Backend(ABC):
 
         ``saved`` is what ``stats_forward`` returned, but ``saved.pos`` may hold anything. Must not write to ``saved``.
         """
+
+    def kept_of_prefixes(self, rows: int, n: int, count: int, dtype: torch.dtype) -> tuple[int, ...]:
+        """The shape of what ``prefixes_forward`` keeps of ``rows`` rows of ``count`` prefixes, in the compute dtype."""
+        return (0, 0)
+
+    def prefixes_forward(self, spec: StatsSpec, of: Prefixes, x: Tensor, y: Tensor) -> Forward:
+        """The statistics of each prefix, a problem with its own logits: pos and row (P, M) and col (P, N).
+
+        By default one prefix after another, each by ``stats_forward``.
+        """
+        return defaults.prefixes_forward(self.stats_forward, spec, of, x, y)
+
+    def prefixes_backward(
+        self, spec: StatsSpec, of: Prefixes, x: Tensor, y: Tensor, saved: Forward, upstream: Upstream,
+        needs: PrefixNeeds,
+    ) -> PrefixGradients:  # fmt: skip
+        """The gradients that ``needs`` names, summed over the prefixes."""
+        shape, dtype = self.kept(0, y.shape[0], x.dtype)
+        nothing = x.new_empty(shape, dtype=dtype)
+        return defaults.prefixes_backward(self.stats_backward, nothing, spec, of, x, y, saved, upstream, needs)
 
     def fuses_loss(self, spec: StatsSpec, m: int) -> bool:
         """Whether ``row_loss`` is the backend's fastest way for a problem of m rows. By default it has no ``row_loss``.

@@ -6,6 +6,7 @@ import importlib.util
 import sys
 from collections.abc import Sequence
 from importlib.machinery import PathFinder
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from fused_contrastive.backends.contract import Backend
 from fused_contrastive.core import forks
+from fused_contrastive.core.prefixes import Prefixes, PrefixGradients, PrefixNeeds, widths
 from fused_contrastive.core.reduction import Reduction
 from fused_contrastive.core.spec import Forward, Gradients, Needs, Ranks, RowLoss, StatsSpec, Upstream, compute_dtype
 from fused_contrastive.core.tokens import MaxSimForward, MaxSimUpstream, TokenSpec
@@ -71,6 +73,35 @@ def is_parallel() -> bool:
     return _C.parallel
 
 
+ALIGNED = 32  # the products' kernels begin and end prefixes at multiples of this
+
+
+def _aligned(dims: tuple[int, ...], x: Tensor, y: Tensor) -> tuple[tuple[int, ...], Tensor, Tensor]:
+    """The features with zeros after each prefix that does not end at a multiple of 32, and where prefixes end there."""
+    parts = widths(dims, x.shape[1])
+    if not any(width % ALIGNED for width in parts) and parts[-1] == 0:
+        return dims, x, y
+    sizes = [-(-width // ALIGNED) * ALIGNED for width in parts[:-1]]
+
+    def spaced(t: Tensor) -> Tensor:
+        out = t.new_zeros(t.shape[0], sum(sizes))
+        for part, room in zip(t.split(parts, dim=1)[: len(dims)], out.split(sizes, dim=1), strict=True):
+            room[:, : part.shape[1]] = part
+        return out
+
+    return tuple(accumulate(sizes)), spaced(x), spaced(y)
+
+
+def _taken_out(t: Tensor, of: Prefixes, d: int) -> Tensor:
+    """The gradients of (rows, d) features from those of what ``_aligned`` made of them."""
+    out, first = t.new_zeros(t.shape[0], d), 0
+    for part in of.parts:
+        width = part.stop - part.start
+        out[:, part] = t[:, first : first + width]
+        first += -(-width // ALIGNED) * ALIGNED
+    return out
+
+
 class Cpp(Backend):
     def unavailable(self) -> str | None:
         return _unavailable
@@ -93,6 +124,28 @@ class Cpp(Backend):
     ) -> Gradients:
         forks.guard()
         return Gradients(*_C.stats_backward(x, y, spec, saved.row, saved.col, saved.kept, *upstream, needs))
+
+    def kept_of_prefixes(self, rows: int, n: int, count: int, dtype: torch.dtype) -> tuple[int, ...]:
+        return (rows, count * n)
+
+    def prefixes_forward(self, spec: StatsSpec, of: Prefixes, x: Tensor, y: Tensor) -> Forward:
+        forks.guard()
+        dims, x, y = _aligned(of.dims, x, y)
+        return Forward(*_C.prefixes_forward(x, y, spec, dims, of.row, of.col, of.kept))
+
+    def prefixes_backward(
+        self, spec: StatsSpec, of: Prefixes, x: Tensor, y: Tensor, saved: Forward, upstream: Upstream,
+        needs: PrefixNeeds,
+    ) -> PrefixGradients:  # fmt: skip
+        forks.guard()
+        d = x.shape[1]
+        dims, x, y = _aligned(of.dims, x, y)
+        _, row, col, kept = saved
+        dx, dy, dscale = _C.prefixes_backward(
+            x, y, spec, dims, of.row, of.col, of.kept, row, col, kept, *upstream, needs
+        )
+        dx, dy = (t if t is None or (dims == of.dims and t.shape[1] == d) else _taken_out(t, of, d) for t in (dx, dy))
+        return PrefixGradients(dx, dy, dscale)
 
     def fuses_loss(self, spec: StatsSpec, m: int) -> bool:
         """Losses over rows alone, in one walk over S; others, and triangles, only if all products may be kept.

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fused_contrastive.core.order import ahead
+from fused_contrastive.core.prefixes import Prefixes, PrefixGradients, PrefixNeeds
 from fused_contrastive.core.reduction import Reduction, reduce
-from fused_contrastive.core.spec import compute_dtype
+from fused_contrastive.core.spec import Forward, Gradients, Needs, StatsSpec, Upstream, compute_dtype
 from fused_contrastive.core.tokens import MaxSimForward, MaxSimUpstream, TokenSpec, argmaxima, moved, put_back, real
 from fused_contrastive.core.unit import unit_rows
+
+StatsForward = Callable[[StatsSpec, Tensor, Tensor], Forward]
+StatsBackward = Callable[[StatsSpec, Tensor, Tensor, Forward, Upstream, Needs], Gradients]
 
 CHUNK_PRODUCTS = 2**24  # products of tokens that max_sim holds at a time
 
@@ -146,6 +150,49 @@ def max_sim_backward(
     return (
         put_back(dx.to(x.dtype), spec.x_order) if needs[0] else None,
         put_back(dy.to(y.dtype).view_as(y), spec.y_order) if needs[1] else None,
+    )
+
+
+# Nested prefixes, one after another, by a backend's own functions. ``nothing`` is what it keeps of 0 rows.
+
+
+def _prefix(t: Tensor, of: Prefixes, k: int, factors: Tensor | None) -> Tensor:
+    """Prefix k of the features t, in their dtype, normalised if there are factors."""
+    prefix = t[:, : of.dims[k]]
+    return prefix if factors is None else (prefix.to(factors.dtype) * factors[k, :, None]).to(t.dtype)
+
+
+def prefixes_forward(stats_forward: StatsForward, spec: StatsSpec, of: Prefixes, x: Tensor, y: Tensor) -> Forward:
+    spec = spec._replace(kept_rows=0)
+    found = [stats_forward(spec, _prefix(x, of, k, of.row), _prefix(y, of, k, of.col)) for k in range(len(of.dims))]
+    pos, row, col = (torch.stack([each[place] for each in found]) for place in range(3))
+    return Forward(pos, row, col, x.new_empty(0, 0, dtype=compute_dtype(x.dtype)))
+
+
+def prefixes_backward(
+    stats_backward: StatsBackward, nothing: Tensor, spec: StatsSpec, of: Prefixes, x: Tensor, y: Tensor,
+    saved: Forward, upstream: Upstream, needs: PrefixNeeds,
+) -> PrefixGradients:  # fmt: skip
+    spec, dtype = spec._replace(kept_rows=0), compute_dtype(x.dtype)
+    dx, dy = (torch.zeros(t.shape, dtype=dtype, device=t.device) for t in (x, y))
+    dscale = x.new_zeros((), dtype=dtype)
+    for k, dim in enumerate(of.dims):
+        own = Forward(saved.pos[k], saved.row[k], saved.col[k], nothing)
+        arriving = Upstream(*(None if g is None else g[k].contiguous() for g in upstream))
+        sides = _prefix(x, of, k, of.row), _prefix(y, of, k, of.col)
+        found = stats_backward(spec, *sides, own, arriving, Needs(needs.x, needs.y, needs.scale, False))
+        for total, gradient, unit, factors in ((dx, found.x, sides[0], of.row), (dy, found.y, sides[1], of.col)):
+            if gradient is None:
+                continue
+            gradient, unit = gradient.to(dtype), unit.to(dtype)
+            if factors is not None:
+                along = (gradient * unit).sum(dim=1, keepdim=True)
+                gradient = factors[k, :, None] * (gradient - along * unit)
+            total[:, :dim] += gradient
+        if found.scale is not None:
+            dscale += found.scale
+    return PrefixGradients(
+        dx.to(x.dtype) if needs.x else None, dy.to(y.dtype) if needs.y else None, dscale if needs.scale else None
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal, overload
 
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from fused_contrastive.core.observing import observed
 from fused_contrastive.core.reduction import REDUCTIONS, Reduction
 from fused_contrastive.core.spec import BackendName
 from fused_contrastive.distributed.agreement import Group, call_of, collective
-from fused_contrastive.losses import corrections, margins, related, terms
+from fused_contrastive.losses import corrections, margins, matryoshka, related, terms
 from fused_contrastive.ops.groups import grouped
 from fused_contrastive.ops.problem import Problem, autocast, checked_pair_of_ids
 from fused_contrastive.ops.ranks import Metrics, count_ranks, metrics_of
@@ -40,6 +41,8 @@ def clip_loss(
     reduction: Reduction = "mean",
     metrics: Literal[False] = False,
     normalize: bool = False,
+    dims: Sequence[int] | None = None,
+    dim_weights: Sequence[float] | None = None,
     memory_budget: int | Literal["auto"] = "auto",
     backend: BackendName = "auto",
     group: Group = None,
@@ -73,6 +76,8 @@ def clip_loss(
     reduction: Reduction = "mean",
     metrics: bool = False,
     normalize: bool = False,
+    dims: Sequence[int] | None = None,
+    dim_weights: Sequence[float] | None = None,
     memory_budget: int | Literal["auto"] = "auto",
     backend: BackendName = "auto",
     group: Group = None,
@@ -130,6 +135,12 @@ def clip_loss(
         reduction: "mean", "sum" (over the N pairs) or "none" ((N,), the mean of a pair's two directions).
         metrics: also return the ranks of the positives among the negatives, which the same pass counts.
         normalize: L2-normalise first, the guide's features too; rows shorter than 1e-12 get a gradient of zeros.
+        dims: increasing numbers from 1 to D, such as (64, 128, 256, 512). The loss is the weighted sum of the losses of
+            the prefixes of so many columns, each normalised by itself with ``normalize``, where a prefix shorter than
+            1e-12 counts as zeros (Kusupati et al. 2022, "Matryoshka Representation Learning", arXiv:2205.13147). Not
+            together with lengths, equal_ids "mean" and "sum", margins, a guide, debias, hardness, label_smoothing,
+            metrics and group.
+        dim_weights: one finite number for each of dims; default: 1.
         memory_budget, backend, group: see ``contrastive_stats``. Over a group, it is the loss of the whole batch.
 
     Returns:
@@ -155,6 +166,13 @@ def clip_loss(
     checks.one_of("reduction", reduction, REDUCTIONS)
     checks.unit_interval("label_smoothing", label_smoothing)
     checks.boolean("normalize", normalize)
+    nested = matryoshka.checked(dims, dim_weights, image_features, "image_features")
+    if nested is not None:
+        matryoshka.refuse(
+            call, lengths=groups, equal_ids=None if equal_ids == "exclude" else equal_ids,
+            absolute_margin=absolute_margin, relative_margin=relative_margin, guide=guide, debias=debias,
+            hardness=hardness, label_smoothing=label_smoothing, metrics=metrics,
+        )  # fmt: skip
     limits = margins.checked(
         absolute_margin, relative_margin, guide, logit_scale, (image_features, text_features), normalize
     )  # fmt: skip
@@ -188,6 +206,8 @@ def clip_loss(
         "guide": margins.width(limits), "debias": of_debias, "hardness": hardness,
     }  # fmt: skip
     shape = problem.agree(call, "clip_loss", options, weight)
+    if nested is not None:
+        return matryoshka.loss(problem, shape, reduction, nested, both=True, decoupled=decoupled, weight=weight)
     if equal_ids != "exclude":
         return related.several_positives(
             problem,
@@ -238,6 +258,8 @@ class ClipLoss(nn.Module):
         label_smoothing: float = 0.0,
         reduction: Reduction = "mean",
         normalize: bool = False,
+        dims: Sequence[int] | None = None,
+        dim_weights: Sequence[float] | None = None,
         memory_budget: int | Literal["auto"] = "auto",
         backend: BackendName = "auto",
         group: Group = None,
@@ -246,12 +268,14 @@ class ClipLoss(nn.Module):
         terms.check_module(reduction, memory_budget, backend, decoupled=decoupled, normalize=normalize)
         checks.unit_interval("label_smoothing", label_smoothing)
         corrections.check_module(equal_ids, absolute_margin, relative_margin, debias, hardness, label_smoothing)
+        matryoshka.checked(dims, dim_weights)
         self.debias = debias
         self.hardness = hardness
         self.equal_ids: related.EqualIds = equal_ids
         self.absolute_margin = absolute_margin
         self.relative_margin = relative_margin
         self.normalize = normalize
+        self.dims, self.dim_weights = dims, dim_weights
         self.decoupled = decoupled
         self.label_smoothing = label_smoothing
         self.reduction = reduction
@@ -278,7 +302,8 @@ class ClipLoss(nn.Module):
             col_ids=col_ids, equal_ids=self.equal_ids, absolute_margin=self.absolute_margin,
             relative_margin=self.relative_margin, guide=guide, debias=self.debias, hardness=self.hardness,
             decoupled=self.decoupled, label_smoothing=self.label_smoothing, weight=weight, reduction=self.reduction,
-            normalize=self.normalize, memory_budget=self.memory_budget, backend=self.backend, group=self.group,
+            normalize=self.normalize, dims=self.dims, dim_weights=self.dim_weights, memory_budget=self.memory_budget,
+            backend=self.backend, group=self.group,
         )  # fmt: skip
 
     def extra_repr(self) -> str:
@@ -288,4 +313,5 @@ class ClipLoss(nn.Module):
             f"decoupled={self.decoupled}, "
             f"label_smoothing={self.label_smoothing}, reduction={self.reduction!r}, normalize={self.normalize}, "
             f"memory_budget={self.memory_budget!r}, backend={self.backend!r}"
+            f"{matryoshka.shown(self.dims, self.dim_weights)}"
         )

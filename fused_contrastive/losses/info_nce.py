@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal, overload
 
 import torch
@@ -13,8 +14,7 @@ from fused_contrastive.core.observing import observed
 from fused_contrastive.core.reduction import REDUCTIONS, Reduction
 from fused_contrastive.core.spec import BackendName
 from fused_contrastive.distributed.agreement import Group, call_of, collective
-from fused_contrastive.distributed.shape import Shape
-from fused_contrastive.losses import corrections, margins, related, terms
+from fused_contrastive.losses import corrections, margins, matryoshka, related, terms
 from fused_contrastive.ops.groups import grouped
 from fused_contrastive.ops.own_dots import own_dots
 from fused_contrastive.ops.problem import Problem, autocast, checked_bias, checked_pair_of_ids
@@ -52,6 +52,8 @@ def info_nce_loss(
     reduction: Reduction = "mean",
     metrics: Literal[False] = False,
     normalize: bool = False,
+    dims: Sequence[int] | None = None,
+    dim_weights: Sequence[float] | None = None,
     memory_budget: int | Literal["auto"] = "auto",
     backend: BackendName = "auto",
     group: Group = None,
@@ -91,6 +93,8 @@ def info_nce_loss(
     reduction: Reduction = "mean",
     metrics: bool = False,
     normalize: bool = False,
+    dims: Sequence[int] | None = None,
+    dim_weights: Sequence[float] | None = None,
     memory_budget: int | Literal["auto"] = "auto",
     backend: BackendName = "auto",
     group: Group = None,
@@ -141,6 +145,9 @@ def info_nce_loss(
         reduction: "mean", "sum" or "none" ((M,)).
         metrics: also return the ranks of the positives among the negatives, which the same pass counts.
         normalize: L2-normalise query, key and negatives first; rows shorter than 1e-12 get a gradient of zeros.
+        dims, dim_weights: the weighted sum of the losses of prefixes of the features; see ``clip_loss``. Not together
+            with lengths, negatives (M, K, D), col_bias, equal_ids "mean" and "sum", margins and guides that leave out
+            negatives, debias, hardness, label_smoothing, metrics and group.
         memory_budget, backend, group: see ``contrastive_stats``. Over a group, it is the loss of the whole batch, whose
             columns are process 0's keys and then its shared negatives, then process 1's, and so on. ``targets`` count
             the keys of all processes, without the negatives. If every process holds the same queue, pass a different
@@ -189,6 +196,13 @@ def info_nce_loss(
             negatives=negatives if shared else None, equal_ids=equal_ids if several else None,
             label_smoothing=label_smoothing, debias=debias, hardness=hardness, metrics=metrics,
         )  # fmt: skip
+    nested = matryoshka.checked(dims, dim_weights, query, "query")
+    if nested is not None:
+        matryoshka.refuse(
+            call, lengths=groups, negatives=None if shared else negatives, col_bias=col_bias,
+            equal_ids=equal_ids if several else None, absolute_margin=absolute_margin, relative_margin=relative_margin,
+            guide=guide, debias=debias, hardness=hardness, label_smoothing=label_smoothing, metrics=metrics,
+        )  # fmt: skip
     limits = margins.checked(absolute_margin, relative_margin, guide, scale, features, normalize)
     terms.check_smoothing(label_smoothing, row_ids, limits is not None)
     corrected = corrections.check(
@@ -225,15 +239,19 @@ def info_nce_loss(
         "debias": of_debias, "hardness": hardness, "metrics": metrics,
     }  # fmt: skip
     shape = problem.agree(call, "info_nce_loss", options, negatives, weight, negatives_mask, margin, keys=key.shape[0])
+    if nested is not None:
+        return matryoshka.loss(
+            problem, shape, reduction, nested, both=symmetric, decoupled=decoupled, margin=margin, weight=weight
+        )
     own_logits = smoothing = None
     if negatives is not None and not shared:
         problem.unit()
         own_logits = problem.spec.scale * own_dots(problem.x, negatives, negatives_mask, normalize)
     if label_smoothing:
         problem.unit()
-        mean = _mean_over_columns(problem, shape, own_logits, negatives_mask, margin)
+        mean = terms.mean_over_columns(problem, shape, own_logits, negatives_mask, margin)
         if symmetric:
-            mean = (mean + _mean_over_queries(problem, shape, key.shape[0], margin)) / 2
+            mean = (mean + terms.mean_over_queries(problem, shape, key.shape[0], margin)) / 2
         smoothing = label_smoothing, mean
     margins.limit(problem, shape, limits, both=symmetric)
     if own_logits is not None and limits is not None:
@@ -259,27 +277,6 @@ def info_nce_loss(
         smoothing=smoothing, correction=correction, want_col=symmetric,
     )  # fmt: skip
     return (loss, metrics_of(problem, own_logits)) if metrics else loss
-
-
-def _mean_over_columns(
-    problem: Problem, shape: Shape, own_logits: Tensor | None, own_mask: Tensor | None, margin: float | Tensor
-) -> Tensor:
-    """(M,) mean of each query's logits. Own logits that are masked must be 0, and do not count."""
-    spec, count = problem.spec, shape.all_cols
-    mean = terms.mean_logit(spec.scale, problem.x, problem.y, shape, count)
-    if spec.col_bias is not None:
-        mean = mean + shape.sum(spec.col_bias.sum()) / count
-    total = count * mean - margin
-    if own_logits is None:
-        return total / count
-    total = total + own_logits.sum(dim=1)
-    return total / (count + (own_logits.shape[1] if own_mask is None else own_mask.sum(dim=1)))
-
-
-def _mean_over_queries(problem: Problem, shape: Shape, keys: int, margin: float | Tensor) -> Tensor:
-    """(M,) mean of each key's logits."""
-    mean = terms.mean_logit(problem.spec.scale, problem.y[:keys], problem.x, shape) - margin / shape.all_rows
-    return mean if problem.spec.col_bias is None else mean + problem.spec.col_bias[:keys]
 
 
 def _keys_alone(targets: Tensor, keys: int, columns: int) -> Tensor:
@@ -341,6 +338,8 @@ class InfoNCELoss(nn.Module):
         label_smoothing: float = 0.0,
         reduction: Reduction = "mean",
         normalize: bool = False,
+        dims: Sequence[int] | None = None,
+        dim_weights: Sequence[float] | None = None,
         memory_budget: int | Literal["auto"] = "auto",
         backend: BackendName = "auto",
         group: Group = None,
@@ -349,6 +348,7 @@ class InfoNCELoss(nn.Module):
         terms.scale_of(temperature, None, DEFAULT_TEMPERATURE)
         _check_options(symmetric, decoupled, margin, label_smoothing, reduction, normalize)
         corrections.check_module(equal_ids, absolute_margin, relative_margin, debias, hardness, label_smoothing)
+        matryoshka.checked(dims, dim_weights)
         self.debias = debias
         self.hardness = hardness
         terms.check_module(reduction, memory_budget, backend)
@@ -362,6 +362,7 @@ class InfoNCELoss(nn.Module):
         self.label_smoothing = label_smoothing
         self.reduction: Reduction = reduction
         self.normalize = normalize
+        self.dims, self.dim_weights = dims, dim_weights
         self.memory_budget: int | Literal["auto"] = memory_budget
         self.backend = backend
         self.group = group
@@ -390,7 +391,8 @@ class InfoNCELoss(nn.Module):
             relative_margin=self.relative_margin, guide=guide, debias=self.debias, hardness=self.hardness,
             symmetric=self.symmetric, decoupled=self.decoupled, margin=self.margin,
             label_smoothing=self.label_smoothing, weight=weight, reduction=self.reduction, normalize=self.normalize,
-            memory_budget=self.memory_budget, backend=self.backend, group=self.group,
+            dims=self.dims, dim_weights=self.dim_weights, memory_budget=self.memory_budget, backend=self.backend,
+            group=self.group,
         )  # fmt: skip
 
     def extra_repr(self) -> str:
@@ -399,4 +401,5 @@ class InfoNCELoss(nn.Module):
             f"relative_margin={self.relative_margin}, debias={self.debias}, hardness={self.hardness}, "
             f"symmetric={self.symmetric}, decoupled={self.decoupled}, "
             f"margin={self.margin}, label_smoothing={self.label_smoothing}, reduction={self.reduction!r}"
+            f"{matryoshka.shown(self.dims, self.dim_weights)}"
         )

@@ -11,6 +11,7 @@ from fused_contrastive.core.reduction import REDUCTIONS
 from fused_contrastive.core.spec import compute_dtype
 from fused_contrastive.distributed.shape import Shape
 from fused_contrastive.ops import dispatch
+from fused_contrastive.ops.problem import Problem
 from fused_contrastive.ops.row_dots import RowMap, row_dots
 
 
@@ -31,6 +32,27 @@ def mean_logit(scale: float | Tensor, x: Tensor, y: Tensor, shape: Shape, count:
     dtype = compute_dtype(x.dtype)
     mean = shape.sum(y.to(dtype).sum(dim=0)) / (shape.all_rows if count is None else count)
     return scale * (x.to(dtype) * mean).sum(dim=1)
+
+
+def mean_over_columns(
+    problem: Problem, shape: Shape, own_logits: Tensor | None, own_mask: Tensor | None, margin: float | Tensor
+) -> Tensor:
+    """(M,) mean of each query's logits. Own logits that are masked must be 0, and do not count."""
+    spec, count = problem.spec, shape.all_cols
+    mean = mean_logit(spec.scale, problem.x, problem.y, shape, count)
+    if spec.col_bias is not None:
+        mean = mean + shape.sum(spec.col_bias.sum()) / count
+    total = count * mean - margin
+    if own_logits is None:
+        return total / count
+    total = total + own_logits.sum(dim=1)
+    return total / (count + (own_logits.shape[1] if own_mask is None else own_mask.sum(dim=1)))
+
+
+def mean_over_queries(problem: Problem, shape: Shape, keys: int, margin: float | Tensor) -> Tensor:
+    """(M,) mean of each key's logits."""
+    mean = mean_logit(problem.spec.scale, problem.y[:keys], problem.x, shape) - margin / shape.all_rows
+    return mean if problem.spec.col_bias is None else mean + problem.spec.col_bias[:keys]
 
 
 def pair_logit(scale: float | Tensor, x: Tensor, y: Tensor) -> Tensor:

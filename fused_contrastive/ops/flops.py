@@ -43,6 +43,22 @@ def _stats_backward(
     return 2 * x[1] * (again + pairs * sum(needs[:2]))
 
 
+def _prefixes_forward(
+    x: Shape, y: Shape, scale: Any, targets: Any, row_ids: Any, col_ids: Any, dims: list[int], *_: Any, **__: Any
+) -> int:
+    return 2 * x[0] * y[0] * dims[-1]
+
+
+def _prefixes_backward(
+    g_pos: Any, g_row: Any, g_col: Any, row: Any, col: Any, kept: Any, needs: list[bool], x: Shape, y: Shape,
+    scale: Any, targets: Any, row_ids: Any, col_ids: Any, dims: list[int], normalize: bool, want_col: bool,
+    kept_rows: int, kept_prefixes: int, *_: Any, **__: Any,
+) -> int:  # fmt: skip
+    """Of rows whose longest prefixes are kept, the columns that the others have are multiplied again."""
+    of_kept = (0, *dims)[len(dims) - kept_prefixes] * kept_rows
+    return 2 * y[0] * (dims[-1] * (x[0] - kept_rows) + of_kept + dims[-1] * x[0] * sum(needs[:2]))
+
+
 def _max_sim_forward(x: Shape, y: Shape, *_: Any, **__: Any) -> int:
     return 2 * x[0] * x[1] * y[-3] * y[-2] * x[2]
 
@@ -66,6 +82,8 @@ def _rank(queries: Shape, candidates: Shape, *_: Any, **__: Any) -> int:
 FORMULAS: dict[str, Callable[..., int]] = {
     "stats_forward": _stats_forward,
     "stats_backward": _stats_backward,
+    "prefixes_forward": _prefixes_forward,
+    "prefixes_backward": _prefixes_backward,
     "max_sim_forward": _max_sim_forward,
     "max_sim_backward": _max_sim_backward,
     "rank": _rank,

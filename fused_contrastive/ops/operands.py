@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import get_args
+from itertools import pairwise
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -134,6 +135,39 @@ def tokens_saved(
     _vector("argmax_x", saved.argmax_x, (kept_rows, n, t), x, saved.argmax_x.dtype)
     _vector("argmax_y", saved.argmax_y, (kept_rows, n, p) if both else (0, 0, 0), x, saved.argmax_y.dtype)
     _needs(needs, 2)
+
+
+def prefixes(
+    x: Tensor, y: Tensor, scale: Tensor, targets: Tensor | None, row_ids: Tensor | None, col_ids: Tensor | None,
+    dims: Sequence[int], normalize: bool, want_col: bool, kept_rows: int,
+    kept_prefixes: int, backend: str,
+) -> None:  # fmt: skip
+    """As ``stats``, for the statistics of nested prefixes."""
+    spec = StatsSpec(scale, targets, row_ids=row_ids, col_ids=col_ids, want_col=want_col, kept_rows=kept_rows)
+    stats(x, y, spec, backend)
+    growing = all(a < b for a, b in pairwise((0, *dims)))
+    if not dims or not growing or dims[-1] > x.shape[1]:
+        raise ValueError(f"dims: got {list(dims)}, expected increasing numbers from 1 to {x.shape[1]}, the D of x")
+    if not 0 <= kept_prefixes <= len(dims):
+        raise ValueError(f"kept_prefixes: got {kept_prefixes}, expected 0 to {len(dims)}")
+
+
+def prefixes_saved(
+    saved: Forward, upstream: Upstream, needs: Sequence[bool], x: Tensor, y: Tensor, scale: Tensor,
+    targets: Tensor | None, row_ids: Tensor | None, col_ids: Tensor | None, dims: Sequence[int], normalize: bool,
+    want_col: bool, *_: Any,
+) -> None:  # fmt: skip
+    """Raises unless these are what the forward of such a problem returned, and gradients of it."""
+    row, col = (len(dims), x.shape[0]), (len(dims), y.shape[0] if want_col else 0)
+    of_each = {"row": saved.row, "g_pos": upstream.pos, "g_row": upstream.row}
+    for name, t in of_each.items():
+        _vector(name, t, row, x)
+    for name, t in {"col": saved.col, "g_col": upstream.col}.items():
+        _vector(name, t, col, x)
+    checks.same_device("kept", saved.kept, "x", x)
+    if targets is not None:
+        checks.target_range(targets, y.shape[0])
+    _needs(needs, 3)
 
 
 def ranking(queries: Tensor, candidates: Tensor, backend: str) -> None:

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from fused_contrastive.core.budget import Deviation, allowed, difference, largest_finite
 from fused_contrastive.core.spec import compute_dtype
+from fused_contrastive.core.unit import LEAST_NORM
 from fused_contrastive.testing import oracle
 from fused_contrastive.testing.cases import Case
 from fused_contrastive.testing.registry import Leaves
@@ -95,6 +96,8 @@ def expected(case: Case, device: Device = "cpu") -> Expected:
         for name, value in by(member.textbook, form, case.dtype).items():
             errors[name] = max(errors[name], difference(value, truth[name]))  # max drops NaN, which allows nothing
     terms = (_terms_of_features if member.as_they_are else _terms_of_norm_1)(case, leaves, options, truth)
+    for name, factor in _of_short_prefixes(leaves, options).items():
+        terms[f"d{name}"] *= factor
     most = {
         name: allowed(errors[name], case.dtype, largest_finite(value) + terms[name]) for name, value in truth.items()
     }
@@ -143,6 +146,18 @@ def _terms_of_norm_1(case: Case, leaves: Leaves, options: dict[str, Any], truth:
     # Hardness makes the weights by two passes, of (1 + hardness) and of hardness times the logits.
     rounded = _with_rounded_weights(case.dtype, (1 + 2 * options.get("hardness", 0.0)) * logit, n)
     return {name: term * rounded for name, term in terms.items()} | {"loss": logit + options.get("margin", 0.0)}
+
+
+def _of_short_prefixes(leaves: Leaves, options: dict[str, Any]) -> dict[str, float]:
+    """How many times larger the terms of the features' gradients are with normalised prefixes: one over the shortest.
+
+    Of what they cancel, one column's gradient is all: it is the sign of a number that is divided by its size.
+    """
+    if not (options.get("dims") and options.get("normalize")):
+        return {}
+    features = {name: t.double() for name, t in leaves.items() if t.dim() == 2}
+    norms = {name: min(t[:, :dim].norm(dim=1).min().item() for dim in options["dims"]) for name, t in features.items()}
+    return {name: max(1.0, 1 / max(norm, LEAST_NORM)) for name, norm in norms.items()}
 
 
 def _with_rounded_weights(dtype: torch.dtype, logit: float, count: int) -> float:

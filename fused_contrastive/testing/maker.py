@@ -69,6 +69,28 @@ class Maker:
         gaps = [(below - margin * unit).abs().min() for margin in candidates]
         return float(candidates[int(torch.stack(gaps).argmax())])
 
+    def set_margins(self, x: Tensor, y: Tensor, options: dict[str, Any]) -> None:
+        """Makes the guide and the margins of x's negatives in y, if the options are there."""
+        targets = options.get("targets", torch.arange(len(x), device="cpu"))
+        if options.pop("guide", False):  # of another width than ours
+            x, y = (
+                F.normalize(
+                    torch.rand(len(t), 3, generator=self.generator, dtype=torch.float32, device="cpu") - 0.4, dim=1
+                )
+                for t in (x, y)
+            )
+            options["guide"] = (x, y)
+        for name in ("absolute_margin", "relative_margin"):
+            if options.get(name):
+                options[name] = self.margin(x, y, targets, name == "relative_margin")
+
+    def set_dims(self, options: dict[str, Any]) -> None:
+        """If the option "dims" is there, makes up to three prefixes, of which the longest may leave columns out."""
+        if "dims" in options:
+            d = self.sizes.d
+            options["dims"] = sorted({max(1, d // 4), max(1, d // 2), d - d // 8})
+            options["dim_weights"] = [0.5, 1.0, 1.5][: len(options["dims"])]
+
     def mask(self, *shape: int) -> Tensor:
         """Some False, the first of each row True."""
         mask = torch.rand(*shape, generator=self.generator, dtype=torch.float32, device="cpu") < 0.7

@@ -25,6 +25,7 @@ from fused_contrastive.ops.stats import contrastive_stats
 from fused_contrastive.testing import oracle, textbook, textbook_groups, textbook_related, textbook_tokens
 from fused_contrastive.testing.maker import Maker
 from fused_contrastive.testing.textbook_groups import by_groups, with_positives
+from fused_contrastive.testing.textbook_matryoshka import by_prefixes
 
 Leaves = dict[str, Tensor]
 
@@ -89,6 +90,7 @@ def _info_nce(make: Maker, given: dict[str, Any]) -> tuple[Leaves, dict[str, Any
     n, options = make.sizes.n, dict(given)
     m = n if options.get("symmetric") or "lengths" in options else max(1, n - 3)
     make.set_lengths(options)
+    make.set_dims(options)
     leaves = {"query": make.features(m), "key": make.features(n), "logit_scale": make.scalar(make.sizes.scale)}
     kind, columns = options.pop("negatives", None), n
     if kind == "shared":
@@ -107,7 +109,7 @@ def _info_nce(make: Maker, given: dict[str, Any]) -> tuple[Leaves, dict[str, Any
         options["debias"] = make.vector(m) * 0.2
     if options.get("margin") == "rows":
         leaves["margin"], _ = make.vector(m), options.pop("margin")
-    _set_margins(make, leaves["query"], torch.cat((leaves["key"], *_shared(leaves))), options)
+    make.set_margins(leaves["query"], torch.cat((leaves["key"], *_shared(leaves))), options)
     return leaves, options
 
 
@@ -115,23 +117,11 @@ def _shared(leaves: Leaves) -> list[Tensor]:
     return [leaves["negatives"]] if "negatives" in leaves and leaves["negatives"].dim() == 2 else []
 
 
-def _set_margins(make: Maker, x: Tensor, y: Tensor, options: dict[str, Any]) -> None:
-    targets = options.get("targets", torch.arange(len(x), device="cpu"))
-    if options.pop("guide", False):  # of another width than ours
-        x, y = (
-            F.normalize(torch.rand(len(t), 3, generator=make.generator, dtype=torch.float32, device="cpu") - 0.4, dim=1)
-            for t in (x, y)
-        )
-        options["guide"] = (x, y)
-    for name in ("absolute_margin", "relative_margin"):
-        if options.get(name):
-            options[name] = make.margin(x, y, targets, name == "relative_margin")
-
-
 def _clip(make: Maker, given: dict[str, Any]) -> tuple[Leaves, dict[str, Any]]:
     n, options = make.sizes.n, dict(given)
     m = max(1, n // 2) if options.pop("unequal", False) else n
     make.set_lengths(options)
+    make.set_dims(options)
     leaves = {
         "image_features": make.features(m), "text_features": make.features(n),
         "logit_scale": make.scalar(make.sizes.scale),
@@ -141,7 +131,7 @@ def _clip(make: Maker, given: dict[str, Any]) -> tuple[Leaves, dict[str, Any]]:
         options["row_ids"], options["col_ids"] = (make.ids(size, high, count) for size in (m, n))
     if options.pop("weight", False):
         options["weight"] = make.vector(m) + 0.1
-    _set_margins(make, leaves["image_features"], leaves["text_features"], options)
+    make.set_margins(leaves["image_features"], leaves["text_features"], options)
     return leaves, options
 
 
@@ -278,11 +268,13 @@ LOSSES: dict[str, Member] = {
             "debias hardness": {"debias": 0.05, "hardness": 0.5, "ids": 1},
             "groups": {"lengths": True},
             "groups ids": {"lengths": True, "ids": 2, "weight": True, "normalize": True},
+            "dims": {"dims": True},
+            "dims normalized": {"dims": True, "normalize": True, "weight": True, "memory_budget": 0},
         },
         _clip,
         clip_loss,
-        by_groups(positional(textbook.clip, "image_features", "text_features", "logit_scale")),
-        by_groups(positional(textbook.clip_stable, "image_features", "text_features", "logit_scale")),
+        by_prefixes(by_groups(positional(textbook.clip, "image_features", "text_features", "logit_scale"))),
+        by_prefixes(by_groups(positional(textbook.clip_stable, "image_features", "text_features", "logit_scale"))),
         as_they_are=True,
     ),
     "info_nce": Member(
@@ -309,10 +301,12 @@ LOSSES: dict[str, Member] = {
             "groups": {"lengths": True},
             "groups targets": {"lengths": True, "targets": True, "bias": True, "margin": 0.25},
             "groups margin": {"lengths": True, "relative_margin": 0.05, "symmetric": True, "reduction": "none"},
+            "dims": {"dims": True, "targets": True, "negatives": "shared", "margin": 0.25},
+            "dims symmetric": {"dims": True, "normalize": True, "symmetric": True, "negatives": "shared", "ids": 2},
         },
         _info_nce,
         info_nce_loss,
-        by_groups(positional(textbook.info_nce, "query", "key", "logit_scale")),
+        by_prefixes(by_groups(positional(textbook.info_nce, "query", "key", "logit_scale"))),
     ),
     "nt_xent": Member(
         {

@@ -24,7 +24,7 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     forwards: Counter[str] = Counter()
     for name in ("reference", "cpp"):
         module = dispatch.BACKENDS[name]
-        for function in ("stats_forward", "row_loss", "max_sim_forward", "merge_top_k"):
+        for function in ("stats_forward", "prefixes_forward", "row_loss", "max_sim_forward", "merge_top_k"):
             original = getattr(module, function)
 
             def counted(*args: Any, _original: Any = original, _name: str = name) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import random
 
 import pytest
 import torch
@@ -90,6 +91,48 @@ def test_cached(name: str, grad: bool, backend: str) -> None:
     torch.testing.assert_close(found[1][0], found[0][0], rtol=1e-5, atol=1e-6)
     if grad:
         torch.testing.assert_close(found[1][1], found[0][1], rtol=1e-3, atol=1e-5)
+
+
+class Encoder(Model):
+    """What MatryoshkaLoss needs of a model."""
+
+    def get_embedding_dimension(self) -> int:
+        return 8
+
+    get_sentence_embedding_dimension = get_embedding_dimension  # its name before 5.4
+
+
+MATRYOSHKA = {
+    "plain": {},
+    "symmetric": {"directions": ("query_to_doc", "doc_to_query"), "partition_mode": "per_direction"},
+    "dot_score": {"similarity_fct": util.dot_score, "scale": 5.0},
+    "joint": {"directions": ("query_to_doc", "doc_to_query")},  # this and the next by the library's loop
+    "hardness": {"hardness_mode": "in_batch_negatives", "hardness_strength": 3.0},
+}
+
+
+@pytest.mark.parametrize("options", MATRYOSHKA)
+@pytest.mark.parametrize("per_step", [-1, 2])
+def test_matryoshka(options: str, per_step: int, backend: str) -> None:
+    model = Encoder()
+    inputs = [{"input_ids": torch.randn(10, 12)} for _ in range(4)]
+    dims, weights = [8, 2, 5, 5], [1.0, 0.5, 2.0, 0.25]
+    found = []
+    theirs, adapted = pair("MultipleNegativesRankingLoss", backend, model, **MATRYOSHKA[options])
+    for cls, loss in ((losses.MatryoshkaLoss, theirs), (ours.MatryoshkaLoss, adapted)):
+        model.zero_grad()
+        random.seed(1)
+        value = cls(model, loss, dims, weights, n_dims_per_step=per_step)([dict(i) for i in inputs], torch.empty(0))
+        value.backward()
+        found.append((value.detach(), model[0].weight.grad))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-5)
+
+
+def test_matryoshka_in_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Encoder()
+    loss = ours.MatryoshkaLoss(model, ours.MultipleNegativesSymmetricRankingLoss(model), [8, 4])
+    monkeypatch.setattr(losses.MatryoshkaLoss, "forward", None)
+    assert loss([{"input_ids": torch.randn(6, 12)} for _ in range(2)], torch.empty(0)).isfinite()
 
 
 def test_cached_options_reach_the_loss() -> None:

@@ -105,6 +105,7 @@ def bad_values() -> dict[str, list[Any]]:
         "targets": [*ids, indices() - 1, indices() + 1000],
         "negatives": [[0.0], floats(N, D + 1), floats(N + 1, 2, D), floats(N, D, dtype=torch.float64), floats(D)],
         "negatives_mask": mask,
+        **{"dims": [(4, 2), (), 4, (4, 99), (4, 8.0)], "dim_weights": [(1.0,), 2.0]},
         **dict.fromkeys(("image_mask", "text_mask"), mask),
         **dict.fromkeys(("col_bias", "weight", "row_limit", "col_limit"), vector),
         **{key: [*ids, None] for key in ("row_ids", "col_ids", "ids")},

@@ -95,7 +95,8 @@ def check_budget(
     # The largest terms, as in the harness, but for features of any norm. Normalised features have norm 1, and their
     # gradient is divided by the norm that they had (by at least 1e-12, as in F.normalize).
     normalised = options.get("normalize", case.loss == "nt_xent")
-    norms = torch.cat([t.norm(dim=-1).flatten() for t in features])
+    prefixes = options.get("dims", [None]) if normalised else [None]  # each is normalised by itself
+    norms = torch.cat([t[..., :dim].norm(dim=-1).flatten() for t in features for dim in prefixes])
     norm = 1.0 if normalised else norms.max().item()
     shrink = norms.clamp_min(1e-12).min().item() if normalised else 1.0
     logit, weight = 2 * scale * norm**2, 1.5 * (case.sizes.n if "tokens" in case.variant else 1)

@@ -103,7 +103,8 @@ class WeightedStatistic {
   void merge(int64_t first) {
     for (int64_t k = 0; asked_ && k < parts_ * length_; ++k) {
       const double max = part_max_[k];
-      if (max == -std::numeric_limits<double>::infinity()) continue;
+      // Of NaN alone the maximum is -inf too, but the sum is NaN, and must not be lost.
+      if (max == -std::numeric_limits<double>::infinity() && part_sum_[k] == 0) continue;
       double &whole = max_[first + k % length_], &sum = sum_[first + k % length_];
       double& weighted = weighted_[first + k % length_];
       const double higher = std::max(whole, max), by = std::exp(whole - higher), its = std::exp(max - higher);

@@ -25,6 +25,17 @@ def test_the_teacher_s_own_features_give_no_gradient(backend: str) -> None:
         assert gradient.abs().max() < 1e-6
 
 
+def test_nan_in_the_teacher_is_nan_in_the_loss(backend: str) -> None:
+    """In one row or in all, whose softmax then has no largest logit."""
+    x, y, teacher_x, teacher_y = (features(6) for _ in range(4))
+    some = teacher_x.detach().clone()
+    some[3] = torch.nan
+    for given, scale in ((some, 5.0), (torch.full_like(some, torch.nan), 5.0), (teacher_x, torch.nan)):
+        loss = fc.distillation_loss(x, y, 10.0, given, teacher_y, scale, reduction="none", backend=backend)
+        assert loss[3].isnan()
+        assert loss.isnan().all() or given is some
+
+
 def test_targets_weight_1_is_clip(backend: str) -> None:
     x, y, other = features(9), features(9), features(9)
     found = fc.distillation_loss(x, y, 5.0, other, other, 3.0, targets_weight=1.0, backend=backend)

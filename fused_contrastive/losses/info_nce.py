@@ -9,12 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from fused_contrastive.core import checks, group_checks
-from fused_contrastive.core.modes import is_plain
 from fused_contrastive.core.observing import observed
-from fused_contrastive.core.reduction import REDUCTIONS, Reduction
+from fused_contrastive.core.reduction import Reduction
 from fused_contrastive.core.spec import BackendName
 from fused_contrastive.distributed.agreement import Group, call_of, collective
-from fused_contrastive.losses import corrections, margins, matryoshka, related, terms
+from fused_contrastive.losses import corrections, hard_negatives, margins, matryoshka, related, terms
 from fused_contrastive.ops.groups import grouped
 from fused_contrastive.ops.own_dots import own_dots
 from fused_contrastive.ops.problem import Problem, autocast, checked_bias, checked_pair_of_ids
@@ -188,7 +187,7 @@ def info_nce_loss(
     if weight is not None:
         weight = checks.vector("weight", weight, query.shape[0], query, of="one per query", integer=False)
     if negatives is not None:
-        negatives = _checked_negatives(autocast(negatives), query, call.spread)
+        negatives = hard_negatives.checked(autocast(negatives), query, call.spread)
     shared = negatives is not None and negatives.dim() == 2
     features = (query, key) if negatives is None else (query, key, negatives)
     if groups is not None:
@@ -222,7 +221,7 @@ def info_nce_loss(
     if targets is not None:
         targets = checks.vector("targets", targets, query.shape[0], query, of="one key per query", integer=True)
         if shared and not call.spread:
-            targets = _keys_alone(targets, key.shape[0], columns.shape[0])
+            targets = hard_negatives.keys_alone(targets, key.shape[0], columns.shape[0])
     row_ids, col_ids = checked_pair_of_ids(row_ids, col_ids, query, columns)
     problem = Problem(
         query, columns, scale, targets=targets, col_bias=checked_bias(col_bias, columns), row_ids=row_ids,
@@ -277,32 +276,6 @@ def info_nce_loss(
         smoothing=smoothing, correction=correction, want_col=symmetric,
     )  # fmt: skip
     return (loss, metrics_of(problem, own_logits)) if metrics else loss
-
-
-def _keys_alone(targets: Tensor, keys: int, columns: int) -> Tensor:
-    """Checks that targets are keys: the operator would also take a shared negative for one."""
-    if is_plain(targets):
-        checks.target_range(targets, keys)
-        return targets
-    return targets.masked_fill(targets >= keys, columns)  # the operator's check, which sees the values, refuses these
-
-
-def _checked_negatives(negatives: object, query: Tensor, empty: bool) -> Tensor:
-    m, d = query.shape
-
-    def expected() -> str:  # called only to raise: in a trace, formatting a size makes it a constant
-        return f"a tensor of shape (K, {d}) or ({m}, K, {d})"
-
-    if not isinstance(negatives, Tensor):
-        raise TypeError(f"negatives: got {type(negatives).__name__}, expected {expected()}")
-    if negatives.dtype != query.dtype:
-        raise TypeError(f"negatives: got dtype {negatives.dtype}, expected {query.dtype}, the dtype of query")
-    shape = negatives.shape
-    right = negatives.dim() in (2, 3) and shape[-1] == d and (negatives.dim() == 2 or shape[0] == m)
-    if not right or 0 in shape[1 if empty else 0 :]:
-        raise ValueError(f"negatives: got shape {tuple(shape)}, expected {expected()}")
-    checks.same_device("negatives", negatives, "query", query)
-    return negatives
 
 
 def _check_options(

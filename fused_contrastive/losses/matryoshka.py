@@ -63,12 +63,11 @@ def shown(dims: Sequence[int] | None, dim_weights: Sequence[float] | None) -> st
 
 
 def refuse(call: Alone | Call, **options: object) -> None:
-    """Raises ValueError for an option that is in use, neither None nor 0: with ``dims`` it is not covered."""
+    """Raises NotImplementedError for an option that is in use, neither None nor 0: with ``dims`` it is not covered."""
     for name, value in {"group": call.spread or None, **options}.items():
         if value is not None and (not isinstance(value, (bool, int, float)) or value != 0):
-            raise ValueError(
-                f"{name}: got it together with dims, which is not covered, expected its default: add up a call for "
-                "each prefix of the features"
+            raise NotImplementedError(
+                f"{name}: got it together with dims, which is not covered: add up a call for each prefix"
             )
 
 

@@ -68,8 +68,7 @@ def good_calls() -> dict[str, dict[str, Any]]:
         "supcon_loss, in": {"features": floats(N, 2, D), "labels": indices(), "variant": "in"},
         "siglip_loss": {**clip, **ids, "logit_scale": 5.0, "logit_bias": -1.0},
         "distillation_loss": {
-            **dict(zip(("x", "y", "teacher_x", "teacher_y"), (*pair, *pair), strict=True)), "logit_scale": 5.0,
-            "teacher_scale": 2.0,
+            "x": pair[0], "y": pair[1], "teacher_x": pair[0], "teacher_y": pair[1], "logit_scale": 5, "teacher_scale": 2,
         },
         "filip_loss": {**tokens, **masks, "logit_scale": 5.0},
         "x_clip_loss": {**latents, "text_latents_extra": pair[1], "image_latents_extra": pair[0]},

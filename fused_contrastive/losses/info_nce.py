@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fused_contrastive.core import checks, group_checks
 from fused_contrastive.core.observing import observed
-from fused_contrastive.core.reduction import Reduction
+from fused_contrastive.core.reduction import REDUCTIONS, Reduction
 from fused_contrastive.core.spec import BackendName
 from fused_contrastive.distributed.agreement import Group, call_of, collective
 from fused_contrastive.losses import corrections, hard_negatives, margins, matryoshka, related, terms

@@ -53,7 +53,11 @@ def clip_loss(
 def clip_loss(*args: Any, metrics: Literal[True], **options: Any) -> tuple[Tensor, Metrics]: ...
 
 
-@observed  # type: ignore[misc]  # the second overload leaves its options to this signature
+@overload
+def clip_loss(*args: Any, metrics: bool, **options: Any) -> Tensor | tuple[Tensor, Metrics]: ...
+
+
+@observed  # type: ignore[misc]  # the other overloads leave their options to this signature
 @collective
 def clip_loss(
     image_features: Tensor,
@@ -295,7 +299,8 @@ class ClipLoss(nn.Module):
         col_ids: Tensor | None = None,
         guide: tuple[Tensor, Tensor] | None = None,
         weight: Tensor | None = None,
-    ) -> Tensor:
+        metrics: bool = False,
+    ) -> Tensor | tuple[Tensor, Metrics]:
         """(N, D), (N, D), scalar -> loss; see ``clip_loss``."""
         return clip_loss(
             image_features, text_features, logit_scale, temperature=temperature, lengths=lengths, row_ids=row_ids,
@@ -303,7 +308,7 @@ class ClipLoss(nn.Module):
             relative_margin=self.relative_margin, guide=guide, debias=self.debias, hardness=self.hardness,
             decoupled=self.decoupled, label_smoothing=self.label_smoothing, weight=weight, reduction=self.reduction,
             normalize=self.normalize, dims=self.dims, dim_weights=self.dim_weights, memory_budget=self.memory_budget,
-            backend=self.backend, group=self.group,
+            backend=self.backend, group=self.group, metrics=metrics,
         )  # fmt: skip
 
     def extra_repr(self) -> str:

@@ -63,7 +63,11 @@ def info_nce_loss(
 def info_nce_loss(*args: Any, metrics: Literal[True], **options: Any) -> tuple[Tensor, Metrics]: ...
 
 
-@observed  # type: ignore[misc]  # the second overload leaves its options to this signature
+@overload
+def info_nce_loss(*args: Any, metrics: bool, **options: Any) -> Tensor | tuple[Tensor, Metrics]: ...
+
+
+@observed  # type: ignore[misc]  # the other overloads leave their options to this signature
 @collective
 def info_nce_loss(
     query: Tensor,
@@ -355,7 +359,8 @@ class InfoNCELoss(nn.Module):
         col_ids: Tensor | None = None,
         guide: tuple[Tensor, ...] | None = None,
         weight: Tensor | None = None,
-    ) -> Tensor:
+        metrics: bool = False,
+    ) -> Tensor | tuple[Tensor, Metrics]:
         """(M, D), (N, D) -> loss; a ``logit_scale`` given here replaces the temperature. See ``info_nce_loss``."""
         return info_nce_loss(
             query, key, temperature=self.temperature if logit_scale is None else None, logit_scale=logit_scale,
@@ -365,7 +370,7 @@ class InfoNCELoss(nn.Module):
             symmetric=self.symmetric, decoupled=self.decoupled, margin=self.margin,
             label_smoothing=self.label_smoothing, weight=weight, reduction=self.reduction, normalize=self.normalize,
             dims=self.dims, dim_weights=self.dim_weights, memory_budget=self.memory_budget, backend=self.backend,
-            group=self.group,
+            group=self.group, metrics=metrics,
         )  # fmt: skip
 
     def extra_repr(self) -> str:

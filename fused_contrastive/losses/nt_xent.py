@@ -48,7 +48,11 @@ def nt_xent_loss(
 def nt_xent_loss(*args: Any, metrics: Literal[True], **options: Any) -> tuple[Tensor, Metrics]: ...
 
 
-@observed  # type: ignore[misc]  # the second overload leaves its options to this signature
+@overload
+def nt_xent_loss(*args: Any, metrics: bool, **options: Any) -> Tensor | tuple[Tensor, Metrics]: ...
+
+
+@observed  # type: ignore[misc]  # the other overloads leave their options to this signature
 @collective
 def nt_xent_loss(
     z1: Tensor,
@@ -249,12 +253,12 @@ class NTXentLoss(nn.Module):
 
     def forward(
         self, z1: Tensor, z2: Tensor, *views: Tensor, logit_scale: float | Tensor | None = None,
-        lengths: Tensor | None = None,
-    ) -> Tensor:  # fmt: skip
+        lengths: Tensor | None = None, metrics: bool = False,
+    ) -> Tensor | tuple[Tensor, Metrics]:  # fmt: skip
         """(N, D) for each view -> loss; a ``logit_scale`` given here replaces the temperature. See ``nt_xent_loss``."""
         return nt_xent_loss(
             z1, z2, self.temperature if logit_scale is None else None, logit_scale=logit_scale, views=views,
-            lengths=lengths, debias=self.debias, hardness=self.hardness, decoupled=self.decoupled,
+            lengths=lengths, metrics=metrics, debias=self.debias, hardness=self.hardness, decoupled=self.decoupled,
             reduction=self.reduction, normalize=self.normalize,
             memory_budget=self.memory_budget, backend=self.backend, group=self.group,
         )  # fmt: skip

@@ -43,7 +43,11 @@ def siglip_loss(
 def siglip_loss(*args: Any, metrics: Literal[True], **options: Any) -> tuple[Tensor, Metrics]: ...
 
 
-@observed  # type: ignore[misc]  # the second overload leaves its options to this signature
+@overload
+def siglip_loss(*args: Any, metrics: bool, **options: Any) -> Tensor | tuple[Tensor, Metrics]: ...
+
+
+@observed  # type: ignore[misc]  # the other overloads leave their options to this signature
 @collective
 def siglip_loss(
     image_features: Tensor,
@@ -179,12 +183,14 @@ class SigLipLoss(nn.Module):
         row_ids: Tensor | None = None,
         col_ids: Tensor | None = None,
         weight: Tensor | None = None,
-    ) -> Tensor:
+        metrics: bool = False,
+    ) -> Tensor | tuple[Tensor, Metrics]:
         """(N, D), (N, D), scalar, scalar -> loss; see ``siglip_loss``."""
         return siglip_loss(
             image_features, text_features, logit_scale, logit_bias, temperature=temperature, lengths=lengths,
             row_ids=row_ids, col_ids=col_ids, positive_weight=self.positive_weight, weight=weight,
-            reduction=self.reduction, memory_budget=self.memory_budget, backend=self.backend, group=self.group,
+            reduction=self.reduction, memory_budget=self.memory_budget, backend=self.backend,
+            group=self.group, metrics=metrics,
         )  # fmt: skip
 
     def extra_repr(self) -> str:

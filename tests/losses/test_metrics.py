@@ -248,3 +248,19 @@ def test_verified() -> None:
     assert watch.checked == 1
     assert len(metrics.row_rank) == 40
     assert fc.verify(fc.clip_loss, x, y, SCALE, metrics=True).held
+
+
+def test_modules_return_them_when_asked() -> None:
+    x, y = features(9), features(9)
+    for module, function in (
+        (fc.ClipLoss(), lambda **o: fc.clip_loss(x, y, SCALE, **o)),
+        (fc.SigLipLoss(), lambda **o: fc.siglip_loss(x, y, SCALE, -1.0, **o)),
+        (fc.InfoNCELoss(symmetric=True), lambda **o: fc.info_nce_loss(x, y, logit_scale=SCALE, symmetric=True, **o)),
+        (fc.NTXentLoss(normalize=False), lambda **o: fc.nt_xent_loss(x, y, 1 / SCALE, normalize=False, **o)),
+    ):
+        given = {"logit_bias": -1.0} if isinstance(module, fc.SigLipLoss) else {}
+        loss, metrics = module(x, y, logit_scale=SCALE, metrics=True, **given)
+        wanted, of_function = function(metrics=True)
+        torch.testing.assert_close(loss, wanted)
+        assert torch.equal(metrics.row_rank, of_function.row_rank)
+        torch.testing.assert_close(module(x, y, logit_scale=SCALE, **given), wanted)

@@ -119,6 +119,18 @@ def sentences(own: bool) -> Case:
     return {"queries": unit(N), "passages": unit(N), "hard": unit(N, 3) if own else unit(K)}, formula
 
 
+def nested() -> Case:
+    def formula(queries: Tensor, passages: Tensor) -> Tensor:
+        total = torch.zeros(())
+        for dim in (64, 128, 256):
+            q, p = (F.normalize(t[:, :dim], dim=-1) for t in (queries, passages))
+            total = total + F.cross_entropy(q @ p.T / 0.05, torch.arange(N))
+        return total
+
+    given = {name: torch.randn(N, 256, requires_grad=True) for name in ("queries", "passages")}
+    return dict(given), formula
+
+
 def mil_nce() -> Case:
     ids, passage_ids = torch.arange(N) % 4, torch.arange(K) % 4
 
@@ -192,6 +204,7 @@ CASES: dict[str, list[Callable[[], Case]]] = {
     "sentence embeddings, hard negatives": [lambda: sentences(own=False), lambda: sentences(own=True)],
     "COCO, five captions an image": [coco],
     "MIL-NCE, bags of positives": [mil_nce],
+    "Matryoshka": [nested],
     "NV-Retriever": [nv_retriever],
     "GISTEmbed": [gist],
     "SimKGC": [simkgc],

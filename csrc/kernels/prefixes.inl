@@ -16,7 +16,7 @@ static void weigh_tile(const WeighedTile<T>& tile) {
   alignas(64) T col[kTileCols], whole[kTileCols] = {}, some[kTileCols];
   if (kFactors) copy_padded(col, tile.col, tile.cols, T(0));
   for (int64_t first = 0; first < tile.rows; first += kSweepRows) {
-    for (int64_t j = 0; kDots && j < kTileCols; ++j) some[j] = 0;  // few terms at a time: equal terms all round alike
+    for (int64_t j = 0; kDots && j < kTileCols; ++j) some[j] = 0;  // short sums: equal terms would all round one way
     for (int64_t r = first; r < smaller(first + kSweepRows, tile.rows); ++r) {
       const T* cosines = tile.cosines + r * tile.stride;
       T* grad = tile.grad + r * tile.grad_stride;

@@ -35,7 +35,7 @@ static bool forward_teacher_shared(const LogitRule<T>& rule, const TileColumns<T
   bool fits = true;
   for (int64_t first = 0; first < at.rows; first += kSweepRows) {
     for (auto& each : some)
-      for (int64_t j = 0; j < kTileCols; ++j) each[j] = 0;  // few terms at a time: equal terms all round alike
+      for (int64_t j = 0; j < kTileCols; ++j) each[j] = 0;  // short sums: equal terms would all round one way
     for (int64_t r = first; r < smaller(first + kSweepRows, at.rows); ++r) {
       masked_logits(rule, columns, at, at.row + r, tile.products + r * tile.stride, guide_row(tile, r), masked,
                     pos_of(tile, at.row + r));

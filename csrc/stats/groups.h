@@ -105,7 +105,7 @@ class GroupedGradients {
     if (needs.of[2]) all_[2] = at::empty({}, options_);
     if (needs.of[3]) all_[3] = at::empty(p.col_bias->sizes(), options_);
   }
-  // What group k needs. Where no gradient has to be rounded, it is formed at its place.
+  // What group g needs. A gradient that needs no rounding is formed in its place.
   Needs needs(const Group& g) const {
     Needs own{needs_.of, needs_.joint};
     if (in_place(0)) own.zeros_for_x = part(all_[0], g.rows).zero_();

@@ -217,8 +217,8 @@ class PrefixBackward {
     return sum;
   }
 
-  // Adds to a row of a gradient, `out`, the part of row i's positive: its gradient times row `other` of `features`
-  // (none: -1). Then multiplies the row by `scale`. Returns its product with the row `own` of features before that.
+  // Adds to `out`, the gradient of the features `own`, the term of row i's positive: its gradient times row `other` of
+  // `features` (none: -1). Returns `out` . `own`, and multiplies `out` by `scale` afterwards.
   double add_positive(T* out, const T* own, const Features<E>& features, int64_t other, int64_t i, T scale) const {
     std::vector<T> scratch;
     const T* of_other = other < 0 ? nullptr : features.wide_row(other, scratch);
@@ -248,7 +248,7 @@ class PrefixBackward {
     return std::accumulate(parts.begin(), parts.end(), 0.);
   }
 
-  // Takes from a row of a gradient what would change the lengths of its prefixes: `dots` has the sums of G times the
+  // Removes from a row of a gradient what would change the norms of its prefixes: `dots` has the sums of G times the
   // cosines, which are the products of this gradient with the prefixes.
   void project(T* out, const T* own, int64_t row, int64_t rows, const T* factors, const at::Tensor& dots) const {
     double along = 0;

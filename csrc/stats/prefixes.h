@@ -26,8 +26,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> prefixes_forward(cons
                                                                             const Prefixes& prefixes,
                                                                             const Interrupt& interrupt);
 
-// The gradients of x, y and scale, undefined where not needed. With factors, these are one over the prefixes' lengths,
-// or 0, and the gradients those of the features before they are divided.
+// The gradients of x, y and scale, undefined where not needed. Factors, if given, are one over the prefixes' norms,
+// or 0; the gradients are then of the features before the division.
 using PrefixGradients = std::array<at::Tensor, 3>;
 
 PrefixGradients prefixes_backward(const StatsProblem& problem, const Prefixes& prefixes, const Saved& saved,

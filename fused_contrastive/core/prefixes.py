@@ -20,7 +20,7 @@ class Prefixes(NamedTuple):
     """
 
     dims: tuple[int, ...]  # they grow; the last is at most D
-    row: Tensor | None = None  # (P, M) in the compute dtype, one over the lengths of the prefixes of x; None: 1
+    row: Tensor | None = None  # (P, M) in the compute dtype, one over the norms of the prefixes of x; None: 1
     col: Tensor | None = None  # (P, N) of y; None with ``row``
     kept: int = 0  # of how many of the longest prefixes the first ``spec.kept_rows`` rows are kept
 
@@ -41,7 +41,7 @@ class PrefixNeeds(NamedTuple):
 class PrefixGradients(NamedTuple):
     """A backend's backward result; None for a gradient that is not requested.
 
-    The gradients of x and y include what goes through the lengths of their prefixes.
+    The gradients of x and y include what goes through the norms of their prefixes.
     """
 
     x: Tensor | None  # (M, D) in the dtype of x
@@ -55,7 +55,7 @@ def widths(dims: Sequence[int], d: int) -> list[int]:
 
 
 def inverse_norms(x: Tensor, dims: Sequence[int]) -> Tensor:
-    """(M, D) -> (P, M) in the compute dtype: one over the length of each prefix, or 0 for one shorter than 1e-12.
+    """(M, D) -> (P, M) in the compute dtype: one over the norm of each prefix, or 0 for a norm below 1e-12.
 
     Such a prefix counts as a row of zeros, which has no direction, and gets a gradient of zeros.
     """

@@ -233,7 +233,7 @@ class RowLoss(NamedTuple):
     weight: float = 1.0
     margin: float = 0.0
     decoupled: bool = False
-    normalize: bool = False  # x and y, float32 or float64, are divided by their rows' lengths first
+    normalize: bool = False  # x and y, float32 or float64, are divided by their rows' norms first
     # (M,) int64, for an ``upper`` problem: a row's loss is ``row`` minus the mean logit of the other rows with its
     # label. A row does not count if no other has its label. ``over_counted``: the weight is one over the rows that do.
     labels: Tensor | None = None

@@ -24,7 +24,7 @@ PAIRS = 1 << 20  # and at most so many pairs, but at least one row
 HARDEST = 10  # how many negatives count as hardest, as in ``diagnose``
 EQUAL = 1e-4  # squared distance of unit vectors below which a loss cannot tell them apart
 # Options that change the least loss, or the loss of equal logits; and losses that have other targets.
-CHANGING = ("absolute_margin", "relative_margin", "guide", "debias", "hardness", "margin", "decoupled")
+CHANGING = ("absolute_margin", "relative_margin", "guide", "debias", "hardness", "margin", "decoupled", "dims")
 OTHER_TARGETS = ("distillation_loss", "x_clip_loss")
 NAMES = {  # of two sets of features; the first of several views
     "clip_loss": ("image_features", "text_features"),
@@ -88,8 +88,10 @@ class Call(NamedTuple):
 def described(name: str, given: Mapping[str, Any], processes: int) -> Call | None:
     """The call of the loss ``name`` with the arguments ``given``, or None where it is not measured.
 
-    That is with tokens, without rows, and over a group where the rows' positives may be another process's.
+    Calls with tokens, without rows, with groups of rows, or with positives in other processes are not measured.
     """
+    if _has_groups(name, given):
+        return None
     if name == "nt_xent_loss":
         views = [given["z1"], given["z2"], *given["views"]]
         sample = torch.arange(len(views[0]), device=views[0].device).repeat(len(views))
@@ -122,6 +124,14 @@ def described(name: str, given: Mapping[str, Any], processes: int) -> Call | Non
         usual=not changed and name not in OTHER_TARGETS,
         processes=processes,
     )
+
+
+def _has_groups(name: str, given: Mapping[str, Any]) -> bool:
+    """Whether the rows are cut into groups, each a problem of its own: by lengths, or by one more dimension."""
+    if name == "supcon_loss":
+        return given["lengths"] is not None or given["features"].dim() > 3
+    first = next((given[key] for key in ("image_features", "query", "z1") if key in given), None)
+    return given.get("lengths") is not None or (first is not None and first.dim() > 2)
 
 
 def _within(z: Tensor, ids: Tensor) -> Direction:

@@ -31,7 +31,7 @@ LOGGED = (
 
 
 class monitor(observing.Observing):  # noqa: N801
-    """In this block, every so many calls of each loss are measured, and faults of the training are warned of.
+    """Measures one in ``every`` calls of each loss in this block, and warns of faults of the training.
 
     ::
 

@@ -25,7 +25,7 @@ def cached(
     encoders: Encoder | Sequence[Encoder], inputs: Sequence[Input], loss: Callable[..., R],
     chunk_size: int | Sequence[int],
 ) -> R:  # fmt: skip
-    """The loss of a large batch, with its encoders' memory for one chunk of it at a time (GradCache).
+    """The loss of a large batch, with the encoders' activations of one chunk at a time (GradCache).
 
     The encoders run without a graph on one chunk of rows after another, and ``loss`` is called once with the features
     of all rows. Its backward gives the gradients of the features; then each chunk is encoded again, with a graph, and
@@ -37,8 +37,8 @@ def cached(
     ``grad`` of the encoders' parameters; a learned temperature gets its gradient by the ordinary graph. Under
     ``torch.no_grad()`` there is no second run.
 
-    The second run of a chunk repeats the first: it draws the same numbers from torch's generators, on every device, so
-    that dropout has the same masks, and has the same autocast. If an encoder is a module or a module's method, its
+    The second run of a chunk repeats the first: it has the same autocast and draws the same numbers from torch's
+    generators, on every device, so that dropout has the same masks. If an encoder is a module or a module's method, its
     buffers, such as running statistics, change in the first run only. If it is a ``DistributedDataParallel`` or
     contains one, gradients are reduced after its last chunk only.
 

@@ -112,9 +112,9 @@ def clip_loss(
         temperature: divides them, instead: 1 / logit_scale.
         lengths: (B,) int64, at least 0, the rows of each of B groups, whose features (N, D) follow each other. With
             groups, here or by features (B, N, D), the reduction is over the rows of all groups, N here stands for their
-            number B * N, and ids count within a group: equal ids of two groups are not related. Gradients of
-            logit_scale are summed over the groups. Not together with equal_ids "mean" and "sum", label_smoothing,
-            debias, hardness and group. Lengths on a GPU are copied to the host, which waits for them.
+            number, and equal ids of two groups are not related. Gradients of logit_scale are summed over the groups.
+            Not together with equal_ids "mean" and "sum", label_smoothing, debias, hardness, metrics, dims and group.
+            Lengths on a GPU are copied to the host, which waits for them.
         row_ids, col_ids: (N,) integers of the images and of the texts, or (N, K) with K <= 4: a pair is related if its
             ids are equal in any of the K places.
         equal_ids: "exclude", "mean" or "sum". The last two also take (M, D) images with (N, D) texts, if there is no
@@ -137,10 +137,10 @@ def clip_loss(
             together with ids, margins, a guide, debias or hardness.
         weight: (N,) weights of the pairs; the mean is over their sum, as in ``F.cross_entropy``.
         reduction: "mean", "sum" (over the N pairs) or "none" ((N,), the mean of a pair's two directions).
-        metrics: also return the ranks of the positives among the negatives, which the same pass counts.
+        metrics: also return the ranks of the positives among the negatives; not with equal_ids "mean" or "sum".
         normalize: L2-normalise first, the guide's features too; rows shorter than 1e-12 get a gradient of zeros.
         dims: increasing numbers from 1 to D, such as (64, 128, 256, 512). The loss is the weighted sum of the losses of
-            the prefixes of so many columns, each normalised by itself with ``normalize``, where a prefix shorter than
+            the first 64, 128, ... columns, each prefix normalised by itself with ``normalize``; one of norm below
             1e-12 counts as zeros (Kusupati et al. 2022, "Matryoshka Representation Learning", arXiv:2205.13147). Not
             together with lengths, equal_ids "mean" and "sum", margins, a guide, debias, hardness, label_smoothing,
             metrics and group.
@@ -153,6 +153,7 @@ def clip_loss(
 
     Raises:
         TypeError, ValueError: naming the argument, what came and what was expected.
+        NotImplementedError: an option that is not covered together with groups or dims.
     """
     call = call_of(group)
     features = {"image_features": autocast(image_features), "text_features": autocast(text_features)}

@@ -120,7 +120,7 @@ def info_nce_loss(
         logit_scale: multiplies them, instead of the temperature. Either of them, as a tensor, gets a gradient.
         lengths: (B,) int64, the queries of each of B groups, and the keys; see ``clip_loss``. M and N here stand for
             the numbers of all groups, and ``targets`` count the keys of the query's group. Not together with shared
-            negatives, equal_ids "mean" and "sum", label_smoothing, debias, hardness and group.
+            negatives, equal_ids "mean" and "sum", label_smoothing, debias, hardness, metrics, dims and group.
         targets: (M,) integers, the key of each query's positive. Default: t(i) = i, which needs M <= N.
         negatives: (K, D) more columns for every query, such as hard negatives or a queue; or (M, K, D), each query's
             own K.
@@ -135,7 +135,8 @@ def info_nce_loss(
             target. Queries (and, with ``symmetric``, keys) without a positive do not count in the mean.
         absolute_margin, relative_margin: leave out negatives by their similarity to the query; see ``clip_loss``.
         guide: (M, G), (N, G) and, with negatives, (K, G) or (M, K, G) features of another model; see ``clip_loss``.
-        debias, hardness: correct the sum over negatives; see ``clip_loss``. Not together with col_bias.
+        debias, hardness: correct the sum over negatives; see ``clip_loss``. Not together with col_bias,
+            label_smoothing, equal_ids "mean" and "sum", margins or guides that leave out negatives.
         symmetric: the mean with the loss of keys against queries. It takes no targets, and needs M = N; with equal_ids
             "mean" or "sum" it needs M = N only if the weight, the margin or the result has one element per query.
             Negatives are columns of the queries' direction alone.
@@ -143,10 +144,11 @@ def info_nce_loss(
         margin: subtracted from the positives' logits: a number, at least 0, or a tensor () or (M,), which gets a
             gradient. SimKGC (Wang et al. 2022, arXiv:2203.02167) subtracts from the cosine: margin = scale * 0.02.
         label_smoothing: in [0, 1), as in ``F.cross_entropy``: this share of the target is spread over all columns, so
-            that an empty slot makes the loss inf. Not together with ids or margins that leave out negatives.
+            that an empty slot makes the loss inf. Not together with ids, absolute_margin,
+            relative_margin, guide, debias or hardness.
         weight: (M,) weights of the queries; the mean is over their sum, as in ``F.cross_entropy``.
         reduction: "mean", "sum" or "none" ((M,)).
-        metrics: also return the ranks of the positives among the negatives, which the same pass counts.
+        metrics: also return the ranks of the positives among the negatives; not with equal_ids "mean" or "sum".
         normalize: L2-normalise query, key and negatives first; rows shorter than 1e-12 get a gradient of zeros.
         dims, dim_weights: the weighted sum of the losses of prefixes of the features; see ``clip_loss``. Not together
             with lengths, negatives (M, K, D), col_bias, equal_ids "mean" and "sum", margins and guides that leave out
@@ -162,6 +164,7 @@ def info_nce_loss(
 
     Raises:
         TypeError, ValueError: naming the argument, what came and what was expected.
+        NotImplementedError: an option that is not covered together with groups or dims.
     """
     call = call_of(group)
     groups, (query, key) = grouped(call, lengths, {"query": autocast(query), "key": autocast(key)})

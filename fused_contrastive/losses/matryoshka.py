@@ -20,7 +20,7 @@ from fused_contrastive.ops.row_loss import cross_entropy, reduced
 
 
 class Nested(NamedTuple):
-    """The lengths of the prefixes, which grow, and the weight of each one's loss."""
+    """How many columns each prefix has, increasing, and the weight of its loss."""
 
     dims: tuple[int, ...]
     weights: tuple[float, ...]

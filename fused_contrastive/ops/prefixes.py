@@ -1,12 +1,12 @@
 """The statistics of nested prefixes of features (Matryoshka): the operator, and its one autograd formula.
 
-With c_k the products of prefix k, times one over the lengths of both prefixes if ``normalize``, and G_k the gradient of
+With c_k the products of prefix k, times one over the norms of both prefixes if ``normalize``, and G_k the gradient of
 ``scale * c_k`` that the formula of one problem gives (ops/autograd.py), the columns that prefix k adds have
 
     dx = scale (sum over l >= k of F_l G_l) y,  dy likewise,   dscale = sum over k, i, j of G_k c_k,
 
 where F_k G_k is G_k times those factors. With ``normalize``, x times ``scale sum over l >= k of f_l^2 sum_j G_l c_l``
-is taken from dx, with f_l one over the lengths: the part that would change the lengths of the prefixes.
+is taken from dx, with f_l one over the norms: the part that would change the norms of the prefixes.
 """
 
 from __future__ import annotations

@@ -86,9 +86,9 @@ def rank(
         exclude_ids: integers of the queries, (M,) or (M, K) with K <= 4, and of the candidates, (N,) or (N, K): a
             candidate is left out if it has the query's integer in any of the K places.
         max_score: candidates with a larger score are left out.
-        absolute_margin: candidates with a score above the right answer's minus this are left out, those of its worst
-            right answer if a query has several. At a margin of 0 copies of it stay, whatever the rounding; a score of
-            it that is NaN or infinite leaves out all. A query without right answers has no such limit.
+        absolute_margin: candidates that score above the right answer's score minus this are left out; with several
+            right answers, the lowest score counts. At a margin of 0 copies of it stay, whatever the rounding; if its
+            score is NaN or infinite, all are left out. A query without right answers has no such limit.
         relative_margin: likewise, with this share of the absolute value of the right answer's score.
         backend: see ``contrastive_stats``.
 
@@ -168,7 +168,7 @@ def target_ranks(
     index. If there are several right answers, the best one counts, which is the protocol of retrieval on COCO and
     Flickr30K (Karpathy & Fei-Fei 2015, "Deep Visual-Semantic Alignments for Generating Image Descriptions",
     arXiv:1412.2306). An answer's score is read from the blocks of products that the candidates' scores come from, so
-    that rounding cannot put a copy or duplicate of the answer ahead of it. Therefore the blocks with right answers are
+    that rounding cannot put the answer ahead of itself. Therefore the blocks with right answers are
     computed first; if those of 2048 consecutive queries (sorted by first answer) lie in several blocks of candidates,
     these blocks are computed twice.
 

@@ -19,8 +19,8 @@ from fused_contrastive.ops.problem import Problem
 def count_ranks(problem: Problem, shape: Shape, both: bool) -> None:
     """Makes a problem with positives compare its logits with them. ``both``: those of the columns too.
 
-    A negative that equals the positive may differ from it by rounding. The references are raised by as much as that may
-    be, so that ties do not count as above the positive.
+    A copy of the positive may have another logit by rounding. The references are raised by a bound of the difference,
+    so that ties do not count as above the positive.
     """
     if problem.x.dtype not in (torch.float32, torch.float64):
         problem.unit()  # the products are of the rounded unit vectors
@@ -89,7 +89,7 @@ class Metrics(NamedTuple):
         return self._ranks().to(self.positive.dtype).mean()
 
     def summary(self) -> dict[str, float]:
-        """Numbers for a logger: the shares of the first 1 and 5, the mean rank, and the means of the positives' and
+        """Numbers for a logger: top-1 and top-5 accuracy, the mean rank, and the means of the positives' and
         the hardest negatives' logits. On a GPU, only this function waits for the device."""
         values = {
             "top1": self.top1, "top5": self.top(5), "mean_rank": self.mean_rank, "positive": self.positive.mean(),

@@ -207,6 +207,29 @@ def test_losses_are_counted_apart_and_tokens_not_measured() -> None:
     assert "siglip_loss: loss " in str(m)
 
 
+def test_groups_are_counted_and_not_measured() -> None:
+    x, y = (F.normalize(torch.randn(3, 4, 6), dim=2) for _ in range(2))
+    ids, lengths = torch.arange(4).repeat(3).view(3, 4), torch.tensor([5, 7])
+    flat = x.flatten(0, 1), y.flatten(0, 1)
+    with no_warning(), fc.monitor() as m:
+        fc.clip_loss(x, y, 10.0, row_ids=ids.flatten(), col_ids=ids.flatten())
+        fc.clip_loss(*flat, 10.0, lengths=lengths)
+        fc.info_nce_loss(x, y)
+        fc.siglip_loss(x, y, 10.0, -1.0)
+        fc.nt_xent_loss(x, y, normalize=False)
+        fc.supcon_loss(torch.stack((x, y), dim=2), ids.flatten())
+        fc.supcon_loss(flat[0], ids.flatten(), lengths=lengths)
+    assert (m.calls, m.checked, m.measures) == (7, 0, {})
+
+
+def test_the_loss_of_prefixes_is_a_sum_and_not_stuck() -> None:
+    x, y = (F.normalize(torch.randn(N, 64), dim=1) for _ in range(2))
+    with no_warning(), fc.monitor() as m:
+        for _ in range(12):
+            fc.clip_loss(x, y, 1.0, dims=(32,), dim_weights=(1.0,))
+    assert m.measures["clip_loss"]["clip_loss/temperature"] == 1
+
+
 def test_reductions_and_modes() -> None:
     x, y = (F.normalize(torch.randn(20, 6), dim=1) for _ in range(2))
     loss = fc.clip_loss(x, y, 10.0).item()

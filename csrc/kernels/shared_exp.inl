@@ -97,7 +97,7 @@ static bool forward_shared_exp(const LogitRule<T>& whole_rule, const TileColumns
   alignas(64) T col_sum[kTileCols] = {}, some[kTileCols];
   PowerOfTwo<T> power(0);  // near exp of the first row's maximum
   for (int64_t first = 0; first < at.rows; first += kSweepRows) {
-    for (int64_t j = 0; j < kTileCols; ++j) some[j] = 0;  // few terms at a time: equal terms all round alike
+    for (int64_t j = 0; j < kTileCols; ++j) some[j] = 0;  // short sums: equal terms would all round one way
     for (int64_t r = first; r < smaller(first + kSweepRows, at.rows); ++r) {
       masked_logits(rule, columns, at, at.row + r, tile.products + r * tile.stride, guide_row(tile, r), masked,
                     pos_of(tile, at.row + r));

@@ -206,7 +206,7 @@ def _log_sum_exp(logits: Tensor, dim: int) -> Tensor:
 def _by_teacher(teacher: Tensor, logits: Tensor, dim: int) -> Tensor:
     """The log-sum-exp of the logits, their mean by the teacher's softmax, and its log-sum-exp, along ``dim``."""
     teacher = teacher.to(logits.dtype)
-    total = teacher.logsumexp(dim=dim)
+    total = _log_sum_exp(teacher, dim=dim)
     weighted = torch.where(teacher == -torch.inf, 0, logits) * _weights(teacher, total.unsqueeze(dim))
     return torch.stack((_log_sum_exp(logits, dim=dim), weighted.sum(dim=dim), total), dim=1)
 

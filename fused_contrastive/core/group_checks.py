@@ -27,6 +27,8 @@ def lengths(name: str, value: object, rows: int, of: str, what: str = "rows of e
         raise ValueError(f"{name}: got a length of {least}, expected lengths of at least 0")
     if total != rows:
         raise ValueError(f"{name}: got lengths that sum to {total}, expected {rows}, {of}")
+    if int(value.max()) > rows:  # the sum has overflowed
+        raise ValueError(f"{name}: got a length of {int(value.max())}, expected lengths that sum to {rows}, {of}")
     return value
 
 

@@ -105,6 +105,8 @@ def described(name: str, given: Mapping[str, Any], processes: int) -> Call | Non
         ]
     elif name in NAMES and not given.get("use_all_token_embeds", False):
         features = {key: given[key] if given[key].dim() == 2 else given[key][0] for key in NAMES[name]}
+        if (dims := given.get("dims")) is not None:  # columns after the last are not used
+            features = {key: z[:, : dims[-1]] for key, z in features.items()}
         x, y = features.values()
         directions = _between(given, x, y, given.get("symmetric", name in SYMMETRIC))
     else:

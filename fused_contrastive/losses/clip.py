@@ -174,9 +174,10 @@ def clip_loss(
     nested = matryoshka.checked(dims, dim_weights, image_features, "image_features")
     if nested is not None:
         matryoshka.refuse(
-            call, lengths=groups, equal_ids=None if equal_ids == "exclude" else equal_ids,
-            absolute_margin=absolute_margin, relative_margin=relative_margin, guide=guide, debias=debias,
-            hardness=hardness, label_smoothing=label_smoothing, metrics=metrics,
+            group=call.spread, lengths=lengths, image_features=groups,
+            equal_ids=None if equal_ids == "exclude" else equal_ids, absolute_margin=absolute_margin,
+            relative_margin=relative_margin, guide=guide, debias=debias, hardness=hardness or None,
+            label_smoothing=label_smoothing or None, metrics=metrics,
         )  # fmt: skip
     limits = margins.checked(
         absolute_margin, relative_margin, guide, logit_scale, (image_features, text_features), normalize
@@ -273,7 +274,11 @@ class ClipLoss(nn.Module):
         terms.check_module(reduction, memory_budget, backend, decoupled=decoupled, normalize=normalize)
         checks.unit_interval("label_smoothing", label_smoothing)
         corrections.check_module(equal_ids, absolute_margin, relative_margin, debias, hardness, label_smoothing)
-        matryoshka.checked(dims, dim_weights)
+        matryoshka.check_module(
+            dims, dim_weights, equal_ids=None if equal_ids == "exclude" else equal_ids, absolute_margin=absolute_margin,
+            relative_margin=relative_margin, debias=debias, hardness=hardness or None,
+            label_smoothing=label_smoothing or None,
+        )  # fmt: skip
         self.debias = debias
         self.hardness = hardness
         self.equal_ids: related.EqualIds = equal_ids

@@ -205,9 +205,10 @@ def info_nce_loss(
     nested = matryoshka.checked(dims, dim_weights, query, "query")
     if nested is not None:
         matryoshka.refuse(
-            call, lengths=groups, negatives=None if shared else negatives, col_bias=col_bias,
-            equal_ids=equal_ids if several else None, absolute_margin=absolute_margin, relative_margin=relative_margin,
-            guide=guide, debias=debias, hardness=hardness, label_smoothing=label_smoothing, metrics=metrics,
+            group=call.spread, lengths=lengths, query=groups, negatives=None if shared else negatives,
+            col_bias=col_bias, equal_ids=equal_ids if several else None, absolute_margin=absolute_margin,
+            relative_margin=relative_margin, guide=guide, debias=debias, hardness=hardness or None,
+            label_smoothing=label_smoothing or None, metrics=metrics,
         )  # fmt: skip
     limits = margins.checked(absolute_margin, relative_margin, guide, scale, features, normalize)
     terms.check_smoothing(label_smoothing, row_ids, limits is not None)
@@ -328,7 +329,11 @@ class InfoNCELoss(nn.Module):
         terms.scale_of(temperature, None, DEFAULT_TEMPERATURE)
         _check_options(symmetric, decoupled, margin, label_smoothing, reduction, normalize)
         corrections.check_module(equal_ids, absolute_margin, relative_margin, debias, hardness, label_smoothing)
-        matryoshka.checked(dims, dim_weights)
+        matryoshka.check_module(
+            dims, dim_weights, equal_ids=None if equal_ids == "exclude" else equal_ids, absolute_margin=absolute_margin,
+            relative_margin=relative_margin, debias=debias, hardness=hardness or None,
+            label_smoothing=label_smoothing or None,
+        )  # fmt: skip
         self.debias = debias
         self.hardness = hardness
         terms.check_module(reduction, memory_budget, backend)

@@ -12,7 +12,6 @@ from torch import Tensor
 from fused_contrastive.core import checks
 from fused_contrastive.core.reduction import Reduction
 from fused_contrastive.core.spec import compute_dtype
-from fused_contrastive.distributed.agreement import Alone, Call
 from fused_contrastive.distributed.shape import Shape
 from fused_contrastive.ops import prefixes
 from fused_contrastive.ops.problem import Problem
@@ -62,10 +61,17 @@ def shown(dims: Sequence[int] | None, dim_weights: Sequence[float] | None) -> st
     return "" if dims is None else f", dims={dims!r}, dim_weights={dim_weights!r}"
 
 
-def refuse(call: Alone | Call, **options: object) -> None:
-    """Raises NotImplementedError for an option that is in use, neither None nor 0: with ``dims`` it is not covered."""
-    for name, value in {"group": call.spread or None, **options}.items():
-        if value is not None and (not isinstance(value, (bool, int, float)) or value != 0):
+def check_module(dims: object, dim_weights: object, **options: object) -> None:
+    """The checks of the options that a module is constructed with."""
+    if checked(dims, dim_weights) is not None:
+        refuse(**options)
+
+
+def refuse(**options: object) -> None:
+    """Raises NotImplementedError for an option that is neither None nor False: with ``dims`` it is not covered. Where 0
+    is an option's default, callers pass None for it; a margin of 0 is one."""
+    for name, value in options.items():
+        if value is not None and value is not False:
             raise NotImplementedError(
                 f"{name}: got it together with dims, which is not covered: add up a call for each prefix"
             )

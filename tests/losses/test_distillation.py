@@ -36,6 +36,25 @@ def test_nan_in_the_teacher_is_nan_in_the_loss(backend: str) -> None:
         assert loss.isnan().all() or given is some
 
 
+@pytest.mark.parametrize("budget", [0, "auto"])
+def test_an_infinite_teacher_has_no_gradient_that_is_a_number(budget: int | str, backend: str) -> None:
+    """As in PyTorch, where softmax of a row with an infinite logit is NaN."""
+    x, y, teacher_y = (
+        features(2).requires_grad_(),
+        features(3).requires_grad_(),
+        torch.tensor([[0.0], [torch.inf], [1.0]]),
+    )
+    loss = fc.distillation_loss(
+        x, y, 1.0, torch.ones(2, 1), teacher_y, 1.0, symmetric=False, memory_budget=budget, backend=backend
+    )
+    loss.backward()
+    assert loss.isnan()
+    assert x.grad is not None
+    assert y.grad is not None
+    assert x.grad.isnan().all()
+    assert y.grad.isnan().all()
+
+
 def test_targets_weight_1_is_clip(backend: str) -> None:
     x, y, other = features(9), features(9), features(9)
     found = fc.distillation_loss(x, y, 5.0, other, other, 3.0, targets_weight=1.0, backend=backend)

@@ -212,6 +212,25 @@ def test_refused_by_name(loss: Callable[..., Tensor], name: str) -> None:
         loss(*problem(), dims=DIMS, **{name: REFUSED[name]}, **ids)
 
 
+@pytest.mark.parametrize("name", ["absolute_margin", "relative_margin"])
+@pytest.mark.parametrize("loss", [clip, info_nce])
+def test_a_margin_of_0_is_one(loss: Callable[..., Tensor], name: str) -> None:
+    with pytest.raises(NotImplementedError, match=f"^{name}: got it together with dims"):
+        loss(*problem(), dims=DIMS, **{name: 0.0})
+
+
+def test_features_of_groups_are_refused_by_their_name() -> None:
+    with pytest.raises(NotImplementedError, match=r"^image_features: got it together with dims"):
+        fc.clip_loss(torch.randn(2, 5, 8), torch.randn(2, 5, 8), 1.0, dims=(4,))
+
+
+@pytest.mark.parametrize("name", ["absolute_margin", "debias", "hardness", "label_smoothing", "equal_ids"])
+@pytest.mark.parametrize("module", [fc.ClipLoss, fc.InfoNCELoss])
+def test_modules_refuse_at_construction(module: Any, name: str) -> None:
+    with pytest.raises(NotImplementedError, match=f"^{name}: got it together with dims"):
+        module(dims=DIMS, **{name: REFUSED[name]})
+
+
 @pytest.mark.parametrize(("name", "value"), [("negatives", torch.randn(N, 2, D)), ("col_bias", torch.zeros(N))])
 def test_refused_by_info_nce(name: str, value: Tensor) -> None:
     with pytest.raises(NotImplementedError, match=f"^{name}: got it together with dims"):

@@ -63,6 +63,11 @@ def test_items_without_tokens() -> None:
     ("change", "error", "message"),
     [
         ({"x_lengths": torch.tensor([2, 2])}, ValueError, "x_lengths: got lengths that sum to 4, expected 5, the rows"),
+        (
+            {"x_lengths": torch.tensor([2**62] * 4 + [5])},
+            ValueError,
+            f"x_lengths: got a length of {2**62}, expected le",
+        ),
         ({"x_lengths": torch.tensor([6, -1])}, ValueError, "x_lengths: got a length of -1, expected lengths of at lea"),
         ({"x_lengths": torch.tensor([2.0, 3.0])}, TypeError, "x_lengths: got dtype torch.float32, expected an int64 t"),
         ({"x_lengths": [2, 3]}, TypeError, "x_lengths: got list, expected an int64 tensor of shape (B,), the number o"),

@@ -31,7 +31,8 @@ def all_cases(seed: int, world: int) -> list[tuple[Case, str, str]]:
     """
     cases = []
     dtypes = (torch.float32, torch.float64, torch.bfloat16)
-    for k, (loss, option) in enumerate((loss, option) for loss, option in OPTIONS if "groups" not in option):
+    spread = ((loss, option) for loss, option in OPTIONS if {"groups", "dims"}.isdisjoint(option.split()))
+    for k, (loss, option) in enumerate(spread):
         for j, exchange in enumerate(EXCHANGES):
             for i, split in enumerate(SPLITS):
                 sizes = Sizes(13, 16, dtypes[(k + i + j) % 3], (1.0, 14.3, 100.0)[(k + i) % 3])

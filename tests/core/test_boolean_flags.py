@@ -12,6 +12,8 @@ import pytest
 import torch
 from every_function import FUNCTIONS, MODULES, OTHERS, PUBLIC, RESULTS
 
+import fused_contrastive as fc
+
 NOT_FLAGS = [0, 1, 0.0, "no", "False", np.bool_(True), torch.tensor(True), [], None]
 
 
@@ -37,7 +39,28 @@ def test_whatever_is_public_is_here() -> None:
     for name in set(OTHERS) - {"monitor"}:  # whose own tests try its flag
         assert not flags(PUBLIC[name])
     for name in MODULES:
-        assert not flags(PUBLIC[name].forward), "options of a module belong to its constructor"
+        assert set(flags(PUBLIC[name].forward)) <= {"metrics"}, "options of a module belong to its constructor"
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        fc.ClipLoss(),
+        fc.SigLipLoss(),
+        fc.InfoNCELoss(),
+        fc.NTXentLoss(normalize=True),
+    ],
+)
+def test_metrics_of_a_module_s_call_is_true_or_false(module: torch.nn.Module) -> None:
+    x = torch.eye(4)
+    with pytest.raises(TypeError, match=r"^metrics: got 1, expected True or False"):
+        module(
+            x,
+            x,
+            logit_scale=1.0,
+            metrics=1,
+            **({"logit_bias": 0.0} if isinstance(module, fc.SigLipLoss) else {}),
+        )
 
 
 @pytest.mark.parametrize(("name", "flag"), ENTRIES)

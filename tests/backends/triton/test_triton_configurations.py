@@ -64,11 +64,16 @@ def test_defaults_spill_no_registers(compiled: list[dict[str, Any]]) -> None:
 
     if Version(triton.__version__) < Version("3.6"):
         pytest.skip(f"Triton {triton.__version__}: what it spills is in docs/triton.md")
+    spilling = []
     for row in compiled:
         again = row["source"] == "half" and row["kernel"].startswith("exact")  # computes again what is lost or far
-        smooth = row["source"] != "half" and "smooth" in row["options"]  # two products beside each other
-        if row["options"] != "every" and not again:
-            assert row["spilled"] <= (8 if smooth else 0), name(row)
+        smooth = "smooth" in row["options"] and (row["source"], row["arch"]) != (
+            "half",
+            "sm_90",
+        )  # two products at once
+        if row["options"] != "every" and not again and row["spilled"] > (8 if smooth else 0):
+            spilling.append(f"{name(row)}: {row['spilled']}")
+    assert not spilling
 
 
 # Instructions per logit on sm_90 without options, with an allowance of some percent above Triton 3.6's and 3.9's.

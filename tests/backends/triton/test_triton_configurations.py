@@ -67,11 +67,10 @@ def test_defaults_spill_no_registers(compiled: list[dict[str, Any]]) -> None:
     spilling = []
     for row in compiled:
         again = row["source"] == "half" and row["kernel"].startswith("exact")  # computes again what is lost or far
-        smooth = "smooth" in row["options"] and (row["source"], row["arch"]) != (
-            "half",
-            "sm_90",
-        )  # two products at once
-        if row["options"] != "every" and not again and row["spilled"] > (8 if smooth else 0):
+        # Two products at once, or an item's own tokens; on sm_90, half features leave room for both.
+        large = "smooth" in row["options"] or "own" in row["options"]
+        large &= (row["source"], row["arch"]) != ("half", "sm_90")
+        if row["options"] != "every" and not again and row["spilled"] > (8 if large else 0):
             spilling.append(f"{name(row)}: {row['spilled']}")
     assert not spilling
 

@@ -12,8 +12,27 @@ DISTILLATION = "tests/losses/test_distillation.py"
 MINED = "tests/ops/test_mined.py"
 SAMPLED = "tests/ops/test_sample_negatives.py"
 METRICS = "tests/losses/test_metrics.py"
+GROUPS = "tests/losses/test_groups.py"
 
 MUTANTS = [
+    Mutant(
+        "biases of the first groups",
+        "a group's columns have the biases of as many rows",
+        "csrc/stats/groups.h",
+        "&own.col_limit, &own.col_guide}) *t = part(*t, g.cols);",
+        "&own.col_limit, &own.col_guide}) *t = part(*t, {0, g.cols.size()});",
+        (GROUPS,),
+        "test_statistics and not triton",
+    ),
+    Mutant(
+        "last group's scale",
+        "the last group's gradient of the scale is lost",
+        "csrc/stats/groups.h",
+        "std::accumulate(parts.begin(), parts.end(), 0.)",
+        "std::accumulate(parts.begin(), parts.end() - 1, 0.)",
+        (GROUPS,),
+        "test_statistics and not triton",
+    ),
     Mutant(
         "only the first id",
         "ids after the first of a row and column are not compared",

@@ -84,6 +84,31 @@ class Maker:
             if options.get(name):
                 options[name] = self.margin(x, y, targets, name == "relative_margin")
 
+    def set_debias(self, options: dict[str, Any], *directions: Tensor) -> None:
+        """If the option "debias" is there, makes each row's share of hidden positives, (M,).
+
+        No rounding is small for a sum that is nearly all taken away, or nearly at its lower bound. So the share is the
+        one of 32 that is farthest from both in every direction: logits (M, N), -inf where excluded, with the positives
+        on the diagonal.
+        """
+        if not options.get("debias"):
+            return
+        shares = 0.4 * (-7 * self.vector(len(directions[0]) * 32).double()).exp().view(-1, 32)
+        hardness, gaps = options.get("hardness", 0.0), torch.full_like(shares, torch.inf)
+        for s in directions:
+            pos, some = s.double().diagonal()[:, None], s.clone().fill_diagonal_(-torch.inf) > -torch.inf
+            of_hard, of_easy = (
+                (factor * s.double()).where(some, -torch.inf).logsumexp(dim=1, keepdim=True)
+                for factor in (1 + hardness, hardness)
+            )
+            mean = of_hard - of_easy  # log of the sum over negatives, divided by their number
+            taken = shares.log() + pos - mean
+            left = mean + torch.log1p(-taken.exp()) - torch.log1p(-shares)  # NaN where more than all is taken
+            for gap in (taken, left + self.sizes.scale):
+                gaps = torch.minimum(gaps, gap.abs().nan_to_num(torch.inf))
+        chosen = shares.gather(1, gaps.argmax(dim=1, keepdim=True)).squeeze(1)
+        options["debias"] = chosen.to(self.scalar(0).dtype)
+
     def set_dims(self, options: dict[str, Any]) -> None:
         """If the option "dims" is there, makes up to three prefixes, of which the longest may leave columns out."""
         if "dims" in options:

@@ -105,8 +105,10 @@ def _info_nce(make: Maker, given: dict[str, Any]) -> tuple[Leaves, dict[str, Any
         options["row_ids"], options["col_ids"] = (make.ids(size, n // 3 * count, count) for size in (m, columns))
     if options.pop("weight", False):
         options["weight"] = make.vector(m) + 0.1
-    if options.get("debias") == "rows":
-        options["debias"] = make.vector(m) * 0.2
+    if options.get("debias"):
+        queries, scale = leaves["query"], make.sizes.scale
+        own = (queries[:, None] * leaves["negatives"]).sum(dim=2)
+        make.set_debias(options, scale * torch.cat((queries @ leaves["key"].T, own), dim=1))
     if options.get("margin") == "rows":
         leaves["margin"], _ = make.vector(m), options.pop("margin")
     make.set_margins(leaves["query"], torch.cat((leaves["key"], *_shared(leaves))), options)
@@ -131,6 +133,12 @@ def _clip(make: Maker, given: dict[str, Any]) -> tuple[Leaves, dict[str, Any]]:
         options["row_ids"], options["col_ids"] = (make.ids(size, high, count) for size in (m, n))
     if options.pop("weight", False):
         options["weight"] = make.vector(m) + 0.1
+    if options.get("debias"):
+        s = make.sizes.scale * leaves["image_features"] @ leaves["text_features"].T
+        if count:
+            s = s.masked_fill(textbook_related.related(options["row_ids"], options["col_ids"]), -torch.inf)
+            s.diagonal().copy_(make.sizes.scale * (leaves["image_features"] * leaves["text_features"]).sum(dim=1))
+        make.set_debias(options, s, s.T)
     make.set_margins(leaves["image_features"], leaves["text_features"], options)
     return leaves, options
 
@@ -140,6 +148,12 @@ def _nt_xent(make: Maker, given: dict[str, Any]) -> tuple[Leaves, dict[str, Any]
     make.set_lengths(options)
     count = options.pop("count", 2)
     leaves = {f"z{k + 1}": make.features(make.sizes.n) for k in range(count)}
+    if options.get("debias"):
+        views = list(leaves.values())
+        of_views = [make.sizes.scale * a @ torch.cat((b, a)).T for a, b in (views, views[::-1])]
+        for s in of_views:
+            s.diagonal(make.sizes.n).fill_(-torch.inf)  # a row with itself
+        make.set_debias(options, *of_views)
     return {**leaves, "temperature": make.scalar(1 / make.sizes.scale)}, options
 
 
@@ -264,8 +278,8 @@ LOSSES: dict[str, Member] = {
             "absolute margin": {"absolute_margin": True},
             "relative margin": {"relative_margin": True, "ids": 1, "normalize": True},
             "guide": {"relative_margin": True, "guide": True},
-            "debias": {"debias": 0.1, "weight": True},
-            "debias hardness": {"debias": 0.05, "hardness": 0.5, "ids": 1},
+            "debias": {"debias": True, "weight": True},
+            "debias hardness": {"debias": True, "hardness": 0.5, "ids": 1},
             "groups": {"lengths": True},
             "groups ids": {"lengths": True, "ids": 2, "weight": True, "normalize": True},
             "dims": {"dims": True},
@@ -293,7 +307,7 @@ LOSSES: dict[str, Member] = {
             "absolute margin": {"absolute_margin": True, "negatives": "own", "margin": "rows"},
             "relative margin": {"relative_margin": True, "symmetric": True, "negatives": "shared", "bias": True},
             "guide": {"absolute_margin": True, "guide": True, "targets": True, "bias": True},
-            "debias": {"debias": "rows", "negatives": "own"},
+            "debias": {"debias": True, "negatives": "own"},
             "hardness": {"hardness": 1.0, "negatives": "shared", "symmetric": False, "ids": 2, "margin": 0.2},
             "weight": {"weight": True, "normalize": True},
             "weight none": {"weight": True, "reduction": "none"},
@@ -312,7 +326,7 @@ LOSSES: dict[str, Member] = {
         {
             "plain": {},
             "decoupled": {"decoupled": True},
-            "debias": {"debias": 0.1},
+            "debias": {"debias": True},
             "hardness": {"hardness": 0.7},
             "three views": {"count": 3},
             "three views decoupled": {"count": 3, "decoupled": True},

@@ -254,7 +254,7 @@ def nt_xent(
     logits: Logits,
     *views: Tensor,
     temperature: Tensor,
-    debias: float | None = None,
+    debias: float | Tensor | None = None,
     hardness: float = 0.0,
     decoupled: bool = False,
     reduction: str = "mean",
@@ -268,6 +268,7 @@ def nt_xent(
     if debias is not None or hardness:
         n = len(views[0])
         targets = torch.arange(2 * n, device=z.device).roll(n)
+        debias = debias.repeat(2) if isinstance(debias, Tensor) and debias.dim() else debias
         return reduce(corrected_loss(s, targets, own, decoupled, 1 / temperature, debias, hardness), reduction)
     positives = same & ~own
     denominator = logsumexp(s.masked_fill(same if decoupled else own, -torch.inf), 1)

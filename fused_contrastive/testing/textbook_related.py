@@ -87,7 +87,9 @@ def _corrected(
     most = torch.maximum(log_sum, pos).detach()
     left = ((log_sum - most).exp() - count * debias * (pos - most).exp()) / (1 - debias)
     least = count * (-scale - most).exp()
-    return torch.where(left > least, left.clamp_min(1e-300).log() + most, count.log() - scale)
+    above = left > least
+    # torch.where would pass on a NaN from the gradient of the logarithm of 0, even where it takes the other value.
+    return torch.where(above, torch.where(above, left, 1.0).log() + most, count.log() - scale)
 
 
 def corrected_loss(

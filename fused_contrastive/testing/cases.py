@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fused_contrastive.testing.inputs import Leaves
 from fused_contrastive.testing.maker import Maker, Sizes
-from fused_contrastive.testing.registry import LOSSES, PRIMITIVES, Leaves, Member
+from fused_contrastive.testing.registry import LOSSES, PRIMITIVES, Member
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # 1: no negatives; 7, 257: one off the vector width and the tile; 1000: several tiles and a part of one.

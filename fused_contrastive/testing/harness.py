@@ -28,7 +28,7 @@ from fused_contrastive.core.spec import compute_dtype
 from fused_contrastive.core.unit import LEAST_NORM
 from fused_contrastive.testing import oracle
 from fused_contrastive.testing.cases import Case
-from fused_contrastive.testing.registry import Leaves
+from fused_contrastive.testing.inputs import Leaves
 
 Results = dict[str, Tensor]  # outputs and, as "d" and the leaf's name, gradients; in float64
 Device = torch.device | str

@@ -9,8 +9,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fused_contrastive.losses.clip import clip_loss
@@ -22,12 +20,11 @@ from fused_contrastive.losses.siglip import siglip_loss
 from fused_contrastive.losses.supcon import supcon_loss
 from fused_contrastive.losses.x_clip import x_clip_loss
 from fused_contrastive.ops.stats import contrastive_stats
-from fused_contrastive.testing import oracle, textbook, textbook_groups, textbook_related, textbook_tokens
+from fused_contrastive.testing import inputs, oracle, textbook, textbook_related, textbook_tokens
+from fused_contrastive.testing.inputs import Inputs
 from fused_contrastive.testing.maker import Maker
 from fused_contrastive.testing.textbook_groups import by_groups, with_positives
 from fused_contrastive.testing.textbook_matryoshka import by_prefixes
-
-Leaves = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -45,116 +42,11 @@ class Member:
     """
 
     options: dict[str, dict[str, Any]]
-    make: Callable[[Maker, dict[str, Any]], tuple[Leaves, dict[str, Any]]]
+    make: Callable[[Maker, dict[str, Any]], Inputs]
     ours: Callable[..., Any]
     textbook: Callable[..., Any]
     stable: Callable[..., Any] | None = None
     as_they_are: bool = False
-
-
-def pair(*names: str) -> Callable[[Maker, dict[str, Any]], tuple[Leaves, dict[str, Any]]]:
-    """Two sets of N features and a scale, by these names; the options are arguments as they are."""
-
-    def make(make: Maker, given: dict[str, Any]) -> tuple[Leaves, dict[str, Any]]:
-        sizes = make.sizes
-        tensors = make.features(sizes.n), make.features(sizes.n), make.scalar(sizes.scale)
-        return dict(zip(names, tensors, strict=True)), dict(given)
-
-    return make
-
-
-def _contrastive_stats(make: Maker, given: dict[str, Any]) -> tuple[Leaves, dict[str, Any]]:
-    n, options = make.sizes.n, dict(given)
-    m = n if "lengths" in options else make.sizes.m or n
-    make.set_lengths(options)
-    leaves = {"x": make.features(m), "y": make.features(n), "scale": make.scalar(make.sizes.scale)}
-    if options.pop("targets", False) or m > n:
-        options["targets"] = make.targets(m, n, options)
-    if options.pop("bias", False):
-        empty = make.vector(n) < 0.2
-        empty[textbook_groups.columns(options, m)] = False  # a positive in an empty slot would be -inf
-        leaves["col_bias"] = (4 * make.vector(n) - 2).masked_fill(empty, -torch.inf)
-    if count := options.pop("ids", 0):  # so few ids that some rows have no negatives left
-        high = max(2, n // 8)
-        options["row_ids"], options["col_ids"] = (make.ids(size, high, count) - high // 2 for size in (m, n))
-    if options.pop("limits", False):
-        options["row_limit"], options["col_limit"] = (
-            make.sizes.scale * (make.vector(size) - 0.5).round(decimals=3) for size in (m, n)
-        )
-    if options.get("memory_budget") == "half":
-        options["memory_budget"] = (m // 2) * n * leaves["scale"].itemsize
-    return leaves, options
-
-
-def _info_nce(make: Maker, given: dict[str, Any]) -> tuple[Leaves, dict[str, Any]]:
-    n, options = make.sizes.n, dict(given)
-    m = n if options.get("symmetric") or "lengths" in options else max(1, n - 3)
-    make.set_lengths(options)
-    make.set_dims(options)
-    leaves = {"query": make.features(m), "key": make.features(n), "logit_scale": make.scalar(make.sizes.scale)}
-    kind, columns = options.pop("negatives", None), n
-    if kind == "shared":
-        leaves["negatives"], columns = make.features(5), n + 5
-    if kind == "own":
-        leaves["negatives"] = make.features(m, 4)
-    if options.pop("bias", False):
-        leaves["col_bias"] = make.vector(columns)
-    if options.pop("targets", False):
-        options["targets"] = make.targets(m, n, options)
-    if count := options.pop("ids", 0):
-        options["row_ids"], options["col_ids"] = (make.ids(size, n // 3 * count, count) for size in (m, columns))
-    if options.pop("weight", False):
-        options["weight"] = make.vector(m) + 0.1
-    if options.get("debias"):
-        queries, scale = leaves["query"], make.sizes.scale
-        own = (queries[:, None] * leaves["negatives"]).sum(dim=2)
-        make.set_debias(options, scale * torch.cat((queries @ leaves["key"].T, own), dim=1))
-    if options.get("margin") == "rows":
-        leaves["margin"], _ = make.vector(m), options.pop("margin")
-    make.set_margins(leaves["query"], torch.cat((leaves["key"], *_shared(leaves))), options)
-    return leaves, options
-
-
-def _shared(leaves: Leaves) -> list[Tensor]:
-    return [leaves["negatives"]] if "negatives" in leaves and leaves["negatives"].dim() == 2 else []
-
-
-def _clip(make: Maker, given: dict[str, Any]) -> tuple[Leaves, dict[str, Any]]:
-    n, options = make.sizes.n, dict(given)
-    m = max(1, n // 2) if options.pop("unequal", False) else n
-    make.set_lengths(options)
-    make.set_dims(options)
-    leaves = {
-        "image_features": make.features(m), "text_features": make.features(n),
-        "logit_scale": make.scalar(make.sizes.scale),
-    }  # fmt: skip
-    if count := options.pop("ids", 0):
-        high = 4 * n if options.get("decoupled") else n // 3 * count  # of few, all pairs of a row may be related
-        options["row_ids"], options["col_ids"] = (make.ids(size, high, count) for size in (m, n))
-    if options.pop("weight", False):
-        options["weight"] = make.vector(m) + 0.1
-    if options.get("debias"):
-        s = make.sizes.scale * leaves["image_features"] @ leaves["text_features"].T
-        if count:
-            s = s.masked_fill(textbook_related.related(options["row_ids"], options["col_ids"]), -torch.inf)
-            s.diagonal().copy_(make.sizes.scale * (leaves["image_features"] * leaves["text_features"]).sum(dim=1))
-        make.set_debias(options, s, s.T)
-    make.set_margins(leaves["image_features"], leaves["text_features"], options)
-    return leaves, options
-
-
-def _nt_xent(make: Maker, given: dict[str, Any]) -> tuple[Leaves, dict[str, Any]]:
-    options = dict(given)
-    make.set_lengths(options)
-    count = options.pop("count", 2)
-    leaves = {f"z{k + 1}": make.features(make.sizes.n) for k in range(count)}
-    if options.get("debias"):
-        views = list(leaves.values())
-        of_views = [make.sizes.scale * a @ torch.cat((b, a)).T for a, b in (views, views[::-1])]
-        for s in of_views:
-            s.diagonal(make.sizes.n).fill_(-torch.inf)  # a row with itself
-        make.set_debias(options, *of_views)
-    return {**leaves, "temperature": make.scalar(1 / make.sizes.scale)}, options
 
 
 def _ours_nt_xent(z1: Tensor, z2: Tensor, temperature: Tensor, z3: Tensor | None = None, **options: Any) -> Tensor:
@@ -167,67 +59,6 @@ def _textbook_nt_xent(
     logits: oracle.Logits, z1: Tensor, z2: Tensor, temperature: Tensor, z3: Tensor | None = None, **options: Any
 ) -> Tensor:
     return textbook.nt_xent(logits, z1, z2, *(() if z3 is None else (z3,)), temperature=temperature, **options)
-
-
-def _supcon(make: Maker, given: dict[str, Any]) -> tuple[Leaves, dict[str, Any]]:
-    options = dict(given)
-    make.set_lengths(options)
-    n, views = make.sizes.n, options.pop("views", 1)
-    features = make.features(n) if views == 1 else make.features(n, views)
-    options["labels"] = make.ids(n, n // options.pop("per_label", 3)) * 7 - 11
-    return {"features": features, "temperature": make.scalar(1 / make.sizes.scale)}, options
-
-
-def _siglip(make: Maker, given: dict[str, Any]) -> tuple[Leaves, dict[str, Any]]:
-    n, options = make.sizes.n, dict(given)
-    make.set_lengths(options)
-    scale = make.scalar(make.sizes.scale)
-    m = max(1, n // 2) if options.pop("unequal", False) else n
-    leaves = {"image_features": make.features(m), "text_features": make.features(n), "logit_scale": scale}
-    if options.pop("bias", True):
-        leaves["logit_bias"] = make.scalar(-make.sizes.scale / 2)
-    if count := options.pop("ids", 0):
-        options["row_ids"], options["col_ids"] = (make.ids(size, n // 2 * count, count) for size in (m, n))
-    if options.pop("weight", False):
-        options["weight"] = make.vector(m) + 0.1
-    return leaves, options
-
-
-def _distillation(make: Maker, given: dict[str, Any]) -> tuple[Leaves, dict[str, Any]]:
-    n, options = make.sizes.n, dict(given)
-    columns = n + 5 if options.pop("queue", False) else n
-    options["teacher_x"], options["teacher_y"] = (
-        F.normalize(torch.rand(size, 3, generator=make.generator, dtype=torch.float32, device="cpu") - 0.5, dim=1)
-        for size in (n, columns)
-    )
-    if options.pop("weight", False):
-        options["weight"] = make.vector(n) + 0.1
-    leaves = {"x": make.features(n), "y": make.features(columns), "logit_scale": make.scalar(make.sizes.scale)}
-    return leaves, {"teacher_scale": 7.5, **options}
-
-
-def _filip(make: Maker, given: dict[str, Any]) -> tuple[Leaves, dict[str, Any]]:
-    n, options = min(make.sizes.n, 20), dict(given)
-    leaves = {"image_tokens": make.features(n, 5), "text_tokens": make.features(n, 3)}
-    if options.pop("masks", False):
-        options["image_mask"], options["text_mask"] = make.mask(n, 5), make.mask(n, 3)
-    return {**leaves, "logit_scale": make.scalar(make.sizes.scale)}, options
-
-
-def _x_clip(make: Maker, given: dict[str, Any]) -> tuple[Leaves, dict[str, Any]]:
-    options = dict(given)
-    text_views, image_views = options.pop("views", (1, 1))
-    extra, tokens = options.pop("extra", False), options.get("use_all_token_embeds", False)
-    n = min(make.sizes.n, 20) if tokens else make.sizes.n
-    text_shape = (text_views, n, 3) if tokens else (text_views, n)
-    image_shape = (image_views, n, 5) if tokens else (image_views, n)
-    leaves = {"text_latents": make.features(*text_shape), "image_latents": make.features(*image_shape)}
-    if extra:
-        leaves |= {"text_latents_extra": make.features(*text_shape)}
-        leaves |= {"image_latents_extra": make.features(*image_shape)}
-    if options.pop("mask", False):
-        options["text_mask"] = make.mask(*text_shape)
-    return {**leaves, "logit_scale": make.scalar(make.sizes.scale)}, options
 
 
 def positional(function: Callable[..., Any], *names: str) -> Callable[..., Any]:
@@ -256,7 +87,7 @@ PRIMITIVES: dict[str, Member] = {
             "recompute": {"memory_budget": 0},
             "half kept": {"memory_budget": "half"},
         },
-        _contrastive_stats,
+        inputs.contrastive_stats,
         contrastive_stats,
         by_groups(positional(textbook.contrastive_stats, "x", "y", "scale"), reduces=False),
         as_they_are=True,
@@ -285,7 +116,7 @@ LOSSES: dict[str, Member] = {
             "dims": {"dims": True},
             "dims normalized": {"dims": True, "normalize": True, "weight": True, "memory_budget": 0},
         },
-        _clip,
+        inputs.clip,
         clip_loss,
         by_prefixes(by_groups(positional(textbook.clip, "image_features", "text_features", "logit_scale"))),
         by_prefixes(by_groups(positional(textbook.clip_stable, "image_features", "text_features", "logit_scale"))),
@@ -318,7 +149,7 @@ LOSSES: dict[str, Member] = {
             "dims": {"dims": True, "targets": True, "negatives": "shared", "margin": 0.25},
             "dims symmetric": {"dims": True, "normalize": True, "symmetric": True, "negatives": "shared", "ids": 2},
         },
-        _info_nce,
+        inputs.info_nce,
         info_nce_loss,
         by_prefixes(by_groups(positional(textbook.info_nce, "query", "key", "logit_scale"))),
     ),
@@ -334,7 +165,7 @@ LOSSES: dict[str, Member] = {
             "groups": {"lengths": True},
             "groups three views": {"lengths": True, "count": 3, "reduction": "none"},
         },
-        _nt_xent,
+        inputs.nt_xent,
         _ours_nt_xent,
         by_groups(_textbook_nt_xent),
     ),
@@ -349,7 +180,7 @@ LOSSES: dict[str, Member] = {
             "groups": {"lengths": True},
             "groups in": {"lengths": True, "variant": "in", "views": 2},
         },
-        _supcon,
+        inputs.supcon,
         supcon_loss,
         by_groups(positional(textbook.supcon, "features", "temperature"), with_positives),
     ),
@@ -364,7 +195,7 @@ LOSSES: dict[str, Member] = {
             "groups": {"lengths": True},
             "groups ids": {"lengths": True, "ids": 1},
         },
-        _siglip,
+        inputs.siglip,
         siglip_loss,
         by_groups(positional(textbook.siglip, "image_features", "text_features", "logit_scale", "logit_bias")),
     ),
@@ -375,13 +206,13 @@ LOSSES: dict[str, Member] = {
             "queue": {"symmetric": False, "queue": True, "targets_weight": 0.4, "reduction": "none"},
             "normalize": {"normalize": True, "teacher_scale": 100.0, "reduction": "sum"},
         },
-        _distillation,
+        inputs.distillation,
         distillation_loss,
         positional(textbook_related.distillation, "x", "y", "logit_scale"),
     ),
     "filip": Member(
         {"plain": {}, "masks": {"masks": True}, "x_clip": {"masks": True, "compat": "x_clip", "decoupled": True}},
-        _filip,
+        inputs.filip,
         filip_loss,
         positional(textbook_tokens.filip, "image_tokens", "text_tokens", "logit_scale"),
     ),
@@ -394,7 +225,7 @@ LOSSES: dict[str, Member] = {
             "tokens views": {"use_all_token_embeds": True, "mask": True, "views": (2, 1)},
             "tokens extra": {"use_all_token_embeds": True, "mask": True, "extra": True},
         },
-        _x_clip,
+        inputs.x_clip,
         x_clip_loss,
         positional(
             textbook_tokens.x_clip,

@@ -139,7 +139,7 @@ def test_losses_keep_the_budget(**drawn) -> None:  # type: ignore[no-untyped-def
     check_budget(**drawn)
 
 
-@examples(25)
+@examples(15)
 @given(fill=st.sampled_from(list(FINITE)), dtype=st.just(torch.float32), scale=st.just(3.0), **DRAWN)
 @pytest.mark.parametrize("backend", ["triton"], indirect=True)
 @pytest.mark.skipif(torch.cuda.is_available(), reason="it is for Triton's interpreter, and there is a GPU")

@@ -69,7 +69,7 @@ def test_random_problems(backend, **drawn) -> None:  # type: ignore[no-untyped-d
 
 
 @hypothesis_seed(SEED)
-@settings(max_examples=30, deadline=None, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, deadline=None, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(n=st.integers(1, 24), **DRAWN)
 @pytest.mark.parametrize("backend", ["triton"], indirect=True)
 def test_random_problems_triton(backend, **drawn) -> None:  # type: ignore[no-untyped-def]

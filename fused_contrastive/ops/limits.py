@@ -5,15 +5,26 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fused_contrastive.ops.own_dots import own_dots
+from fused_contrastive.core.modes import is_plain
+from fused_contrastive.core.spec import compute_dtype
+from fused_contrastive.ops.schema import without_autocast
+
+ELEMENTS = 1 << 18  # how many elements of the features are multiplied at a time
 
 
 def similarities(x: Tensor, positives: Tensor) -> tuple[Tensor, Tensor]:
     """(M,) dot products of x (M, D) with its positives (M, D), and (M,) how far roundings may part copies of these."""
-    similarity, x_norm, y_norm = (
-        own_dots(a, b[:, None]).squeeze(1) for a, b in ((x, positives), (x, x), (positives, positives))
-    )
-    return similarity, torch.finfo(similarity.dtype).eps * (8 + 4 * x.shape[1] ** 0.5) * (x_norm * y_norm).sqrt()
+    (m, d), dtype = x.shape, compute_dtype(x.dtype)
+    size = max(1, ELEMENTS // max(d, 1) if is_plain(x, positives) else m)
+    with without_autocast(x):
+        found = [_products(a.to(dtype), b.to(dtype)) for a, b in zip(x.split(size), positives.split(size), strict=True)]
+    similarity, x_square, y_square = torch.cat(found, dim=1)
+    return similarity, torch.finfo(dtype).eps * (8 + 4 * d**0.5) * (x_square * y_square).sqrt()
+
+
+def _products(a: Tensor, b: Tensor) -> Tensor:
+    """(3, M) of the rows of a with those of b, and of each with themselves."""
+    return torch.stack([torch.linalg.vecdot(*pair) for pair in ((a, b), (a, a), (b, b))])
 
 
 def highest(positive: Tensor, rounding: Tensor, absolute: float, relative: float) -> Tensor:

@@ -19,7 +19,7 @@ def padded(tokens: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
     return items, torch.arange(items.shape[1]) < lengths[:, None]
 
 
-@pytest.mark.thinned()
+@pytest.mark.thinned
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("smooth", [None, 0.3])
 @pytest.mark.parametrize("direction", ["x", "y", "both"])

@@ -32,7 +32,7 @@ from fused_contrastive.ops import dispatch, operands
 from fused_contrastive.ops.packed import unpacked
 from fused_contrastive.ops.problem import autocast
 from fused_contrastive.ops.schema import library, without_autocast
-from fused_contrastive.ops.transforms import register_formula
+from fused_contrastive.ops.transforms import register_formula, with_formula
 
 REDUCTIONS = ("sum", "mean")
 DIRECTIONS = ("x", "y", "both")
@@ -137,19 +137,7 @@ def _backward(ctx: Any, g_x: Tensor | None, g_y: Tensor | None, *_: None) -> tup
     return dx if needs[0] else None, dy if needs[1] else None, *(None,) * (INPUTS - 2)
 
 
-class _Eager(torch.autograd.Function):
-    """The same implementation and formula without the dispatcher's Python layers."""
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> MaxSimForward:
-        output = _forward(*inputs)
-        _setup_context(ctx, inputs, output)
-        return output
-
-    backward = staticmethod(_backward)
-
-
-register_formula("max_sim_forward", _backward, _setup_context)
+_call = with_formula("max_sim_forward", _forward, _backward, _setup_context)
 register_formula("max_sim_backward", second_backward)
 
 
@@ -294,19 +282,14 @@ def _sums(
     x: Tensor, y: Tensor, x_mask: Tensor | None, y_mask: Tensor | None, both: bool, smooth: float, budget: int | str,
     backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The operator: through torch.ops where something traces or intercepts, else directly."""
     differentiable = torch.is_grad_enabled() and (x.requires_grad or y.requires_grad)
     kept = 0
     if differentiable and not smooth:
         row = bytes_of_row(y.shape[-3], x, y, both)
         kept = rows_to_keep(x.shape[0], ((64, row), torch.uint8), budget, x.device)
-    inputs = (x, y, x_mask, y_mask, both, smooth, kept, backend)
-    if not is_plain(x, y, x_mask, y_mask):
-        x_sums, y_sums, _, _ = torch.ops.fused_contrastive.max_sim_forward(*inputs)
-    elif differentiable:
-        x_sums, y_sums, _, _ = _Eager.apply(*inputs)  # type: ignore[no-untyped-call]
-    else:
-        x_sums, y_sums, _, _ = _forward(*inputs)
+    x_sums, y_sums, _, _ = _call(
+        x, y, x_mask, y_mask, both, smooth, kept, backend, differentiable=differentiable
+    )  # fmt: skip
     return x_sums, y_sums
 
 

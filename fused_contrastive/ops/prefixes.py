@@ -24,7 +24,7 @@ from fused_contrastive.ops import operands
 from fused_contrastive.ops.dispatch import BACKENDS
 from fused_contrastive.ops.problem import Problem
 from fused_contrastive.ops.schema import library, without_autocast
-from fused_contrastive.ops.transforms import register_formula
+from fused_contrastive.ops.transforms import register_formula, with_formula
 
 _PROBLEM = (
     "Tensor x, Tensor y, Tensor scale, Tensor? targets, Tensor? row_ids, Tensor? col_ids, int[] dims, bool normalize, "
@@ -125,19 +125,7 @@ def _backward(ctx: Any, g_pos: Tensor | None, g_row: Tensor | None, g_col: Tenso
     return *(g if needed else None for g, needed in zip(found, needs, strict=True)), *(None,) * (INPUTS - 3)
 
 
-class _Eager(torch.autograd.Function):
-    """The same implementation and formula without the dispatcher's Python layers."""
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Forward:
-        output = _forward(*inputs)
-        _setup_context(ctx, inputs, output)
-        return output
-
-    backward = staticmethod(_backward)
-
-
-register_formula("prefixes_forward", _backward, _setup_context)
+_call = with_formula("prefixes_forward", _forward, _backward, _setup_context)
 register_formula("prefixes_backward", second_backward)
 
 
@@ -146,12 +134,7 @@ def statistics(problem: Problem, dims: tuple[int, ...], want_col: bool) -> tuple
     spec, backend = problem.spec, problem.backend
     inputs = problem.x, problem.y, spec.scale, spec.targets, spec.row_ids, spec.col_ids
     options = dims, problem.normalize, want_col, *_to_keep(problem, len(dims)), backend
-    if not is_plain(*inputs):
-        pos, row, col, _ = torch.ops.fused_contrastive.prefixes_forward(*inputs, *options)
-    elif problem.is_differentiable():
-        pos, row, col, _ = _Eager.apply(*inputs, *options)  # type: ignore[no-untyped-call]
-    else:
-        pos, row, col, _ = _forward(*inputs, *options)
+    pos, row, col, _ = _call(*inputs, *options, differentiable=problem.is_differentiable())
     return pos, row, col
 
 

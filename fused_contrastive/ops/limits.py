@@ -5,15 +5,27 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fused_contrastive.ops.own_dots import own_dots
+from fused_contrastive.core.modes import is_plain
+from fused_contrastive.core.spec import compute_dtype
+
+ELEMENTS = 1 << 19  # how many elements of x are multiplied, and held in the compute dtype, at a time on a CPU
 
 
 def similarities(x: Tensor, positives: Tensor) -> tuple[Tensor, Tensor]:
     """(M,) dot products of x (M, D) with its positives (M, D), and (M,) how far roundings may part copies of these."""
-    similarity, x_norm, y_norm = (
-        own_dots(a, b[:, None]).squeeze(1) for a, b in ((x, positives), (x, x), (positives, positives))
-    )
-    return similarity, torch.finfo(similarity.dtype).eps * (8 + 4 * x.shape[1] ** 0.5) * (x_norm * y_norm).sqrt()
+    if is_plain(x, positives) and x.device.type == "cpu" and x.numel() > ELEMENTS:
+        size = max(1, ELEMENTS // x.shape[1])
+        parts = [_similarities(*part) for part in zip(x.split(size), positives.split(size), strict=True)]
+        similarity, norms = map(torch.cat, zip(*parts, strict=True))
+    else:
+        similarity, norms = _similarities(x, positives)
+    return similarity, torch.finfo(similarity.dtype).eps * (8 + 4 * x.shape[1] ** 0.5) * norms
+
+
+def _similarities(x: Tensor, positives: Tensor) -> tuple[Tensor, Tensor]:
+    """(M,) dot products, and (M,) products of both norms."""
+    x, positives = (t.to(compute_dtype(t.dtype)) for t in (x, positives))
+    return (x * positives).sum(dim=1), x.norm(dim=1) * positives.norm(dim=1)
 
 
 def highest(positive: Tensor, rounding: Tensor, absolute: float, relative: float) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor
 from fused_contrastive.core.modes import is_plain
 from fused_contrastive.core.spec import compute_dtype
 
-ELEMENTS = 1 << 19  # how many elements of x are multiplied, and held in the compute dtype, at a time on a CPU
+ELEMENTS = 1 << 18  # how many elements of x are multiplied, and held in the compute dtype, at a time on a CPU
 
 
 def similarities(x: Tensor, positives: Tensor) -> tuple[Tensor, Tensor]:

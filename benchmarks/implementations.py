@@ -120,7 +120,7 @@ def _(problem: BenchProblem) -> Loss:
     return _ours(replace(problem, loss="clip"))
 
 
-@register("ours, metrics=True", "clip", "siglip", ours=True)
+@register("ours, metrics=True", "clip", "siglip", *groups.GROUPS, ours=True)
 def _(problem: BenchProblem) -> Loss:
     run = _ours(problem, metrics=True)
     return lambda *inputs: run(*inputs)[0]

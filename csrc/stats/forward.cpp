@@ -12,6 +12,17 @@
 namespace fc {
 namespace {
 
+// Returns a statistic (n,) and its ranks (n, 2) as (n, 3); the statistic itself if there are no ranks.
+at::Tensor beside(const at::Tensor& statistic, const at::Tensor& ranks) {
+  if (!ranks.defined()) return statistic;
+  const at::Tensor both = at::empty({statistic.numel(), 3}, at::kDouble);
+  const double *value = statistic.const_data_ptr<double>(), *rank = ranks.const_data_ptr<double>();
+  double* out = both.mutable_data_ptr<double>();
+  for (int64_t i = 0; i < statistic.numel(); ++i)
+    out[3 * i] = value[i], out[3 * i + 1] = rank[2 * i], out[3 * i + 2] = rank[2 * i + 1];
+  return both;
+}
+
 template <class E>
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> forward(const StatsProblem& problem,
                                                                    const Interrupt& interrupt) {
@@ -23,17 +34,14 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> forward(const StatsPr
   const Tiling tiling(p.x.rows, n, kPackedCols<E>, problem.kept_rows, problem.upper);
   forward_pass<E>(problem, p, tiling, stats, kept.mutable_data_ptr<T>(), interrupt);
   const Ranks ranks = stats.ranks(problem);
-  const auto with = [](const at::Tensor& value, const at::Tensor& ranks) {
-    return ranks.defined() ? at::cat({value.unsqueeze(1), ranks}, 1) : value;
-  };
   const at::Tensor col = problem.upper ? at::empty({0}, at::kDouble) : stats.col_value(problem);
-  return {stats.pos.to(at::kDouble), with(stats.row_value(problem), ranks.row), with(col, ranks.col), kept};
+  return {stats.pos.to(at::kDouble), beside(stats.row_value(problem), ranks.row), beside(col, ranks.col), kept};
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> grouped(const StatsProblem& p, const Interrupt& interrupt) {
   check(p);
   const std::vector<Group> groups = groups_of(p);
-  const int64_t m = p.x.size(0), n = p.y.size(0), parts = p.teacher ? 3 : has_related(p) ? 2 : 1;
+  const int64_t m = p.x.size(0), n = p.y.size(0), parts = p.teacher || is_ranked(p) ? 3 : has_related(p) ? 2 : 1;
   const auto statistic = [parts](int64_t size) {
     return at::empty(parts > 1 ? at::DimVector{size, parts} : at::DimVector{size}, at::kDouble);
   };

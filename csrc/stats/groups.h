@@ -59,8 +59,10 @@ inline StatsProblem part(const StatsProblem& p, const Group& g) {
   StatsProblem own = p;
   own.x = part(p.x, g.rows);
   own.y = p.y.is_same(p.x) ? own.x : part(p.y, g.cols);
-  for (OptionalTensor* t : {&own.targets, &own.row_ids, &own.row_limit, &own.row_guide}) *t = part(*t, g.rows);
-  for (OptionalTensor* t : {&own.col_bias, &own.col_ids, &own.col_limit, &own.col_guide}) *t = part(*t, g.cols);
+  for (OptionalTensor* t : {&own.targets, &own.row_ids, &own.row_limit, &own.row_guide, &own.row_reference})
+    *t = part(*t, g.rows);
+  for (OptionalTensor* t : {&own.col_bias, &own.col_ids, &own.col_limit, &own.col_guide, &own.col_reference})
+    *t = part(*t, g.cols);
   own.row_lengths = own.col_lengths = std::nullopt;
   own.kept_rows = 0;
   return own;

@@ -6,7 +6,9 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <functional>
+#include <limits>
 #include <numeric>
 #include <vector>
 
@@ -232,6 +234,42 @@ int64_t counted(const at::Tensor& labels, const std::vector<Group>& groups) {
   return count;
 }
 
+// Gathers the groups' ranks, and the positives' logits beside them; nothing without references. A group without a pair
+// has no negative: its ranks are 0 and its highest logits -inf.
+class GroupedRanks {
+ public:
+  GroupedRanks(const StatsProblem& p, at::ScalarType dtype) {
+    if (!is_ranked(p)) return;
+    pos_ = at::zeros({p.x.size(0)}, dtype);
+    all_ = {of_nothing(p.x.size(0)), of_nothing(p.want_col ? p.y.size(0) : 0)};
+  }
+  // Sets those of a group. Any thread may call it.
+  void set(const Group& g, const LossAndGradients& found) const {
+    if (!pos_.defined()) return;
+    put(pos_, g.rows, found.pos);
+    put(all_.row, g.rows, found.ranks.row);
+    if (all_.col.size(0)) put(all_.col, g.cols, found.ranks.col);
+  }
+  const at::Tensor& pos() const { return pos_; }
+  const Ranks& ranks() const { return all_; }
+
+ private:
+  static at::Tensor of_nothing(int64_t size) {
+    const at::Tensor out = at::zeros({size, 2}, at::kDouble);
+    out.select(1, 1).fill_(-std::numeric_limits<double>::infinity());
+    return out;
+  }
+  // Copies rows without ATen, whose calls would take as long as a small group's ranks.
+  static void put(const at::Tensor& all, const Range& rows, const at::Tensor& values) {
+    const size_t row_bytes = all.nbytes() / static_cast<size_t>(all.size(0));
+    TORCH_INTERNAL_ASSERT(values.is_contiguous() && values.size(0) == rows.size());
+    std::memcpy(static_cast<char*>(all.mutable_data_ptr()) + static_cast<size_t>(rows.begin) * row_bytes,
+                values.const_data_ptr(), values.nbytes());
+  }
+  at::Tensor pos_;
+  Ranks all_;
+};
+
 LossAndGradients grouped(const StatsProblem& p, const RowLoss& loss, const Needs& needs, const Interrupt& interrupt) {
   check(p);
   if (loss.labels) check_sizes("labels", *loss.labels, {p.x.size(0)});
@@ -244,6 +282,7 @@ LossAndGradients grouped(const StatsProblem& p, const RowLoss& loss, const Needs
   const auto dtype = p.x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   const int64_t most_kept = p.kept_rows * p.y.size(0);
   GroupedGradients all(p, needs, count, dtype, dtype, dtype);
+  const GroupedRanks ranks(p, dtype);
   std::vector<double> losses(count, 0);
   for_each_group(groups, interrupt, [&](int64_t k, const Interrupt& at_times) {
     const Group& group = groups[k];
@@ -255,8 +294,9 @@ LossAndGradients grouped(const StatsProblem& p, const RowLoss& loss, const Needs
     const LossAndGradients found = loss_and_gradients(own, of_group, all.needs(group), at_times);
     losses[k] = found.loss;
     all.set(k, group, found.grads);
+    ranks.set(group, found);
   });
-  return {std::accumulate(losses.begin(), losses.end(), 0.), all.finish(), {}, {}};
+  return {std::accumulate(losses.begin(), losses.end(), 0.), all.finish(), ranks.pos(), ranks.ranks()};
 }
 
 }  // namespace

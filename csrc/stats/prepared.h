@@ -61,7 +61,6 @@ inline void check(const StatsProblem& p) {
   TORCH_CHECK_VALUE(!has_related(p) || (p.row_ids && !p.upper), "equal_ids: expected ids, and no upper");
   TORCH_CHECK_VALUE(!p.teacher || (p.row_guide && !p.paired && !p.row_ids && !p.row_limit && !p.col_limit && !p.upper),
                     "statistic: expected for a teacher a guide, no positives, ids, limits or upper");
-  TORCH_CHECK_VALUE(!is_ranked(p) || !p.row_lengths, "row_reference, col_reference: expected none with lengths");
   TORCH_CHECK_VALUE(!is_ranked(p) || (!has_related(p) && !p.teacher && (p.row_reference || !p.want_row) &&
                                       (p.col_reference || !(p.want_col || p.upper))),
                     "row_reference, col_reference: expected one for each direction, and no teacher or statistics of "

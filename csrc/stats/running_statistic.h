@@ -154,10 +154,12 @@ class RankStatistic {
   }
   // Adds the parts to the whole, from its element `first` on.
   void merge(int64_t first) {
-    for (int64_t k = 0; asked_ && k < parts_ * length_; ++k) {
-      const int64_t i = first + k % length_;
-      count_[i] += static_cast<int64_t>(part_count_[k]);
-      max_[i] = std::max(max_[i], part_max_[k]);
+    for (int64_t p = 0; asked_ && p < parts_; ++p) {
+      const TileSums<T> of = part(p, 0);
+      for (int64_t i = 0; i < length_; ++i) {
+        count_[first + i] += static_cast<int64_t>(of.sum[i]);
+        max_[first + i] = std::max(max_[first + i], of.max[i]);
+      }
     }
   }
   // Adds another direction's values, for an upper triangle, whose columns are the rows of the lower one.

@@ -113,7 +113,7 @@ def clip_loss(
         lengths: (B,) int64, at least 0, the rows of each of B groups, whose features (N, D) follow each other. With
             groups, here or by features (B, N, D), the reduction is over the rows of all groups, N here stands for their
             number, and equal ids of two groups are not related. Gradients of logit_scale are summed over the groups.
-            Not together with equal_ids "mean" and "sum", label_smoothing, debias, hardness, metrics, dims and group.
+            Not together with equal_ids "mean" and "sum", label_smoothing, debias, hardness, dims and group.
             Lengths on a GPU are copied to the host, which waits for them.
         row_ids, col_ids: (N,) integers of the images and of the texts, or (N, K) with K <= 4: a pair is related if its
             ids are equal in any of the K places.
@@ -189,9 +189,7 @@ def clip_loss(
     )  # fmt: skip
     if groups is not None:
         several = None if equal_ids == "exclude" else equal_ids
-        group_checks.refuse(
-            equal_ids=several, label_smoothing=label_smoothing, debias=debias, hardness=hardness, metrics=metrics
-        )
+        group_checks.refuse(equal_ids=several, label_smoothing=label_smoothing, debias=debias, hardness=hardness)
     of_debias = "a tensor" if isinstance(debias, Tensor) else debias
     debias = corrections.checked_debias(debias, image_features)
     if weight is not None:

@@ -120,7 +120,7 @@ def info_nce_loss(
         logit_scale: multiplies them, instead of the temperature. Either of them, as a tensor, gets a gradient.
         lengths: (B,) int64, the queries of each of B groups, and the keys; see ``clip_loss``. M and N here stand for
             the numbers of all groups, and ``targets`` count the keys of the query's group. Not together with shared
-            negatives, equal_ids "mean" and "sum", label_smoothing, debias, hardness, metrics, dims and group.
+            negatives, equal_ids "mean" and "sum", label_smoothing, debias, hardness, dims and group.
         targets: (M,) integers, the key of each query's positive. Default: t(i) = i, which needs M <= N.
         negatives: (K, D) more columns for every query, such as hard negatives or a queue; or (M, K, D), each query's
             own K.
@@ -200,7 +200,7 @@ def info_nce_loss(
     if groups is not None:
         group_checks.refuse(
             negatives=negatives if shared else None, equal_ids=equal_ids if several else None,
-            label_smoothing=label_smoothing, debias=debias, hardness=hardness, metrics=metrics,
+            label_smoothing=label_smoothing, debias=debias, hardness=hardness,
         )  # fmt: skip
     nested = matryoshka.checked(dims, dim_weights, query, "query")
     if nested is not None:

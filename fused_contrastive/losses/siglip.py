@@ -124,7 +124,7 @@ def siglip_loss(
         memory_budget=memory_budget, backend=backend, groups=groups,
     )  # fmt: skip
     if groups is not None:
-        group_checks.refuse(positive_weight=None if positive_weight == "one" else positive_weight, metrics=metrics)
+        group_checks.refuse(positive_weight=None if positive_weight == "one" else positive_weight)
     weigh = positive_weight == "mean" and row_ids is not None
     if weigh or image_features.shape[0] != text_features.shape[0] or (call.spread and row_ids is not None):
         if metrics:

@@ -71,7 +71,7 @@ def grouped(
                 f"{name}: got shape {tuple(value.shape)}, expected {dims + 1} dimensions, the first of size "
                 f"{first.shape[0]}, as {first_name} has: one problem for each"
             )
-    of_rows, of_cols = (
-        torch.full((t.shape[0],), t.shape[1], dtype=torch.int64, device="cpu") for t in (first, every[-1])
-    )
+    of_rows = of_cols = torch.full((first.shape[0],), first.shape[1], dtype=torch.int64, device="cpu")
+    if every[-1].shape[1] != first.shape[1]:
+        of_cols = torch.full_like(of_rows, every[-1].shape[1])
     return Groups(of_rows, of_cols), [t.flatten(0, 1) for t in every]

@@ -7,24 +7,27 @@ from torch import Tensor
 
 from fused_contrastive.core.modes import is_plain
 from fused_contrastive.core.spec import compute_dtype
-from fused_contrastive.ops.schema import without_autocast
 
-ELEMENTS = 1 << 18  # how many elements of the features are multiplied at a time
+# How many elements of x are multiplied, and held in the compute dtype, at a time.
+ELEMENTS, GPU_ELEMENTS = 1 << 18, 1 << 24
 
 
 def similarities(x: Tensor, positives: Tensor) -> tuple[Tensor, Tensor]:
     """(M,) dot products of x (M, D) with its positives (M, D), and (M,) how far roundings may part copies of these."""
-    (m, d), dtype = x.shape, compute_dtype(x.dtype)
-    size = max(1, ELEMENTS // max(d, 1) if is_plain(x, positives) else m)
-    with without_autocast(x):
-        found = [_products(a.to(dtype), b.to(dtype)) for a, b in zip(x.split(size), positives.split(size), strict=True)]
-    similarity, x_square, y_square = torch.cat(found, dim=1)
-    return similarity, torch.finfo(dtype).eps * (8 + 4 * d**0.5) * (x_square * y_square).sqrt()
+    elements = ELEMENTS if x.device.type == "cpu" else GPU_ELEMENTS
+    if is_plain(x, positives) and x.numel() > elements:
+        size = max(1, elements // x.shape[1])
+        parts = [_similarities(*part) for part in zip(x.split(size), positives.split(size), strict=True)]
+        similarity, norms = map(torch.cat, zip(*parts, strict=True))
+    else:
+        similarity, norms = _similarities(x, positives)
+    return similarity, torch.finfo(similarity.dtype).eps * (8 + 4 * x.shape[1] ** 0.5) * norms
 
 
-def _products(a: Tensor, b: Tensor) -> Tensor:
-    """(3, M) of the rows of a with those of b, and of each with themselves."""
-    return torch.stack([torch.linalg.vecdot(*pair) for pair in ((a, b), (a, a), (b, b))])
+def _similarities(x: Tensor, positives: Tensor) -> tuple[Tensor, Tensor]:
+    """(M,) dot products, and (M,) products of both norms."""
+    x, positives = (t.to(compute_dtype(t.dtype)) for t in (x, positives))
+    return (x * positives).sum(dim=1), x.norm(dim=1) * positives.norm(dim=1)
 
 
 def highest(positive: Tensor, rounding: Tensor, absolute: float, relative: float) -> Tensor:

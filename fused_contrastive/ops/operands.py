@@ -65,10 +65,10 @@ def stats(x: Tensor, y: Tensor, spec: StatsSpec, backend: str) -> None:
             "a guide alone"
         )
     if spec.is_ranked():
-        if spec.statistic == "teacher" or spec.equal_ids in ("apart", "add") or spec.row_lengths is not None:
+        if spec.statistic == "teacher" or spec.equal_ids in ("apart", "add"):
             raise ValueError(
-                "row_reference, col_reference: got one with statistic='teacher', equal_ids 'apart' or 'add', or "
-                "lengths, expected None"
+                "row_reference, col_reference: got one with statistic='teacher' or equal_ids 'apart' or 'add', "
+                "expected None"
             )
         missing = (spec.want_row and spec.row_reference is None) or (
             (spec.want_col or spec.upper) and spec.col_reference is None

@@ -13,16 +13,26 @@ MINED = "tests/ops/test_mined.py"
 SAMPLED = "tests/ops/test_sample_negatives.py"
 METRICS = "tests/losses/test_metrics.py"
 GROUPS = "tests/losses/test_groups.py"
+GROUP_METRICS = "tests/losses/test_metrics_of_groups.py"
 
 MUTANTS = [
     Mutant(
         "biases of the first groups",
         "a group's columns have the biases of as many rows",
         "csrc/stats/groups.h",
-        "&own.col_limit, &own.col_guide}) *t = part(*t, g.cols);",
-        "&own.col_limit, &own.col_guide}) *t = part(*t, {0, g.cols.size()});",
+        "&own.col_guide, &own.col_reference})\n    *t = part(*t, g.cols);",
+        "&own.col_guide, &own.col_reference})\n    *t = part(*t, {0, g.cols.size()});",
         (GROUPS,),
         "test_statistics and not triton",
+    ),
+    Mutant(
+        "ranks of the first groups",
+        "a group's ranks are written over those of the first groups",
+        "csrc/stats/loss.cpp",
+        "static_cast<size_t>(rows.begin) * row_bytes",
+        "0 * row_bytes",
+        (GROUP_METRICS,),
+        "test_small_and_large_groups and clip",
     ),
     Mutant(
         "last group's scale",

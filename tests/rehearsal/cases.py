@@ -125,6 +125,18 @@ def ranking(kind: Kind, kept: str) -> None:
     fc.median_rank(x, y, targets=targets, backend="triton")
 
 
+def ranks_of_groups(name: str, **more: Any) -> Call:
+    """A loss of groups that also returns its metrics."""
+
+    def run(kind: Kind, kept: str) -> None:
+        x, y, scale = leaf((200, 64), kind.dtype), leaf((200, 64), kind.dtype), leaf(())
+        options = {"lengths": torch.tensor([70, 0, 129, 1]), "metrics": True, "backend": "triton", **more}
+        loss, _ = getattr(fc, name)(x, y, logit_scale=scale, **options)
+        step(loss, [x, y, scale])
+
+    return run
+
+
 CALLS: dict[str, Call] = {
     **{f"{name} {option!r}": of_case(name, option) for name, option in OPTIONS},
     **{
@@ -148,6 +160,11 @@ CALLS: dict[str, Call] = {
     "max_sim, own": max_sim(20, 30, 64, "x", False, own=3),
     "max_sim, own, masks, smooth": max_sim(20, 30, 64, "both", True, own=3, smooth=0.1),
     "ranking": ranking,
+    "clip_loss, groups, ranks": ranks_of_groups("clip_loss"),
+    "nt_xent_loss, groups, ranks": ranks_of_groups("nt_xent_loss", normalize=True),
+    "siglip_loss, groups, ids, ranks": ranks_of_groups(
+        "siglip_loss", row_ids=torch.arange(200) // 3, col_ids=torch.arange(200) // 3
+    ),
 }
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fused_contrastive.backends.triton.tiles import finite, log1p_unit, logits, products, related
+from fused_contrastive.backends.triton.tiles import finite, log1p_unit, logits, products, ranks_of, related
 
 
 @triton.jit
@@ -24,18 +24,32 @@ def statistics(
     x, y, tiles, mask, pos, out, M, N, D, stride_x, stride_y, AXIS: tl.constexpr, SOFTPLUS: tl.constexpr,
     MODE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Writes the statistic of the rows (AXIS 0), with the positives' logits if ``pos`` is given, or of the columns."""
+    """Writes the statistic of the rows (AXIS 0), with the positives' logits if ``pos`` is given, or of the columns; and
+    their ranks, if there are references. A program has all of a row, so that it counts in registers."""
     OWN: tl.constexpr = TILE.block_m if AXIS == 0 else TILE.block_n
     STEP: tl.constexpr = TILE.block_n if AXIS == 0 else TILE.block_m
     row0, row_end, col0, col_end = _tile_of_group(tiles)
     first, end = (col0, col_end) if AXIS == 0 else (row0, row_end)
     most = tl.full((OWN,), float("-inf"), tl.float32)
     total = tl.zeros((OWN,), tl.float64)
+    own = (row0 if AXIS == 0 else col0) + tl.arange(0, OWN)
+    there = own < (row_end if AXIS == 0 else col_end)
+    reference = mask.row_reference if AXIS == 0 else mask.col_reference
+    above = tl.zeros((OWN,), tl.int32)
+    highest = tl.full((OWN,), float("-inf"), tl.float32)
     for at in range(first, end, STEP):
         row, col = (row0, at) if AXIS == 0 else (at, col0)
         acc = products(x, y, row, col, (M, N, D, stride_x, stride_y), MODE, TILE)
         s, c = logits(acc, mask, pos, row, row_end, col, col_end, MODE)
         s *= c
+        if reference is not None:
+            negatives = s
+            if SOFTPLUS and mask.row_ids is not None:  # pairs with equal ids are positives
+                rows, cols = row + tl.arange(0, TILE.block_m), col + tl.arange(0, TILE.block_n)
+                negatives = tl.where(related(mask, rows, row_end, cols, col_end, MODE), float("-inf"), s)
+            count, top = ranks_of(negatives, reference, own, there, AXIS, MODE)
+            above += count
+            highest = tl.maximum(highest, top)
         if SOFTPLUS:
             each = tl.maximum(s, 0.0) + log1p_unit(tl.exp(-tl.abs(s)))
             total += tl.sum(each, axis=1 - AXIS).to(tl.float64)
@@ -44,12 +58,14 @@ def statistics(
             part = tl.sum(tl.exp(s - tl.expand_dims(finite(higher), 1 - AXIS)), axis=1 - AXIS)
             total = total * tl.exp(most - finite(higher)).to(tl.float64) + part.to(tl.float64)
             most = higher
-    own = (row0 if AXIS == 0 else col0) + tl.arange(0, OWN)
     value = total
     if not SOFTPLUS:
         log = tl.log(tl.where(total == 0.0, 1.0, total))
         value = tl.where(total == 0.0, float("-inf"), most.to(tl.float64) + log)
-    tl.store(out + own, value, mask=own < (row_end if AXIS == 0 else col_end))
+    tl.store(out + own, value, mask=there)
+    if reference is not None:
+        tl.store((mask.row_above if AXIS == 0 else mask.col_above) + own, above, mask=there)
+        tl.store((mask.row_highest if AXIS == 0 else mask.col_highest) + own, highest, mask=there)
 
 
 @triton.jit

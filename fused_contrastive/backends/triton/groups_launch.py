@@ -12,7 +12,16 @@ from torch import Tensor
 from fused_contrastive.backends.triton import device, groups, launch, storage
 from fused_contrastive.backends.triton.configs import Config
 from fused_contrastive.backends.triton.problem import Prepared
-from fused_contrastive.core.spec import Forward, Gradients, Needs, StatsSpec, Upstream, starts, summed_like
+from fused_contrastive.core.spec import (
+    Forward,
+    Gradients,
+    Needs,
+    StatsSpec,
+    Upstream,
+    starts,
+    summed_like,
+    without_references,
+)
 
 TILE = Config(64, 64, 32, warps=4, stages=2)
 GRADIENT_D = 128  # columns of dx or dy that one program sums
@@ -96,14 +105,17 @@ def forward(spec: StatsSpec, x: Tensor, y: Tensor) -> Forward:
     shape, dtype = storage.layout(0, len(y), x.dtype)
     with device.current(x.device):
         problem = _Grouped(spec, x, y)
+        problem.p.start_counts()
         # The rows' walk also finds the positives.
-        all_of = spec._replace(want_row=True).shapes(len(x), len(y))
+        all_of = without_references(spec)._replace(want_row=True).shapes(len(x), len(y))
         pos, row, col = (x.new_empty(each, dtype=torch.float64) for each in all_of)
         if spec.want_row or spec.paired:
             problem.statistics(0, pos if spec.paired else None, row)
         if spec.want_col:
             problem.statistics(1, None, col)
-    return Forward(pos, row if spec.want_row else row.new_empty(0), col, x.new_empty(shape, dtype=dtype))
+        row = problem.p.with_counts(row if spec.want_row else row.new_empty(0), 0)
+        col = problem.p.with_counts(col, 1)
+    return Forward(pos, row, col, x.new_empty(shape, dtype=dtype))
 
 
 def backward(spec: StatsSpec, x: Tensor, y: Tensor, saved: Forward, upstream: Upstream, needs: Needs) -> Gradients:

@@ -220,18 +220,28 @@ def below(s, acc, mask, limit, i, inside, AXIS: tl.constexpr):
 
 
 @triton.jit
+def ranks_of(s, reference, i, inside, AXIS: tl.constexpr, MODE: tl.constexpr):
+    """How many of a tile's logits are above the references of its rows (AXIS 0) or columns (AXIS 1), and the highest.
+
+    A NaN is not above and never the highest.
+    """
+    unit: tl.constexpr = 1.4426950408889634 if MODE.half else 1.0
+    least = tl.load(reference + i, mask=inside, other=0.0) * unit
+    s = tl.where(s == s, s, float("-inf"))
+    count = tl.sum((s > tl.expand_dims(least, 1 - AXIS)).to(tl.int32), axis=1 - AXIS)
+    return count, tl.max(s, axis=1 - AXIS) / unit
+
+
+@triton.jit
 def count_above(s, reference, above, highest, i, inside, AXIS: tl.constexpr, MODE: tl.constexpr):
     """Counts a tile's logits above the references of its rows (AXIS 0) or columns (AXIS 1), and finds the highest.
 
     Tiles add to the same counts in any order: sums of integers and maxima do not depend on it.
     """
     if reference is not None:
-        unit: tl.constexpr = 1.4426950408889634 if MODE.half else 1.0
-        least = tl.load(reference + i, mask=inside, other=0.0) * unit
-        s = tl.where(s == s, s, float("-inf"))
-        count = tl.sum((s > tl.expand_dims(least, 1 - AXIS)).to(tl.int32), axis=1 - AXIS)
+        count, most = ranks_of(s, reference, i, inside, AXIS, MODE)
         tl.atomic_add(above + i, count, mask=inside)
-        tl.atomic_max(highest + i, tl.max(s, axis=1 - AXIS) / unit, mask=inside)
+        tl.atomic_max(highest + i, most, mask=inside)
 
 
 @triton.jit

@@ -146,26 +146,33 @@ def _products_from_pointers(
 
 
 @triton.jit
-def products(x, y, row0, col0, shape, MODE: tl.constexpr, TILE: tl.constexpr):
-    """x[row0 : row0 + BM] @ y[col0 : col0 + BN].T in float32. Rows and columns beyond the end hold anything.
+def add_products(acc, x, y, row0, col0, begin, end, shape, MODE: tl.constexpr, TILE: tl.constexpr):
+    """``acc`` + x[row0 : row0 + BM, begin : end] @ y[col0 : col0 + BN, begin : end].T in float32.
 
-    shape: M, N, D, the strides of x and y. No product is made where ``upper`` excludes all pairs.
+    Rows and columns beyond the last hold anything. shape: M, N, D, the strides of x and y. ``end`` is D, or a multiple
+    of BK after ``begin``.
     """
     M, N, D, stride_x, stride_y = shape
-    BM: tl.constexpr = TILE.block_m
-    BN: tl.constexpr = TILE.block_n
     BK: tl.constexpr = TILE.block_k
-    if MODE.upper:
-        D = tl.where(col0 + BN > row0, D, 0)
-    acc = tl.zeros((BM, BN), tl.float32)
     if MODE.tma:
-        for k in range(0, D, BK):
+        for k in range(begin, end, BK):
             acc = tl.dot(x.load([row0, k]), y.load([col0, k]).T, acc, input_precision=MODE.precision)
     else:
         acc = _products_from_pointers(
-            x, y, row0, col0, M, N, D, stride_x, stride_y, acc, BK, MODE.precision
+            x + begin, y + begin, row0, col0, M, N, end - begin, stride_x, stride_y, acc, BK, MODE.precision
         )  # fmt: skip
     return acc
+
+
+@triton.jit
+def products(x, y, row0, col0, shape, MODE: tl.constexpr, TILE: tl.constexpr):
+    """``add_products`` of all columns to 0. No product is made where ``upper`` excludes all pairs."""
+    M, N, D, stride_x, stride_y = shape
+    BN: tl.constexpr = TILE.block_n
+    if MODE.upper:
+        D = tl.where(col0 + BN > row0, D, 0)
+    acc = tl.zeros((TILE.block_m, BN), tl.float32)
+    return add_products(acc, x, y, row0, col0, 0, D, shape, MODE, TILE)
 
 
 @triton.jit

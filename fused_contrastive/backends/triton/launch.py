@@ -15,7 +15,7 @@ from fused_contrastive.backends.triton import configs, device, storage, tune
 from fused_contrastive.backends.triton import forward as forward_kernels
 from fused_contrastive.backends.triton import sigmoid as sigmoid_kernels
 from fused_contrastive.backends.triton.problem import Block, Prepared, largest
-from fused_contrastive.backends.triton.totals import Direction, Partials, merge
+from fused_contrastive.backends.triton.totals import AnyPartials, Direction, merge
 from fused_contrastive.core.spec import Forward, Gradients, Needs, StatsSpec, Upstream, merged, summed_like
 
 # Blocks of S, (height, width): partial statistics of 2 x 17 MB; products of 128 MB; G of 512 MB in half precision.
@@ -112,7 +112,7 @@ def block_statistics(
 
 
 def add_up(
-    p: Prepared, b: Block, parts: tuple[Partials | None, Partials | None], to: tuple[Direction, Direction],
+    p: Prepared, b: Block, parts: tuple[AnyPartials | None, AnyPartials | None], to: tuple[Direction, Direction],
     tiles: tuple[int, int], part_width: int, plain: bool = False,
 ) -> None:  # fmt: skip
     """Adds partial statistics of a block's rows and columns, in so many tiles down and across, to their Directions."""

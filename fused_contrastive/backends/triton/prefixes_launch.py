@@ -1,4 +1,4 @@
-"""Nested prefixes (Matryoshka): launches the kernels of prefixes.py, forward and backward. Nothing here waits for the GPU.
+"""Nested prefixes (Matryoshka): launches the kernels of prefixes.py, forward and backward, without waiting for the GPU.
 
 The matrix products are those of one loss. The columns that each prefix adds are padded with zeros to a multiple of the
 kernels' step, in a copy of the features where that is needed.
@@ -17,22 +17,28 @@ from torch import Tensor
 from fused_contrastive.backends.triton import backward as backward_kernels
 from fused_contrastive.backends.triton import configs, device, launch, prefixes, storage
 from fused_contrastive.backends.triton.problem import Block, Prepared, largest, products_from
-from fused_contrastive.backends.triton.totals import Direction, Partials
+from fused_contrastive.backends.triton.totals import AnyPartials, Direction, Partials
 from fused_contrastive.core.prefixes import Prefixes, PrefixGradients, PrefixNeeds
 from fused_contrastive.core.spec import Forward, StatsSpec, Upstream
 
-# In float16 a row is multiplied by a power of 2, so that the shortest prefix has a norm near 1, but the whole row at most
-# about this: products of two such rows are far from overflow.
+# In float16 a row is multiplied by a power of 2, so that its shortest prefix has a norm near 1, but the whole of it at
+# most about this: products of two such rows are far from overflow.
 LONGEST_NORM = 2.0**12
 
 
 def tile(architecture: str, source: configs.Source, backward: bool) -> configs.Config:
-    """The tiles were chosen by what they compile to, not by timing."""
+    """The tiles were chosen by what they compile to, not by timing.
+
+    They are smaller than those of one loss: a tile's products must stay in registers while it is reduced.
+    """
     if architecture == "interpreter":  # small, and of different shapes
         return configs.Config(32, 64, 32, 4, 1, group=2) if backward else configs.Config(64, 32, 32, 4, 1, group=2)
     if source == "gemm":
         return configs.Config(64, 64, 32, warps=4, stages=1)
-    return configs.Config(128, 128, 64, warps=8, stages=3)
+    k, stages = 64 if source == "half" else 32, 2 if architecture == "gfx942" else 3
+    if backward and (architecture, source) != ("sm_100", "tf32"):
+        return configs.Config(64, 128, k, warps=4, stages=stages)
+    return configs.Config(128, 64, k, warps=8 if architecture == "sm_100" else 4, stages=stages)
 
 
 class _Nested:
@@ -134,7 +140,7 @@ def forward(spec: StatsSpec, of: Prefixes, x: Tensor, y: Tensor) -> Forward:
     return Forward(pos, row, col, x.new_empty(0, 0, dtype=torch.float32))
 
 
-def _part(partials: Partials | None, k: int, count: int) -> Partials | None:
+def _part(partials: AnyPartials | None, k: int, count: int) -> Partials | None:
     """Those of prefix k."""
     if partials is None:
         return None
@@ -145,7 +151,8 @@ class _Backward:
     """What the steps of one backward share."""
 
     def __init__(
-        self, spec: StatsSpec, of: Prefixes, x: Tensor, y: Tensor, saved: Forward, upstream: Upstream, needs: PrefixNeeds
+        self, spec: StatsSpec, of: Prefixes, x: Tensor, y: Tensor, saved: Forward, upstream: Upstream,
+        needs: PrefixNeeds,
     ) -> None:  # fmt: skip
         # In float16, of the same problem with other rows: times powers of 2, and divided by them in their factors.
         self.powers: list[Tensor] = []
@@ -157,7 +164,7 @@ class _Backward:
         self.p, self.of, self.needs = nested.p, of, needs
         self.g_pos, g_row, g_col = upstream
         self.by_rows = needs.x or (needs.scale and not needs.y)  # dscale is formed with dx, or else with dy
-        self.has_negatives = g_row is not None or g_col is not None
+        self.has_negatives = self.p.m > 0 and (g_row is not None or g_col is not None)
         self.largest: Tensor | None = None
         self.top = 1.0
         if self.p.dtype == torch.float16 and self.has_negatives:
@@ -184,7 +191,7 @@ class _Backward:
         )
 
     def weights(self, b: Block, room: Tensor) -> Tensor:
-        """(P, height, width): what multiplies the columns that each prefix adds, times top / largest, but for positives.
+        """(P, height, width): what multiplies the columns that each prefix adds, times top / largest; 0 for positives.
 
         Adds to ``along`` each row's and column's sums of G times the cosines.
         """
@@ -253,8 +260,8 @@ class _Backward:
         for k, (part, to) in enumerate(zip(self.nested.parts, self.of.parts, strict=True)):
             launch.finish(
                 p, grad[:, part], None if out is None else out[:, to], own[:, part], other[:, part],
-                None if g_pos is None else g_pos[k], p.mask.targets if axis == 0 else None, first, p.m, largest, self.top,
-                self.dots if with_dots else None, None if share is None else share[k],
+                None if g_pos is None else g_pos[k], p.mask.targets if axis == 0 else None, first, p.m, largest,
+                self.top, self.dots if with_dots else None, None if share is None else share[k],
             )  # fmt: skip
 
 
@@ -297,30 +304,31 @@ def backward(
         of_positives = run.of_positives()
         all_blocks = nested.blocks(*launch.GRADIENT_BLOCK)
         new = torch.empty if run.has_negatives else torch.zeros
-        dx = new(largest(all_blocks)[0] if run.by_rows else 0, p.d, dtype=torch.float32, device=x.device)
-        dy = new(p.n if needs.y else 0, p.d, dtype=torch.float32, device=x.device)
+        sum_x = new(largest(all_blocks)[0] if run.by_rows else 0, p.d, dtype=torch.float32, device=x.device)
+        sum_y = new(p.n if needs.y else 0, p.d, dtype=torch.float32, device=x.device)
         room = nested.room(all_blocks if run.has_negatives else [], x.dtype)
         for b in all_blocks:
             if run.has_negatives:
                 weights = run.weights(b, room)
                 for h, part in zip(weights, nested.padded, strict=True):
                     if run.by_rows:
-                        launch.add_product(dx[: b.height, part], h, p.y[b.cols, part], first=b.col0 == 0)
+                        launch.add_product(sum_x[: b.height, part], h, p.y[b.cols, part], first=b.col0 == 0)
                     if needs.y:
-                        launch.add_product(dy[b.cols, part], h.T, p.x[b.rows, part], first=b.row0 == 0)
+                        launch.add_product(sum_y[b.cols, part], h.T, p.x[b.rows, part], first=b.row0 == 0)
             if run.by_rows and b.col1 == p.n:
-                run.finish(0, dx[: b.height], gx, of_positives, b.row0, needs.scale, run.largest)
-        if needs.y:
+                run.finish(0, sum_x[: b.height], gx, of_positives, b.row0, needs.scale, run.largest)
+        if needs.y and p.n:
             factor, g_pos = run.largest, of_positives
             if of_positives is not None and p.mask.targets is not None:
                 if factor is not None:
-                    dy *= factor / run.top
+                    sum_y *= factor / run.top
                     factor = None
-                run.add_positives(dy, p.mask.targets, of_positives)
+                run.add_positives(sum_y, p.mask.targets, of_positives)
                 g_pos = None
-            run.finish(1, dy, gy, g_pos, 0, needs.scale and not run.by_rows, factor)
-        dscale = torch.cat(run.dots).sum().float() if needs.scale else None
-    for g, power in zip((gx, gy), run.powers, strict=False):
+            run.finish(1, sum_y, gy, g_pos, 0, needs.scale and not run.by_rows, factor)
+        dscale = torch.cat([x.new_zeros(1, dtype=torch.float64), *run.dots]).sum().float() if needs.scale else None
+    for g, power in zip((gx, gy), run.powers, strict=False):  # there are none but for float16
         if g is not None:
             g *= power[:, None]
-    return PrefixGradients(*(None if g is None else g.to(x.dtype) for g in (gx, gy)), dscale)
+    dx, dy = (None if g is None else g.to(x.dtype) for g in (gx, gy))
+    return PrefixGradients(dx, dy, dscale)

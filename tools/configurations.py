@@ -24,7 +24,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver, jit
 
-from fused_contrastive.backends.triton import at_once, device, launch, max_sim_launch
+from fused_contrastive.backends.triton import at_once, device, launch, max_sim_launch, prefixes_launch
+from fused_contrastive.core.prefixes import Prefixes, PrefixNeeds
 from fused_contrastive.core.spec import Needs, RowLoss, StatsSpec, Upstream, for_backward
 from fused_contrastive.core.tokens import MaxSimUpstream, TokenSpec
 from machine_code import count
@@ -152,6 +153,22 @@ def late_interaction(source: str, tokens: int, masked: bool, own: int = 0, smoot
     max_sim_launch.backward(spec, x, y, saved, upstream, (masked, True))
 
 
+def nested(source: str, normalized: bool, every_option: bool) -> None:
+    """The kernels of nested prefixes."""
+    dtype = torch.bfloat16 if source == "half" else torch.float32
+    torch.set_float32_matmul_precision("high" if source == "tf32" else "highest")
+    dims, ids = (D, 2 * D, 4 * D), torch.zeros(N, dtype=torch.int64)
+    x = torch.zeros(N, dims[-1], dtype=dtype)
+    factors = torch.zeros(len(dims), N) if normalized else None
+    spec = StatsSpec(torch.tensor(1.0))
+    if every_option:
+        spec = spec._replace(targets=ids, row_ids=ids, col_ids=ids)
+    of = Prefixes(dims, factors, factors)
+    saved = prefixes_launch.forward(spec, of, x, x)
+    upstream = Upstream(saved.pos, saved.row, saved.col)
+    prefixes_launch.backward(spec, of, x, x, saved, upstream, PrefixNeeds(True, True, True))
+
+
 def measure(
     architectures: list[str], kinds: list[str], sources: list[str], every_option: list[bool], rules: Sequence[str] = ()
 ) -> Iterator[dict[str, Any]]:
@@ -168,6 +185,13 @@ def measure(
             for rule in rules:
                 with_rule(source, rule)
                 yield from rows(compiled, arch, source, rule)
+            if "prefixes" in kinds:
+                for normalized, every in ((False, False), (True, False), (True, True))[
+                    : 3 if True in every_option else 2
+                ]:
+                    nested(source, normalized, every)
+                    options = "every" if every else "normalized" if normalized else "none"
+                    yield from rows(compiled, arch, source, options)
             if "max_sim" in kinds:  # 32: FILIP's and ColBERT's queries; 128: an item fills a tile; 200: it needs two
                 all_of_them = True in every_option
                 sizes = ((32, False), *(((32, True), (128, True), (200, True)) if all_of_them else ()))
@@ -282,7 +306,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--arch", nargs="+", choices=list(TARGETS), default=list(TARGETS))
-    parser.add_argument("--kind", nargs="+", choices=("statistics", "max_sim"), default=["statistics"])
+    parser.add_argument("--kind", nargs="+", choices=("statistics", "prefixes", "max_sim"), default=["statistics"])
     parser.add_argument("--source", nargs="+", choices=SOURCES, default=list(SOURCES))
     parser.add_argument("--plain", action="store_true", help="each kernel once, without options")
     parser.add_argument("--rules", action="store_true", help="the kernels with RULES, and no others")

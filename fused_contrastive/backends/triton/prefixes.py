@@ -43,7 +43,7 @@ def _more_products(
     """The products of prefix ``part`` of a tile, from those of the one before: read, or made here."""
     if gemm_products is not None:
         acc = load_tile(
-            gemm_products, stride_gemm, part * height + i, j, (part + 1) * height, TILE.block_m, TILE.block_n, False
+            gemm_products, stride_gemm, part * height + i, j, (part + 1) * height, acc.shape[0], acc.shape[1], False
         )
     else:
         begin, end = _start(part, PARTS, TILE), _start(part + 1, PARTS, TILE)
@@ -52,12 +52,18 @@ def _more_products(
 
 
 @triton.jit
-def _times_factors(tile, row_factors, col_factors, row_at, col_at):
-    """A tile times the factors of its rows and columns, those from row_at and col_at on; None: 1."""
-    if row_factors is not None:
-        tile *= tl.load(row_factors + row_at + tl.arange(0, tile.shape[0]))[:, None]
-        tile *= tl.load(col_factors + col_at + tl.arange(0, tile.shape[1]))[None, :]
-    return tile
+def _logits(
+    acc, mask, row_factors, col_factors, row_at, col_at, pos, row0, row_end, col0, col_end, MODE: tl.constexpr
+):  # fmt: skip
+    """A tile's logits, -inf where excluded, from its products. ``pos``, where not None, gets the positives'."""
+    c = tl.load(mask.scale) * (1.4426950408889634 if MODE.half else 1.0)
+    if row_factors is None:
+        s = acc * c
+    else:
+        s = acc * (tl.load(row_factors + row_at + tl.arange(0, acc.shape[0])) * c)[:, None]
+        s *= tl.load(col_factors + col_at + tl.arange(0, acc.shape[1]))[None, :]
+    s, _ = logits(s, mask, pos, row0, row_end, col0, col_end, MODE, True)
+    return s
 
 
 @triton.jit
@@ -67,10 +73,11 @@ def _exact_sums(s, AXIS: tl.constexpr, MODE: tl.constexpr):
 
 
 @triton.jit
-def _sums(s, rows_inside, cols_inside, COLS: tl.constexpr, MODE: tl.constexpr):
-    """A reference and the sum of exponentials of each row of a tile of logits, and of each column if COLS.
+def _sums(s, cols_to, MODE: tl.constexpr):
+    """References and sums of exponentials of the rows of a tile of logits, and of its columns unless cols_to is None.
 
-    In half precision one exponential serves both directions, as in ``strip_statistics``, unless a sum is lost.
+    In half precision one exponential serves both directions, as in ``strip_statistics``, unless a sum is lost. At the
+    edges of S the sums beyond the end count as lost.
     """
     if MODE.half:
         reference = finite(tl.max(s)) - HEADROOM
@@ -78,19 +85,19 @@ def _sums(s, rows_inside, cols_inside, COLS: tl.constexpr, MODE: tl.constexpr):
         row_top = tl.zeros((s.shape[0],), tl.float32) + reference
         col_top = tl.zeros((s.shape[1],), tl.float32) + reference
         row_sum = tl.sum(e, axis=1)
-        least = tl.min(tl.where(rows_inside, row_sum, 1.0))
+        least = tl.min(row_sum)
         col_sum = row_sum
-        if COLS:
+        if cols_to is not None:
             col_sum = tl.sum(e, axis=0)
-            least = tl.minimum(least, tl.min(tl.where(cols_inside, col_sum, 1.0)))
+            least = tl.minimum(least, tl.min(col_sum))
         if ~((least >= LOST) & (tl.abs(reference) < HUGE)):  # true for NaN
             row_top, row_sum = _exact_sums(s, 1, MODE)
-            if COLS:
+            if cols_to is not None:
                 col_top, col_sum = _exact_sums(s, 0, MODE)
     else:
         row_top, row_sum = _exact_sums(s, 1, MODE)
         col_top, col_sum = row_top, row_sum
-        if COLS:
+        if cols_to is not None:
             col_top, col_sum = _exact_sums(s, 0, MODE)
     return row_top, row_sum, col_top, col_sum
 
@@ -101,31 +108,35 @@ def _statistics_of_part(
     i, j, row_at, col_at, pos_at, PARTS: tl.constexpr, MODE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Writes the statistics of one prefix of a tile, and returns its products."""
+    BM: tl.constexpr = TILE.block_m
+    BN: tl.constexpr = TILE.block_n
     row_begin, row_end, col_begin, col_end = bounds
     height, width = row_end - row_begin, col_end - col_begin
     row0, col0 = row_begin + i, col_begin + j
-    acc = _more_products(acc, x, y, gemm_products, stride_gemm, part, i, j, row0, col0, height, shape, PARTS, MODE, TILE)
-    cosines = _times_factors(acc, row_factors, col_factors, row_at, col_at)
-    s, c = logits(cosines, mask, pos + pos_at, row0, row_end, col0, col_end, MODE)
-    s *= c
-    local_rows, local_cols = i + tl.arange(0, TILE.block_m), j + tl.arange(0, TILE.block_n)
+    acc = _more_products(
+        acc, x, y, gemm_products, stride_gemm, part, i, j, row0, col0, height, shape, PARTS, MODE, TILE
+    )
+    s = _logits(
+        acc, mask, row_factors, col_factors, row_at, col_at, pos + pos_at, row0, row_end, col0, col_end, MODE
+    )  # fmt: skip
+    local_rows, local_cols = i + tl.arange(0, BM), j + tl.arange(0, BN)
     rows_inside, cols_inside = local_rows < height, local_cols < width
-    row_top, row_sum, col_top, col_sum = _sums(s, rows_inside, cols_inside, cols_to is not None, MODE)
-    across, down = tl.cdiv(width, TILE.block_n), tl.cdiv(height, TILE.block_m)
-    store_partials(rows_to, part * across + j // TILE.block_n, height, local_rows, row_top, row_sum, rows_inside)
+    row_top, row_sum, col_top, col_sum = _sums(s, cols_to, MODE)
+    across, down = tl.cdiv(width, BN), tl.cdiv(height, BM)
+    store_partials(rows_to, part * across + j // BN, height, local_rows, row_top, row_sum, rows_inside)
     if cols_to is not None:
-        store_partials(cols_to, part * down + i // TILE.block_m, width, local_cols, col_top, col_sum, cols_inside)
+        store_partials(cols_to, part * down + i // BM, width, local_cols, col_top, col_sum, cols_inside)
     return acc
 
 
 @triton.jit(
     do_not_specialize=[
-        "stride_gemm", "M", "N", "row_begin", "row_end", "col_begin", "col_end", "padded_m", "padded_n"
+        "M", "N", "row_begin", "row_end", "col_begin", "col_end", "padded_m", "padded_n"
     ]
 )  # fmt: skip
 def prefix_statistics(
-    x, y, gemm_products, stride_gemm, mask, row_factors, col_factors, pos, rows_to, cols_to, M, N, D, stride_x, stride_y,
-    row_begin, row_end, col_begin, col_end, padded_m, padded_n, PARTS: tl.constexpr, MODE: tl.constexpr,
+    x, y, gemm_products, stride_gemm, mask, row_factors, col_factors, pos, rows_to, cols_to, M, N, D, stride_x,
+    stride_y, row_begin, row_end, col_begin, col_end, padded_m, padded_n, PARTS: tl.constexpr, MODE: tl.constexpr,
     TILE: tl.constexpr,
 ):  # fmt: skip
     """Statistics of P prefixes of x (M, D) and y (N, D) in the block [row_begin, row_end) x [col_begin, col_end).
@@ -134,10 +145,12 @@ def prefix_statistics(
     (P, padded_n), or None. pos (P, M) float64. rows_to: Partials (P, tiles across, height); cols_to: Partials
     (P, tiles down, width) or None.
     """
+    BM: tl.constexpr = TILE.block_m
+    BN: tl.constexpr = TILE.block_n
     i, j = corner(row_end - row_begin, col_end - col_begin, TILE)
     shape = (M, N, D, stride_x, stride_y)
     bounds = (row_begin, row_end, col_begin, col_end)
-    acc = tl.zeros((TILE.block_m, TILE.block_n), tl.float32)
+    acc = tl.zeros((BM, BN), tl.float32)
     row_at, col_at = (row_begin + i).to(tl.int64), (col_begin + j).to(tl.int64)
     pos_at = (row_begin * 0).to(tl.int64)
     if KEEPS_INVARIANTS_INSIDE:
@@ -167,16 +180,18 @@ def _gradient_of_part(
     SEGMENT: tl.constexpr,
 ):  # fmt: skip
     """Writes one prefix's G times its factors, and the sums of G times the cosines. Returns its products."""
+    BM: tl.constexpr = TILE.block_m
+    BN: tl.constexpr = TILE.block_n
     row_begin, row_end, col_begin, col_end = bounds
     height, width = row_end - row_begin, col_end - col_begin
     row0, col0 = row_begin + i, col_begin + j
-    acc = _more_products(acc, x, y, gemm_products, stride_gemm, part, i, j, row0, col0, height, shape, PARTS, MODE, TILE)
-    cosines = _times_factors(acc, row_factors, col_factors, row_at, col_at)
-    s, c = logits(cosines, mask, None, row0, row_end, col0, col_end, MODE)
-    s *= c
+    acc = _more_products(
+        acc, x, y, gemm_products, stride_gemm, part, i, j, row0, col0, height, shape, PARTS, MODE, TILE
+    )
+    s = _logits(acc, mask, row_factors, col_factors, row_at, col_at, None, row0, row_end, col0, col_end, MODE)
     # This prefix's part of the vectors in the Directions.
     row_stop, col_stop = row_at + (row_end - row0), col_at + (col_end - col0)
-    i_at, j_at = row_at + tl.arange(0, TILE.block_m), col_at + tl.arange(0, TILE.block_n)
+    i_at, j_at = row_at + tl.arange(0, BM), col_at + tl.arange(0, BN)
     if MODE.half:
         row_segment, col_segment = row_at // SEGMENT, col_at // SEGMENT
         if is_far(rows, cols, row_segment, col_segment):
@@ -187,16 +202,20 @@ def _gradient_of_part(
             g = weighted(power(s - reference, MODE), rows, cols, row_at, row_stop, col_at, col_stop, reference)
     else:
         g = weights_of_both(s, acc, mask, rows, cols, i_at, row_stop, j_at, col_stop, MODE)
-    g = _times_factors(g, row_factors, col_factors, row_at, col_at)
+    if row_factors is not None:
+        g *= tl.load(row_factors + i_at)[:, None]
+        g *= tl.load(col_factors + j_at)[None, :]
     if row_dots is not None or col_dots is not None:
-        terms = tl.where(g != 0, g * acc, 0.0)  # beyond the last column ``acc`` may be NaN
+        terms = g * acc
+        if gemm_products is not None:  # beyond the last column they may be NaN
+            terms = tl.where(g == 0, 0.0, terms)
         if row_dots is not None:
-            local = i + tl.arange(0, TILE.block_m)
-            where = (part * tl.cdiv(width, TILE.block_n) + j // TILE.block_n).to(tl.int64) * height + local
+            local = i + tl.arange(0, BM)
+            where = (part * tl.cdiv(width, BN) + j // BN).to(tl.int64) * height + local
             tl.store(row_dots + where, tl.sum(terms, axis=1), mask=local < height)
         if col_dots is not None:
-            local = j + tl.arange(0, TILE.block_n)
-            where = (part * tl.cdiv(height, TILE.block_m) + i // TILE.block_m).to(tl.int64) * width + local
+            local = j + tl.arange(0, BN)
+            where = (part * tl.cdiv(height, BM) + i // BM).to(tl.int64) * width + local
             tl.store(col_dots + where, tl.sum(terms, axis=0), mask=local < width)
     store_tile(out, stride_out, part * height + i, j, (part + 1) * height, g, False)
     return acc
@@ -204,7 +223,7 @@ def _gradient_of_part(
 
 @triton.jit(
     do_not_specialize=[
-        "stride_gemm", "stride_out", "M", "N", "row_begin", "row_end", "col_begin", "col_end", "padded_m", "padded_n"
+        "M", "N", "row_begin", "row_end", "col_begin", "col_end", "padded_m", "padded_n"
     ]
 )  # fmt: skip
 def prefix_gradients(

@@ -187,11 +187,9 @@ def measure(
                 with_rule(source, rule)
                 yield from rows(compiled, arch, source, rule)
             if "prefixes" in kinds:
-                for normalized, every in ((False, False), (True, False), (True, True))[
-                    : 3 if True in every_option else 2
-                ]:
-                    nested(source, normalized, every)
-                    options = "every" if every else "normalized" if normalized else "none"
+                with_every = source == "half" and True in every_option
+                for options in ("none", "normalized", *(("every",) if with_every else ())):
+                    nested(source, options != "none", options == "every")
                     yield from rows(compiled, arch, source, options)
             if "max_sim" in kinds:  # 32: FILIP's and ColBERT's queries; 128: an item fills a tile; 200: it needs two
                 all_of_them = True in every_option

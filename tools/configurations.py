@@ -24,7 +24,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver, jit
 
-from fused_contrastive.backends.triton import at_once, device, launch, max_sim_launch
+from fused_contrastive.backends.triton import at_once, device, launch, max_sim_launch, prefixes_launch
+from fused_contrastive.core.prefixes import Prefixes, PrefixNeeds
 from fused_contrastive.core.spec import Needs, RowLoss, StatsSpec, Upstream, for_backward
 from fused_contrastive.core.tokens import MaxSimUpstream, TokenSpec
 from machine_code import count
@@ -40,6 +41,7 @@ SHARED_LIMIT = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942":
 MATRIX_INSTRUCTION = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma", "gfx942": "v_mfma"}
 SOURCES = ("half", "tf32", "gemm")
 N, D = 512, 64  # two of the largest tiles
+PAGE_KINDS = ["statistics", "prefixes"]  # on the page
 VECTORS = ("prepare", "merge", "finish")  # kernels that walk vectors or features, and have no tiles
 
 
@@ -152,6 +154,22 @@ def late_interaction(source: str, tokens: int, masked: bool, own: int = 0, smoot
     max_sim_launch.backward(spec, x, y, saved, upstream, (masked, True))
 
 
+def nested(source: str, normalized: bool, every_option: bool) -> None:
+    """The kernels of three nested prefixes."""
+    dtype = torch.bfloat16 if source == "half" else torch.float32
+    torch.set_float32_matmul_precision("high" if source == "tf32" else "highest")
+    dims, ids = (D, 2 * D, 4 * D), torch.zeros(N, dtype=torch.int64)
+    x = torch.zeros(N, dims[-1], dtype=dtype)
+    factors = torch.zeros(len(dims), N) if normalized else None
+    spec = StatsSpec(torch.tensor(1.0))
+    if every_option:
+        spec = spec._replace(targets=ids, row_ids=ids, col_ids=ids)
+    of = Prefixes(dims, factors, factors)
+    saved = prefixes_launch.forward(spec, of, x, x)
+    upstream = Upstream(saved.pos, saved.row, saved.col)
+    prefixes_launch.backward(spec, of, x, x, saved, upstream, PrefixNeeds(True, True, True))
+
+
 def measure(
     architectures: list[str], kinds: list[str], sources: list[str], every_option: list[bool], rules: Sequence[str] = ()
 ) -> Iterator[dict[str, Any]]:
@@ -168,6 +186,11 @@ def measure(
             for rule in rules:
                 with_rule(source, rule)
                 yield from rows(compiled, arch, source, rule)
+            if "prefixes" in kinds:
+                with_every = source == "half" and True in every_option
+                for options in ("none", "normalized", *(("every",) if with_every else ())):
+                    nested(source, options != "none", options == "every")
+                    yield from rows(compiled, arch, source, options)
             if "max_sim" in kinds:  # 32: FILIP's and ColBERT's queries; 128: an item fills a tile; 200: it needs two
                 all_of_them = True in every_option
                 sizes = ((32, False), *(((32, True), (128, True), (200, True)) if all_of_them else ()))
@@ -265,12 +288,13 @@ Triton {version}, compiled without a GPU; remake with `make configurations`. Non
   (float32 at full precision).
 - kernel: as in `fused_contrastive/backends/triton/`; "keeping": it stores exponentials, sigmoids or products as well.
 - options: none (except the one bias that SigLIP has); or, for half precision, "every": targets, col_bias, ids,
-  exclude_self and one triangle at once.
+  exclude_self and one triangle at once. Of nested prefixes (`prefix_` kernels) "every" is normalized, targets and ids.
 - spilled: stores of registers to memory because there are too few, counted in the code. With every option at once some
   configurations have them; without, only the exact kernels of half precision may, which redo the few tiles that one
   exponential per logit cannot serve ([The Triton backend](triton.md)).
 - per logit, on sm_90: instructions that a thread issues for one logit of a tile without positives or edges, from the
-  end of the loop over D to the end of the tile. The last reduction of a strip is divided among its tiles.
+  end of the loop over D to the end of the tile. The last reduction of a strip is divided among its tiles. Of nested
+  prefixes, for the last one; `prefix_gradients` then adds up what it has stored, which is counted for two prefixes.
 - stores: to global memory; UTMASTG is the tensor memory accelerator's, of a whole tile or a part of it.
 
 | arch | source | kernel | options | tile | warps | stages | shared | registers | spilled | matrix units | per logit |\
@@ -282,7 +306,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--arch", nargs="+", choices=list(TARGETS), default=list(TARGETS))
-    parser.add_argument("--kind", nargs="+", choices=("statistics", "max_sim"), default=["statistics"])
+    parser.add_argument("--kind", nargs="+", choices=("statistics", "prefixes", "max_sim"), default=PAGE_KINDS)
     parser.add_argument("--source", nargs="+", choices=SOURCES, default=list(SOURCES))
     parser.add_argument("--plain", action="store_true", help="each kernel once, without options")
     parser.add_argument("--rules", action="store_true", help="the kernels with RULES, and no others")

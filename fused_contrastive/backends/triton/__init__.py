@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fused_contrastive.backends.contract import Backend
 from fused_contrastive.backends.triton import device, storage
+from fused_contrastive.core.prefixes import Prefixes, PrefixGradients, PrefixNeeds
 from fused_contrastive.core.reduction import Reduction
 from fused_contrastive.core.spec import Forward, Gradients, Needs, Ranks, RowLoss, StatsSpec, Upstream
 from fused_contrastive.core.tokens import MaxSimForward, MaxSimUpstream, TokenSpec, index_dtype
@@ -72,6 +73,23 @@ class Triton(Backend):
                 _check_saved(name, value, shape, value.dtype)
         run = launch.backward if spec.row_lengths is None else groups_launch.backward
         return run(spec, x, y, saved, upstream, needs)
+
+    def prefixes_forward(self, spec: StatsSpec, of: Prefixes, x: Tensor, y: Tensor) -> Forward:
+        from fused_contrastive.backends.triton import prefixes_launch
+
+        return prefixes_launch.forward(spec, of, x, y)
+
+    def prefixes_backward(
+        self, spec: StatsSpec, of: Prefixes, x: Tensor, y: Tensor, saved: Forward, upstream: Upstream,
+        needs: PrefixNeeds,
+    ) -> PrefixGradients:  # fmt: skip
+        from fused_contrastive.backends.triton import prefixes_launch
+
+        # As for stats_backward: what is saved may have been changed by hooks.
+        shapes = (len(of.dims), len(x)), (len(of.dims), len(y) if spec.want_col else 0)
+        for name, value, shape in zip(("row", "col"), (saved.row, saved.col), shapes, strict=True):
+            _check_saved(name, value, shape, torch.float64)
+        return prefixes_launch.backward(spec, of, x, y, saved, upstream, needs)
 
     def fuses_loss(self, spec: StatsSpec, m: int) -> bool:
         """Losses over rows alone: of a softmax unless all products are kept, and always of softplus.

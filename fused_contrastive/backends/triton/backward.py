@@ -85,7 +85,7 @@ def prepare(
 
 
 @triton.jit
-def _ranges(rows, cols, row_segment, col_segment):
+def ranges(rows, cols, row_segment, col_segment):
     """The highest normaliser of two segments (or vectors of them), 0 where all are -inf, and the lowest."""
     highest = tl.full((), float("-inf"), tl.float32)
     lowest = tl.full((), float("inf"), tl.float32)
@@ -98,9 +98,9 @@ def _ranges(rows, cols, row_segment, col_segment):
 
 
 @triton.jit
-def _is_far(rows, cols, row_segment, col_segment):
+def is_far(rows, cols, row_segment, col_segment):
     """Whether the normalisers of two segments (or vectors of them) differ by too much for one exponential."""
-    highest, lowest = _ranges(rows, cols, row_segment, col_segment)
+    highest, lowest = ranges(rows, cols, row_segment, col_segment)
     return ~(tl.where(tl.abs(highest) < HUGE, highest - lowest, float("inf")) < REACH)
 
 
@@ -108,9 +108,9 @@ def _is_far(rows, cols, row_segment, col_segment):
 def _is_far_kept(
     rows, cols, references, stride_references, row_begin, col_begin, row_cell, col_cell, SEGMENT: tl.constexpr
 ):  # fmt: skip
-    """``_is_far`` for a cell (or a vector of them) of the block's kept exponentials, which have a reference already."""
+    """``is_far`` for a cell (or a vector of them) of the block's kept exponentials, which have a reference already."""
     row_segment = (row_begin + row_cell * CELL) // SEGMENT
-    _, lowest = _ranges(rows, cols, row_segment, (col_begin + col_cell * CELL) // SEGMENT)
+    _, lowest = ranges(rows, cols, row_segment, (col_begin + col_cell * CELL) // SEGMENT)
     reference = tl.load(references + row_cell.to(tl.int64) * stride_references + col_cell)
     return ~(tl.where(tl.abs(reference) < HUGE, reference - lowest, float("inf")) < KEPT_REACH)
 
@@ -125,7 +125,7 @@ def _multiplier(direction, i, inside, reference):
 
 
 @triton.jit
-def _weighted(e, rows, cols, row0, row_end, col0, col_end, reference):
+def weighted(e, rows, cols, row0, row_end, col0, col_end, reference):
     """G from exponentials ``e`` relative to ``reference``."""
     i = row0 + tl.arange(0, e.shape[0])
     j = col0 + tl.arange(0, e.shape[1])
@@ -155,9 +155,9 @@ def gradient(
     row0, col0 = row_begin + i, col_begin + j
     acc = products(x, y, row0, col0, (M, N, D, stride_x, stride_y), MODE, TILE)
     s, c = logits(acc, mask, None, row0, row_end, col0, col_end, MODE)
-    highest, _ = _ranges(rows, cols, row0 // SEGMENT, col0 // SEGMENT)
+    highest, _ = ranges(rows, cols, row0 // SEGMENT, col0 // SEGMENT)
     reference = highest - HEADROOM
-    g = _weighted(tl.exp2(s * c - reference), rows, cols, row0, row_end, col0, col_end, reference)
+    g = weighted(tl.exp2(s * c - reference), rows, cols, row0, row_end, col0, col_end, reference)
     store_tile(out, stride_out, i, j, height, g, MODE.tma)
 
 
@@ -174,7 +174,7 @@ def gradient_of_kept(
     row0, col0 = row_begin + i, col_begin + j
     e = load_tile(kept, stride_kept, i, j, height, BM, BN, MODE.tma).to(tl.float32)
     reference = tl.load(references + (i // CELL).to(tl.int64) * stride_references + j // CELL)
-    g = _weighted(e, rows, cols, row0, row_end, col0, col_end, reference)
+    g = weighted(e, rows, cols, row0, row_end, col0, col_end, reference)
     if MODE.upper:  # the forward skips tiles below the diagonal, which may hold anything
         g = tl.where((row0 + tl.arange(0, BM))[:, None] < (col0 + tl.arange(0, BN))[None, :], g, 0.0)
     store_tile(out, stride_out, i, j, height, g, MODE.tma)
@@ -193,7 +193,7 @@ def _weights(s, direction, i, inside, AXIS: tl.constexpr, MODE: tl.constexpr):
 
 
 @triton.jit
-def _weights_of_both(s, acc, mask, rows, cols, i, row_end, j, col_end, MODE: tl.constexpr):
+def weights_of_both(s, acc, mask, rows, cols, i, row_end, j, col_end, MODE: tl.constexpr):
     """G of a tile from logits ``s`` and what limits are compared with, by directions of which one may be None."""
     if rows is None:
         g = _weights(below(s, acc, mask, mask.col_limit, j, j < col_end, 1), cols, j, j < col_end, 1, MODE)
@@ -242,23 +242,23 @@ def exact_gradient(
         if references is None:
             for first in range(col_begin // SEGMENT, tl.cdiv(col_end, SEGMENT), 64):
                 segment = tl.minimum(first + tl.arange(0, 64), tl.cdiv(col_end, SEGMENT) - 1)
-                far += tl.sum(tl.broadcast_to(_is_far(rows, cols, row0 // SEGMENT, segment), (64,)).to(tl.int32))
+                far += tl.sum(tl.broadcast_to(is_far(rows, cols, row0 // SEGMENT, segment), (64,)).to(tl.int32))
         else:
             cells = tl.cdiv(col_end - col_begin, CELL)
             for first in range(0, cells, 512):
                 cell = tl.minimum(first + tl.arange(0, 512), cells - 1)
-                is_far = _is_far_kept(
+                far_cells = _is_far_kept(
                     rows, cols, references, stride_references, row_begin, col_begin, (row0 - row_begin) // CELL, cell,
                     SEGMENT,
                 )  # fmt: skip
-                far += tl.sum(is_far.to(tl.int32))
+                far += tl.sum(far_cells.to(tl.int32))
         tiles = tl.where(far > 0, tiles, 0)
     for tile_n in range(tl.program_id(1), tiles, tl.num_programs(1)):
         col0 = col_begin + tile_n * BN
         asked = True
         if ONLY_FAR:
             if references is None:
-                asked = _is_far(rows, cols, row0 // SEGMENT, col0 // SEGMENT)
+                asked = is_far(rows, cols, row0 // SEGMENT, col0 // SEGMENT)
             else:
                 asked = _is_far_kept(
                     rows, cols, references, stride_references, row_begin, col_begin, (row0 - row_begin) // CELL,
@@ -275,31 +275,32 @@ def exact_gradient(
             s *= c
             j = col0 + tl.arange(0, BN)
             at = compared(acc, mask, row0, col0, M, N, MODE)
-            g = _weights_of_both(s, at, mask, rows, cols, i, row_end, j, col_end, MODE)
+            g = weights_of_both(s, at, mask, rows, cols, i, row_end, j, col_end, MODE)
             if MODE.equal_ids == "apart":
                 apart = related(mask, i, row_end, j, col_end, MODE)
                 if tl.max(apart.to(tl.int32)) > 0:
-                    among = _weights_of_both(s, at, mask, related_rows, related_cols, i, row_end, j, col_end, MODE)
+                    among = weights_of_both(s, at, mask, related_rows, related_cols, i, row_end, j, col_end, MODE)
                     g = tl.where(apart, among, g)
             elif MODE.equal_ids == "add":
                 g += _of_sums(mask, related_rows, related_cols, i, row_end, j, col_end, MODE)
             if MODE.teacher:
                 t = of_teacher(at, mask, i, row_end, j, col_end, MODE)
-                g += _weights_of_both(t, at, mask, related_rows, related_cols, i, row_end, j, col_end, MODE)
+                g += weights_of_both(t, at, mask, related_rows, related_cols, i, row_end, j, col_end, MODE)
             store_tile(out, stride_out, row0 - row_begin, col0 - col_begin, row_end - row_begin, g, False)
 
 
 @triton.jit(do_not_specialize=["rows", "first", "paired"])
 def finish(
-    grad, own, other, g_pos, targets, scale, largest, out, dots, rows, first, paired, D, stride_own, stride_other,
-    TOP: tl.constexpr, ROWS: tl.constexpr, BD: tl.constexpr,
+    grad, own, other, g_pos, along, targets, scale, largest, out, dots, rows, first, paired, D, stride_grad, stride_own,
+    stride_other, stride_out, TOP: tl.constexpr, ROWS: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """Turns sums over the negatives, grad (rows, D), into gradients of the features: out = scale * (grad + positives).
 
     These are rows ``first`` and on of ``own``; row i < paired gains g_pos[i] times the row of ``other`` that is its
     positive. ``grad`` is divided by TOP / largest, which G was multiplied by. dots gets each program's part of
     sum(own * (grad + positives)), the gradient of the scale. The positives are added after the products: one large term
-    among thousands of small ones would cost the sum its low bits.
+    among thousands of small ones would cost the sum its low bits. At last row i loses ``along[i]`` times its own
+    features, where not None.
     """
     local = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = local < rows
@@ -320,15 +321,17 @@ def finish(
     for d0 in range(0, D, BD):
         d = d0 + tl.arange(0, BD)
         mask = inside[:, None] & (d < D)[None, :]
-        total = tl.load(grad + local[:, None] * D + d[None, :], mask=mask, other=0.0) * factor
+        total = tl.load(grad + local[:, None] * stride_grad + d[None, :], mask=mask, other=0.0) * factor
         if g_pos is not None:
             mine = with_positive[:, None] & (d < D)[None, :]
             pair = tl.load(other + partner[:, None] * stride_other + d[None, :], mask=mine, other=0.0)
             total += g[:, None] * pair.to(tl.float32)
-        if dots is not None:
+        if dots is not None or along is not None:
             features = tl.load(own + i[:, None] * stride_own + d[None, :], mask=mask, other=0.0).to(tl.float32)
             dot += tl.sum(features * total, axis=1)
+            if along is not None:
+                total -= tl.load(along + i, mask=inside, other=0.0)[:, None] * features
         if out is not None:
-            tl.store(out + i[:, None] * D + d[None, :], (total * by).to(out.dtype.element_ty), mask=mask)
+            tl.store(out + i[:, None] * stride_out + d[None, :], (total * by).to(out.dtype.element_ty), mask=mask)
     if dots is not None:
         tl.store(dots + tl.program_id(0), tl.sum(dot.to(tl.float64), axis=0))

@@ -15,7 +15,7 @@ from fused_contrastive.backends.triton import configs, device, storage, tune
 from fused_contrastive.backends.triton import forward as forward_kernels
 from fused_contrastive.backends.triton import sigmoid as sigmoid_kernels
 from fused_contrastive.backends.triton.problem import Block, Prepared, largest
-from fused_contrastive.backends.triton.totals import Direction, merge
+from fused_contrastive.backends.triton.totals import AnyPartials, Direction, merge
 from fused_contrastive.core.spec import Forward, Gradients, Needs, StatsSpec, Upstream, merged, summed_like
 
 # Blocks of S, (height, width): partial statistics of 2 x 17 MB; products of 128 MB; G of 512 MB in half precision.
@@ -103,19 +103,26 @@ def block_statistics(
             *p.features(c), *_plain(gemm_products), p.mask, pos_to, row_parts, col_parts, related_row_parts,
             related_col_parts, None, *products_to, *p.sizes, *b, MODE=p.mode, TILE=c, **(c.options | UNFUSED),
         )  # fmt: skip
-    longest = max(b.height if row.asked else 0, b.width if col.asked else 0)
     for of_rows, from_rows, of_cols, from_cols, plain in (
         (row, row_parts, col, col_parts, p.softplus),
         (row.related, related_row_parts, col.related, related_col_parts, p.softplus or p.added),
     ):  # fmt: skip
-        if of_rows is None or of_cols is None:
-            continue
-        merge[(triton.cdiv(longest, MERGE_LENGTH), 2)](
-            from_rows, of_rows.totals(b.rows), from_cols, of_cols.totals(b.cols),
-            strips, across, b.height, b.width, 0 if p.first_of_rows(b) else b.height, b.width if b.row0 else 0,
-            b.row0 - b.col0, MODE=p.mode, PLAIN=plain, PART_WIDTH=c.block_n, PARTS=MERGE_PARTS,
-            LENGTH=MERGE_LENGTH, **FUSED,
-        )  # fmt: skip
+        if of_rows is not None and of_cols is not None:
+            add_up(p, b, (from_rows, from_cols), (of_rows, of_cols), (strips, across), c.block_n, plain)
+
+
+def add_up(
+    p: Prepared, b: Block, parts: tuple[AnyPartials | None, AnyPartials | None], to: tuple[Direction, Direction],
+    tiles: tuple[int, int], part_width: int, plain: bool = False,
+) -> None:  # fmt: skip
+    """Adds partial statistics of a block's rows and columns, in so many tiles down and across, to their Directions."""
+    row, col = to
+    longest = max(b.height if row.asked else 0, b.width if col.asked else 0)
+    merge[(triton.cdiv(longest, MERGE_LENGTH), 2)](
+        parts[0], row.totals(b.rows), parts[1], col.totals(b.cols), *tiles, b.height, b.width,
+        0 if p.first_of_rows(b) else b.height, b.width if b.row0 else 0, b.row0 - b.col0,
+        MODE=p.mode, PLAIN=plain, PART_WIDTH=part_width, PARTS=MERGE_PARTS, LENGTH=MERGE_LENGTH, **FUSED,
+    )  # fmt: skip
 
 
 def _plain(matrix: storage.Matrix | None) -> tuple[Tensor | None, int]:
@@ -208,17 +215,19 @@ def prepare(
 def finish(
     p: Prepared, grad: Tensor, out: Tensor | None, own: Tensor, other: Tensor, g_pos: Tensor | None,
     targets: Tensor | None, first: int, paired: int, largest: Tensor | None, top: float, dots: list[Tensor] | None,
+    along: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Writes ``grad``'s rows, the problem's from ``first`` on, to ``out`` as gradients of the features.
 
-    ``grad`` is too large by the factor top / largest. Parts of the scale's gradient are appended to ``dots``.
+    ``grad`` is too large by the factor top / largest. Parts of the scale's gradient are appended to ``dots``. At last
+    each row loses ``along`` times its own features.
     """
     rows = grad.shape[0]
     programs = triton.cdiv(rows, FINISH_ROWS)
     parts = None if dots is None else grad.new_empty(programs, dtype=torch.float64)
     backward_kernels.finish[(programs,)](
-        grad, own, other, g_pos, targets, p.spec.scale, largest, out, parts,
-        rows, first, paired, p.d, own.stride(0), other.stride(0),
+        grad, own, other, g_pos, along, targets, p.spec.scale, largest, out, parts,
+        rows, first, paired, grad.shape[1], grad.stride(0), own.stride(0), other.stride(0), _stride(out),
         TOP=top if largest is not None else 1.0, ROWS=FINISH_ROWS, BD=FINISH_D, **FUSED,
     )  # fmt: skip
     if dots is not None and parts is not None:

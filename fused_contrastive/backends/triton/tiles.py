@@ -146,26 +146,34 @@ def _products_from_pointers(
 
 
 @triton.jit
-def products(x, y, row0, col0, shape, MODE: tl.constexpr, TILE: tl.constexpr):
-    """x[row0 : row0 + BM] @ y[col0 : col0 + BN].T in float32. Rows and columns beyond the end hold anything.
+def add_products(acc, x, y, row0, col0, begin, end, shape, MODE: tl.constexpr, TILE: tl.constexpr):
+    """``acc`` + x[row0 : row0 + BM, begin : end] @ y[col0 : col0 + BN, begin : end].T in float32.
 
-    shape: M, N, D, the strides of x and y. No product is made where ``upper`` excludes all pairs.
+    Rows and columns beyond the last hold anything. shape: M, N, D, the strides of x and y. ``end`` is D, or a multiple
+    of BK after ``begin``.
     """
-    M, N, D, stride_x, stride_y = shape
-    BM: tl.constexpr = TILE.block_m
-    BN: tl.constexpr = TILE.block_n
+    M, N, _, stride_x, stride_y = shape
     BK: tl.constexpr = TILE.block_k
-    if MODE.upper:
-        D = tl.where(col0 + BN > row0, D, 0)
-    acc = tl.zeros((BM, BN), tl.float32)
     if MODE.tma:
-        for k in range(0, D, BK):
+        for k in range(begin, end, BK):
             acc = tl.dot(x.load([row0, k]), y.load([col0, k]).T, acc, input_precision=MODE.precision)
     else:
         acc = _products_from_pointers(
-            x, y, row0, col0, M, N, D, stride_x, stride_y, acc, BK, MODE.precision
+            x + begin, y + begin, row0, col0, M, N, end - begin, stride_x, stride_y, acc, BK, MODE.precision
         )  # fmt: skip
     return acc
+
+
+@triton.jit
+def products(x, y, row0, col0, shape, MODE: tl.constexpr, TILE: tl.constexpr):
+    """``add_products`` of all columns to 0. No product is made where ``upper`` excludes all pairs."""
+    BM: tl.constexpr = TILE.block_m
+    BN: tl.constexpr = TILE.block_n
+    D = shape[2]
+    if MODE.upper:
+        D = tl.where(col0 + BN > row0, D, 0)
+    acc = tl.zeros((BM, BN), tl.float32)
+    return add_products(acc, x, y, row0, col0, 0, D, shape, MODE, TILE)
 
 
 @triton.jit
@@ -294,19 +302,19 @@ def added_up(mask, rows, row_end, cols, col_end, MODE: tl.constexpr):
 
 
 @triton.jit
-def logits(acc, mask, pos, row0, row_end, col0, col_end, MODE: tl.constexpr):
+def logits(acc, mask, pos, row0, row_end, col0, col_end, MODE: tl.constexpr, SCALED: tl.constexpr = False):
     """(s, c) from products: the logits are s * c, in units of log 2 if MODE.half, and -inf where excluded.
 
     c is the scale, to be multiplied in the same instruction that subtracts a reference; it is not negative. It is 1
     if a bias has been added or a pair is excluded. Most tiles have nothing to exclude, and skip the comparisons.
-    ``pos``, where not None, gets the positives' logits.
+    ``pos``, where not None, gets the positives' logits. SCALED: ``acc`` has been multiplied by the scale and the unit.
     """
     BM: tl.constexpr = acc.shape[0]
     BN: tl.constexpr = acc.shape[1]
     unit: tl.constexpr = 1.4426950408889634 if MODE.half else 1.0
     rows = row0 + tl.arange(0, BM)
     cols = col0 + tl.arange(0, BN)
-    c = tl.load(mask.scale) * unit
+    c = tl.full((), 1.0, tl.float32) if SCALED else tl.load(mask.scale) * unit
     special = (row0 + BM > row_end) | (col0 + BN > col_end) | (c < 0)
     if mask.targets is not None:
         positive = positives(mask, rows, row_end)

@@ -17,7 +17,17 @@ class Partials(NamedTuple):
 
     maxima: Tensor  # (parts, length) float32; any reference, -inf where all pairs are excluded, 0 for plain sums
     sums: Tensor  # (parts, length) float32
-    weighted: Tensor | None = None  # (parts, length) float32: a teacher's sums, each of its terms times our logit
+
+
+class WeightedPartials(NamedTuple):
+    """Partials with a third vector. Triton 3.4 cannot tell whether an argument with a field of None is None."""
+
+    maxima: Tensor
+    sums: Tensor
+    weighted: Tensor  # (parts, length) float32: a teacher's sums, each of its terms times our logit
+
+
+AnyPartials = Partials | WeightedPartials
 
 
 @triton.jit
@@ -121,12 +131,13 @@ class Direction:
         if asked:
             self.maxima = like.new_empty(size, dtype=torch.float32)
 
-    def partials(self, parts: int, length: int) -> Partials | None:
+    def partials(self, parts: int, length: int) -> AnyPartials | None:
         if not self.asked:
             return None
-        return Partials(*(self.maxima.new_empty(parts, length) for _ in range(2 if self.weighted is None else 3)))
+        kind = Partials if self.weighted is None else WeightedPartials
+        return kind(*(self.maxima.new_empty(parts, length) for _ in kind._fields))
 
-    def partials_of_both(self, parts: int, length: int) -> list[Partials | None]:
+    def partials_of_both(self, parts: int, length: int) -> list[AnyPartials | None]:
         return [None if d is None else d.partials(parts, length) for d in (self, self.related)]
 
     def result(self) -> Tensor:

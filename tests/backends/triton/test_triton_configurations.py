@@ -19,9 +19,9 @@ from fused_contrastive.backends import triton as triton_backend
 from fused_contrastive.backends.triton import configs, device
 from fused_contrastive.core import memory
 
-BOTH = ("--kind", "statistics", "max_sim")
-EVERYTHING = [(*BOTH, "--arch", "sm_90", "sm_80"), (*BOTH, "--arch", "gfx942", "sm_100")]
-EACH_ONCE = [(*BOTH, "--source", "half", "--plain", "--arch", "sm_90")]
+KINDS = ("--kind", "statistics", "prefixes", "max_sim")
+EVERYTHING = [(*KINDS, "--arch", "sm_90", "sm_80"), (*KINDS, "--arch", "gfx942", "sm_100")]
+EACH_ONCE = [(*KINDS, "--source", "half", "--plain", "--arch", "sm_90")]
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,8 @@ def test_every_architecture_and_kernel_is_there(compiled: list[dict[str, Any]], 
     assert {row["arch"] for row in compiled} == {"sm_90", *(["gfx942", "sm_80", "sm_100"] if full else [])}
     assert {row["kernel"].split(",")[0] for row in compiled} == {
         "strip_statistics", "exact_statistics", "gradient", "gradient_of_kept", "exact_gradient", "sigmoid_statistics",
-        "sigmoid_gradient", "max_sim maxima", "max_sim gradient", "max_sim smooth_gradient",
+        "sigmoid_gradient", "prefix_statistics", "prefix_gradients", "max_sim maxima", "max_sim gradient",
+        "max_sim smooth_gradient",
     }  # fmt: skip
 
 
@@ -79,6 +80,7 @@ def test_defaults_spill_no_registers(compiled: list[dict[str, Any]]) -> None:
 MOST_INSTRUCTIONS = {
     "strip_statistics": 7.05, "strip_statistics, keeping": 8.5, "gradient": 6.3, "gradient_of_kept": 6.3,
     "sigmoid_statistics": 12.0, "sigmoid_statistics, keeping": 16.5,
+    "prefix_statistics": 12.2, "prefix_gradients": 17.3,
 }  # fmt: skip
 
 
@@ -95,16 +97,16 @@ def test_tiles_are_stored_widely(compiled: list[dict[str, Any]]) -> None:
     """By the tensor memory accelerator where there is one, else 16 bytes at a time; never single elements."""
     stored = 0
     for row in compiled:
-        tiles = (
-            row["kernel"].startswith(("gradient", "exact_gradient", "sigmoid_gradient")) or "keeping" in row["kernel"]
-        )
+        kernel = row["kernel"]
+        of_g = kernel.startswith(("gradient", "exact_gradient", "sigmoid_gradient", "prefix_gradients"))
+        tiles = of_g or "keeping" in kernel
         if not tiles or row["arch"] == "gfx942" or "tokens" in row["options"]:
             continue
         stored += 1
-        accelerated = row["arch"] != "sm_80" and row["source"] == "half" and not row["kernel"].startswith("exact")
+        accelerated = row["arch"] != "sm_80" and row["source"] == "half" and not kernel.startswith(("exact", "prefix"))
         assert any(store.startswith("UTMASTG" if accelerated else "STG.E.128") for store in row["stores"]), name(row)
         assert not any(store.startswith(("STG.E.U8", "STG.E.U16")) for store in row["stores"]), name(row)
-    assert stored >= 6
+    assert stored >= 8
 
 
 def test_matrix_units_are_used(compiled: list[dict[str, Any]]) -> None:

@@ -230,39 +230,28 @@ class SigLipLoss(Fused, library.SigLipLoss):
 def _expected(
     x: Tensor, y: Tensor, scale: float | Tensor, teacher_x: Tensor, teacher_y: Tensor, row: Tensor, col: Tensor | None
 ) -> Tensor:
-    """The sum of ``P * (x @ y.T)``: P are the teacher's softmaxes over each row and, with ``col``, over each column.
+    """The sum of ``P * (x @ y.T)``: P are the softmaxes, over each row and, with ``col``, over each column, of a teacher
+    that has gradients.
 
     (M, D), (N, D), the teacher's scale and features, and its normalisers (M,) and (N,) -> scalar in their dtype. The
-    sum is linear in x and in y, so if the teacher gets no gradient, x and y have the gradients P y and P^T x, which
-    are computed with the sum.
+    teacher's logits are made chunk by chunk, and again in the backward.
     """
     dtype = compute_dtype(x.dtype)
     a, b = scale * teacher_x.to(dtype), teacher_y.to(dtype)
     wide_x, wide_y = x.to(dtype), y.to(dtype)
     step = max(1, TEACHER_LOGITS // len(y))
-    chunks = [slice(k, k + step) for k in range(0, len(x), step)]
     short_row, short_col = row.to(dtype), None if col is None else col.to(dtype)
 
-    def weights(a: Tensor, b: Tensor, row: Tensor, col: Tensor | None) -> Tensor:
+    def of_chunk(x: Tensor, a: Tensor, b: Tensor, row: Tensor, col: Tensor | None) -> Tensor:
         logits = a @ b.T
-        by_row = (logits - row[:, None]).exp()
-        return by_row if col is None else by_row + (logits - col).exp()
+        weights = (logits - row[:, None]).exp()
+        if col is not None:
+            weights = weights + (logits - col).exp()
+        return (x * (weights @ wide_y)).sum(dim=1)
 
-    if torch.is_grad_enabled() and (a.requires_grad or b.requires_grad):
-
-        def of_chunk(x: Tensor, *teacher: Any) -> Tensor:
-            return (x * (weights(*teacher) @ wide_y)).sum(dim=1)
-
-        sums = [checkpoint(of_chunk, wide_x[k], a[k], b, short_row[k], short_col, use_reentrant=False) for k in chunks]
-        return torch.cat(sums).to(row.dtype).sum()
-    with torch.no_grad():
-        for_x, for_y = torch.empty_like(wide_x), torch.zeros_like(wide_y)
-        for k in chunks:
-            p = weights(a[k], b, short_row[k], short_col)
-            torch.mm(p, wide_y, out=for_x[k])
-            for_y.addmm_(p.T, wide_x[k])
-    through_y = (wide_y - wide_y.detach()) * for_y  # its value is 0, and it gives y the gradient for_y
-    return (wide_x * for_x).sum(dim=1).to(row.dtype).sum() + through_y.sum()
+    chunks = [slice(k, k + step) for k in range(0, len(x), step)]
+    sums = [checkpoint(of_chunk, wide_x[k], a[k], b, short_row[k], short_col, use_reentrant=False) for k in chunks]
+    return torch.cat(sums).to(row.dtype).sum()
 
 
 ORIGINALS = {getattr(library, cls.__name__): cls for cls in (ClipLoss, CoCaLoss, DistillClipLoss, SigLipLoss)}

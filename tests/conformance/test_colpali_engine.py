@@ -110,6 +110,12 @@ def test_documents_that_are_no_multiple_of_the_queries() -> None:
         ours.BiSigmoidLoss()(features(4, D), features(6, D))
 
 
+@pytest.mark.parametrize("name", ["ColbertNegativeCELoss", "BiNegativeCELoss"])
+def test_the_loss_of_the_batch_is_ours_too(name: str) -> None:
+    made = getattr(ours, name)().inner_loss
+    assert type(made).__module__ == ours.__name__
+
+
 def test_patch() -> None:
     with ours.patch_colpali_engine():
         assert library.ColbertLoss is ours.ColbertLoss

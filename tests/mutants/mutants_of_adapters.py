@@ -121,10 +121,10 @@ MUTANTS = [
         (f"{TESTS}/test_pytorch_metric_learning.py",), "labels",
     ),
     Mutant(
-        "texts' gradient of the teacher's term", "open_clip's distillation moves the images alone",
+        "the teacher's columns", "the distillation of a teacher that learns has the images' direction alone",
         f"{ADAPTERS}/open_clip.py",
-        "(wide_y - wide_y.detach()) * for_y",
-        "(wide_y - wide_y).detach() * for_y",
+        "weights = weights + (logits - col).exp()",
+        "weights = 2 * weights",
         (f"{TESTS}/test_open_clip.py",), "distill",
     ),
     Mutant(

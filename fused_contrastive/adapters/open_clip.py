@@ -230,11 +230,10 @@ class SigLipLoss(Fused, library.SigLipLoss):
 def _expected(
     x: Tensor, y: Tensor, scale: float | Tensor, teacher_x: Tensor, teacher_y: Tensor, row: Tensor, col: Tensor | None
 ) -> Tensor:
-    """The sum of ``P * (x @ y.T)``: P are the softmaxes, over each row and, with ``col``, over each column, of a teacher
-    that has gradients.
+    """The sum of ``P * (x @ y.T)``: P are the teacher's softmaxes over each row and, with ``col``, over each column.
 
     (M, D), (N, D), the teacher's scale and features, and its normalisers (M,) and (N,) -> scalar in their dtype. The
-    teacher's logits are made chunk by chunk, and again in the backward.
+    teacher's logits are made chunk by chunk, and again in the backward, because the teacher has gradients.
     """
     dtype = compute_dtype(x.dtype)
     a, b = scale * teacher_x.to(dtype), teacher_y.to(dtype)

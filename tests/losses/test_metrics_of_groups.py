@@ -90,7 +90,7 @@ def same_step(loss: Callable[..., Any], *leaves: Tensor) -> None:
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.thinned
+@pytest.mark.thinned("name", "dtype")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", LOSSES)
 def test_ranks_are_within_the_group(name: str, dtype: torch.dtype, backend: str) -> None:
@@ -105,6 +105,7 @@ def test_ranks_are_within_the_group(name: str, dtype: torch.dtype, backend: str)
     same_step(loss, x, y)
 
 
+@pytest.mark.thinned("name", "budget", everywhere=True)
 @pytest.mark.parametrize("budget", [0, "auto", 600 * 1000])
 @pytest.mark.parametrize("name", LOSSES)
 def test_small_and_large_groups(name: str, budget: int | str, threads: None) -> None:
@@ -244,6 +245,7 @@ def test_summaries_are_over_all_rows(backend: str) -> None:
     assert metrics.summary()["mean_rank"] == pytest.approx(ranks.float().mean().item())
 
 
+@pytest.mark.thinned("name", "form", everywhere=True)
 @pytest.mark.parametrize("form", ["batched", "packed"])
 @pytest.mark.parametrize("name", LOSSES)
 def test_compiled(name: str, form: str) -> None:

@@ -41,7 +41,7 @@ SHARED_LIMIT = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942":
 MATRIX_INSTRUCTION = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma", "gfx942": "v_mfma"}
 SOURCES = ("half", "tf32", "gemm")
 N, D = 512, 64  # two of the largest tiles
-PAGE_KINDS = ["statistics", "prefixes"]  # on the page
+PAGE_KINDS = ["statistics", "prefixes"]  # the kernels that docs/triton-configurations.md lists
 VECTORS = ("prepare", "merge", "finish")  # kernels that walk vectors or features, and have no tiles
 
 
@@ -155,7 +155,7 @@ def late_interaction(source: str, tokens: int, masked: bool, own: int = 0, smoot
 
 
 def nested(source: str, normalized: bool, every_option: bool) -> None:
-    """The kernels of three nested prefixes."""
+    """Launches the kernels of nested prefixes, forward and backward, with three prefixes."""
     dtype = torch.bfloat16 if source == "half" else torch.float32
     torch.set_float32_matmul_precision("high" if source == "tf32" else "highest")
     dims, ids = (D, 2 * D, 4 * D), torch.zeros(N, dtype=torch.int64)
@@ -288,13 +288,13 @@ Triton {version}, compiled without a GPU; remake with `make configurations`. Non
   (float32 at full precision).
 - kernel: as in `fused_contrastive/backends/triton/`; "keeping": it stores exponentials, sigmoids or products as well.
 - options: none (except the one bias that SigLIP has); or, for half precision, "every": targets, col_bias, ids,
-  exclude_self and one triangle at once. Of nested prefixes (`prefix_` kernels) "every" is normalized, targets and ids.
+  exclude_self and one triangle at once. For nested prefixes (`prefix_` kernels) "every" is normalized, targets and ids.
 - spilled: stores of registers to memory because there are too few, counted in the code. With every option at once some
   configurations have them; without, only the exact kernels of half precision may, which redo the few tiles that one
   exponential per logit cannot serve ([The Triton backend](triton.md)).
 - per logit, on sm_90: instructions that a thread issues for one logit of a tile without positives or edges, from the
-  end of the loop over D to the end of the tile. The last reduction of a strip is divided among its tiles. Of nested
-  prefixes, for the last one; `prefix_gradients` then adds up what it has stored, which is counted for two prefixes.
+  end of the loop over D to the end of the tile. The last reduction of a strip is divided among its tiles. The `prefix_`
+  kernels have it for one logit of one prefix; with `prefix_gradients` it includes adding up two prefixes' tiles.
 - stores: to global memory; UTMASTG is the tensor memory accelerator's, of a whole tile or a part of it.
 
 | arch | source | kernel | options | tile | warps | stages | shared | registers | spilled | matrix units | per logit |\

@@ -12,7 +12,7 @@
 namespace fc {
 namespace {
 
-// Returns a statistic (n,) and its ranks (n, 2) as (n, 3); the statistic itself if there are no ranks.
+// Returns a statistic (n,) and its ranks (n, 2) side by side, (n, 3), or the statistic itself if there are no ranks.
 at::Tensor beside(const at::Tensor& statistic, const at::Tensor& ranks) {
   if (!ranks.defined()) return statistic;
   const at::Tensor both = at::empty({statistic.numel(), 3}, at::kDouble);

@@ -234,16 +234,16 @@ int64_t counted(const at::Tensor& labels, const std::vector<Group>& groups) {
   return count;
 }
 
-// Gathers the groups' ranks, and the positives' logits beside them; nothing without references. A group without a pair
-// has no negative: its ranks are 0 and its highest logits -inf.
+// Gathers the groups' ranks and positives' logits, if the problem has references. A group without pairs sets nothing:
+// its ranks stay 0 and its highest logits -inf.
 class GroupedRanks {
  public:
   GroupedRanks(const StatsProblem& p, at::ScalarType dtype) {
     if (!is_ranked(p)) return;
     pos_ = at::zeros({p.x.size(0)}, dtype);
-    all_ = {of_nothing(p.x.size(0)), of_nothing(p.want_col ? p.y.size(0) : 0)};
+    all_ = {no_ranks(p.x.size(0)), no_ranks(p.want_col ? p.y.size(0) : 0)};
   }
-  // Sets those of a group. Any thread may call it.
+  // Sets the elements of one group. Threads may call it at the same time for different groups.
   void set(const Group& g, const LossAndGradients& found) const {
     if (!pos_.defined()) return;
     put(pos_, g.rows, found.pos);
@@ -254,12 +254,12 @@ class GroupedRanks {
   const Ranks& ranks() const { return all_; }
 
  private:
-  static at::Tensor of_nothing(int64_t size) {
+  static at::Tensor no_ranks(int64_t size) {
     const at::Tensor out = at::zeros({size, 2}, at::kDouble);
     out.select(1, 1).fill_(-std::numeric_limits<double>::infinity());
     return out;
   }
-  // Copies rows without ATen, whose calls would take as long as a small group's ranks.
+  // Copies `values` to the group's rows, without ATen: its calls would take as long as a small group's ranks.
   static void put(const at::Tensor& all, const Range& rows, const at::Tensor& values) {
     const size_t row_bytes = all.nbytes() / static_cast<size_t>(all.size(0));
     TORCH_INTERNAL_ASSERT(values.is_contiguous() && values.size(0) == rows.size());

@@ -233,7 +233,7 @@ def _expected(
     """The sum of ``P * (x @ y.T)``: P are the teacher's softmaxes over each row and, with ``col``, over each column.
 
     (M, D), (N, D), the teacher's scale and features, and its normalisers (M,) and (N,) -> scalar in their dtype. The
-    teacher's logits are made chunk by chunk, and again in the backward, because the teacher has gradients.
+    teacher's logits are formed chunk by chunk, and again in the backward. It is for teachers that get gradients.
     """
     dtype = compute_dtype(x.dtype)
     a, b = scale * teacher_x.to(dtype), teacher_y.to(dtype)

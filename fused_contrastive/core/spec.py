@@ -36,8 +36,8 @@ class StatsSpec(NamedTuple):
     are no positives, ids or limits; a column whose bias is -inf is excluded from T too.
 
     With lengths, rows and columns are cut into B groups, which follow each other: S is a problem of its own for each
-    group, and no pair of two groups is computed. Targets count the columns of the row's group, and references are
-    compared with its logits alone.
+    group, and no pair of two groups is computed. Targets count the columns of the row's group. A reference is
+    compared with logits of its own group alone.
 
     With ``row_reference`` or ``col_reference``, ``row`` is (M, 3) and ``col`` (N, 3): [:, 1] is how many of the logits
     that are not excluded are above the reference, and [:, 2] is the highest of them. Both have no gradient, and related

@@ -89,8 +89,8 @@ def nt_xent_loss(
         logit_scale: multiplies them, instead: 1 / temperature.
         views: further views, each like z1.
         lengths: (B,) int64, the samples of each of B groups, which are compared with each other alone; or views (B, N,
-            D). See ``clip_loss``. The result of "none", and the metrics, are then group by group, and view by view in
-            each. Not together with debias, hardness and group.
+            D). See ``clip_loss``. The result of "none" and the metrics are then ordered by group and, in each group, by
+            view. Not together with debias, hardness and group.
         debias, hardness: correct the sum over the 2N - 2 negatives of two views; see ``clip_loss``.
         decoupled: the DCL form.
         reduction: "mean", "sum" or "none" ((V * N,), view by view), over the V * N features.

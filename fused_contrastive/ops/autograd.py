@@ -55,6 +55,6 @@ def backward(ctx: Any, g_pos: Tensor | None, g_row: Tensor | None, g_col: Tensor
     return tuple(by_input)
 
 
-# The implementation is looked up at each call, so that a test can replace it.
+# The lambda looks the implementation up at each call, so that a test can replace it.
 stats_forward = with_formula("stats_forward", lambda *inputs: schema.stats_forward(*inputs), backward, setup_context)
 register_formula("stats_backward", second_backward)

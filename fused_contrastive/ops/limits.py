@@ -8,12 +8,15 @@ from torch import Tensor
 from fused_contrastive.core.modes import is_plain
 from fused_contrastive.core.spec import compute_dtype
 
-# How many elements of x are multiplied, and held in the compute dtype, at a time.
+# How many elements of x are converted to the compute dtype and multiplied at a time, on a CPU and on a GPU.
 ELEMENTS, GPU_ELEMENTS = 1 << 18, 1 << 24
 
 
 def similarities(x: Tensor, positives: Tensor) -> tuple[Tensor, Tensor]:
-    """(M,) dot products of x (M, D) with its positives (M, D), and (M,) how far roundings may part copies of these."""
+    """(M,) dot products of x (M, D) with its positives (M, D), and (M,) bounds of their rounding errors.
+
+    Two computations of the dot product with the same vector differ by at most the bound.
+    """
     elements = ELEMENTS if x.device.type == "cpu" else GPU_ELEMENTS
     if is_plain(x, positives) and x.numel() > elements:
         size = max(1, elements // x.shape[1])
@@ -25,7 +28,7 @@ def similarities(x: Tensor, positives: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _similarities(x: Tensor, positives: Tensor) -> tuple[Tensor, Tensor]:
-    """(M,) dot products, and (M,) products of both norms."""
+    """(M,) dot products, and (M,) products of the two norms, in the compute dtype."""
     x, positives = (t.to(compute_dtype(t.dtype)) for t in (x, positives))
     return (x * positives).sum(dim=1), x.norm(dim=1) * positives.norm(dim=1)
 

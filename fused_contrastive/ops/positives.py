@@ -13,7 +13,7 @@ def of_positives(values: Tensor, spec: StatsSpec, shape: Shape, m: int) -> Tenso
     """(n, ...) of this process's columns -> (m, ...) of each row's positive, without gradient."""
     targets = spec.targets
     if isinstance(shape, LocalShape):
-        if targets is None and spec.row_lengths is spec.col_lengths:  # no groups, or groups of as many columns as rows
+        if targets is None and spec.row_lengths is spec.col_lengths:  # no groups, or square groups
             return values[:m]
         if targets is not None:
             checks.target_range(targets, spec.columns_of_rows(len(values)))

@@ -40,7 +40,7 @@ def count_ranks(problem: Problem, shape: Shape, both: bool) -> None:
         # A positive that is not a number is ranked last.
         reference = (logits + slack).masked_fill(logits.isnan(), -torch.inf)
         of_cols = None
-        if both:  # columns without a positive have no rank; with groups every column has one
+        if both:  # nothing is above inf, for columns without a positive; groups have none of these
             of_cols = torch.cat((reference, reference.new_full((y.shape[0] - m,), torch.inf)))
     problem.spec = spec._replace(row_reference=reference, col_reference=of_cols)
 
@@ -54,9 +54,9 @@ def scaled(spec: StatsSpec, factor: float) -> StatsSpec:
 class Metrics(NamedTuple):
     """How a loss's positives rank among its negatives, by the logits of this call, without gradient.
 
-    Over a group, ranks are among the negatives of all processes, for the rows and columns of this process. With groups
-    of rows, M is the number of rows of all groups, in the order of ``reduction="none"``, and each rank is among the
-    negatives of the row's own group.
+    With ``group=``, ranks are among the negatives of all processes, for the rows and columns of this process. With
+    groups of rows (``lengths``), M counts the rows of all groups, which have the order of the losses of
+    ``reduction="none"``, and each rank is among the negatives of the row's own group.
 
     Attributes:
         row_rank: (M,) int64, how many of a row's negatives have a higher logit than its positive. Ties, up to

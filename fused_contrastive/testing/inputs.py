@@ -1,6 +1,7 @@
-"""What each loss is called with: from one problem's ``Maker`` and a variant's options, its leaves and its arguments.
+"""The inputs of each loss: a function per loss makes them from a problem's ``Maker`` and a variant's options.
 
-Leaves get gradients. An option that only says how to make the inputs is taken out of the arguments.
+It returns the leaves, which are tensors that get gradients, and the other arguments. An option that only says how to
+make the inputs, such as "targets": True, is not an argument.
 """
 
 from __future__ import annotations
@@ -96,7 +97,7 @@ def clip(make: Maker, given: dict[str, Any]) -> Inputs:
         "logit_scale": make.scalar(make.sizes.scale),
     }  # fmt: skip
     if count := options.pop("ids", 0):
-        high = 4 * n if options.get("decoupled") else n // 3 * count  # of few, all pairs of a row may be related
+        high = 4 * n if options.get("decoupled") else n // 3 * count  # with few ids, all pairs of a row may be related
         options["row_ids"], options["col_ids"] = (make.ids(size, high, count) for size in (m, n))
     if options.pop("weight", False):
         options["weight"] = make.vector(m) + 0.1

@@ -85,11 +85,14 @@ class Maker:
                 options[name] = self.margin(x, y, targets, name == "relative_margin")
 
     def set_debias(self, options: dict[str, Any], *directions: Tensor) -> None:
-        """If the option "debias" is there, makes each row's share of hidden positives, (M,).
+        """If the option "debias" is set, replaces it by a share of hidden positives for each row, (M,).
 
-        No rounding is small for a sum that is nearly all taken away, or nearly at its lower bound. So the share is the
-        one of 32 that is farthest from both in every direction: logits (M, N), -inf where excluded, with the positives
-        on the diagonal.
+        Rounding errors are large where the correction takes away nearly the whole sum over the negatives, or leaves it
+        near its lower bound. So 32 shares are drawn for each row, and the one that is farthest from both is taken.
+
+        Args:
+            options: those of the loss, among them ``hardness``.
+            directions: the logits (M, N) of each direction, -inf where excluded, with the positives on the diagonal.
         """
         if not options.get("debias"):
             return
@@ -101,9 +104,9 @@ class Maker:
                 (factor * s.double()).where(some, -torch.inf).logsumexp(dim=1, keepdim=True)
                 for factor in (1 + hardness, hardness)
             )
-            mean = of_hard - of_easy  # log of the sum over negatives, divided by their number
+            mean = of_hard - of_easy  # log of the mean over negatives, weighted by hardness
             taken = shares.log() + pos - mean
-            left = mean + torch.log1p(-taken.exp()) - torch.log1p(-shares)  # NaN where more than all is taken
+            left = mean + torch.log1p(-taken.exp()) - torch.log1p(-shares)  # NaN where taken > 0
             for gap in (taken, left + self.sizes.scale):
                 gaps = torch.minimum(gaps, gap.abs().nan_to_num(torch.inf))
         chosen = shares.gather(1, gaps.argmax(dim=1, keepdim=True)).squeeze(1)

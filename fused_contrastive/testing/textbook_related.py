@@ -88,7 +88,7 @@ def _corrected(
     left = ((log_sum - most).exp() - count * debias * (pos - most).exp()) / (1 - debias)
     least = count * (-scale - most).exp()
     above = left > least
-    # torch.where would pass on a NaN from the gradient of the logarithm of 0, even where it takes the other value.
+    # The gradient of log(0) is not finite, and torch.where would make it NaN even where it takes the other value.
     return torch.where(above, torch.where(above, left, 1.0).log() + most, count.log() - scale)
 
 

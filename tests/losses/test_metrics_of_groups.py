@@ -1,4 +1,4 @@
-"""Metrics of groups: ranks within each group, against each group's sorted matrix in float64."""
+"""Metrics of groups: ranks within each group, compared with those from each group's sorted logits in float64."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import fused_contrastive as fc
 from fused_contrastive.core.spec import StatsSpec
 
 SCALE, NEAR, D = 5.0, 1e-4, 12
-LENGTHS = torch.tensor([3, 0, 1, 70, 0, 12])  # one of several tiles on a GPU, one of one row, two of none
-LONG = torch.tensor([40, 1, 600, 0, 130, 7])  # one that all threads share, in several tiles
+LENGTHS = torch.tensor([3, 0, 1, 70, 0, 12])  # a group of several tiles on a GPU, one of one row, two of no rows
+LONG = torch.tensor([40, 1, 600, 0, 130, 7])  # on a CPU all threads share the group of 600 rows
 Expected = tuple[Tensor, ...]  # the positives, the hardest negatives, the least and the highest possible ranks
 
 LOSSES: dict[str, Callable[..., Any]] = {
@@ -38,7 +38,7 @@ def split(lengths: Tensor, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
 
 def of_matrix(s: Tensor, targets: Tensor, left_out: Tensor | None = None) -> Expected:
-    """From the logits (M, N) of one group. A float32 product decides either way where logits are nearer than NEAR."""
+    """From the logits (M, N) of one group. Float32 may order logits that differ by less than NEAR in either way."""
     places = torch.arange(len(s)), targets
     positive = s[places]
     s = s.clone() if left_out is None else s.masked_fill(left_out, -torch.inf)
@@ -55,7 +55,7 @@ def of_groups(matrices: list[tuple[Tensor, ...]]) -> Expected:
 
 
 def expected(name: str, lengths: Tensor, x: Tensor, y: Tensor) -> tuple[Expected, Expected | None]:
-    """Of the rows, and of the columns if the loss has two directions."""
+    """What to expect of the rows, and of the columns if the loss has ranks for them."""
     rows, cols = [], []
     for a, b in split(lengths, x, y):
         i = torch.arange(len(a))
@@ -82,7 +82,7 @@ def check(metrics: fc.Metrics, rows: Expected, cols: Expected | None) -> None:
 
 
 def same_step(loss: Callable[..., Any], *leaves: Tensor) -> None:
-    """The loss and the gradients are those without metrics."""
+    """Checks that the loss and the gradients are the same with and without metrics."""
     steps = []
     for found in (loss(metrics=True)[0], loss()):
         steps.append((found.detach(), *torch.autograd.grad(found.sum(), leaves)))
@@ -139,13 +139,13 @@ def test_options_of_clip_change_no_rank(backend: str, options: dict[str, Any]) -
         return fc.clip_loss(x, y, SCALE, lengths=LENGTHS, backend=backend, **options, **more)
 
     check(loss(metrics=True)[1], *expected("clip", LENGTHS, x, y))
-    if not options.get("decoupled"):  # the loss of a group of one row is -inf there
+    if not options.get("decoupled"):  # a decoupled loss of a group of one row is -inf
         same_step(loss, x, y)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_order_of_rows_is_that_of_their_losses(backend: str, reduction: str) -> None:
-    """NT-Xent's is group by group, and view by view in each."""
+    """NT-Xent's rows are ordered by group and, in each group, by view."""
     x, y = features(LENGTHS)
     loss, metrics = fc.nt_xent_loss(
         x, y, logit_scale=SCALE, normalize=False, lengths=LENGTHS, reduction=reduction, metrics=True, backend=backend
@@ -158,7 +158,7 @@ def test_order_of_rows_is_that_of_their_losses(backend: str, reduction: str) -> 
 
 def test_what_a_rule_leaves_out_has_no_rank(backend: str) -> None:
     x, y = features(LENGTHS)
-    ids = torch.arange(len(x)) // 3  # the same ids in two groups relate nothing
+    ids = torch.arange(len(x)) // 3  # equal ids in two groups do not relate a pair
     ids[:3] = ids[-3:]
     given = {"lengths": LENGTHS, "row_ids": ids, "col_ids": ids, "metrics": True, "backend": backend}
     _, metrics = fc.clip_loss(x, y, SCALE, **given)
@@ -189,7 +189,7 @@ def test_targets_biases_and_more_columns(backend: str) -> None:
 
 
 def test_equal_groups_and_both_directions(backend: str) -> None:
-    """Features (B, N, D) have the metrics of their rows with lengths."""
+    """Features (B, N, D) have the same metrics as the flattened rows with lengths."""
     lengths = torch.tensor([5, 5, 5])
     x, y = features(lengths)
     for name, more in (*((name, {}) for name in LOSSES), ("info_nce", {"symmetric": True})):
@@ -218,7 +218,7 @@ def test_ties_nan_and_rows_alone(backend: str) -> None:
     x = features(lengths)[0].detach()
     y = x.clone()
     y[2] = y[0]  # a copy of the positive is no better than the positive
-    y[8] = 2 * x[1]  # and what is better than row 1's positive is in another group
+    y[8] = 2 * x[1]  # a column with a higher logit than row 1's positive, in another group
     _, metrics = fc.clip_loss(x, y, SCALE, lengths=lengths, metrics=True, backend=backend)
     assert metrics.row_rank[[0, 1, 3, 4]].eq(0).all()
     assert metrics.hardest_negative[4] == -torch.inf

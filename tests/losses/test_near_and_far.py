@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fused_contrastive import contrastive_stats
 
-# Several tiles in each direction, of C++ and of a GPU, or of Triton's interpreter.
+# Either size is several tiles in each direction: N in C++ and on a GPU, INTERPRETED_N in Triton's interpreter.
 N, INTERPRETED_N = 300, 130
 
 

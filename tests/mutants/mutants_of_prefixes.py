@@ -1,4 +1,4 @@
-"""Mutants of the losses of nested prefixes, and of packed tokens."""
+"""Mutants of the losses of nested prefixes."""
 
 from __future__ import annotations
 

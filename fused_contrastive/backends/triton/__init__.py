@@ -85,7 +85,7 @@ class Triton(Backend):
     ) -> PrefixGradients:  # fmt: skip
         from fused_contrastive.backends.triton import prefixes_launch
 
-        # As for stats_backward: what is saved may have been changed by hooks.
+        # As in stats_backward: hooks on saved tensors may give back others.
         shapes = (len(of.dims), len(x)), (len(of.dims), len(y) if spec.want_col else 0)
         for name, value, shape in zip(("row", "col"), (saved.row, saved.col), shapes, strict=True):
             _check_saved(name, value, shape, torch.float64)

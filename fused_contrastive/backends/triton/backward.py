@@ -126,7 +126,7 @@ def _multiplier(direction, i, inside, reference):
 
 @triton.jit
 def weighted(e, rows, cols, row0, row_end, col0, col_end, reference):
-    """G from exponentials ``e`` relative to ``reference``."""
+    """G of a tile, from its exponentials ``e`` relative to ``reference``."""
     i = row0 + tl.arange(0, e.shape[0])
     j = col0 + tl.arange(0, e.shape[1])
     if rows is None:
@@ -294,13 +294,14 @@ def finish(
     grad, own, other, g_pos, along, targets, scale, largest, out, dots, rows, first, paired, D, stride_grad, stride_own,
     stride_other, stride_out, TOP: tl.constexpr, ROWS: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """Turns sums over the negatives, grad (rows, D), into gradients of the features: out = scale * (grad + positives).
+    """Turns sums over the negatives, grad (rows, D), into gradients of the features.
+
+    out = scale * (grad + positives - along * own), where ``along`` (M,), or None for 0, has one factor per row.
 
     These are rows ``first`` and on of ``own``; row i < paired gains g_pos[i] times the row of ``other`` that is its
     positive. ``grad`` is divided by TOP / largest, which G was multiplied by. dots gets each program's part of
     sum(own * (grad + positives)), the gradient of the scale. The positives are added after the products: one large term
-    among thousands of small ones would cost the sum its low bits. At last row i loses ``along[i]`` times its own
-    features, where not None.
+    among thousands of small ones would cost the sum its low bits.
     """
     local = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = local < rows

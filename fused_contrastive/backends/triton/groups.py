@@ -24,8 +24,11 @@ def statistics(
     x, y, tiles, mask, pos, out, M, N, D, stride_x, stride_y, AXIS: tl.constexpr, SOFTPLUS: tl.constexpr,
     MODE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Writes the statistic of the rows (AXIS 0), with the positives' logits if ``pos`` is given, or of the columns; and
-    their ranks, if there are references. A program has all of a row, so that it counts in registers."""
+    """Writes the statistic of a group's rows (AXIS 0), with the positives' logits if ``pos`` is given, or its columns.
+
+    With references it also writes their ranks. A program visits all pairs of its rows (columns), so that it counts in
+    registers, without atomic additions.
+    """
     OWN: tl.constexpr = TILE.block_m if AXIS == 0 else TILE.block_n
     STEP: tl.constexpr = TILE.block_n if AXIS == 0 else TILE.block_m
     row0, row_end, col0, col_end = _tile_of_group(tiles)

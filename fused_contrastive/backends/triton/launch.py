@@ -115,7 +115,10 @@ def add_up(
     p: Prepared, b: Block, parts: tuple[AnyPartials | None, AnyPartials | None], to: tuple[Direction, Direction],
     tiles: tuple[int, int], part_width: int, plain: bool = False,
 ) -> None:  # fmt: skip
-    """Adds partial statistics of a block's rows and columns, in so many tiles down and across, to their Directions."""
+    """Adds a block's partial statistics, those of its rows and its columns, to the Directions ``to``.
+
+    tiles: how many parts there are for a column and for a row, down and across the block.
+    """
     row, col = to
     longest = max(b.height if row.asked else 0, b.width if col.asked else 0)
     merge[(triton.cdiv(longest, MERGE_LENGTH), 2)](
@@ -219,8 +222,8 @@ def finish(
 ) -> None:  # fmt: skip
     """Writes ``grad``'s rows, the problem's from ``first`` on, to ``out`` as gradients of the features.
 
-    ``grad`` is too large by the factor top / largest. Parts of the scale's gradient are appended to ``dots``. At last
-    each row loses ``along`` times its own features.
+    ``grad`` is too large by the factor top / largest. Parts of the scale's gradient are appended to ``dots``. A row's
+    own features times ``along`` (M,) are subtracted before the scale multiplies; the scale's gradient is without them.
     """
     rows = grad.shape[0]
     programs = triton.cdiv(rows, FINISH_ROWS)

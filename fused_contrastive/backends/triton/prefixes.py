@@ -1,8 +1,8 @@
 """The kernels of nested prefixes (Matryoshka); prefixes_launch.py calls them.
 
-A program has one tile of S. Its products grow from prefix to prefix in one accumulator, by the columns that each adds
-to the one before, and after each the tile is reduced as that of a problem of its own. Vectors of rows and columns have
-one part for each prefix, of ``padded_m`` or ``padded_n`` elements.
+A program computes one tile of S for all P prefixes. One accumulator holds the tile's dot products: for each prefix in
+turn it gains the products of the columns that this prefix adds to the one before, and the logits that it then gives are
+reduced as those of one loss. Vectors of the rows (columns) have ``padded_m`` (``padded_n``) elements for each prefix.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from fused_contrastive.backends.triton.totals import store_partials
 
 @triton.jit
 def _start(part, PARTS: tl.constexpr, TILE: tl.constexpr):
-    """The first column of a part, or the end of the last. PARTS counts columns in units of BK, from 0 on."""
+    """The first column that prefix ``part`` adds; for ``part`` = P, the end of the last. PARTS is in units of BK."""
     units = 0
     for k in tl.static_range(1, len(PARTS)):
         units = tl.where(part == k, PARTS[k], units)
@@ -40,7 +40,7 @@ def _more_products(
     acc, x, y, gemm_products, stride_gemm, part, i, j, row0, col0, height, shape, PARTS: tl.constexpr,
     MODE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """The products of prefix ``part`` of a tile, from those of the one before: read, or made here."""
+    """A tile's dot products over prefix ``part``: read, or made from ``acc``, those over the prefix before."""
     if gemm_products is not None:
         acc = load_tile(
             gemm_products, stride_gemm, part * height + i, j, (part + 1) * height, acc.shape[0], acc.shape[1], False
@@ -55,7 +55,7 @@ def _more_products(
 def _logits(
     acc, mask, row_factors, col_factors, row_at, col_at, pos, row0, row_end, col0, col_end, MODE: tl.constexpr
 ):  # fmt: skip
-    """A tile's logits, -inf where excluded, from its products. ``pos``, where not None, gets the positives'."""
+    """A tile's logits, -inf where excluded, from its products. ``pos``, where not None, gets the positives' logits."""
     c = tl.load(mask.scale) * (1.4426950408889634 if MODE.half else 1.0)
     if row_factors is None:
         s = acc * c
@@ -74,10 +74,11 @@ def _exact_sums(s, AXIS: tl.constexpr, MODE: tl.constexpr):
 
 @triton.jit
 def _sums(s, cols_to, MODE: tl.constexpr):
-    """References and sums of exponentials of the rows of a tile of logits, and of its columns unless cols_to is None.
+    """For the rows of a tile of logits, references and the sums of exp(logit - reference); for its columns too, unless
+    ``cols_to`` is None.
 
-    In half precision one exponential serves both directions, as in ``strip_statistics``, unless a sum is lost. At the
-    edges of S the sums beyond the end count as lost.
+    In half precision one exponential per logit serves rows and columns, as in ``strip_statistics``. If a sum is lost to
+    underflow, each direction gets exponentials of its own, as it does in tiles that reach beyond the end of S.
     """
     if MODE.half:
         reference = finite(tl.max(s)) - HEADROOM
@@ -107,7 +108,7 @@ def _statistics_of_part(
     acc, part, x, y, gemm_products, stride_gemm, mask, row_factors, col_factors, pos, rows_to, cols_to, shape, bounds,
     i, j, row_at, col_at, pos_at, PARTS: tl.constexpr, MODE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Writes the statistics of one prefix of a tile, and returns its products."""
+    """Writes a tile's partial statistics of one prefix, and returns the tile's dot products over that prefix."""
     BM: tl.constexpr = TILE.block_m
     BN: tl.constexpr = TILE.block_n
     row_begin, row_end, col_begin, col_end = bounds
@@ -141,9 +142,10 @@ def prefix_statistics(
 ):  # fmt: skip
     """Statistics of P prefixes of x (M, D) and y (N, D) in the block [row_begin, row_end) x [col_begin, col_end).
 
-    Products are made here, or given by ``gemm_products`` (P, height, padded width). Factors (P, padded_m) and
-    (P, padded_n), or None. pos (P, M) float64. rows_to: Partials (P, tiles across, height); cols_to: Partials
-    (P, tiles down, width) or None.
+    ``gemm_products`` (P, height, padded width) float32 are the dot products, or None: then they are made here. The
+    factors, (P, padded_m) and (P, padded_n) float32, are one over the norms of the prefixes, or None for 1. pos (P, M)
+    float64 gets the positives' logits. rows_to: Partials (P, tiles across, height); cols_to: Partials (P, tiles down,
+    width), or None.
     """
     BM: tl.constexpr = TILE.block_m
     BN: tl.constexpr = TILE.block_n
@@ -179,7 +181,7 @@ def _gradient_of_part(
     stride_out, shape, bounds, i, j, row_at, col_at, PARTS: tl.constexpr, MODE: tl.constexpr, TILE: tl.constexpr,
     SEGMENT: tl.constexpr,
 ):  # fmt: skip
-    """Writes one prefix's G times its factors, and the sums of G times the cosines. Returns its products."""
+    """Writes a tile of one prefix's G times the factors, and sums of G times the cosines. Returns the dot products."""
     BM: tl.constexpr = TILE.block_m
     BN: tl.constexpr = TILE.block_n
     row_begin, row_end, col_begin, col_end = bounds
@@ -189,7 +191,7 @@ def _gradient_of_part(
         acc, x, y, gemm_products, stride_gemm, part, i, j, row0, col0, height, shape, PARTS, MODE, TILE
     )
     s = _logits(acc, mask, row_factors, col_factors, row_at, col_at, None, row0, row_end, col0, col_end, MODE)
-    # This prefix's part of the vectors in the Directions.
+    # Where this prefix's rows and columns end in the vectors of the Directions.
     row_stop, col_stop = row_at + (row_end - row0), col_at + (col_end - col0)
     i_at, j_at = row_at + tl.arange(0, BM), col_at + tl.arange(0, BN)
     if MODE.half:
@@ -207,7 +209,7 @@ def _gradient_of_part(
         g *= tl.load(col_factors + j_at)[None, :]
     if row_dots is not None or col_dots is not None:
         terms = g * acc
-        if gemm_products is not None:  # beyond the last column they may be NaN
+        if gemm_products is not None:  # beyond the last column the GEMM's memory may hold NaN
             terms = tl.where(g == 0, 0.0, terms)
         if row_dots is not None:
             local = i + tl.arange(0, BM)
@@ -231,11 +233,13 @@ def prefix_gradients(
     M, N, D, stride_x, stride_y, row_begin, row_end, col_begin, col_end, padded_m, padded_n, PARTS: tl.constexpr,
     MODE: tl.constexpr, TILE: tl.constexpr, SEGMENT: tl.constexpr,
 ):  # fmt: skip
-    """What multiplies the features in dx and dy: out[k] = sum over l >= k of F_l G_l, with F_l the products of factors.
+    """What multiplies, in dx and dy, the columns that prefix k adds: out[k] = sum over l >= k of F_l G_l.
 
-    ``out`` (P, height, padded width) may be the memory of ``gemm_products``. rows, cols: Directions of (P, padded_m)
-    and (P, padded_n), either None without a gradient. row_dots (P, tiles across, height) and col_dots (P, tiles down,
-    width), or None: each tile's sums of G_l times the cosines of prefix l.
+    G_l is the gradient of prefix l's logits, 0 at the positives; F_l (i, j) is the product of row i's and column j's
+    factors. ``out`` (P, height, padded width), in the dtype of the features, may be the memory of ``gemm_products``.
+    rows, cols: Directions of (P, padded_m) and (P, padded_n) elements; one of them is None if it gets no gradient.
+    row_dots (P, tiles across, height) and col_dots (P, tiles down, width) float32, or None: each tile's sums of G_l
+    times the cosines of prefix l.
     """
     BM: tl.constexpr = TILE.block_m
     BN: tl.constexpr = TILE.block_n
@@ -263,7 +267,7 @@ def prefix_gradients(
             row_at += padded_m
             col_at += padded_n
     if LAST > 0:
-        tl.debug_barrier()  # another thread may have stored what this one loads
+        tl.debug_barrier()  # a thread may load what another thread of the program has stored
         total = load_tile(out, stride_out, LAST * height + i, j, (LAST + 1) * height, BM, BN, False).to(tl.float32)
         for back in tl.range(1, LAST + 1, num_stages=1):
             part = LAST - back

@@ -1,7 +1,7 @@
 """Nested prefixes (Matryoshka): launches the kernels of prefixes.py, forward and backward, without waiting for the GPU.
 
-The matrix products are those of one loss. The columns that each prefix adds are padded with zeros to a multiple of the
-kernels' step, in a copy of the features where that is needed.
+The matrix products take as many operations as those of one loss of the longest prefix. Where the kernels make the
+products, a copy of the features pads the columns that each prefix adds by zeros, to a multiple of ``block_k``.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from fused_contrastive.backends.triton.totals import AnyPartials, Direction, Par
 from fused_contrastive.core.prefixes import Prefixes, PrefixGradients, PrefixNeeds
 from fused_contrastive.core.spec import Forward, StatsSpec, Upstream
 
-# In float16 a row is multiplied by a power of 2, so that its shortest prefix has a norm near 1, but the whole of it at
-# most about this: products of two such rows are far from overflow.
+# A float16 row is multiplied by a power of 2 so that its shortest prefix gets a norm near 1, unless that would make the
+# norm of the longest prefix much larger than this: then that norm is near this, and no element overflows.
 LONGEST_NORM = 2.0**12
 
 
 def tile(architecture: str, source: configs.Source, backward: bool) -> configs.Config:
-    """The tiles were chosen by what they compile to, not by timing.
+    """Tile sizes of a kernel, chosen by what it compiles to and not yet by timing.
 
-    They are smaller than those of one loss: a tile's products must stay in registers while it is reduced.
+    No tile is larger than that of one loss: its products must stay in registers while its logits are reduced.
     """
     if architecture == "interpreter":  # small, and of different shapes
         return configs.Config(32, 64, 32, 4, 1, group=2) if backward else configs.Config(64, 32, 32, 4, 1, group=2)
@@ -51,7 +51,7 @@ class _Nested:
         unit = 1 if source == "gemm" else self.tile.block_k
         units = [-(-(part.stop - part.start) // unit) for part in of.parts]
         self.units = tuple(accumulate(units, initial=0))  # where each part begins, and where the last ends
-        # The columns that each prefix adds, in the features as they are multiplied, and without the padding.
+        # Where the padded features have the columns that each prefix adds: with their padding, and without it.
         self.padded = [slice(begin * unit, end * unit) for begin, end in pairwise(self.units)]
         self.parts = [
             slice(to.start, to.start + part.stop - part.start) for to, part in zip(self.padded, of.parts, strict=True)
@@ -64,7 +64,7 @@ class _Nested:
         }  # fmt: skip
 
     def _in_parts(self, t: Tensor, of: Prefixes) -> Tensor:
-        """Features with each part padded by zeros, and without the columns after the last."""
+        """(rows, D) -> (rows, padded D): what each prefix adds, padded by zeros; no columns after the last."""
         if self.padded == of.parts:
             return t[:, : of.dims[-1]]
         out = t.new_zeros(t.shape[0], self.padded[-1].stop)
@@ -77,23 +77,23 @@ class _Nested:
         return None if t is None else F.pad(t, (0, -t.shape[1] % configs.TILE), value=padding).contiguous()
 
     def blocks(self, height: int, width: int) -> list[Block]:
-        """Lower blocks than those of one loss, because a block has something for each prefix."""
+        """Blocks of S, with fewer rows than those of one loss: each takes memory for every prefix."""
         if self.p.source == "gemm":
             height, width = launch.FLOAT32_BLOCK
         return self.p.blocks(max(configs.TILE, height // self.count), width)
 
     def room(self, blocks: Sequence[Block], dtype: torch.dtype) -> Tensor:
-        """Memory for a matrix of each prefix of the largest block."""
+        """Memory for one matrix per prefix, of the largest block."""
         height, width = largest(list(blocks))
         return self.p.x.new_empty(self.count * height * storage.padded(width), dtype=dtype)
 
     def matrices(self, room: Tensor, b: Block) -> Tensor:
-        """(P, height, padded width)"""
+        """(P, height, padded width): a block's matrices, one per prefix, in ``room``."""
         shape = self.count, b.height, storage.padded(b.width)
         return room[: math.prod(shape)].view(shape)
 
     def products(self, b: Block, out: Tensor) -> None:
-        """The vendor GEMM's products of each prefix of a block, each from those of the one before."""
+        """Writes a block's dot products over each prefix by the vendor GEMM, each from those over the prefix before."""
         before = None
         for k, part in enumerate(self.padded):
             products, x, y = out[k, :, : b.width], self.p.x[b.rows, part], self.p.y[b.cols, part].T
@@ -104,13 +104,16 @@ class _Nested:
             before = products
 
     def launched(self, b: Block) -> tuple[int, int, tuple[int]]:
-        """Tiles down and across a block, and the grid."""
+        """Tiles down and across a block, and the grid that has a program for each."""
         down, across = b.tiles(self.tile)
         return down, across, (down * across,)
 
 
 def forward(spec: StatsSpec, of: Prefixes, x: Tensor, y: Tensor) -> Forward:
-    """The statistics of all prefixes by 2 * M * N * D operations in matrix products, as of one loss; keeps nothing."""
+    """The statistics of all prefixes; nothing is kept for the backward.
+
+    The products take 2 * M * N * D operations, as for one loss. D is the last of the dims.
+    """
     nested = _Nested(spec, of, x, y, backward=False)
     p, count = nested.p, nested.count
     pos = x.new_empty(count, p.m, dtype=torch.float64)
@@ -141,20 +144,21 @@ def forward(spec: StatsSpec, of: Prefixes, x: Tensor, y: Tensor) -> Forward:
 
 
 def _part(partials: AnyPartials | None, k: int, count: int) -> Partials | None:
-    """Those of prefix k."""
+    """The partial statistics of prefix k."""
     if partials is None:
         return None
     return Partials(*(t.view(count, -1, t.shape[1])[k] for t in (partials.maxima, partials.sums)))
 
 
 class _Backward:
-    """What the steps of one backward share."""
+    """The state of one backward, and its steps."""
 
     def __init__(
         self, spec: StatsSpec, of: Prefixes, x: Tensor, y: Tensor, saved: Forward, upstream: Upstream,
         needs: PrefixNeeds,
     ) -> None:  # fmt: skip
-        # In float16, of the same problem with other rows: times powers of 2, and divided by them in their factors.
+        # A float16 row is multiplied by a power of 2, and its factors are divided by it: the cosines stay the same.
+        # Else the largest factor, of some short prefix, would scale the weights of all other rows towards underflow.
         self.powers: list[Tensor] = []
         if x.dtype == torch.float16 and of.row is not None and of.col is not None:
             self.powers = [_powers(factors) for factors in (of.row, of.col)]
@@ -191,9 +195,9 @@ class _Backward:
         )
 
     def weights(self, b: Block, room: Tensor) -> Tensor:
-        """(P, height, width): what multiplies the columns that each prefix adds, times top / largest; 0 for positives.
+        """(P, height, width): the output of ``prefix_gradients`` for a block, times top / largest.
 
-        Adds to ``along`` each row's and column's sums of G times the cosines.
+        Adds each row's and each column's sums of G times the cosines to ``along``.
         """
         nested, p = self.nested, self.p
         out = nested.matrices(room, b)
@@ -217,7 +221,10 @@ class _Backward:
         return out[:, :, : b.width]
 
     def of_positives(self) -> Tensor | None:
-        """(P, M) float64: the gradient of the product of each row with its positive, in the columns a prefix adds."""
+        """(P, M) float64: what multiplies the positive in dx, and the row in dy, in the columns that each prefix adds.
+
+        None if no gradient arrives at the positives. Adds the positives' gradients times cosines to ``along``.
+        """
         if self.g_pos is None:
             return None
         g, targets = self.g_pos, self.p.spec.positive_columns(self.p.m)
@@ -231,7 +238,7 @@ class _Backward:
         return _of_longer(g)
 
     def _own_products(self, targets: Tensor) -> Tensor:
-        """(P, M) float64: the products of each prefix of a row with its positive's."""
+        """(P, M) float64: the dot products of each prefix of a row with the same prefix of its positive."""
         x, y = self.p.x, self.p.y
         found = x.new_empty(self.nested.count, self.p.m, dtype=torch.float64)
         for i in range(0, self.p.m, launch.TARGET_ROWS):
@@ -251,7 +258,10 @@ class _Backward:
         self, axis: int, grad: Tensor, out: Tensor | None, g_pos: Tensor | None, first: int, with_dots: bool,
         largest: Tensor | None,
     ) -> None:  # fmt: skip
-        """Writes rows of dx (axis 0) or dy (axis 1), from ``first`` on, without what would change their norms."""
+        """Writes rows of dx (axis 0) or dy (axis 1), from ``first`` on.
+
+        If the prefixes are normalised, the gradient by each unit vector loses its component along that vector.
+        """
         p, along, inverse = self.p, self.along[axis], (self.of.row, self.of.col)[axis]
         own, other = (p.x, p.y) if axis == 0 else (p.y, p.x)
         share = None
@@ -266,19 +276,21 @@ class _Backward:
 
 
 def _of_longer(t: Tensor) -> Tensor:
-    """The sum over this prefix and the longer ones."""
+    """(P, ...) -> (P, ...): for each prefix, the sum over it and the longer ones."""
     return t.flip(0).cumsum(dim=0).flip(0)
 
 
 def _powers(factors: Tensor) -> Tensor:
-    """(P, M) factors -> (M,) powers of 2: the largest factor, up to LONGEST_NORM times that of the longest prefix."""
+    """(P, M) factors -> (M,) powers of 2, by which rows are multiplied: the next above a row's largest factor, or above
+    LONGEST_NORM times the longest prefix's if that is less. A row without a finite positive factor is not changed.
+    """
     wanted = torch.minimum(factors.amax(dim=0), LONGEST_NORM * factors[-1])
     exponents = torch.frexp(wanted).exponent
     return torch.ldexp(torch.ones_like(wanted), torch.where(wanted.isfinite() & (wanted > 0), exponents, 0))
 
 
 def _largest(of: Prefixes, g_row: Tensor | None, g_col: Tensor | None) -> Tensor:
-    """() no less than half of any element of what ``weights`` returns, before its factor."""
+    """(): a bound. No element of what ``weights`` returns, before top / largest, is more than twice this."""
     most = torch.stack([g.abs().amax(dim=1) for g in (g_row, g_col) if g is not None]).amax(dim=0)
     if of.row is not None and of.col is not None:
         most = most * of.row.amax(dim=1) * of.col.amax(dim=1)
@@ -288,8 +300,11 @@ def _largest(of: Prefixes, g_row: Tensor | None, g_col: Tensor | None) -> Tensor
 def backward(
     spec: StatsSpec, of: Prefixes, x: Tensor, y: Tensor, saved: Forward, upstream: Upstream, needs: PrefixNeeds
 ) -> PrefixGradients:
-    """The gradients by 2 * M * N * D operations for the products again, and as many for each of dx and dy."""
-    # float16 might not hold the gradient of a row that has been multiplied by a power of 2.
+    """The gradients: 2 * M * N * D operations make the products again, and each of dx and dy takes as many.
+
+    D is the last of the dims.
+    """
+    # The gradient of a row that was multiplied by a power of 2 is smaller by it, and float16 might lose its bits.
     scaled = x.dtype == torch.float16 and of.row is not None
     gx, gy = (
         t.new_empty(t.shape, dtype=torch.float32 if scaled else t.dtype) if needed else None
@@ -327,7 +342,7 @@ def backward(
                 g_pos = None
             run.finish(1, sum_y, gy, g_pos, 0, needs.scale and not run.by_rows, factor)
         dscale = torch.cat([x.new_zeros(1, dtype=torch.float64), *run.dots]).sum().float() if needs.scale else None
-    for g, power in zip((gx, gy), run.powers, strict=False):  # there are none but for float16
+    for g, power in zip((gx, gy), run.powers, strict=False):  # empty unless the features are float16
         if g is not None:
             g *= power[:, None]
     dx, dy = (None if g is None else g.to(x.dtype) for g in (gx, gy))

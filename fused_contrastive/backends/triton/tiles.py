@@ -149,8 +149,8 @@ def _products_from_pointers(
 def add_products(acc, x, y, row0, col0, begin, end, shape, MODE: tl.constexpr, TILE: tl.constexpr):
     """``acc`` + x[row0 : row0 + BM, begin : end] @ y[col0 : col0 + BN, begin : end].T in float32.
 
-    Rows and columns beyond the last hold anything. shape: M, N, D, the strides of x and y. ``end`` is D, or a multiple
-    of BK after ``begin``.
+    Rows and columns beyond the last hold anything. shape: M, N, D, the strides of x and y. ``end`` is D, or
+    ``end - begin`` is a multiple of BK.
     """
     M, N, _, stride_x, stride_y = shape
     BK: tl.constexpr = TILE.block_k
@@ -166,7 +166,7 @@ def add_products(acc, x, y, row0, col0, begin, end, shape, MODE: tl.constexpr, T
 
 @triton.jit
 def products(x, y, row0, col0, shape, MODE: tl.constexpr, TILE: tl.constexpr):
-    """``add_products`` of all columns to 0. No product is made where ``upper`` excludes all pairs."""
+    """x[row0 : row0 + BM] @ y[col0 : col0 + BN].T; zeros where ``upper`` excludes all pairs. See ``add_products``."""
     BM: tl.constexpr = TILE.block_m
     BN: tl.constexpr = TILE.block_n
     D = shape[2]
@@ -231,7 +231,7 @@ def below(s, acc, mask, limit, i, inside, AXIS: tl.constexpr):
 def ranks_of(s, reference, i, inside, AXIS: tl.constexpr, MODE: tl.constexpr):
     """How many of a tile's logits are above the references of its rows (AXIS 0) or columns (AXIS 1), and the highest.
 
-    A NaN is not above and never the highest.
+    A NaN counts as -inf. The highest is not in units of log 2.
     """
     unit: tl.constexpr = 1.4426950408889634 if MODE.half else 1.0
     least = tl.load(reference + i, mask=inside, other=0.0) * unit
@@ -307,7 +307,7 @@ def logits(acc, mask, pos, row0, row_end, col0, col_end, MODE: tl.constexpr, SCA
 
     c is the scale, to be multiplied in the same instruction that subtracts a reference; it is not negative. It is 1
     if a bias has been added or a pair is excluded. Most tiles have nothing to exclude, and skip the comparisons.
-    ``pos``, where not None, gets the positives' logits. SCALED: ``acc`` has been multiplied by the scale and the unit.
+    ``pos``, where not None, gets the positives' logits. SCALED: ``acc`` already has the scale and the unit, and c is 1.
     """
     BM: tl.constexpr = acc.shape[0]
     BN: tl.constexpr = acc.shape[1]

@@ -20,7 +20,7 @@ class Partials(NamedTuple):
 
 
 class WeightedPartials(NamedTuple):
-    """Partials with a third vector. Triton 3.4 cannot tell whether an argument with a field of None is None."""
+    """Partials with a third vector: its own type, as Triton 3.4 cannot compare a tuple that has a None with None."""
 
     maxima: Tensor
     sums: Tensor

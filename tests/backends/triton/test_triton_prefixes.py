@@ -1,4 +1,4 @@
-"""Nested prefixes (Matryoshka) by the kernels: against the reference in float64, and how many products they take."""
+"""The kernels of nested prefixes (Matryoshka), against the reference in float64; how many products they take."""
 
 from __future__ import annotations
 
@@ -96,7 +96,8 @@ def run(backend: str, problem: Problem, leaves: list[Tensor], spec: StatsSpec) -
     return *found[:3], *gradients
 
 
-FEW = ("several blocks, targets", "short beginnings", "zeros", "sums are lost")  # that differ by the dtype
+# These run in every dtype, because their arithmetic depends on it; the other problems run in bfloat16.
+FEW = ("several blocks, targets", "short beginnings", "zeros", "sums are lost")
 CASES = [(name, dtype) for name in PROBLEMS for dtype in TOLERANCE if name in FEW or dtype == torch.bfloat16]
 
 
@@ -125,12 +126,12 @@ def test_same_as_the_reference(name: str, dtype: torch.dtype) -> None:
         infinite = truth.isinf()
         assert ours[infinite].equal(truth[infinite].to(ours.dtype)), which
         off, size = ((t.double()[~infinite]).norm() for t in (ours - truth, truth))
-        rounding = 1e-7 * abs(problem.scale)  # of logits, which weights take as an exponent
+        rounding = 1e-7 * abs(problem.scale)  # of a logit: its exponential's relative error
         assert off <= (1e-6 if which in ("pos", "row", "col") else TOLERANCE[dtype] + rounding) * size, which
 
 
 def test_the_products_are_those_of_one_loss() -> None:
-    """Those of the vendor GEMM: S once forward, and once backward with one product each for dx and dy."""
+    """In float32 the vendor GEMM makes them: S forward, S again backward, dx and dy, each over all columns once."""
     problem = Problem(m=300, n=260)
     leaves = [torch.randn(size, 40, device=WHERE) for size in (problem.m, problem.n)]
     spec = StatsSpec(torch.tensor(1.0, device=WHERE), targets=torch.zeros(300, dtype=torch.int64, device=WHERE))

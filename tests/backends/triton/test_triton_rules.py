@@ -128,7 +128,7 @@ def run(backend: Any, spec: StatsSpec, x: Tensor, y: Tensor, upstream: Upstream)
     return {name: t.double() for name, t in named.items() if t is not None and t.numel()}
 
 
-# Two kinds of features for each rule, one of half precision; --full runs the others.
+# Each rule runs with two kinds of features, one of half precision; --full runs the other two as well.
 EACH_RULE = [
     pytest.param(rule, kind, marks=() if (kind in ("fp32", "bf16")) == bool(place % 2) else pytest.mark.full)
     for place, rule in enumerate(RULES)

@@ -31,7 +31,7 @@ MUTANTS = [
         (MATRYOSHKA,), OF_CPP,
     ),
     Mutant(
-        "the longest prefix's kept products", "a kept prefix reads those of the first that is kept",
+        "the longest prefix's kept products", "a kept prefix reads the products of the first that is kept",
         "csrc/stats/prefix_tiles.h",
         "(k - count() + kept_) * at.rows * at.cols", "0 * at.rows * at.cols",
         (MATRYOSHKA,), OF_CPP,

@@ -21,7 +21,7 @@ static void rank_tile(LogitRule<T> rule, const ForwardTile<T>& tile) {
       Vec<T> count{}, most = fill<T>(kNegInf<T>);
       for (int64_t j = 0; j < at.cols; j += kLanes<T>) {
         const Vec<T> s = load(logits.first + j);
-        count += s > above ? one : zero;
+        count += s <= above ? zero : one;  // a NaN counts
         most = s > most ? s : most;  // a NaN is never the highest
       }
       tile.row_ranks.sum[r] = total<T>(count);
@@ -31,7 +31,7 @@ static void rank_tile(LogitRule<T> rule, const ForwardTile<T>& tile) {
     const T* of_col = rule.is_limited() ? logits.second : logits.first;
     for (int64_t j = 0; j < at.cols; j += kLanes<T>) {
       const Vec<T> s = load(of_col + j), most = load(col_max + j);
-      store(col_count + j, load(col_count + j) + (s > load(reference + j) ? one : zero));
+      store(col_count + j, load(col_count + j) + (s <= load(reference + j) ? zero : one));
       store(col_max + j, s > most ? s : most);
     }
   }

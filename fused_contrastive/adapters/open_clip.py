@@ -164,8 +164,9 @@ class DistillClipLoss(ClipLoss):
             blocks = [(student[a], columns[b], teacher[a], teacher_columns[b]) for a, b in ((0, 1), (1, 0))]
         dtype = compute_dtype(student[0].dtype)
         contrastive, distill = [], []
-        learns = any(isinstance(t, Tensor) and t.requires_grad for t in (*teacher, teacher_scale))
         for x, y, teacher_x, teacher_y in blocks:
+            of_teacher = (teacher_x, teacher_y, teacher_scale)
+            learns = any(isinstance(t, Tensor) and t.requires_grad for t in of_teacher)
             if not (learns and torch.is_grad_enabled()):
                 losses = self._with_frozen_teacher(x, y, scale, teacher_x, teacher_y, teacher_scale, own)
                 contrastive.append(losses[0].to(dtype))

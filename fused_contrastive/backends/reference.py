@@ -218,13 +218,15 @@ def _sums(added: Tensor | None, dim: int) -> list[Tensor]:
 def _ranks(
     logits: Tensor, positives: Tensor | None, reference: Tensor | None, some: slice, dim: int, dtype: torch.dtype
 ) -> list[Tensor]:
-    """How many logits are above some of the references, and the highest of them, along ``dim``. Those of ``positives``
-    and NaN do not count."""
+    """How many logits are above some of the references, and the highest of them, along ``dim``, without ``positives``.
+
+    A NaN is above every reference, and is never the highest.
+    """
     if reference is None:
         return []
-    counted = logits.masked_fill(logits.isnan() if positives is None else positives | logits.isnan(), -torch.inf)
-    above = (counted > reference[some].unsqueeze(dim)).sum(dim=dim)
-    return [above.to(dtype), counted.amax(dim=dim).to(dtype)]
+    counted = logits if positives is None else logits.masked_fill(positives, -torch.inf)
+    above = (~(counted <= reference[some].unsqueeze(dim))).sum(dim=dim)
+    return [above.to(dtype), counted.masked_fill(counted.isnan(), -torch.inf).amax(dim=dim).to(dtype)]
 
 
 def _weights(logits: Tensor, normaliser: Tensor) -> Tensor:

@@ -37,8 +37,10 @@ def count_ranks(problem: Problem, shape: Shape, both: bool) -> None:
             bias = spec.col_bias.detach()
             logits = logits + (bias if bias.dim() == 0 else of_positives(bias, spec, shape, m))
         slack = spec.scale.abs() * rounding + 8 * torch.finfo(logits.dtype).eps * logits.abs()
-        # A positive that is not a number is ranked last.
-        reference = (logits + slack).masked_fill(logits.isnan(), -torch.inf)
+        # An infinite norm says nothing about roundings. A positive that is inf or NaN, which is NaN in the statistics
+        # too, is ranked last.
+        raised = logits + slack.masked_fill(~slack.isfinite(), 0)
+        reference = raised.masked_fill(~(logits < torch.inf), -torch.inf)
         of_cols = None
         if both:  # nothing is above inf, for columns without a positive; groups have none of these
             of_cols = torch.cat((reference, reference.new_full((y.shape[0] - m,), torch.inf)))
@@ -60,7 +62,8 @@ class Metrics(NamedTuple):
 
     Attributes:
         row_rank: (M,) int64, how many of a row's negatives have a higher logit than its positive. Ties, up to
-            rounding, do not count, and pairs that the loss leaves out do not either; a positive of NaN is last.
+            rounding, do not count, and pairs that the loss leaves out do not either. A logit of NaN is above all, so
+            that a positive of NaN is last.
         col_rank: the same for the column of each row's positive, (M,); None if the loss has one direction.
         positive: (M,) logits of the positives, without margins.
         hardest_negative: (M,) the highest logit of a row's negatives; -inf if it has none.
@@ -114,7 +117,7 @@ def metrics_of(problem: Problem, own_logits: Tensor | None = None) -> Metrics:
     count, hardest = ranks.row.unbind(dim=1)
     if own_logits is not None:
         own = own_logits.detach()
-        count = count + (own > reference[:, None]).sum(dim=1)
+        count = count + (~(own <= reference[:, None])).sum(dim=1)
         hardest = torch.maximum(hardest, own.amax(dim=1).to(hardest.dtype))
     col_rank = None if ranks.col is None else ranks.col[: len(count), 0].long()
     return Metrics(count.long(), col_rank, ranks.pos.to(dtype), hardest.to(dtype))

@@ -172,7 +172,21 @@ def test_ties_and_nan(backend: str) -> None:
     y[3] = torch.nan
     _, metrics = fc.clip_loss(x, y, SCALE, metrics=True, backend=backend)
     assert metrics.row_rank[3] == 7  # a positive of NaN is last
-    assert metrics.row_rank[0] == 0  # and a negative of NaN is not above
+    assert metrics.row_rank[0] == 1  # and a negative of NaN is above
+
+
+def test_a_batch_of_nan_is_not_perfect(backend: str) -> None:
+    x = torch.full((6, 8), torch.nan)
+    metrics = fc.clip_loss(x, x, 3.0, metrics=True, backend=backend)[1]
+    assert metrics.row_rank.tolist() == metrics.col_rank.tolist() == [5] * 6
+    assert metrics.summary()["top1"] == 0
+
+
+def test_a_positive_of_minus_inf_is_below_the_others(backend: str) -> None:
+    x, y = torch.rand(2, 6, 8) + 0.1
+    x[2, 0], y[2, 0] = torch.inf, -1.0
+    ranks = fc.clip_loss(x, y, 3.0, metrics=True, backend=backend)[1].row_rank
+    assert ranks.tolist()[2] == 5  # the others are inf
 
 
 def test_many_dimensions_of_ties(backend: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -236,6 +238,15 @@ def test_bad_guides(guide: object, error: type, text: str) -> None:
     for loss in (fc.clip_loss, fc.info_nce_loss):
         with pytest.raises(error, match=text):
             loss(x4, x4, logit_scale=1.0, guide=guide)
+
+
+@pytest.mark.parametrize("loss", [fc.clip_loss, fc.info_nce_loss])
+def test_a_number_of_debias_is_that_of_each_row(loss: Callable[..., Tensor], backend: str) -> None:
+    x, y = features(9), features(9)
+    found, each = (
+        loss(x, y, logit_scale=5.0, debias=debias, backend=backend) for debias in (0.1, torch.full((9,), 0.1))
+    )
+    torch.testing.assert_close(found, each)
 
 
 @pytest.mark.parametrize("share", [0.01, 0.9])

@@ -208,7 +208,8 @@ def _gradient_of_part(
         g *= tl.load(row_factors + i_at)[:, None]
         g *= tl.load(col_factors + j_at)[None, :]
     if row_dots is not None or col_dots is not None:
-        terms = g * acc
+        # G is rounded as in the products with the features, whose part along a feature these sums must cancel.
+        terms = g.to(out.dtype.element_ty).to(tl.float32) * acc
         if gemm_products is not None:  # beyond the last column the GEMM's memory may hold NaN
             terms = tl.where(g == 0, 0.0, terms)
         if row_dots is not None:

@@ -231,13 +231,12 @@ def below(s, acc, mask, limit, i, inside, AXIS: tl.constexpr):
 def ranks_of(s, reference, i, inside, AXIS: tl.constexpr, MODE: tl.constexpr):
     """How many of a tile's logits are above the references of its rows (AXIS 0) or columns (AXIS 1), and the highest.
 
-    A NaN counts as -inf. The highest is not in units of log 2.
+    A NaN is above every reference, and is never the highest. The highest is not in units of log 2.
     """
     unit: tl.constexpr = 1.4426950408889634 if MODE.half else 1.0
     least = tl.load(reference + i, mask=inside, other=0.0) * unit
-    s = tl.where(s == s, s, float("-inf"))
-    count = tl.sum((s > tl.expand_dims(least, 1 - AXIS)).to(tl.int32), axis=1 - AXIS)
-    return count, tl.max(s, axis=1 - AXIS) / unit
+    count = tl.sum((~(s <= tl.expand_dims(least, 1 - AXIS))).to(tl.int32), axis=1 - AXIS)
+    return count, tl.max(tl.where(s == s, s, float("-inf")), axis=1 - AXIS) / unit
 
 
 @triton.jit

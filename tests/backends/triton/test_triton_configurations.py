@@ -32,7 +32,7 @@ def compiled(pytestconfig: pytest.Config) -> list[dict[str, Any]]:
 
     def run(options: tuple[str, ...]) -> list[dict[str, Any]]:
         command = [sys.executable, ROOT / "tools/configurations.py", "--json", *options]
-        result = subprocess.run(command, capture_output=True, text=True, timeout=1200, env=environment)
+        result = subprocess.run(command, capture_output=True, text=True, timeout=3600, env=environment)
         assert result.returncode == 0, result.stderr
         rows: list[dict[str, Any]] = json.loads(result.stdout)
         return rows

@@ -22,7 +22,7 @@ static void rank_tile(LogitRule<T> rule, const ForwardTile<T>& tile) {
       for (int64_t j = 0; j < at.cols; j += kLanes<T>) {
         const Vec<T> s = load(logits.first + j);
         count += s <= above ? zero : one;  // a NaN counts
-        most = s > most ? s : most;  // a NaN is never the highest
+        most = s > most ? s : most;        // a NaN is never the highest
       }
       tile.row_ranks.sum[r] = total<T>(count);
       tile.row_ranks.max[r] = largest<T>(most);

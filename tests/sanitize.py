@@ -48,6 +48,7 @@ TESTS = [
     "ops/test_row_loss",
     "ops/test_limits",
     "losses/test_any_ids",
+    "losses/test_corrections",
     "losses/test_related",
     "losses/test_distillation",
     "losses/test_groups",

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from ranked import check, same_step
 from torch import Tensor
 
 import fused_contrastive as fc
@@ -31,28 +32,6 @@ def expected(logits: Tensor, targets: Tensor, excluded: Tensor | None = None) ->
 
 def matrix(x: Tensor, y: Tensor) -> Tensor:
     return SCALE * x.detach().double() @ y.detach().double().T
-
-
-def check(metrics: fc.Metrics, rows: tuple[Tensor, ...], cols: tuple[Tensor, ...] | None) -> None:
-    positive, hardest, least, most = rows
-    assert ((least <= metrics.row_rank) & (metrics.row_rank <= most)).all()
-    torch.testing.assert_close(metrics.positive.double(), positive, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(metrics.hardest_negative.double(), hardest, rtol=1e-5, atol=1e-5)
-    if cols is None:
-        assert metrics.col_rank is None
-    else:
-        assert metrics.col_rank is not None
-        assert ((cols[2] <= metrics.col_rank) & (metrics.col_rank <= cols[3])).all()
-    assert not any(t.requires_grad for t in metrics if t is not None)
-
-
-def same_step(loss: Callable[..., Tensor], *leaves: Tensor) -> None:
-    """The loss and the gradients are those without metrics."""
-    steps = []
-    for found in (loss(metrics=True)[0], loss()):
-        steps.append((found.detach(), *torch.autograd.grad(found.sum(), leaves)))
-    for a, b in zip(*steps, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.thinned

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from ranked import Expected, check, same_step
 from torch import Tensor
 
 import fused_contrastive as fc
@@ -16,7 +17,6 @@ from fused_contrastive.core.spec import StatsSpec
 SCALE, NEAR, D = 5.0, 1e-4, 12
 LENGTHS = torch.tensor([3, 0, 1, 70, 0, 12])  # a group of several tiles on a GPU, one of one row, two of no rows
 LONG = torch.tensor([40, 1, 600, 0, 130, 7])  # on a CPU all threads share the group of 600 rows
-Expected = tuple[Tensor, ...]  # the positives, the hardest negatives, the least and the highest possible ranks
 
 LOSSES: dict[str, Callable[..., Any]] = {
     "clip": lambda x, y, **o: fc.clip_loss(x, y, SCALE, **o),
@@ -67,27 +67,6 @@ def expected(name: str, lengths: Tensor, x: Tensor, y: Tensor) -> tuple[Expected
         rows.append((s, i))
         cols.append((s.T, i))
     return of_groups(rows), of_groups(cols) if name == "clip" else None
-
-
-def check(metrics: fc.Metrics, rows: Expected, cols: Expected | None) -> None:
-    positive, hardest, least, most = rows
-    assert metrics.row_rank.dtype == torch.int64
-    assert ((least <= metrics.row_rank) & (metrics.row_rank <= most)).all()
-    torch.testing.assert_close(metrics.positive.double(), positive, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(metrics.hardest_negative.double(), hardest, rtol=1e-5, atol=1e-5)
-    assert (metrics.col_rank is None) == (cols is None)
-    if cols is not None and metrics.col_rank is not None:
-        assert ((cols[2] <= metrics.col_rank) & (metrics.col_rank <= cols[3])).all()
-    assert not any(t.requires_grad for t in metrics if t is not None)
-
-
-def same_step(loss: Callable[..., Any], *leaves: Tensor) -> None:
-    """Checks that the loss and the gradients are the same with and without metrics."""
-    steps = []
-    for found in (loss(metrics=True)[0], loss()):
-        steps.append((found.detach(), *torch.autograd.grad(found.sum(), leaves)))
-    for a, b in zip(*steps, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.thinned("name", "dtype")

@@ -7,6 +7,7 @@ from mutant import Mutant
 PACKAGE = "fused_contrastive"
 LOSSES = "tests/losses/test_losses.py::test_budget"
 RELATED = "tests/losses/test_related.py"
+CORRECTIONS = "tests/losses/test_corrections.py"
 LIMITS = "tests/ops/test_limits.py"
 DISTILLATION = "tests/losses/test_distillation.py"
 MINED = "tests/ops/test_mined.py"
@@ -157,7 +158,7 @@ MUTANTS = [
         f"{PACKAGE}/ops/correction.py",
         "return torch.where(some & (left > least), left, least)",
         "return torch.where(some, left, least)",
-        (f"{RELATED}::test_debias_keeps_the_sum_above_its_least_value", LOSSES),
+        (f"{CORRECTIONS}::test_debias_keeps_the_sum_above_its_least_value", LOSSES),
         "reference and (least or debias)",
     ),
     Mutant(
